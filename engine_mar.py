@@ -1,0 +1,295 @@
+"""The autoregressive loop and the epoch loop.
+
+Legend: B images, L tokens an image, C channels a token, D width, N selected token rows, T diffusion steps,
+K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is unknown.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from heads.rules import StepState
+from models.mar import MAR
+from models.masking import TrainingDraws, training_draws
+from util import dist
+from util.dist import autocast
+from util.optim import EMA, lr_at
+from util.rng import generator, seed_of
+
+MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
+
+
+@torch.no_grad()
+def generate(
+    mar: MAR,
+    labels: torch.Tensor,
+    rules,
+    num_iter: int = 64,
+    num_steps: int = 100,
+    seeds=None,
+    orders=None,
+    noise_fn=None,
+    callback=None,
+    solver: str = "ddpm",
+    clip=None,
+    tokens=None,
+    mask=None,
+) -> torch.Tensor:
+    """Latents (B, c, h, w) for labels (B,) long, −1 = unconditional (MAR, section 3.4 and Fig. 3).
+
+    1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the diffusion
+    head draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
+
+    seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the ranking, its last entries
+    are revealed first, as published. noise_fn(step, rows) -> (T + 1, N, C) replaces the draws, rows (N, 2) long on the
+    CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each step, plan (B', L)
+    holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. clip bounds
+    the predicted x₀. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1
+    step, or tokens without mask raise ValueError.
+    """
+    config, device = mar.config, mar.mask_token.device
+    batch_size, shape = len(labels), (len(labels), config.seq_len)
+    _check_generate(config, labels, num_iter, seeds, tokens, mask, shape)
+    labels = torch.as_tensor(labels, device=device)
+    if seeds is None:
+        seeds = torch.randint(0, 2**32, (batch_size,)).tolist()
+    generators = [generator(seed) for seed in seeds]
+    # minus the log of an exponential draw is a Gumbel draw
+    gumbel = torch.stack([-torch.empty(config.seq_len).exponential_(generator=g).log() for g in generators]).to(device)
+    if orders is not None:
+        ranking = torch.argsort(torch.as_tensor(orders, device=device), dim=1).float()
+        rules = replace(rules, order=lambda state: ranking[state.images])
+    if tokens is None:
+        tokens = torch.zeros(*shape, config.token_dim, device=device)
+        unknown = torch.ones(shape, dtype=torch.bool)
+    else:
+        tokens, unknown = tokens.to(device, torch.float32, copy=True), mask.to("cpu", torch.bool, copy=True)
+
+    # The mask lives on the host, so that shapes are known there; one copy a step, of the plan, keeps it current.
+    num_start = unknown.sum(dim=1).float()
+    was_training = mar.training
+    mar.eval()
+    try:
+        for step in range(num_iter):
+            images = unknown.any(dim=1).nonzero().squeeze(1)  # finished images have left the batch
+            if not len(images):
+                break
+            here = unknown[images]
+            index = images.to(device)
+            state = StepState(
+                step=step,
+                num_iter=num_iter,
+                mask=here.to(device),
+                num_unknown=here.sum(dim=1).float().to(device),
+                num_start=num_start[images].to(device),
+                gumbel=gumbel[index],
+                z=None,
+                images=index,
+            )
+            num_visible = (config.seq_len - here.sum(dim=1)).tolist()
+            current = tokens[index]
+            state.z = mar.encode_decode(current, state.mask, labels[index], num_visible)
+            plan = rules(state)
+            select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()  # the one wait
+
+            rows = select.nonzero()  # (N, 2), row-major
+            row, column = rows.to(device).unbind(dim=1)
+            z_uncond = None
+            if guided.any():
+                z_uncond = mar.encode_decode(current, state.mask, None, num_visible)[row, column]
+            rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
+            noise = noise_fn(step, rows) if noise_fn else _draw_noise(generators, rows, num_steps, config.token_dim)
+            drawn = mar.diffloss.sample(
+                state.z[row, column],
+                z_uncond,
+                cfg=plan.cfg[row, column] if guided.any() else 1.0,
+                tau=plan.tau[row, column],
+                num_steps=num_steps,
+                solver=solver,
+                noise=noise.to(device),
+                clip=clip,
+            )
+            tokens[index[row], column] = drawn
+            unknown[rows[:, 0], rows[:, 1]] = False
+            if callback:
+                callback(step, rows, plan, tokens)
+    finally:
+        mar.train(was_training)
+    return mar.unpatchify(tokens)
+
+
+def _check_generate(config, labels, num_iter, seeds, tokens, mask, shape):
+    labels = torch.as_tensor(labels)
+    low, high = int(labels.min()), int(labels.max())
+    if low < -1 or high >= config.class_num:
+        raise ValueError(f"labels must be between -1 and {config.class_num - 1}, got {low if low < -1 else high}")
+    if num_iter < 1:
+        raise ValueError(f"num_iter must be at least 1, got {num_iter}")
+    if seeds is not None and len(seeds) != len(labels):
+        raise ValueError(f"seeds must be one int for each of the {len(labels)} labels, got {len(seeds)}")
+    if (tokens is None) != (mask is None):
+        raise ValueError("tokens and mask go together: give both or neither")
+    if mask is not None and (tuple(mask.shape) != shape or tuple(tokens.shape) != (*shape, config.token_dim)):
+        raise ValueError(f"mask must be {shape} and tokens {(*shape, config.token_dim)}")
+
+
+def _draw_noise(generators, rows, num_steps, channels):
+    """(T + 1, N, C), the part of each image from its own generator."""
+    images, counts = rows[:, 0].unique_consecutive(return_counts=True)
+    parts = [
+        torch.randn((num_steps + 1, k, channels), generator=generators[i])
+        for i, k in zip(images.tolist(), counts.tolist())
+    ]
+    return torch.cat(parts, dim=1)
+
+
+class TrainingLoss(nn.Module):
+    """What DistributedDataParallel wraps: one forward pass that returns every loss."""
+
+    def __init__(self, mar: MAR):
+        super().__init__()
+        self.mar = mar
+
+    def forward(self, tokens, labels, draws: TrainingDraws, num_rows) -> dict[str, torch.Tensor]:
+        """Sums over the masked tokens of tokens (b, L, C) divided by num_rows, the number they shall be a mean over.
+
+        Only masked rows go through the diffusion MLP. Keys: loss (the one to minimise), mse, vb.
+        """
+        z = self.mar.encode_decode(tokens, draws.mask, labels, draws.num_visible)
+        repeats = len(draws.t)
+        z = z.flatten(0, 1)[draws.rows].repeat(repeats, 1)  # (m·N, D)
+        target = tokens.flatten(0, 1)[draws.rows].repeat(repeats, 1)  # (m·N, C)
+        terms = self.mar.diffloss.token_loss_terms(target, z, draws.t.flatten(), draws.noise.flatten(0, 1))
+        mse, vb = (term.sum() / (repeats * num_rows) for term in terms)
+        return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
+
+
+@dataclass
+class TrainState:
+    """Everything that training changes, and the parts it works with."""
+
+    module: nn.Module  # TrainingLoss, possibly inside DistributedDataParallel
+    mar: MAR
+    tokenizer: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: EMA
+    device: torch.device
+    dtype: torch.dtype
+    step: int = 0  # optimizer steps done
+    bad_steps: int = 0  # of these, skipped for non-finite gradients
+    bad_in_a_row: int = 0
+    stop_signal: int = 0  # number of the signal that asked to stop, or 0
+
+
+def train_one_epoch(state: TrainState, loader, epoch: int, start_batch: int, args, flip: bool, progress, writer) -> bool:
+    """Run the epoch's batches from start_batch on; False if a signal asked to stop (the step is finished first).
+
+    args is main_mar.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
+    b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
+    """
+    steps_per_epoch = start_batch + len(loader)
+    for batch, (images, labels, indices) in enumerate(loader, start=start_batch):
+        began = time.perf_counter()
+        lr = lr_at(
+            epoch + batch / steps_per_epoch,
+            lr=args.lr,
+            min_lr=args.min_lr,
+            schedule=args.lr_schedule,
+            warmup_epochs=args.warmup_epochs,
+            epochs=args.epochs,
+        )
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        terms = _forward_backward(state, images, labels, indices.tolist(), args, flip)
+        grad_norm = _optimizer_step(state, args.grad_clip)
+
+        # the step's one wait; the stop request travels with it, so that all processes stop at the same step
+        names = list(terms)
+        values = torch.stack([terms[n] for n in names] + [torch.tensor(float(state.stop_signal > 0), device=state.device)])
+        *means, stop = (dist.all_sum(values) / dist.world_size()).tolist()
+        record = dict(zip(names, means), grad_norm=grad_norm, lr=lr)
+        record["images_per_second"] = len(images) * dist.world_size() / (time.perf_counter() - began)
+        if writer is not None:
+            for name, value in record.items():
+                writer.add_scalar(f"train/{name}", value, state.step)
+        progress.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
+        progress.update()
+        if stop:
+            return False
+    return True
+
+
+def _forward_backward(state, images, labels, indices, args, flip):
+    """Accumulate the gradient of the whole step, micro-batch by micro-batch; returns the loss terms."""
+    config = state.mar.config
+    draws = [
+        training_draws(
+            args.seed,
+            state.step,
+            part,
+            seq_len=config.seq_len,
+            token_dim=config.token_dim,
+            diffusion_batch_mul=config.diffusion_batch_mul,
+            mask_ratio_min=config.mask_ratio_min,
+            label_drop_prob=config.label_drop_prob,
+            mask_ratio_per_image=args.mask_ratio_per_image,
+        )
+        for part in _split(indices, args.accum_iter)
+    ]
+    # A mean over all masked tokens of the global batch. DDP averages gradients over processes: hence the division.
+    num_rows = torch.tensor(float(sum(len(d.rows) for d in draws)), device=state.device)
+    num_rows = dist.all_sum(num_rows) / dist.world_size()
+    torch.manual_seed(seed_of("dropout", args.seed, state.step, dist.rank()))
+    totals = {}
+    for i, (draw, pixels, label) in enumerate(zip(draws, _split(images, args.accum_iter), _split(labels, args.accum_iter))):
+        draw = draw.to(state.device)
+        tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), draw.flip if flip else None)
+        label = torch.where(draw.drop, -1, label.to(state.device, non_blocking=True))
+        sync = i == args.accum_iter - 1 or not isinstance(state.module, nn.parallel.DistributedDataParallel)
+        with torch.enable_grad() if sync else state.module.no_sync():
+            with autocast(state.device, state.dtype):
+                terms = state.module(tokens, label, draw, num_rows)
+            state.scaler.scale(terms["loss"]).backward()
+        for name, value in terms.items():
+            totals[name] = totals.get(name, 0) + value.detach()
+    return totals
+
+
+@torch.no_grad()
+def _tokenize(state, pixels, flip):
+    images = pixels.float() / 127.5 - 1
+    if flip is not None:
+        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+    return state.mar.patchify(state.tokenizer.encode(images))
+
+
+def _split(items, parts):
+    size = len(items) // parts
+    return [items[i * size : (i + 1) * size] for i in range(parts)]
+
+
+def _optimizer_step(state, grad_clip) -> float:
+    """Clip, step, average. A non-finite gradient (the same on all processes, after DDP's sum) skips the step."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf")).item()
+    finite = grad_norm < float("inf")  # False for NaN too
+    if finite:
+        state.scaler.step(state.optimizer)
+    state.scaler.update()  # halves the scale where unscale_ met an infinity
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+    if finite:
+        state.ema.update(state.mar, state.step)
+    else:
+        state.bad_steps += 1
+        if state.bad_in_a_row >= MAX_BAD_STEPS:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row (step {state.step}); "
+                "lower --blr, or use --dtype fp32"
+            )
+    return grad_norm

@@ -1,0 +1,247 @@
+"""Hand-made rules: which tokens come next, how many, at which temperature, under which guidance.
+
+Legend: B images, L tokens an image, M tokens unknown at the start (L, fewer when editing), n tokens unknown now,
+K = num_iter, u = (step + 1) / K. `mask` (B, L) bool is True where a token is unknown.
+
+A rule is a function of the `StepState`; a new one is one function and one row of ORDERS, GROUPS, TAUS or CFGS.
+Everything is float32 on the device of the mask, and learned rules start from these same functions.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from util.args import flag
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """The numbers that hand-made rules read."""
+
+    cfg: float = flag(1.0, "guidance scale w; 1.0 = off", low=0)
+    temperature: float = flag(1.0, "noise temperature tau", low=0)
+    temperature_end: float = flag(1.0, "tau at the last step of the linear tau schedule", low=0)
+    group_a: float = flag(1.0, "curvature of the exp group schedule")
+    group_p: float = flag(2.0, "exponent of the power group schedule", low=1e-6)
+    cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
+    cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
+
+    def __post_init__(self):
+        self.interval  # a wrong text is an error now, not at the first step
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """cfg_interval as two numbers."""
+        try:
+            low, high = (float(x) for x in self.cfg_interval.split(","))
+        except ValueError:
+            low, high = 1.0, 0.0
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"cfg_interval must be lo,hi with 0 <= lo <= hi <= 1, got {self.cfg_interval!r}")
+        return low, high
+
+
+@dataclass
+class StepState:
+    """What a rule may look at in autoregressive step `step` of `num_iter`."""
+
+    step: int
+    num_iter: int
+    mask: torch.Tensor  # (B, L) bool
+    num_unknown: torch.Tensor  # (B,) float32, n
+    num_start: torch.Tensor  # (B,) float32, M
+    gumbel: torch.Tensor  # (B, L), one draw for each token, fixed for the image
+    z: torch.Tensor  # (B, L, D), conditional decoder output
+    images: torch.Tensor  # (B,) long, where these images stand in the batch given to generate()
+
+    @property
+    def progress(self) -> float:
+        """u = (step + 1) / num_iter."""
+        return (self.step + 1) / self.num_iter
+
+    @property
+    def is_last(self) -> bool:
+        return self.step >= self.num_iter - 1
+
+
+@dataclass
+class StepPlan:
+    """What the rules decided: select (B, L) bool, and tau and cfg (B, L) float32, read where select is True."""
+
+    select: torch.Tensor
+    tau: torch.Tensor
+    cfg: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Four rules in a row; calling them with a StepState gives the StepPlan."""
+
+    order: Callable  # (state) -> scores (B, L): highest first
+    group: Callable  # (state) -> how many tokens, (B,)
+    tau: Callable  # (state) -> float, (B, 1) or (B, L)
+    cfg: Callable  # (state, unknown_after (B,)) -> float, (B, 1) or (B, L)
+
+    def __call__(self, state: StepState) -> StepPlan:
+        n = state.num_unknown
+        # a group is never empty and never more than there is; the last step takes everything
+        k = n if state.is_last else torch.minimum(self.group(state).clamp(min=1), n)
+        return StepPlan(
+            select=hard_topk(self.order(state), k, state.mask),
+            tau=_per_token(self.tau(state), state.mask),
+            cfg=_per_token(self.cfg(state, n - k), state.mask),
+        )
+
+
+def _per_token(value, mask):
+    return torch.as_tensor(value, dtype=torch.float32, device=mask.device).expand(mask.shape)
+
+
+def hard_topk(scores: torch.Tensor, k: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """(B, L) bool: the k (B,) highest scores (B, L) among valid (B, L), for all images at once; ties go by position."""
+    order = torch.argsort(scores.masked_fill(~valid, -math.inf), dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    return (rank < k.unsqueeze(1)) & valid
+
+
+# ---------------------------------------------------------------------------------------------------------- order
+
+
+def random_order(state: StepState) -> torch.Tensor:
+    """The image's own Gumbel draws: a uniformly random order."""
+    return state.gumbel
+
+
+def raster_order(state: StepState) -> torch.Tensor:
+    """Row by row."""
+    positions = torch.arange(state.mask.shape[1], device=state.mask.device)
+    return (-positions.float()).expand(state.mask.shape)
+
+
+def halton_order(state: StepState) -> torch.Tensor:
+    """Cells in the order in which the Halton sequence (2, 3) first falls into them."""
+    return _halton_scores(math.isqrt(state.mask.shape[1])).to(state.mask.device).expand(state.mask.shape)
+
+
+def center_order(state: StepState) -> torch.Tensor:
+    """From the centre outwards; cells at equal distance in the image's random order."""
+    side = math.isqrt(state.mask.shape[1])
+    offset = torch.arange(side) - (side - 1) / 2
+    distance = (offset[:, None] ** 2 + offset[None, :] ** 2).flatten()
+    return _by_level(state, distance.unique(return_inverse=True)[1])
+
+
+def multiscale_order(state: StepState) -> torch.Tensor:
+    """A coarse grid first, then again and again the points midway; within one grid in the image's random order."""
+    side = math.isqrt(state.mask.shape[1])
+    num_levels = max(side - 1, 1).bit_length()
+    level = torch.full((side, side), num_levels)
+    for i in reversed(range(num_levels)):
+        stride = 2 ** (num_levels - i)
+        level[::stride, ::stride] = i
+    return _by_level(state, level.flatten())
+
+
+def _by_level(state, level):
+    """Scores (B, L) that rank by level (L,), lowest first, and by the Gumbel draws within a level."""
+    rank = state.gumbel.argsort(dim=1).argsort(dim=1).float()  # 0…L−1: exact in float32, unlike a sum with the draws
+    return rank - level.to(rank.device).float() * level.numel()
+
+
+@functools.lru_cache(maxsize=16)
+def _halton_scores(side: int) -> torch.Tensor:
+    rank, i = {}, 0
+    while len(rank) < side * side:
+        i += 1
+        cell = int(_radical_inverse(i, 2) * side) * side + int(_radical_inverse(i, 3) * side)
+        rank.setdefault(cell, len(rank))
+    return torch.tensor([-float(rank[cell]) for cell in range(side * side)])
+
+
+def _radical_inverse(i: int, base: int) -> float:
+    result, scale = 0.0, 1.0
+    while i:
+        scale /= base
+        result += scale * (i % base)
+        i //= base
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------- group
+
+
+def _group(share_left):
+    """A group rule from the share of M that should be unknown after the step: u, options -> [0, 1]."""
+
+    def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
+        n = state.num_unknown
+        # the floor is taken in float64, as published; MPS has none
+        wide = torch.float32 if n.device.type == "mps" else torch.float64
+        wanted = torch.floor(state.num_start.to(wide) * share_left(state.progress, options)).float()
+        # max(1, min(n − 1, ·)) as published; where one token is left that is no progress, so it is taken
+        after = torch.minimum(wanted, n - 1).clamp(min=1)
+        return torch.where(n > 1, n - after, n)
+
+    return rule
+
+
+def _exp_share(u: float, options: RuleOptions) -> float:
+    a = options.group_a
+    return 1 - (math.expm1(a * u) / math.expm1(a) if a else u)  # a = 0 is the limit, the constant schedule
+
+
+# ----------------------------------------------------------------------------------------------------- tau and cfg
+
+
+def _known_share(state, unknown_after):
+    """v = (M − m') / M (B, 1), where m' is what is unknown after the step but at least 1, as published counts it."""
+    m = state.num_start
+    return ((m - unknown_after.clamp(min=1)) / m).unsqueeze(1)
+
+
+def linear_cfg(state, unknown_after, options):
+    """1 + (w − 1)·v: guidance grows with the share of known tokens."""
+    return 1 + (options.cfg - 1) * _known_share(state, unknown_after)
+
+
+def power_cosine_cfg(state, unknown_after, options):
+    """1 + (w − 1)·(1 − cos(π·v^p)) / 2 with p = cfg_power."""
+    v = _known_share(state, unknown_after)
+    return 1 + (options.cfg - 1) * (1 - torch.cos(math.pi * v**options.cfg_power)) / 2
+
+
+def interval_cfg(state, unknown_after, options):
+    """w where lo <= v <= hi, else 1."""
+    v = _known_share(state, unknown_after)
+    low, high = options.interval
+    return torch.where((v >= low) & (v <= high), options.cfg, 1.0)
+
+
+ORDERS = {
+    "random": random_order,
+    "raster": raster_order,
+    "halton": halton_order,
+    "center": center_order,
+    "multiscale": multiscale_order,
+}
+GROUPS = {
+    "cosine": _group(lambda u, options: math.cos(math.pi / 2 * u)),
+    "constant": _group(lambda u, options: 1 - u),
+    "exp": _group(_exp_share),
+    "power": _group(lambda u, options: 1 - u**options.group_p),
+}
+TAUS = {
+    "constant": lambda state, options: options.temperature,
+    "linear": lambda state, options: (
+        options.temperature + (options.temperature_end - options.temperature) * state.progress
+    ),
+}
+CFGS = {
+    "constant": lambda state, unknown_after, options: options.cfg,
+    "linear": linear_cfg,
+    "power_cosine": power_cosine_cfg,
+    "interval": interval_cfg,
+}

@@ -1,0 +1,81 @@
+"""Diffusion loss: p(token | z) as a small conditional diffusion model (arXiv 2406.11838, section 3.2 and Eq. 1–3).
+
+Legend: N token rows, C channels of a token, D width of z, T diffusion steps.
+"""
+
+import torch
+from torch import nn
+
+from diffusion import gaussian
+from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule
+from diffusion.solvers import SOLVERS
+from models.layers import SimpleMLPAdaLN
+
+
+class DiffLoss(nn.Module):
+    """The denoising MLP with its training loss and its sampler."""
+
+    def __init__(self, channels: int, z_channels: int, depth: int, width: int, grad_checkpointing: bool = False):
+        super().__init__()
+        self.channels = channels
+        self.net = SimpleMLPAdaLN(channels, width, z_channels, depth, grad_checkpointing)
+
+    def token_loss_terms(self, target, z, t=None, noise=None, tau=None):
+        """(mse, vb), each (N,), for clean tokens target (N, C) under condition z (N, D).
+
+        t (N,) long in [0, 1000) and noise (N, C) are drawn where None. tau (N,), (N, 1) or float scales the noise that
+        is added, x_t = √ᾱ·x₀ + √(1−ᾱ)·τ·noise, while the target stays `noise`.
+        """
+        if t is None:
+            t = torch.randint(0, NUM_TRAIN_STEPS, target.shape[:1], device=target.device)
+        if noise is None:
+            noise = torch.randn_like(target)
+        schedule = cosine_schedule()
+        added = noise if tau is None else noise * _column(tau)
+        x_t = gaussian.q_sample(schedule, target, t, added)
+        eps, v = self.net(x_t, t, self.net.cond_embed(z)).float().chunk(2, dim=-1)
+        return gaussian.training_losses(schedule, target, x_t, t, noise, eps, v)
+
+    def token_loss(self, target, z, t=None, noise=None, tau=None) -> torch.Tensor:
+        """Loss (N,) = mse + vb of each row; arguments as in `token_loss_terms`."""
+        mse, vb = self.token_loss_terms(target, z, t, noise, tau)
+        return mse + vb
+
+    @torch.no_grad()
+    def sample(self, z, z_uncond=None, cfg=1.0, tau=1.0, num_steps=100, solver="ddpm", noise=None, clip=None):
+        """Tokens (N, C) drawn from p(token | z), float32.
+
+        z, z_uncond (N, D): with z_uncond, eps = eps_u + cfg·(eps_c − eps_u), the variance is the conditional one, N
+        trajectories are carried and the net sees 2N rows. cfg, tau: float or (N,). noise (num_steps + 1, N, C), drawn
+        if None. clip (lo, hi) bounds the predicted x₀. An unknown solver, a wrong shape of noise, or guidance without
+        z_uncond raises ValueError.
+        """
+        if solver not in SOLVERS:
+            raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
+        shape = (num_steps + 1, z.shape[0], self.channels)
+        if noise is None:
+            noise = torch.randn(shape, device=z.device)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise must have shape {shape} (num_steps + 1, N, C), got {tuple(noise.shape)}")
+        if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
+            raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
+        guided = z_uncond is not None and not (isinstance(cfg, (int, float)) and cfg == 1.0)
+        schedule = cosine_schedule(num_steps)
+        timesteps = schedule.table("timesteps", z.device)
+        condition = self.net.cond_embed(torch.cat([z, z_uncond]) if guided else z)  # (N or 2N, W)
+        cfg = _column(cfg)
+
+        def predict(x, i):
+            out = self.net(torch.cat([x, x]) if guided else x, timesteps[i : i + 1], condition).float()
+            eps, v = out.chunk(2, dim=-1)
+            if guided:
+                (eps, eps_u), (v, _) = eps.chunk(2), v.chunk(2)
+                eps = eps + (cfg - 1.0) * (eps - eps_u)  # = eps_u + cfg·(eps_c − eps_u), exactly eps_c at cfg 1
+            return eps, v
+
+        return SOLVERS[solver](predict, schedule, noise.float(), _column(tau), clip)
+
+
+def _column(value):
+    """A float as it is, (N,) or (N, 1) as (N, 1), so that it broadcasts over channels."""
+    return value.reshape(-1, 1) if isinstance(value, torch.Tensor) and value.dim() else value

@@ -1,0 +1,208 @@
+"""MAR: an MAE-style encoder and decoder over continuous tokens, and the diffusion loss (arXiv 2406.11838).
+
+Legend: B images, L tokens an image, C channels a token, S buffer tokens, D width, V visible tokens (the batch maximum).
+`mask` (B, L) bool is True where a token is still unknown. Attribute names are those of the published checkpoints.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.diffloss import DiffLoss
+from util.args import flag
+
+
+@dataclass(frozen=True)
+class MARConfig:
+    """Everything that shapes a MAR; names and defaults of the published constructor."""
+
+    img_size: int = flag(256, "image height and width in pixels")
+    vae_stride: int = flag(16, "pixels of a latent's side")
+    patch_size: int = flag(1, "latents of a token's side")
+    encoder_embed_dim: int = 1024
+    encoder_depth: int = 16
+    encoder_num_heads: int = 16
+    decoder_embed_dim: int = 1024
+    decoder_depth: int = 16
+    decoder_num_heads: int = 16
+    mlp_ratio: float = 4.0
+    vae_embed_dim: int = flag(16, "channels of a latent")
+    mask_ratio_min: float = flag(0.7, "smallest mask ratio in training", low=0, high=1)
+    label_drop_prob: float = flag(0.1, "probability of training without the label", low=0, high=1)
+    class_num: int = flag(1000, "number of classes (read from the data when training)")
+    attn_dropout: float = flag(0.1, "dropout of attention weights", low=0, high=1)
+    proj_dropout: float = flag(0.1, "dropout after attention and MLP", low=0, high=1)
+    buffer_size: int = flag(64, "class tokens in front of the image's")
+    diffloss_d: int = flag(3, "blocks of the diffusion MLP")
+    diffloss_w: int = flag(1024, "width of the diffusion MLP")
+    num_sampling_steps: int | str = flag("100", "diffusion steps when sampling", type=str)
+    diffusion_batch_mul: int = flag(4, "noise levels drawn for each token in training")
+    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass")
+
+    def __post_init__(self):
+        if not str(self.num_sampling_steps).isdecimal() or int(self.num_sampling_steps) < 1:
+            raise ValueError(f"num_sampling_steps must be a positive whole number, got {self.num_sampling_steps!r}")
+        cell = self.vae_stride * self.patch_size
+        if self.img_size < cell or self.img_size % cell:
+            raise ValueError(f"img_size {self.img_size} must be a multiple of vae_stride·patch_size = {cell}")
+        for part in ("encoder", "decoder"):
+            dim, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            if dim % heads:
+                raise ValueError(f"{part}_embed_dim {dim} must be a multiple of {part}_num_heads {heads}")
+
+    @property
+    def grid(self) -> int:
+        """Tokens of an image's side."""
+        return self.img_size // self.vae_stride // self.patch_size
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of an image, L."""
+        return self.grid**2
+
+    @property
+    def token_dim(self) -> int:
+        """Channels of a token, C."""
+        return self.vae_embed_dim * self.patch_size**2
+
+
+def _size(dim: int, depth: int, heads: int, **rest) -> MARConfig:
+    sizes = {f"{p}_{k}": v for p in ("encoder", "decoder") for k, v in zip(_SIZE_KEYS, (dim, depth, heads))}
+    return MARConfig(**sizes, **rest)
+
+
+_SIZE_KEYS = ("embed_dim", "depth", "num_heads")
+MAR_CONFIGS = {
+    "mar_tiny": _size(64, 2, 4, diffloss_d=3, diffloss_w=128),  # for CPU
+    "mar_base": _size(768, 12, 12, diffloss_d=6, diffloss_w=1024),  # published: FID 2.31, IS 281.7 at cfg 2.9
+    "mar_large": _size(1024, 16, 16, diffloss_d=8, diffloss_w=1280),  # published: FID 1.78, IS 296.0 at cfg 3.0
+    "mar_huge": _size(1280, 20, 16, diffloss_d=12, diffloss_w=1536),  # published: FID 1.55, IS 303.7 at cfg 3.2
+}
+
+
+class MAR(nn.Module):
+    """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
+
+    def __init__(self, config: MARConfig):
+        super().__init__()
+        self.config = c = config
+        seq_len, width, out_width = c.seq_len, c.encoder_embed_dim, c.decoder_embed_dim
+
+        self.class_emb = nn.Embedding(c.class_num, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # stands for "no label"
+
+        self.z_proj = nn.Linear(c.token_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + seq_len, width))
+        self.encoder_blocks = self._blocks(c.encoder_depth, width, c.encoder_num_heads)
+        self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+
+        self.decoder_embed = nn.Linear(width, out_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, out_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + seq_len, out_width))
+        self.decoder_blocks = self._blocks(c.decoder_depth, out_width, c.decoder_num_heads)
+        self.decoder_norm = nn.LayerNorm(out_width, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, seq_len, out_width))
+
+        self._init_weights()  # before the diffusion MLP exists: that one initialises itself
+        self.diffloss = DiffLoss(c.token_dim, out_width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing)
+
+    def _blocks(self, depth, width, heads):
+        c = self.config
+        return nn.ModuleList(
+            Block(
+                width,
+                heads,
+                c.mlp_ratio,
+                qkv_bias=True,
+                proj_drop=c.proj_dropout,
+                attn_drop=c.attn_dropout,
+                norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=1e-6, **kwargs),
+            )
+            for _ in range(depth)
+        )
+
+    def _init_weights(self):
+        for name, parameter in self.named_parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def patchify(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (B, c, h, w) to tokens (B, L, C), row by row; within a token channel first, then row and column."""
+        b, c, h, w = latents.shape
+        p = self.config.patch_size
+        x = latents.reshape(b, c, h // p, p, w // p, p)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)
+
+    def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, L, C) to latents (B, c, h, w); the inverse of `patchify`."""
+        b, g, p, c = tokens.shape[0], self.config.grid, self.config.patch_size, self.config.vae_embed_dim
+        return tokens.reshape(b, g, g, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * p, g * p)
+
+    def encode_decode(self, tokens, mask, labels=None, num_visible=None) -> torch.Tensor:
+        """Condition z (B, L, D) of every token, the diffusion position embedding included.
+
+        tokens (B, L, C), read where mask (B, L) bool is False; labels (B,) long, −1 = unconditional, None = all
+        unconditional. Rows of mask may have different counts. num_visible: those counts as a list of B ints, for a
+        caller that knows them; otherwise finding them waits for the device once.
+        """
+        if num_visible is None:
+            num_visible = (~mask).sum(dim=1).tolist()
+        # visible positions first, in order; rows with fewer than the maximum are padded with hidden ones
+        visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, : max(num_visible)]  # (B, V)
+        padding = None
+        if min(num_visible) != max(num_visible):
+            padding = mask.gather(1, visible)  # (B, V)
+        return self.decode(self.encode(tokens, visible, padding, labels), visible, padding)
+
+    def encode(self, tokens, visible, padding, labels) -> torch.Tensor:
+        """Encoder output (B, S + V, D) for the tokens at positions visible (B, V); padding (B, V) bool or None."""
+        size = self.config.buffer_size
+        x = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, V, C)
+        pos = self.encoder_pos_embed_learned
+        x = self.z_proj(x)
+        x = x + pos[0, size:][visible].to(x.dtype)
+        buffer = self._class_embedding(labels, tokens.shape[0]).unsqueeze(1) + pos[:, :size]  # (B, S, D)
+        x = self.z_proj_ln(torch.cat([buffer.to(x.dtype), x], dim=1))
+        return self.encoder_norm(self._run(self.encoder_blocks, x, self._attention_mask(padding)))
+
+    def decode(self, encoded, visible, padding) -> torch.Tensor:
+        """Decoder output z (B, L, D): mask tokens stand wherever no encoded token (B, S + V, D) does."""
+        c = self.config
+        x = self.decoder_embed(encoded)  # (B, S + V, D)
+        rows = visible.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        mask_token = self.mask_token.to(x.dtype).expand(x.shape[0], c.seq_len, -1)
+        seen = x[:, c.buffer_size :]
+        if padding is not None:
+            seen = torch.where(padding.unsqueeze(-1), mask_token[:, : seen.shape[1]], seen)
+        x = torch.cat([x[:, : c.buffer_size], mask_token.scatter(1, rows, seen)], dim=1)  # (B, S + L, D)
+        x = x + self.decoder_pos_embed_learned.to(x.dtype)
+        x = self.decoder_norm(self._run(self.decoder_blocks, x, None))
+        return x[:, c.buffer_size :] + self.diffusion_pos_embed_learned
+
+    def _class_embedding(self, labels, batch_size):
+        if labels is None:
+            return self.fake_latent.expand(batch_size, -1)
+        return torch.where((labels < 0).unsqueeze(-1), self.fake_latent, self.class_emb(labels.clamp(min=0)))
+
+    def _attention_mask(self, padding):
+        """Keys that may be attended to, (B, 1, 1, S + V) bool, or None where all may."""
+        if padding is None:
+            return None
+        keep = torch.cat([padding.new_ones(padding.shape[0], self.config.buffer_size), ~padding], dim=1)
+        return keep[:, None, None, :]
+
+    def _run(self, blocks, x, attention_mask):
+        for block in blocks:
+            if self.config.grad_checkpointing and self.training:
+                x = checkpoint(block, x, attention_mask, use_reentrant=False)
+            else:
+                x = block(x, attn_mask=attention_mask)
+        return x

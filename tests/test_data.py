@@ -1,0 +1,385 @@
+"""Datasets, image reading and the epoch sampler of util/data.py."""
+
+import multiprocessing.reduction
+import pickle
+import struct
+import types
+import urllib.error
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader
+
+from util.data import DATASETS, EpochSampler, build_dataset, center_crop, read_rgb
+
+RNG = np.random.default_rng(0)
+
+
+def save(path, size=(8, 8), color=(10, 20, 30), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path)
+
+
+def folder(path, **kwargs):
+    return build_dataset("imagefolder", data_path=path, **{"img_size": 8, **kwargs})
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Classes a (0 good, 1 not an image, 2 truncated) and b (3 good, 4 not an image): wraps around at the end."""
+    save(tmp_path / "a" / "0.png", color=(100, 0, 0))
+    (tmp_path / "a" / "1.png").write_bytes(b"no image")
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a" / "2.jpg")
+    (tmp_path / "a" / "2.jpg").write_bytes((tmp_path / "a" / "2.jpg").read_bytes()[:1000])
+    save(tmp_path / "b" / "3.png", color=(200, 0, 0))
+    (tmp_path / "b" / "4.png").write_bytes(b"")
+    return tmp_path
+
+
+# ---------------------------------------------------------------- in-memory sets
+
+
+def test_digits():
+    ds = build_dataset("digits")
+    image, label, i = ds[3]
+    raw = load_digits()
+    assert (len(ds), ds.num_classes, ds.channels, ds.img_size, ds.flip, ds.num_broken) == (1797, 10, 1, 8, False, 0)
+    assert ds.classes == [str(k) for k in range(10)]
+    assert image.dtype == torch.uint8 and image.shape == (1, 8, 8) and (type(label), i) == (int, 3)
+    assert torch.equal(ds.images[:, 0], torch.from_numpy(np.round(raw.images * 255 / 16)).to(torch.uint8))
+    assert ds.images.max() == 255 and [ds[k][1] for k in range(50)] == raw.target[:50].tolist()
+    assert sum(1 for _ in ds) == 1797  # iteration ends
+    images, labels, index = next(iter(DataLoader(ds, batch_size=4)))
+    assert images.shape == (4, 1, 8, 8) and labels.dtype == index.dtype == torch.long
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"name": "imagenet"}, ["imagenet", *DATASETS]),
+        ({"name": "digits", "img_size": 16}, ["16", "8"]),
+        ({"name": "cifar10", "img_size": 64}, ["64", "32"]),
+        ({"name": "digits", "split": "test"}, ["test", "train", "val"]),
+        ({"name": "digits", "split": "val"}, ["val", "train"]),
+        ({"name": "imagefolder"}, ["data_path"]),
+        ({"name": "imagefolder", "data_path": "/no/such"}, ["/no/such"]),
+        ({"name": "imagefolder", "data_path": "/", "img_size": 0}, ["img_size", "0"]),
+    ],
+)
+def test_bad_arguments_are_one_line(kwargs, words):
+    with pytest.raises(ValueError) as error:
+        build_dataset(**kwargs)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def write_idx(path, values):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack(f">I{values.ndim}I", 0x800 + values.ndim, *values.shape) + values.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "flip"), [("mnist", "MNIST", False), ("fashion_mnist", "FashionMNIST", True)]
+)
+def test_mnist_files(tmp_path, name, source, flip):
+    raw = tmp_path / source / "raw"
+    images = {part: RNG.integers(0, 256, (n, 28, 28), dtype=np.uint8) for part, n in (("train", 5), ("t10k", 3))}
+    for part, values in images.items():
+        write_idx(raw / f"{part}-images-idx3-ubyte", values)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", np.arange(len(values), dtype=np.uint8))
+    for split, part in (("train", "train"), ("val", "t10k")):
+        ds = build_dataset(name, data_path=tmp_path, split=split)
+        assert (ds.channels, ds.img_size, ds.num_classes, ds.flip) == (1, 28, 10, flip)
+        assert np.array_equal(ds.images[:, 0], images[part]) and ds[2][1:] == (2, 2)
+
+    (raw / "train-images-idx3-ubyte").write_bytes(b"")  # as an interrupted extraction leaves it
+    with pytest.raises(ValueError, match=source):
+        build_dataset(name, data_path=tmp_path)
+
+
+def test_cifar10_layout(monkeypatch, tmp_path):
+    data = RNG.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    calls = []
+
+    def fake(root, train, download):
+        calls.append((root, train, download))
+        return types.SimpleNamespace(data=data, targets=[7, 0, 1], classes=[f"c{k}" for k in range(10)])
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    ds = build_dataset("cifar10", data_path=tmp_path, split="val", download=False)
+    assert calls == [(str(tmp_path), False, False)]
+    assert (ds.channels, ds.img_size, ds.num_classes, ds.flip) == (3, 32, 10, True)
+    image, label, _ = ds[0]
+    assert label == 7 and image.dtype == torch.uint8 and np.array_equal(image, data[0].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "error", [urllib.error.URLError("no route"), RuntimeError("Error downloading:\nno route"), OSError("no route")]
+)
+def test_failed_download_is_one_line(monkeypatch, tmp_path, error):
+    def fake(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake)
+    with pytest.raises(ValueError) as caught:
+        build_dataset("cifar10", data_path=tmp_path)
+    text = str(caught.value)
+    assert "\n" not in text and "Traceback" not in text
+    assert all(word in text for word in ("CIFAR10", "no route", str(tmp_path), "cifar-10-batches-py", "data_path"))
+
+
+# ---------------------------------------------------------------- image folders
+
+
+@pytest.mark.parametrize("prefix", ["", "train"])
+def test_class_folders(tmp_path, prefix):
+    save(tmp_path / prefix / "b" / "deep" / "x.PNG", color=(0, 0, 255))
+    save(tmp_path / prefix / "a" / "2.png")
+    save(tmp_path / prefix / "a" / "1.jpg")
+    save(tmp_path / prefix / "übung 猫" / "1.webp")
+    (tmp_path / prefix / "a" / "notes.txt").write_text("not an image")
+    ds = folder(tmp_path)
+    assert ds.classes == ["a", "b", "übung 猫"] and ds.num_classes == 3
+    assert (ds.channels, ds.img_size, ds.flip) == (3, 8, True)
+    assert [ds[i][1:] for i in range(len(ds))] == [(0, 0), (0, 1), (1, 2), (2, 3)]
+    image = ds[2][0]
+    assert image.dtype == torch.uint8 and image.shape == (3, 8, 8) and image.is_contiguous()
+    assert image[:, 0, 0].tolist() == [0, 0, 255]
+    with pytest.raises(IndexError):
+        ds[4]
+
+
+@pytest.mark.parametrize("prefix", ["", "train"])
+def test_flat_folder_is_one_class(tmp_path, prefix):
+    save(tmp_path / prefix / "1.png")
+    save(tmp_path / prefix / "0.png", color=(0, 0, 0))
+    (tmp_path / prefix / "empty").mkdir()
+    ds = folder(tmp_path)
+    assert ds.num_classes == 1 and [ds[i][1:] for i in range(len(ds))] == [(0, 0), (0, 1)]
+    assert ds[0][0].max() == 0  # sorted by name
+
+
+def test_val_split(tmp_path):
+    save(tmp_path / "train" / "a" / "0.png")
+    with pytest.raises(ValueError, match="val"):
+        folder(tmp_path, split="val")
+    save(tmp_path / "val" / "b" / "0.png")
+    assert folder(tmp_path, split="val").classes == ["b"]
+    assert folder(tmp_path).classes == ["a"]
+    assert folder(tmp_path, img_size=None).img_size == 256
+
+
+def test_empty_classes_and_stray_images_are_named(tmp_path):
+    save(tmp_path / "b" / "0.png")
+    save(tmp_path / "stray.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    with pytest.warns(UserWarning) as caught:
+        ds = folder(tmp_path)
+    texts = [str(w.message) for w in caught]
+    assert len(texts) == 2 and texts[0].endswith(": a, c") and texts[1].startswith("1 images outside")
+    assert ds.classes == ["b"] and ds[0][1] == 0 and len(ds) == 1
+
+
+def test_nothing_usable_is_one_line(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="no images") as error:
+        folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    (tmp_path / "a" / "0.png").write_bytes(b"x")
+    (tmp_path / "a" / "1.png").write_bytes(b"x")
+    with pytest.warns(UserWarning, match="broken image"), pytest.raises(ValueError, match="all 2 files") as error:
+        folder(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(ValueError, match="no image folder"):
+        folder(tmp_path / "a" / "0.png")
+
+
+# ---------------------------------------------------------------- broken images
+
+
+def test_broken_images_are_named_once_and_replaced(broken_folder):
+    with pytest.warns(UserWarning) as caught:
+        ds = folder(broken_folder)
+        before = ds.num_broken
+        first = [ds[i] for i in range(5)]
+        second = [ds[i] for i in (4, 1, 2, 0, 3)]
+    texts = [str(w.message) for w in caught]
+    assert before == 0 and ds.num_broken == 3 and len(texts) == 3
+    assert all(sum(name in text for text in texts) == 1 for name in ("a/1.png", "a/2.jpg", "b/4.png"))
+    assert [label for _, label, _ in first] == [0, 1, 1, 1, 0] and [i for *_, i in first] == list(range(5))
+    assert [int(image[0, 0, 0]) for image, *_ in first] == [100, 200, 200, 200, 100]
+    for image, label, i in second:
+        assert label == first[i][1] and torch.equal(image, first[i][0])
+
+
+def test_broken_images_over_workers(broken_folder, tmp_path, monkeypatch):
+    log = tmp_path / "warnings.txt"
+
+    def show(message, *args, **kwargs):
+        with log.open("a") as file:
+            file.write(f"{message}\n")
+
+    ds = folder(broken_folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", show)  # forked workers inherit it
+        # Worker 0 meets 1.png and 2.jpg, worker 1 meets 4.png: no file is first read by both at once.
+        loader = DataLoader(ds, batch_sampler=[[0, 1, 2], [3, 4]], num_workers=2, multiprocessing_context="fork")
+        epochs = [[labels.tolist() for _, labels, _ in loader] for _ in range(2)]
+    assert epochs == [[[0, 1, 1], [1, 0]]] * 2
+    assert ds.num_broken == 3 and len(log.read_text().splitlines()) == 3
+
+
+def test_broken_count_crosses_spawn(broken_folder):
+    ds = folder(broken_folder)
+    # What spawn does to hand a dataset to a worker, without the seconds of starting one.
+    other = pickle.loads(multiprocessing.reduction.ForkingPickler.dumps(ds))
+    with pytest.warns(UserWarning, match="broken image"):
+        other[1]
+    assert ds.num_broken == other.num_broken == 2
+
+
+# ---------------------------------------------------------------- reading and cropping
+
+
+@pytest.mark.parametrize(
+    ("mode", "color", "rgb"),
+    [
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (77, 0), (77, 77, 77)),
+        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+        ("P", 0, (9, 8, 7)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 0x8000, (128, 128, 128)),
+        ("I;16B", 0xFFFF, (255, 255, 255)),
+        ("I", 70_000, (255, 255, 255)),
+        ("I", 0x8000, (128, 128, 128)),
+        ("F", 0.2, (51, 51, 51)),
+        ("F", 200.0, (200, 200, 200)),
+    ],
+)
+def test_modes_become_rgb(tmp_path, mode, color, rgb):
+    image = Image.new(mode, (9, 12), color)
+    if mode == "P":
+        image.putpalette([9, 8, 7] * 256)
+    path = tmp_path / ("0.tif" if mode in ("CMYK", "I", "I;16B", "F") else "0.png")
+    image.save(path, **({"transparency": bytes([0] * 256)} if mode == "P" else {}))
+    with Image.open(path) as stored:
+        assert stored.mode == mode
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = folder(tmp_path)[0][0]
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8)
+    assert torch.equal(pixels, torch.tensor(rgb, dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
+
+
+def test_float_out_of_range_and_huge_images_are_broken(tmp_path, monkeypatch):
+    for value in (-1.0, 300.0, float("nan")):
+        save(tmp_path / "0.tif", color=value, mode="F")
+        with pytest.raises(ValueError, match="float image"):
+            read_rgb(tmp_path / "0.tif")
+    save(tmp_path / "1.png", size=(8, 8))
+    save(tmp_path / "2.png", size=(100, 100))
+    (tmp_path / "0.tif").unlink()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.warns(UserWarning, match="2.png.*DecompressionBombError"):
+        ds = folder(tmp_path)
+        assert ds[1][2] == 1 and ds.num_broken == 1
+
+
+def test_exif_orientation_is_not_applied(tmp_path):
+    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
+    pixels[:, :4] = 255
+    image = Image.fromarray(pixels)
+    image.getexif()[0x0112] = 6
+    image.save(tmp_path / "0.png", exif=image.getexif())
+    assert np.array_equal(folder(tmp_path)[0][0].permute(1, 2, 0), pixels)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 13), (14, 8)])
+def test_crop_at_native_size_is_a_slice(shape):
+    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
+    top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels[top : top + 8, left : left + 8])
+
+
+def test_crop_at_twice_the_size_is_a_box_mean():
+    pixels = RNG.integers(0, 64, (16, 24, 3), dtype=np.uint8) * 4  # multiples of 4: the mean of 4 is whole
+    mean = pixels.reshape(8, 2, 12, 2, 3).mean((1, 3))
+    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), mean[:, 2:10])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (13, 9), (31, 17), (20, 45), (100, 33)])
+def test_crop_equals_scaling_the_whole_image(size):
+    image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    whole = image
+    while min(whole.size) >= 16:
+        whole = whole.resize(tuple(side // 2 for side in whole.size), Image.BOX)
+    whole = whole.resize(tuple(round(side * 8 / min(whole.size)) for side in whole.size), Image.BICUBIC)
+    rows, columns = ((side - 8) // 2 for side in (whole.height, whole.width))
+    expected = np.asarray(whole, dtype=int)[rows : rows + 8, columns : columns + 8]
+    assert np.abs(np.asarray(center_crop(image, 8), dtype=int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (5, 5), (37, 90), (64, 64)])
+def test_crop_keeps_constant_images(size):
+    image = center_crop(Image.new("RGB", size, (3, 141, 250)), 16)
+    assert image.size == (16, 16) and image.getcolors() == [(256, (3, 141, 250))]
+
+
+# ---------------------------------------------------------------- sampler
+
+
+def batches(n, batch_size, seed=0, epoch=0, start_batch=0, **kwargs):
+    sampler = EpochSampler(n, batch_size, seed, **kwargs)
+    sampler.set_epoch(epoch, start_batch)
+    return list(sampler)
+
+
+def test_sampler_walks_one_permutation():
+    epoch = batches(23, 4, seed=5, epoch=2)
+    assert len(epoch) == len(EpochSampler(23, 4, 5)) == 5 and all(len(batch) == 4 for batch in epoch)
+    expected = np.random.default_rng([5, 2]).permutation(23)[:20]
+    assert sum(epoch, []) == expected.tolist() and len(set(expected)) == 20
+    assert epoch == batches(23, 4, seed=5, epoch=2)
+    assert epoch != batches(23, 4, seed=5, epoch=3) and epoch != batches(23, 4, seed=6, epoch=2)
+    assert all(type(i) is int for i in epoch[0])
+
+
+def test_ranks_together_see_the_batches_of_one_process():
+    one = batches(50, 12, seed=1, epoch=4)
+    ranks = [batches(50, 4, seed=1, epoch=4, rank=rank, world_size=3) for rank in range(3)]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == one
+
+
+def test_start_batch_gives_the_tail():
+    epoch = batches(23, 4)
+    assert all(batches(23, 4, start_batch=k) == epoch[k:] for k in range(6))
+    sampler = EpochSampler(23, 4, 0)
+    sampler.set_epoch(0, 3)
+    sampler.set_epoch(1)  # the next epoch is whole again
+    assert len(list(sampler)) == 5
+    with pytest.raises(ValueError, match="start_batch is 6"):
+        sampler.set_epoch(0, 6)
+
+
+def test_sampler_bad_arguments():
+    with pytest.raises(ValueError, match="7 images .* 8 .*--batch_size"):
+        EpochSampler(7, 4, 0, world_size=2)
+    assert len(EpochSampler(8, 4, 0, world_size=2)) == 1
+    for batch_size, seed in ((0, 0), (4, -1)):
+        with pytest.raises(ValueError, match="expected at least"):
+            EpochSampler(7, batch_size, seed)
+
+
+def test_sampler_feeds_a_loader():
+    ds = build_dataset("digits")
+    sampler = EpochSampler(len(ds), 256, 0)
+    seen = [index.tolist() for _, _, index in DataLoader(ds, batch_sampler=sampler)]
+    assert seen == list(sampler) and len(seen) == 7

@@ -1,0 +1,109 @@
+"""Command lines from dataclasses: one flag a field, with its help, range and choices standing on the field."""
+
+import argparse
+import dataclasses
+import math
+import sys
+import types
+import typing
+
+
+def flag(default, help, *, low=None, high=None, choices=None, type=None, metavar=None):
+    """A dataclass field that is also a command-line flag; low and high are inclusive bounds of a number."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "type": type, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse, with errors of one line and exit code 2 instead of a page of usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def make_parser(prog: str, description: str, *configs) -> argparse.ArgumentParser:
+    """A parser with one flag for each `flag` field of the dataclasses; a field in two of them is one flag.
+
+    Flags not given are absent from the result, so that a preset or a checkpoint can fill them in.
+    """
+    parser = _OneLineParser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    seen = set()
+    for config in configs:
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            if "help" in field.metadata and field.name not in seen:
+                seen.add(field.name)
+                _add_flag(parser, field, hints[field.name])
+    return parser
+
+
+def _add_flag(parser, field, hint):
+    meta = field.metadata
+    text = meta["help"] + ("" if field.default in (None, "", False) else f" (default: {field.default})")
+    text = text.replace("%", "%%")
+    if hint is bool:
+        parser.add_argument(f"--{field.name}", action="store_true", help=text)
+        parser.add_argument(
+            f"--no_{field.name}",
+            f"--no-{field.name}",
+            dest=field.name,
+            action="store_false",
+            help=f"the opposite of --{field.name}" if field.default else argparse.SUPPRESS,
+        )
+        return
+    kind = meta["type"] or _plain_type(hint)
+    choices = list(meta["choices"]) if meta["choices"] is not None else None
+    shown = meta["metavar"] or ("{" + ",".join(choices) + "}" if choices else kind.__name__.upper())
+    parser.add_argument(f"--{field.name}", type=_checked(kind, meta["low"], meta["high"], choices), metavar=shown, help=text)
+
+
+def _plain_type(hint):
+    """The type inside `X | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def _checked(kind, low, high, choices):
+    names = {int: "a whole number", float: "a number", str: "a text"}
+    lower = "" if low is None else f" of at least {low}"
+    upper = "" if high is None else f"{' and' if lower else ' of'} at most {high}"
+
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be {names[kind]}{lower}{upper}") from None
+        if choices is not None and value not in choices:
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be one of {', '.join(map(str, choices))}")
+        bad = isinstance(value, float) and not math.isfinite(value)
+        if bad or (low is not None and value < low) or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be {names[kind]}{lower}{upper}")
+        return value
+
+    return convert
+
+
+def pick(config_class, values: dict, **more):
+    """An instance of the dataclass from those of the values that are its fields."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(**{k: v for k, v in {**values, **more}.items() if k in names})
+
+
+def defaults(*configs) -> dict:
+    """Default of every flag of the dataclasses; of a field in two of them the first counts."""
+    result = {}
+    for config in configs:
+        for field in dataclasses.fields(config):
+            if "help" in field.metadata:
+                result.setdefault(field.name, field.default)
+    return result
+
+
+def run_main(main, argv=None) -> int:
+    """Exit code of main(argv): a ValueError, which is the user's, becomes one line on stderr and code 2."""
+    try:
+        return main(argv)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

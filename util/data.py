@@ -1,0 +1,254 @@
+"""Image datasets and the order in which training visits them.
+
+Every dataset gives ``ds[i] -> (image uint8 (C, H, W), label int, i int)`` and carries ``classes``, ``num_classes``,
+``channels``, ``img_size``, ``flip`` (may an image be mirrored?), ``broken`` and ``num_broken``. Nothing here is random
+but the permutation of `EpochSampler`: the training loop flips images itself, from per-sample seeds.
+"""
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+
+
+class ImageDataset(Dataset):
+    """What all datasets share; sub-classes read image `i` in `__getitem__`."""
+
+    def __init__(self, num_images: int, classes: list[str], channels: int, img_size: int, flip: bool):
+        self.classes = list(classes)
+        self.num_classes = len(classes)  # 1 for unconditional data
+        self.channels = channels
+        self.img_size = img_size
+        self.flip = flip
+        # One flag an image, in shared memory, so that what a DataLoader worker meets (fork or spawn) is seen here too.
+        self.broken = torch.zeros(num_images, dtype=torch.uint8).share_memory_()
+
+    @property
+    def num_broken(self) -> int:
+        """Number of unreadable images met so far by this process and its DataLoader workers."""
+        return int(self.broken.sum())
+
+    def __len__(self) -> int:
+        return len(self.broken)
+
+    def _index(self, i: int) -> int:
+        # IndexError is what ends `for image, label, i in dataset`.
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of a dataset of {len(self)} images")
+        return int(i)
+
+
+class MemoryDataset(ImageDataset):
+    """Images held as one uint8 tensor (N, C, H, H), labels as N ints."""
+
+    def __init__(self, images: torch.Tensor, labels, classes: list[str], flip: bool):
+        super().__init__(len(images), classes, images.shape[1], images.shape[2], flip)
+        self.images = images.contiguous()
+        self.labels = torch.as_tensor(labels, dtype=torch.long)
+        assert images.dtype == torch.uint8 and len(self.labels) == len(images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        i = self._index(i)
+        return self.images[i], int(self.labels[i]), i
+
+
+class FolderDataset(ImageDataset):
+    """Image files, read as RGB and center-cropped to (3, img_size, img_size).
+
+    A file that cannot be read is named in one warning, and from then on the next readable file (in dataset order, from
+    the end back to the start) stands in for it, with its own label. No readable file at all: ValueError.
+    """
+
+    def __init__(self, folder: Path, samples: list[tuple[str, int]], classes: list[str], img_size: int):
+        super().__init__(len(samples), classes, 3, img_size, flip=True)
+        self.folder = folder
+        self.samples = samples
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        i = self._index(i)
+        for k in itertools.chain(range(i, len(self)), range(i)):
+            if self.broken[k]:
+                continue
+            path, label = self.samples[k]
+            try:
+                image = center_crop(read_rgb(path), self.img_size)
+            except Exception as error:  # damaged files make PIL leak almost any type: struct, zlib, IndexError, ...
+                self.broken[k] = 1
+                warnings.warn(f"broken image skipped: {path} ({_one_line(error)})", stacklevel=2)
+                continue
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label, i
+        raise ValueError(f"no readable image in {self.folder}: all {len(self)} files are broken")
+
+
+def read_rgb(path: str) -> Image.Image:
+    """Read an image file of any mode as 8-bit RGB; 16-bit values are divided by 256, float ones span 0..1 or 0..255.
+
+    EXIF orientation is not applied (as in ADM and MAR). Raises whatever PIL raises on damaged files, and ValueError on
+    float images out of range.
+    """
+    with Image.open(path) as image:
+        image.load()
+        if image.mode.startswith("I"):  # I;16, I;16B, I: PIL's own conversion clips at 255 instead of scaling
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        elif image.mode == "F":
+            values = np.asarray(image)
+            low, high = values.min(), values.max()
+            if not (low >= 0 and high <= 255):  # so written, NaN is refused as well
+                raise ValueError(f"float image with values in [{low}, {high}], expected 0..1 or 0..255")
+            image = Image.fromarray((values * (255 if high <= 1 else 1)).round().astype(np.uint8))
+        elif image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")  # the same colours; straight to RGB makes PIL warn about each file
+        return image.convert("RGB")
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side of an image to `size` pixels and cut out the central (size, size) square (ADM)."""
+    while min(image.size) >= 2 * size:  # box halving first: bicubic alone would leave aliasing
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    # Only the cropped part of the (width, height) image is computed: a 1 x 10,000 strip would be gigabytes otherwise.
+    sx, sy = image.width / width, image.height / height
+    box = (left * sx, top * sy, min((left + size) * sx, image.width), min((top + size) * sy, image.height))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def build_digits(*, data_path=None, img_size=None, split="train", download=True) -> MemoryDataset:
+    """scikit-learn's 1,797 scanned digits (1, 8, 8); there is one split, "train"; ValueError for another or size."""
+    from sklearn.datasets import load_digits
+
+    _check_native_size("digits", img_size, 8)
+    if split != "train":
+        raise ValueError(f"digits has no {split!r} split, only 'train'")
+    digits = load_digits()
+    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    return MemoryDataset(images, digits.target, [str(name) for name in digits.target_names], flip=False)
+
+
+def build_torchvision(
+    source: str, size: int, flip: bool, layout: str, *, data_path=None, img_size=None, split="train", download=True
+) -> MemoryDataset:
+    """torchvision's data set `source` of native `size`, from `data_path` (./data), downloaded there when missing.
+
+    ValueError when it can neither be read nor downloaded.
+    """
+    _check_native_size(source, img_size, size)
+    root = Path(data_path or "./data").expanduser()
+    try:
+        raw = getattr(torchvision.datasets, source)(str(root), train=split == "train", download=download)
+    except Exception as error:  # no network, full disk, half-extracted files: all the same to the user
+        action = "download or read" if download else "read"
+        remedy = f"put torchvision's files at {root / layout}, or give the folder that holds {layout} as data_path"
+        raise ValueError(f"cannot {action} {source} in {root} ({_one_line(error)}): {remedy}") from error
+    images = torch.as_tensor(raw.data)
+    images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)  # (N, C, H, W)
+    return MemoryDataset(images, raw.targets, raw.classes, flip)
+
+
+def build_imagefolder(*, data_path=None, img_size=None, split="train", download=True) -> FolderDataset:
+    """Images below `data_path/<split>/<class>/`, or `data_path/<class>/` for train; img_size in pixels (256).
+
+    A folder with images directly inside and none in sub-folders is one class. Empty class folders are named in a
+    warning and are no class. ValueError: no such folder, no image, no readable image.
+    """
+    img_size = 256 if img_size is None else img_size
+    if img_size < 1:
+        raise ValueError(f"img_size is {img_size}, expected at least 1")
+    if not data_path:
+        raise ValueError("imagefolder needs data_path: a folder with train/<class>/*, <class>/* or plain images")
+    folder = Path(data_path).expanduser() / split
+    if split == "train" and not folder.is_dir():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"no image folder at {folder}")
+
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    names = [entry.name for entry in entries if entry.is_dir()]
+    loose = [e.path for e in entries if e.is_file() and has_file_allowed_extension(e.name, IMG_EXTENSIONS)]
+    found = {name: make_dataset(folder, {name: 0}, IMG_EXTENSIONS, allow_empty=True) for name in names}
+    classes = [name for name in names if found[name]]
+    if classes:
+        samples = [(path, label) for label, name in enumerate(classes) for path, _ in found[name]]
+        if len(classes) < len(names):
+            empty = ", ".join(name for name in names if not found[name])
+            warnings.warn(f"class folders without images are ignored in {folder}: {empty}", stacklevel=2)
+        if loose:
+            warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=2)
+    elif loose:
+        classes, samples = ["all"], [(path, 0) for path in loose]
+    else:
+        raise ValueError(f"no images in {folder}, expected <class>/* or plain files with {' '.join(IMG_EXTENSIONS)}")
+    dataset = FolderDataset(folder, samples, classes, img_size)
+    dataset[0]  # nothing readable is found out here, in one line, not inside a DataLoader worker
+    return dataset
+
+
+DATASETS = {
+    "digits": build_digits,
+    "cifar10": partial(build_torchvision, "CIFAR10", 32, True, "cifar-10-batches-py/*"),
+    "mnist": partial(build_torchvision, "MNIST", 28, False, "MNIST/raw/*-ubyte"),
+    "fashion_mnist": partial(build_torchvision, "FashionMNIST", 28, True, "FashionMNIST/raw/*-ubyte"),
+    "imagefolder": build_imagefolder,
+}
+
+
+def build_dataset(name: str, *, data_path=None, img_size=None, split="train", download=True) -> ImageDataset:
+    """The dataset `name` of DATASETS at img_size pixels (None: its own size); anything unusable raises ValueError."""
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}, expected one of {', '.join(DATASETS)}")
+    if split not in ("train", "val"):
+        raise ValueError(f"unknown split {split!r}, expected train or val")
+    return DATASETS[name](data_path=data_path, img_size=img_size, split=split, download=download)
+
+
+class EpochSampler(Sampler):
+    """Batches of `batch_size` indices for one of `world_size` ranks; all ranks together walk one permutation an epoch.
+
+    The permutation depends on (seed, epoch) only, so that runs resume and one process with the same global batch sees
+    the same batches. An incomplete last batch is dropped; fewer samples than one global batch: ValueError.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+        assert 0 <= rank < world_size
+        if batch_size < 1 or seed < 0:
+            raise ValueError(f"batch_size is {batch_size} and seed {seed}, expected at least 1 and 0")
+        self.global_batch = batch_size * world_size
+        if num_samples < self.global_batch:
+            need = f"{self.global_batch} ({batch_size} x {world_size} processes)"
+            raise ValueError(f"{num_samples} images do not fill one global batch of {need}: lower --batch_size")
+        self.num_samples, self.batch_size, self.seed, self.rank = num_samples, batch_size, seed, rank
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch to iterate next, from its batch `start_batch` in [0, len(self)]."""
+        if not 0 <= start_batch <= len(self):
+            raise ValueError(f"start_batch is {start_batch}, expected 0 to {len(self)}, the batches of an epoch")
+        self.epoch, self.start_batch = epoch, start_batch
+
+    def __len__(self) -> int:
+        return self.num_samples // self.global_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
+        for batch in range(self.start_batch, len(self)):
+            start = batch * self.global_batch + self.rank * self.batch_size
+            yield order[start : start + self.batch_size].tolist()
+
+
+def _check_native_size(name: str, img_size: int | None, native: int) -> None:
+    if img_size not in (None, native):
+        raise ValueError(f"img_size is {img_size}, but {name} images are {native} pixels wide: use {native}")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,101 @@
+"""Processes: who this one is, and the few things they do together. One process without a launcher is rank 0 of 1."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def init(device: torch.device, dist_url: str = "env://", dist_on_itp: bool = False) -> None:
+    """Join the process group that torchrun, SLURM or (with dist_on_itp) Open MPI describes in the environment.
+
+    NCCL on CUDA, gloo elsewhere. Without a launcher nothing happens.
+    """
+    env = os.environ
+    if dist_on_itp:
+        keys = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        if keys[0] not in env:
+            raise ValueError("--dist_on_itp needs Open MPI's environment (OMPI_COMM_WORLD_RANK is not set)")
+        dist_url = f"tcp://{env['MASTER_ADDR']}:{env['MASTER_PORT']}" if dist_url == "env://" else dist_url
+    elif "RANK" in env and "WORLD_SIZE" in env:
+        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1 and "MASTER_ADDR" in env:
+        keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return
+    rank, size = int(env[keys[0]]), int(env[keys[1]])
+    if device.type == "cuda":
+        torch.cuda.set_device(int(env.get(keys[2], 0)))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=dist_url,
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(minutes=30),
+    )
+
+
+def rank() -> int:
+    """This process's number, 0 is the one that prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor summed over processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else CPU. A device that is not there raises ValueError."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        raise ValueError(f"device {name!r} is not available; here: auto, {', '.join(k for k, v in available.items() if v)}")
+    device = torch.device(name)
+    if kind == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Autocast dtype; None is bf16 on CUDA that supports it, else fp32. fp16 anywhere but on CUDA raises ValueError."""
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"dtype fp16 needs CUDA, the device is {device}; valid here: fp32, bf16")
+    return DTYPES[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Autocast at this dtype; float32 means none."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -1,0 +1,70 @@
+"""Optimizer groups, learning rate, exponential moving average of weights."""
+
+import contextlib
+import math
+
+import torch
+from torch import nn
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) without weight decay on biases, norms and the diffusion MLP, as published."""
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            no_decay = parameter.ndim <= 1 or name.endswith(".bias") or "diffloss" in name
+            (plain if no_decay else decay).append(parameter)
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+
+
+def lr_at(progress: float, *, lr: float, min_lr: float, schedule: str, warmup_epochs: float, epochs: float) -> float:
+    """Learning rate at `progress` epochs: linear warm-up, then constant, or half a cosine down to min_lr."""
+    if progress < warmup_epochs:
+        return lr * progress / warmup_epochs
+    if schedule == "constant":
+        return lr
+    done = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class EMA:
+    """Averaged copy of a model's parameters, matched by name.
+
+    The rate starts at 2/11 and approaches `rate`, so that a run of a few hundred steps has a usable average too.
+    """
+
+    def __init__(self, model: nn.Module, rate: float):
+        self.rate = rate
+        self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards the model after optimizer step number `step` (1, 2, …)."""
+        rate = min(self.rate, (1 + step) / (10 + step))
+        params = [p.detach().float() for _, p in model.named_parameters()]
+        torch._foreach_lerp_(list(self.weights.values()), params, 1 - rate)
+
+    @contextlib.contextmanager
+    def applied_to(self, model: nn.Module):
+        """The model with the averaged weights inside the block, its own again afterwards."""
+        own = {name: p.detach().clone() for name, p in model.named_parameters()}
+        try:
+            _copy_into(model, self.weights)
+            yield
+        finally:
+            _copy_into(model, own)
+
+    def load(self, weights: dict) -> None:
+        """Take over averaged weights; other names or shapes raise ValueError."""
+        if weights.keys() != self.weights.keys():
+            odd = sorted(weights.keys() ^ self.weights.keys())
+            raise ValueError(f"the averaged weights do not fit the model: {len(odd)} names differ, the first is {odd[0]!r}")
+        for name, value in weights.items():
+            self.weights[name].copy_(value)
+
+
+@torch.no_grad()
+def _copy_into(model, weights):
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])

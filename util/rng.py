@@ -1,0 +1,25 @@
+"""Where every random draw comes from: names and numbers go in, a seed comes out. No hidden state, no stored state.
+
+torch's CPU generator keeps 32 bits of a seed. Training draws are hashed into them; the images of a sampling run are
+numbered inside them, so that no two of a run share a seed.
+"""
+
+import hashlib
+
+import torch
+
+
+def seed_of(*key) -> int:
+    """A 32-bit seed from any ints and strings."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=4).digest(), "little")
+
+
+def image_seeds(seed: int, indices) -> list[int]:
+    """Seeds of the images `indices` of the sampling run `seed`; distinct within the run."""
+    start = seed_of("image", seed)
+    return [(start + int(i)) % 2**32 for i in indices]
+
+
+def generator(seed: int) -> torch.Generator:
+    """A CPU generator at this seed."""
+    return torch.Generator().manual_seed(int(seed))

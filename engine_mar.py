@@ -5,18 +5,23 @@ K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is u
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from heads.rules import StepState
 from models.mar import MAR
 from models.masking import TrainingDraws, training_draws
 from util import dist
+from util.checkpoint import weights_hash
 from util.dist import autocast
+from util.evaluation import score
+from util.images import PNGFolder, image_path, is_readable, prepare_folder, save_png, to_uint8
 from util.optim import EMA, lr_at
-from util.rng import generator, seed_of
+from util.rng import generator, image_seeds, seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
 
@@ -145,6 +150,66 @@ def _draw_noise(generators, rows, num_steps, channels):
     return torch.cat(parts, dim=1)
 
 
+@torch.no_grad()
+def sample_images(mar, tokenizer, sampling, labels, seed: int, folder: Path, *, batch_size, device, dtype) -> dict:
+    """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
+
+    Image i depends on (seed, i), its label, the weights and the settings only; these stand in folder/run.json, and
+    files of another run are removed. A batch whose files are all there and whole is skipped, any other is made again
+    whole. Returns {weights (their hash), num_made, seconds, images_per_second}, summed over processes.
+    """
+    rules = sampling.rules()
+    run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
+    run["weights"] = weights_hash(mar.state_dict())
+    if dist.is_main():
+        prepare_folder(folder, run)
+    dist.barrier()
+    batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
+    mine = batches[dist.rank() :: dist.world_size()]
+    mine = [batch for batch in mine if not all(is_readable(image_path(folder, i)) for i in batch)]
+    num_made, began = 0, time.perf_counter()
+    quiet = not (mine and dist.is_main())
+    with tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False) as progress:
+        for batch in mine:
+            with autocast(device, dtype):
+                latents = generate(
+                    mar,
+                    torch.tensor([labels[i] for i in batch]),
+                    rules,
+                    num_iter=sampling.num_iter,
+                    num_steps=int(sampling.num_sampling_steps),
+                    seeds=image_seeds(seed, batch),
+                    callback=lambda step, *_: progress.set_postfix_str(f"step {step + 1}/{sampling.num_iter}"),
+                    solver=sampling.solver,
+                    clip=tokenizer.clip,
+                )
+            for i, image in zip(batch, to_uint8(tokenizer.decode(latents))):
+                save_png(image_path(folder, i), image)
+            num_made += len(batch)
+            progress.update(len(batch))
+    seconds = time.perf_counter() - began
+    made, rate = dist.all_sum(torch.tensor([num_made, num_made / seconds], device=device)).tolist()
+    dist.barrier()
+    found = {"weights": run["weights"], "num_made": int(made), "seconds": round(seconds, 3)}
+    return {**found, "images_per_second": round(rate, 3)}
+
+
+def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, folder, *, device, dtype) -> dict:
+    """`sample_images`, then (on the first process) samples.npz and the metrics: its figures and {metrics}.
+
+    reference is the data set that the images are compared with, None with --metrics none.
+    """
+    options = dict(batch_size=evaluation.eval_bsz, device=device, dtype=dtype)
+    found = sample_images(mar, tokenizer, sampling, labels, seed, folder, **options)
+    found["metrics"] = {}
+    if dist.is_main():
+        images = PNGFolder(folder, len(labels))
+        images.save_npz(labels)
+        found["metrics"] = score(images, labels, reference, evaluation, device)
+    dist.barrier()
+    return found
+
+
 class TrainingLoss(nn.Module):
     """What DistributedDataParallel wraps: one forward pass that returns every loss."""
 
@@ -184,7 +249,7 @@ class TrainState:
     stop_signal: int = 0  # number of the signal that asked to stop, or 0
 
 
-def train_one_epoch(state: TrainState, loader, epoch: int, start_batch: int, args, flip: bool, progress, writer) -> bool:
+def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: bool, progress, writer) -> bool:
     """Run the epoch's batches from start_batch on; False if a signal asked to stop (the step is finished first).
 
     args is main_mar.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
@@ -207,10 +272,9 @@ def train_one_epoch(state: TrainState, loader, epoch: int, start_batch: int, arg
         grad_norm = _optimizer_step(state, args.grad_clip)
 
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
-        names = list(terms)
-        values = torch.stack([terms[n] for n in names] + [torch.tensor(float(state.stop_signal > 0), device=state.device)])
-        *means, stop = (dist.all_sum(values) / dist.world_size()).tolist()
-        record = dict(zip(names, means), grad_norm=grad_norm, lr=lr)
+        stop = torch.tensor(float(state.stop_signal > 0), device=state.device)
+        *means, stop = (dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()).tolist()
+        record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
         record["images_per_second"] = len(images) * dist.world_size() / (time.perf_counter() - began)
         if writer is not None:
             for name, value in record.items():
@@ -244,7 +308,8 @@ def _forward_backward(state, images, labels, indices, args, flip):
     num_rows = dist.all_sum(num_rows) / dist.world_size()
     torch.manual_seed(seed_of("dropout", args.seed, state.step, dist.rank()))
     totals = {}
-    for i, (draw, pixels, label) in enumerate(zip(draws, _split(images, args.accum_iter), _split(labels, args.accum_iter))):
+    parts = zip(draws, _split(images, args.accum_iter), _split(labels, args.accum_iter))
+    for i, (draw, pixels, label) in enumerate(parts):
         draw = draw.to(state.device)
         tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), draw.flip if flip else None)
         label = torch.where(draw.drop, -1, label.to(state.device, non_blocking=True))

@@ -30,9 +30,7 @@ def predict_x_start(schedule, x_t, t, eps):
 
 def posterior_mean(schedule, x_start, x_t, t):
     """Mean (N, C) of q(x_{t−1} | x_t, x₀)."""
-    return (
-        _rows(schedule, "posterior_mean_coef_x0", t) * x_start + _rows(schedule, "posterior_mean_coef_xt", t) * x_t
-    )
+    return _rows(schedule, "posterior_mean_coef_x0", t) * x_start + _rows(schedule, "posterior_mean_coef_xt", t) * x_t
 
 
 def log_variance(schedule, v, t):

@@ -15,7 +15,7 @@ from diffusion import gaussian
 
 
 def ddpm(predict, schedule, noise, tau, clip):
-    """Ancestral sampling (DDPM Alg. 2) with learned variances; tau multiplies the posterior noise (MAR, section 3.2)."""
+    """Ancestral sampling (DDPM Alg. 2), learned variances; tau multiplies the posterior noise (MAR, section 3.2)."""
     x = noise[0]
     for draw, i in enumerate(reversed(range(len(schedule))), start=1):
         eps, v = predict(x, i)

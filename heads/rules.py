@@ -30,7 +30,7 @@ class RuleOptions:
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
 
     def __post_init__(self):
-        self.interval  # a wrong text is an error now, not at the first step
+        _ = self.interval  # a wrong text is an error now, not at the first step
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -103,7 +103,9 @@ def _per_token(value, mask):
 def hard_topk(scores: torch.Tensor, k: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """(B, L) bool: the k (B,) highest scores (B, L) among valid (B, L), for all images at once; ties go by position."""
     order = torch.argsort(scores.masked_fill(~valid, -math.inf), dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return (rank < k.unsqueeze(1)) & valid
 
 

@@ -126,7 +126,7 @@ class MAR(nn.Module):
         )
 
     def _init_weights(self):
-        for name, parameter in self.named_parameters(recurse=False):
+        for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
         nn.init.normal_(self.class_emb.weight, std=0.02)
         for module in self.modules():

@@ -75,6 +75,6 @@ def training_draws(
 
 
 def mask_ratio(uniform: float, minimum: float) -> float:
-    """A draw of the normal distribution with mean 1 and std 0.25 truncated to [minimum, 1] (MAGE, MAR), by its inverse."""
+    """A draw, by its inverse, of the normal distribution (mean 1, std 0.25) truncated to [minimum, 1] (MAGE, MAR)."""
     low = ndtr((minimum - 1.0) / 0.25)
     return float(min(max(1.0 + 0.25 * ndtri(low + uniform * (0.5 - low)), minimum), 1.0))

@@ -54,7 +54,9 @@ def _add_flag(parser, field, hint):
     kind = meta["type"] or _plain_type(hint)
     choices = list(meta["choices"]) if meta["choices"] is not None else None
     shown = meta["metavar"] or ("{" + ",".join(choices) + "}" if choices else kind.__name__.upper())
-    parser.add_argument(f"--{field.name}", type=_checked(kind, meta["low"], meta["high"], choices), metavar=shown, help=text)
+    parser.add_argument(
+        f"--{field.name}", type=_checked(kind, meta["low"], meta["high"], choices), metavar=shown, help=text
+    )
 
 
 def _plain_type(hint):

@@ -1,5 +1,6 @@
 """Processes: who this one is, and the few things they do together. One process without a launcher is rank 0 of 1."""
 
+import contextlib
 import datetime
 import os
 
@@ -63,6 +64,18 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def main_first():
+    """The block runs on the first process before it runs on the others: what it downloads, they find."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:  # also on error, which the others then meet themselves instead of waiting
+        if is_main():
+            barrier()
+
+
 def shutdown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -75,7 +88,9 @@ def pick_device(name: str) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     kind = name.split(":")[0]
     if not available.get(kind, False):
-        raise ValueError(f"device {name!r} is not available; here: auto, {', '.join(k for k, v in available.items() if v)}")
+        raise ValueError(
+            f"device {name!r} is not available; here: auto, {', '.join(k for k, v in available.items() if v)}"
+        )
     device = torch.device(name)
     if kind == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -76,8 +76,9 @@ def load_digit_classifier(path=DIGITS_WEIGHTS) -> DigitClassifier:
     """The committed digit classifier (or another .npz of its state dict), in eval mode on the CPU."""
     with np.load(path, allow_pickle=False) as arrays:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    net = DigitClassifier()
-    net.load_state_dict(state)
+    with torch.device("meta"):  # no initial weights, which would draw random numbers
+        net = DigitClassifier()
+    net.load_state_dict(state, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -210,9 +211,8 @@ def compute_metrics(
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
         if n < METRICS[name][0]:
-            raise ValueError(
-                f"{name} needs {METRICS[name][0]} images of each kind, got {len(images)}, {len(reference)}"
-            )
+            counts = f"{len(images)} generated and {len(reference)} reference images"
+            raise ValueError(f"{name} needs at least {METRICS[name][0]} of each, got {counts}")
     path = check_features(features, weights)
     extractor, layer, logits_layer, _ = FEATURES[features]
     import torch_fidelity
@@ -262,7 +262,7 @@ def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
 def metrics_line(d) -> str:
     """One line for people from the figures of compute_metrics and digit_metrics, those that are in `d`."""
     parts = {
-        "fid": "FID {fid:.2f}",
+        "fid": "FID {fid:.3f}",
         "is_mean": "IS {is_mean:.2f}±{is_std:.2f}",
         "kid_mean": "KID {kid_mean:.4f}",
         "precision": "precision {precision:.2f}",

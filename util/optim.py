@@ -59,7 +59,9 @@ class EMA:
         """Take over averaged weights; other names or shapes raise ValueError."""
         if weights.keys() != self.weights.keys():
             odd = sorted(weights.keys() ^ self.weights.keys())
-            raise ValueError(f"the averaged weights do not fit the model: {len(odd)} names differ, the first is {odd[0]!r}")
+            raise ValueError(
+                f"the averaged weights do not fit the model: {len(odd)} names differ, the first is {odd[0]!r}"
+            )
         for name, value in weights.items():
             self.weights[name].copy_(value)
 

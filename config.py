@@ -1,0 +1,119 @@
+"""What the training command line means: its flags, the presets, and how they become one resolved configuration."""
+
+from dataclasses import dataclass, replace
+
+from heads.policy import SampleConfig
+from models.mar import MAR_CONFIGS, MARConfig
+from util import dist
+from util.args import defaults, flag
+from util.data import DATASETS
+from util.evaluation import EvalConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Data, optimisation and housekeeping of a training run."""
+
+    preset: str | None = flag(None, "defaults of a known setting; flags given by hand win")
+    data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
+    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    tokenizer: str | None = flag(None, "what turns images into latents: pixel, kl16 (default: kl16 for imagefolder)")
+    vae_path: str | None = flag(None, "weights of the KL-16 autoencoder")
+    use_cached: bool = flag(False, "train on cached latents")
+    cached_path: str = flag("", "folder of the cached latents")
+    num_workers: int = flag(10, "processes that load images", low=0)
+    pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
+
+    model: str = flag("mar_large", "model size", choices=MAR_CONFIGS)
+    batch_size: int = flag(16, "images a step and process (with accum_iter: at a time)", low=1)
+    accum_iter: int = flag(1, "batches whose gradients are added up to one step", low=1)
+    epochs: int = flag(400, "passes over the data", low=1)
+    lr: float | None = flag(None, "learning rate (default: blr · global batch / 256)", low=0)
+    blr: float = flag(1e-4, "base learning rate, for a global batch of 256", low=0)
+    min_lr: float = flag(0.0, "where the cosine schedule ends", low=0)
+    lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
+    warmup_epochs: float = flag(100, "epochs of linear warm-up", low=0)
+    weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
+    ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
+    grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
+    mask_ratio_per_image: bool = flag(False, "draw a mask ratio for each image instead of each batch")
+
+    eval_freq: int = flag(40, "epochs between sample grids (and metrics, with --online_eval)", low=1)
+    save_last_freq: int = flag(5, "epochs between checkpoints", low=1)
+    online_eval: bool = flag(False, "compute the metrics during training")
+    evaluate: bool = flag(False, "sample and compute the metrics of the checkpoint in --resume, without training")
+    output_dir: str = flag("./output_dir", "where checkpoints and pictures go")
+    log_dir: str | None = flag(None, "where TensorBoard's files go (default: output_dir)")
+    resume: str = flag("", "folder or file to continue from; without a checkpoint there, a fresh start")
+    init_from: str = flag("", "folder or file whose weights start a new run")
+    start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
+    seed: int = flag(1, "seed of everything random", low=0)
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
+    dry_run: bool = flag(False, "print the resolved configuration and stop")
+
+    world_size: int = flag(1, "set by the launcher; here for MAR's command lines", low=1)
+    local_rank: int = flag(-1, "set by the launcher; here for MAR's command lines")
+    dist_url: str = flag("env://", "where processes meet")
+    dist_on_itp: bool = flag(False, "read ranks from Open MPI's environment")
+
+
+CONFIGS = (TrainConfig, SampleConfig, EvalConfig, MARConfig)
+# where MAR's command line and its constructor disagree, the command line counts
+_CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
+_PIXELS = dict(tokenizer="pixel", model="mar_tiny", vae_stride=1, num_workers=0, label_drop_prob=0.1, buffer_size=4)
+_PIXELS |= dict(diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4, attn_dropout=0.0, proj_dropout=0.0)
+_PIXELS |= dict(batch_size=64, blr=4e-3, lr_schedule="cosine", ema_rate=0.999, num_sampling_steps="25", num_iter=8)
+_GREY_28 = _PIXELS | dict(img_size=28, patch_size=2, vae_embed_dim=1, epochs=40, warmup_epochs=1, num_images=10000)
+_IMAGENET = dict(data="imagefolder", epochs=800, warmup_epochs=100, batch_size=64, diffusion_batch_mul=4)
+_IMAGENET |= dict(num_iter=256, eval_bsz=256, temperature=1.0)
+PRESETS = {
+    "digits": _PIXELS
+    | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=150, warmup_epochs=5)
+    | dict(cfg=1.5, num_images=1800, eval_bsz=300, eval_freq=50, save_last_freq=50, features="digits"),
+    "mnist": _GREY_28 | dict(data="mnist"),
+    "fashion_mnist": _GREY_28 | dict(data="fashion_mnist"),
+    "cifar10": _PIXELS
+    | dict(data="cifar10", img_size=32, patch_size=2, vae_embed_dim=3, epochs=100, warmup_epochs=2, num_images=10000),
+    "mar_base": _IMAGENET | dict(model="mar_base", diffloss_d=6, diffloss_w=1024, cfg=2.9),  # published FID 2.31
+    "mar_large": _IMAGENET | dict(model="mar_large", diffloss_d=8, diffloss_w=1280, cfg=3.0),  # published FID 1.78
+    "mar_huge": _IMAGENET | dict(model="mar_huge", diffloss_d=12, diffloss_w=1536, cfg=3.2),  # published FID 1.55
+}
+
+
+def resolve(given: dict) -> dict:
+    """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order.
+
+    MAR's commands never pass --data: what they do pass implies the image folder and the published defaults.
+    """
+    preset = given.get("preset")
+    if preset is None:
+        published = any(given.get(k) for k in ("data_path", "use_cached", "vae_path"))
+        published |= given.get("model", "mar_tiny") != "mar_tiny"
+        preset = given.get("data", None if published else "digits")
+    elif preset not in PRESETS:
+        raise ValueError(f"unknown --preset {preset!r}; valid: {', '.join(PRESETS)}")
+    values = {**defaults(*CONFIGS), **_CLI_DEFAULTS, **PRESETS.get(preset, {}), **given}
+    values["preset"] = preset if preset in PRESETS else None
+    values["data"] = values["data"] or "imagefolder"
+    values["tokenizer"] = values["tokenizer"] or "kl16"
+    if values["tokenizer"] == "pixel":  # the image itself decides these
+        values["vae_stride"] = given.get("vae_stride", 1)
+        values["vae_embed_dim"] = given.get("vae_embed_dim", PRESETS.get(values["data"], {}).get("vae_embed_dim", 3))
+    if values["lr"] is None:
+        values["lr"] = values["blr"] * values["batch_size"] * values["accum_iter"] * dist.world_size() / 256
+    values["log_dir"] = values["log_dir"] or values["output_dir"]
+    if values["min_lr"] > values["lr"]:
+        raise ValueError(f"--min_lr {values['min_lr']:g} must be at most the learning rate {values['lr']:g}")
+    if values["resume"] and values["init_from"]:
+        raise ValueError("--resume and --init_from exclude each other: continue a run, or start one from its weights")
+    if values["evaluate"] and not values["resume"]:
+        raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
+    return values
+
+
+def mar_config(values: dict) -> MARConfig:
+    """The model's configuration: the row of --model with what the flags say about the rest."""
+    flags = {k: values[k] for k in defaults(MARConfig)}
+    return replace(MAR_CONFIGS[values["model"]], **flags)

@@ -1,0 +1,279 @@
+"""Train MAR, or evaluate a checkpoint with --evaluate. `python main_mar.py --help` lists the flags.
+
+MAR's flags keep their published spelling, default and meaning; --preset fills in the defaults of a known setting.
+"""
+
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from config import CONFIGS, TrainConfig, mar_config, resolve
+from engine_mar import TrainingLoss, TrainState, evaluate, sample_images, train_one_epoch
+from heads.policy import SampleConfig
+from models.mar import MAR
+from models.tokenizers import build_tokenizer
+from util import dist
+from util.args import defaults, make_parser, pick, run_main
+from util.checkpoint import checkpoint_path, load_checkpoint, load_weights, save_checkpoint
+from util.data import EpochSampler, build_dataset
+from util.evaluation import EvalConfig
+from util.images import PNGFolder, save_png
+from util.metrics import metrics_line
+from util.optim import EMA, make_optimizer
+
+
+def build_data(values: dict):
+    """The data set, downloaded by the first process where it has to be."""
+    path = values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
+    with dist.main_first():
+        return build_dataset(values["data"], data_path=path, img_size=values["img_size"])
+
+
+def build_model(values: dict, dataset, content: dict | None):
+    """(mar, tokenizer) for these settings, with the class count that the data (or, without data, the weights) have."""
+    if values["use_cached"]:
+        raise ValueError("--use_cached needs a tokenizer with latents to cache; this version has: pixel")
+    options = {"channels": dataset.channels} if values["tokenizer"] == "pixel" else {"vae_path": values["vae_path"]}
+    tokenizer = build_tokenizer(values["tokenizer"], **options)
+    for key, true in (("vae_stride", tokenizer.stride), ("vae_embed_dim", tokenizer.channels)):
+        if values[key] != true:
+            raise ValueError(
+                f"--{key} {values[key]} does not fit the tokenizer {values['tokenizer']}, which has {true}"
+            )
+    if content is not None:
+        trained = len(content["model"]["class_emb.weight"])
+        if trained != dataset.num_classes:
+            raise ValueError(f"the checkpoint has {trained} classes, the data in use have {dataset.num_classes}")
+    config = replace(mar_config(values), class_num=dataset.num_classes)
+    return MAR(config), tokenizer
+
+
+def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: list[str]) -> dict:
+    """What a checkpoint holds, `epoch` being the last finished one; the keys are explained in util/checkpoint.py."""
+    return {
+        "model": state.mar.state_dict(),
+        "model_ema": state.ema.weights,
+        "optimizer": state.optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": state.scaler.state_dict(),
+        "args": values,
+        "heads": {},
+        "heads_ema": {},
+        "config": {
+            "mar": asdict(state.mar.config),
+            "tokenizer": values["tokenizer"],
+            "vae_path": values["vae_path"],
+            "data": {"name": values["data"], "path": values["data_path"], "classes": classes},
+            "sample": {k: values[k] for k in defaults(SampleConfig)},
+            "eval": {k: values[k] for k in defaults(EvalConfig)},
+        },
+        "rng": {"seed": values["seed"], "step": state.step},  # every draw is a function of these two and the sample
+        "step": state.step,
+    }
+
+
+def restore(state: TrainState, content: dict, source, steps_per_epoch: int) -> tuple[int, int]:
+    """Load a checkpoint into the state; (epoch, batch in it) to continue with."""
+    load_weights(state.mar, content["model"], source)
+    state.ema.load(content.get("model_ema", content["model"]))
+    if "optimizer" in content:
+        state.optimizer.load_state_dict(content["optimizer"])
+    if content.get("scaler") and state.scaler.is_enabled():
+        state.scaler.load_state_dict(content["scaler"])
+    epoch = content.get("epoch", -1) + 1
+    state.step = content.get("step", epoch * steps_per_epoch)
+    batch = state.step - epoch * steps_per_epoch
+    return epoch, batch if 0 <= batch < steps_per_epoch else 0  # another batch size: from the epoch's beginning
+
+
+def find_checkpoint(values: dict) -> dict | None:
+    """The content of the checkpoint in --resume or --init_from, None for a fresh start."""
+    source = values["resume"] or values["init_from"]
+    if not source:
+        return None
+    if values["resume"] and not values["evaluate"] and not checkpoint_path(source).is_file():
+        if dist.is_main():
+            print(f"no checkpoint in {source} yet: starting fresh")
+        return None
+    return load_checkpoint(source)
+
+
+def train(values: dict, state: TrainState, dataset, start: tuple[int, int], content_of) -> int:
+    """Epoch after epoch, with checkpoints, sample grids and metrics; 0, or 128 + the signal that ended it."""
+    args = pick(TrainConfig, values)
+    per_process = args.batch_size * args.accum_iter
+    sampler = EpochSampler(len(dataset), per_process, args.seed, dist.rank(), dist.world_size())
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and state.device.type == "cuda",
+    )
+    writer = None
+    if dist.is_main():
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+        writer = SummaryWriter(args.log_dir, purge_step=state.step)
+    first, start_batch = start
+    # Closing the bar late keeps one estimate of the time left for the whole run.
+    progress = tqdm(total=args.epochs * len(sampler), initial=state.step, unit="step", disable=not dist.is_main())
+    progress.set_description("training")
+    began, first_step = time.perf_counter(), state.step
+    for epoch in range(first, args.epochs):
+        sampler.set_epoch(epoch, start_batch)
+        state.module.train()
+        finished = train_one_epoch(state, loader, epoch, start_batch, args, dataset.flip, progress, writer)
+        start_batch = 0
+        last = epoch == args.epochs - 1
+        if not finished or last or (epoch + 1) % args.save_last_freq == 0:
+            if dist.is_main():
+                save_checkpoint(args.output_dir, content_of(epoch if finished else epoch - 1))
+            dist.barrier()
+        if not finished:
+            break
+        if last or (epoch + 1) % args.eval_freq == 0:
+            sample_during_training(values, state, dataset, epoch, writer)
+    progress.close()
+    if writer is not None:
+        writer.close()
+    if not dist.is_main():
+        return 128 + state.stop_signal if state.stop_signal else 0
+    rate = (state.step - first_step) * per_process * dist.world_size() / (time.perf_counter() - began)
+    notes = [f"{dataset.num_broken} broken images were skipped"] if dataset.num_broken else []
+    notes += [f"{state.bad_steps} steps without a finite gradient were skipped"] if state.bad_steps else []
+    where = checkpoint_path(args.output_dir)
+    if state.stop_signal:
+        name = signal.Signals(state.stop_signal).name
+        notes.append(f"stopped by {name} after step {state.step}, saved {where}; continue with the same command and")
+        print("\n".join(notes) + f"\n  --resume {args.output_dir}", flush=True)
+        return 128 + state.stop_signal
+    print("\n".join([*notes, f"trained to step {state.step} at {rate:.0f} images/s: {where}"]))
+    return 0
+
+
+def sample_during_training(values, state, dataset, epoch, writer) -> None:
+    """A grid of samples with the averaged weights and, with --online_eval, the metrics at cfg 1 and at --cfg."""
+    sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
+    folder = Path(values["output_dir"]) / "samples" / f"epoch{epoch + 1:04d}"
+    options = dict(device=state.device, dtype=state.dtype)
+    columns = min(dataset.num_classes, 10)
+    with state.ema.applied_to(state.mar):
+        labels = [i % columns for i in range(4 * columns)]
+        sample_images(
+            state.mar, state.tokenizer, sampling, labels, values["seed"], folder / "grid", batch_size=20, **options
+        )
+        if dist.is_main():
+            sheet = PNGFolder(folder / "grid", len(labels)).grid([dataset.classes[k] for k in labels], columns)
+            save_png(folder.with_suffix(".png"), sheet)
+            writer.add_image("samples", sheet, state.step, dataformats="HWC")
+        labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
+        for cfg in sorted({1.0, sampling.cfg}) if values["online_eval"] else ():
+            now = replace(sampling, cfg=cfg)
+            where = folder / now.name()
+            found = evaluate(
+                state.mar, state.tokenizer, now, evaluation, dataset, labels, values["seed"], where, **options
+            )
+            if dist.is_main():
+                for name, value in found["metrics"].items():
+                    writer.add_scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
+
+
+def run(values: dict) -> int:
+    """Build everything, then train or evaluate."""
+    device = dist.pick_device(values["device"])
+    dtype = dist.pick_dtype(values["dtype"], device)
+    content = find_checkpoint(values)
+    dataset = build_data(values)
+    if values["online_eval"] or values["evaluate"]:
+        with dist.main_first():
+            pick(EvalConfig, values).check(len(dataset))
+    torch.manual_seed(values["seed"])  # the same initial weights on every process
+    mar, tokenizer = build_model(values, dataset, content)
+    mar, tokenizer = mar.to(device), tokenizer.to(device)
+    if values["compile"]:
+        for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
+            block.compile(dynamic=True)
+    module = TrainingLoss(mar)
+    state = TrainState(
+        module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
+        mar=mar,
+        tokenizer=tokenizer,
+        optimizer=make_optimizer(mar, values["lr"], values["weight_decay"]),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=EMA(mar, values["ema_rate"]),
+        device=device,
+        dtype=dtype,
+    )
+    global_batch = values["batch_size"] * values["accum_iter"] * dist.world_size()
+    if len(dataset) < global_batch and not values["evaluate"]:
+        raise ValueError(
+            f"--batch_size: a global batch of {global_batch} is more than the {len(dataset)} images there are"
+        )
+    steps_per_epoch = max(len(dataset) // global_batch, 1)
+    start = (values["start_epoch"], 0)
+    state.step = start[0] * steps_per_epoch
+    if content is not None and values["init_from"]:
+        load_weights(mar, content["model"], values["init_from"])
+        state.ema.load(content.get("model_ema", content["model"]))
+    elif content is not None:
+        start = restore(state, content, values["resume"], steps_per_epoch)
+    if values["evaluate"]:
+        return evaluate_checkpoint(values, state, dataset)
+
+    def ask_to_stop(number, frame):
+        state.stop_signal = number
+
+    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return train(
+            values, state, dataset, start, lambda epoch: checkpoint_content(state, values, epoch, dataset.classes)
+        )
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def evaluate_checkpoint(values, state, dataset) -> int:
+    """--evaluate: sample with the averaged weights, compute the metrics, print them."""
+    sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
+    folder = Path(values["output_dir"]) / "evaluation" / sampling.name()
+    labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
+    options = dict(device=state.device, dtype=state.dtype)
+    with state.ema.applied_to(state.mar):
+        found = evaluate(
+            state.mar, state.tokenizer, sampling, evaluation, dataset, labels, values["seed"], folder, **options
+        )
+    if dist.is_main():
+        print(f"{len(labels)} images in {folder}: {metrics_line(found['metrics']) or 'no metrics asked for'}")
+    return 0
+
+
+def main(argv=None) -> int:
+    """Parse, build, train; returns the exit code."""
+    given = vars(make_parser("main_mar.py", __doc__.splitlines()[0], *CONFIGS).parse_args(argv))
+    dry = given.get("dry_run", False)
+    try:
+        if not dry:
+            device = dist.pick_device(given.get("device", "auto"))
+            dist.init(device, given.get("dist_url", "env://"), given.get("dist_on_itp", False))
+        values = resolve(given)
+        if dry:
+            print(json.dumps({**values, "mar": asdict(mar_config(values))}, indent=2))
+            return 0
+        return run(values)
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,26 @@
+# Sourced by the other scripts: a Python environment with the requirements, made where there is none.
+# An active virtual environment is used as it is; otherwise .venv in the repository is made and used.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+    if [ ! -x .venv/bin/python ]; then
+        python=${PYTHON:-python3}
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+            echo "error: Python 3.11 or newer is needed, $("$python" --version 2>&1) found; set PYTHON to one" >&2
+            exit 2
+        }
+        echo "making .venv"
+        "$python" -m venv .venv
+    fi
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+fi
+
+# Install when requirements.txt is not the one that this environment was last installed from.
+stamp="$VIRTUAL_ENV/.mar_requirements"
+if ! cmp -s requirements.txt "$stamp"; then
+    echo "installing requirements.txt (once; a few minutes)"
+    python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt "$stamp"
+fi

@@ -1,0 +1,110 @@
+"""Pictures: between tensors in [−1, 1], uint8 arrays and PNG files; sample grids."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.data import Dataset
+
+from util.checkpoint import atomic_file
+
+NPZ_LIMIT = 2**30  # bytes of images above which no .npz is written
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Images (B, C, H, W) in [−1, 1], clamped, as uint8 (B, H, W, C)."""
+    grey = ((images.float() + 1) * 127.5).round().clamp(0, 255)
+    return grey.to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """Where image number `index` of a sampling run is."""
+    return folder / f"{index}.png"
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 1 or 3) atomically."""
+    with atomic_file(path) as temporary:
+        Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, format="png")
+
+
+def read_png(path: Path) -> np.ndarray:
+    """uint8 (H, W, C). A file that is not a whole picture raises ValueError."""
+    try:
+        with Image.open(path) as image:
+            array = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def is_readable(path: Path) -> bool:
+    """Is there a whole picture at path?"""
+    try:
+        read_png(path)
+    except ValueError:
+        return False
+    return True
+
+
+def prepare_folder(folder: Path, run: dict) -> None:
+    """Make the folder of a sampling run; where its run.json says something else, remove what an earlier run left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "run.json"
+    text = json.dumps(run)
+    if not note.is_file() or note.read_text() != text:
+        for file in folder.iterdir():
+            if re.fullmatch(r"(\d+|grid)\.png|samples\.npz", file.name):
+                file.unlink()
+        with atomic_file(note) as temporary:
+            temporary.write_text(text)
+
+
+class PNGFolder(Dataset):
+    """The images 0…n−1 of a sampling run as uint8 tensors (C, H, W). Fewer or more files than n raise ValueError."""
+
+    def __init__(self, folder: Path, num_images: int):
+        found = sum(1 for f in folder.iterdir() if re.fullmatch(r"\d+\.png", f.name))
+        if found != num_images:
+            raise ValueError(f"{folder} holds {found} images, expected {num_images}")
+        self.folder, self.num_images = folder, num_images
+
+    def __len__(self):
+        return self.num_images
+
+    def __getitem__(self, i):
+        return torch.from_numpy(read_png(image_path(self.folder, i)).copy()).permute(2, 0, 1)
+
+    def grid(self, captions: list[str], columns: int) -> np.ndarray:
+        """The first images as one picture, as many as there are captions; see `make_grid`."""
+        return make_grid(np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(captions))]), captions, columns)
+
+    def save_npz(self, labels) -> None:
+        """Write samples.npz (images (n, H, W, C) uint8, labels (n,)) beside the pictures, if it stays under 1 GB."""
+        if self[0].numel() * len(self) < NPZ_LIMIT:
+            images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(self))])
+            with atomic_file(self.folder / "samples.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, images=images, labels=np.asarray(labels, dtype=np.int64))
+
+
+def make_grid(images: np.ndarray, captions: list[str], columns: int) -> np.ndarray:
+    """A picture (H', W', 3) of uint8 images (n, H, W, C) in rows of `columns`, each with its caption above it."""
+    zoom = max(1, math.ceil(64 / images.shape[1]))
+    h, w = images.shape[1] * zoom, images.shape[2] * zoom
+    font = ImageFont.load_default(size=12)
+    top, gap = 16, 4
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + top + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + top + gap)
+        while caption and draw.textlength(caption, font=font) > w:
+            caption = caption[:-1]
+        draw.text((x, y), caption, fill="black", font=font)
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+        sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (x, y + top))
+    return np.asarray(sheet)

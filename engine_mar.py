@@ -255,11 +255,10 @@ def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: b
     args is main_mar.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
     b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
     """
-    steps_per_epoch = start_batch + len(loader)
     for batch, (images, labels, indices) in enumerate(loader, start=start_batch):
         began = time.perf_counter()
         lr = lr_at(
-            epoch + batch / steps_per_epoch,
+            epoch + batch / len(loader),
             lr=args.lr,
             min_lr=args.min_lr,
             schedule=args.lr_schedule,

@@ -1,0 +1,194 @@
+"""Training as a whole: resuming, stopping, processes, skipped steps. In process but for torchrun itself."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import engine_mar
+from main_mar import main
+from util.args import run_main
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.images import read_png
+
+# a small model on a folder of small pictures, four steps an epoch
+SMALL = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 8 --buffer_size 2 --attn_dropout 0".split()
+SMALL += "--diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --batch_size 16 --proj_dropout 0 --blr 0.02".split()
+SMALL += "--num_sampling_steps 2 --num_iter 2 --warmup_epochs 1 --eval_freq 100 --num_workers 0".split()
+STEPS_PER_EPOCH = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(tmp_path_factory):
+    """65 digits as PNG files in ten class folders; the commands above are given this folder."""
+    images, labels = load_digits(return_X_y=True)
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(65):
+        path = folder / "train" / str(labels[i]) / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((images[i].reshape(8, 8) * 15.9).astype(np.uint8)).save(path)
+    SMALL.extend(["--data_path", str(folder)])
+    yield folder
+    del SMALL[-2:]
+
+
+def train(folder, *flags):
+    assert main([*SMALL, "--output_dir", str(folder), "--resume", str(folder), *map(str, flags)]) == 0
+    return load_checkpoint(folder)
+
+
+def assert_same(a, b, skip=("args",)):
+    """Bitwise equality of nested dicts, lists and tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - set(skip):
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_resuming_is_exact(tmp_path):
+    """4 epochs == 2 epochs, stop, 2 more: weights, averages, optimizer, learning rate, everything in the file."""
+    whole = train(tmp_path / "whole", "--epochs", 4, "--lr_schedule", "constant", "--attn_dropout", 0.1)
+    flags = ("--lr_schedule", "constant", "--attn_dropout", 0.1)
+    train(tmp_path / "parts", "--epochs", 2, *flags)
+    parts = train(tmp_path / "parts", "--epochs", 4, *flags)
+    assert whole["step"] == parts["step"] == 4 * STEPS_PER_EPOCH and whole["epoch"] == 3
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_path, monkeypatch, capsys, number):
+    whole = train(tmp_path / "whole", "--epochs", 2)
+    step = engine_mar._optimizer_step
+
+    def interrupted(state, grad_clip):
+        if state.step == STEPS_PER_EPOCH + 2:
+            os.kill(os.getpid(), number)
+        return step(state, grad_clip)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(engine_mar, "_optimizer_step", interrupted)
+    folder = tmp_path / "parts"
+    code = main([*SMALL, "--output_dir", str(folder), "--resume", str(folder), "--epochs", "2"])
+    assert code == 128 + number and signal.getsignal(number) == before
+    assert f"--resume {folder}" in capsys.readouterr().out
+    saved = load_checkpoint(folder)
+    assert saved["step"] == STEPS_PER_EPOCH + 3 and saved["epoch"] == 0
+    monkeypatch.setattr(engine_mar, "_optimizer_step", step)
+    assert_same(whole, train(folder, "--epochs", 2))
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Also with a mask ratio for each image, where the micro-batches differ in how many tokens they mask."""
+    one = train(tmp_path / "one", "--epochs", 1, "--mask_ratio_per_image", "--lr", 1e-3)
+    flags = ("--batch_size", 4, "--accum_iter", 4, "--mask_ratio_per_image", "--lr", 1e-3)
+    four = train(tmp_path / "four", "--epochs", 1, *flags)
+    for name, value in one["model"].items():
+        torch.testing.assert_close(four["model"][name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
+    one = train(tmp_path / "one", "--epochs", 2, "--mask_ratio_per_image", "--lr", 1e-3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "main_mar.py"]
+    folder = str(tmp_path / "two")
+    flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--mask_ratio_per_image", "--lr", "1e-3"]
+    done = subprocess.run(
+        [*command, *SMALL, *flags],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = load_checkpoint(folder)
+    assert two["step"] == one["step"]
+    for key in ("model", "model_ema"):
+        for name, value in one[key].items():
+            torch.testing.assert_close(two[key][name], value, rtol=1e-4, atol=1e-4)
+    # the pictures made after the last epoch, by two processes there and one here, are of the same draws
+    for i in range(40):
+        a, b = (read_png(tmp_path / n / "samples" / "epoch0002" / "grid" / f"{i}.png") for n in ("one", "two"))
+        assert np.abs(a.astype(int) - b).max() <= 1
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    none = train(tmp_path / "none", "--epochs", 1)
+    assert_same(none["model"], train(tmp_path / "two", "--epochs", 1, "--num_workers", 2)["model"])
+
+
+def test_a_published_checkpoint_continues(tmp_path):
+    """Same names, sizes and optimizer order; `args` is a Namespace, and nothing of ours is in the file."""
+    import argparse
+
+    ours = train(tmp_path / "ours", "--epochs", 1)
+    published = {k: ours[k] for k in ("model", "model_ema", "optimizer", "epoch", "scaler")}
+    save_checkpoint(tmp_path / "published", {**published, "args": argparse.Namespace(lr=1.0)})
+    assert_same(train(tmp_path / "published", "--epochs", 2)["model"], train(tmp_path / "ours", "--epochs", 2)["model"])
+
+
+def test_init_from_takes_weights_and_averages_only(tmp_path):
+    first = train(tmp_path / "first", "--epochs", 1)
+    folder = tmp_path / "second"
+    flags = ["--output_dir", str(folder), "--init_from", str(tmp_path / "first"), "--epochs", "1", "--lr", "0"]
+    assert main([*SMALL, *flags]) == 0
+    second = load_checkpoint(folder)
+    assert second["epoch"] == 0 and second["step"] == STEPS_PER_EPOCH
+    assert_same(first["model"], second["model"])  # learning rate 0
+
+
+def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
+    terms = engine_mar.TrainingLoss.forward
+    bad = {"steps": {2, 3}}
+
+    def poisoned(self, *args):
+        poisoned.calls += 1
+        result = terms(self, *args)
+        return {k: v * float("nan") for k, v in result.items()} if poisoned.calls in bad["steps"] else result
+
+    poisoned.calls = 0
+    monkeypatch.setattr(engine_mar.TrainingLoss, "forward", poisoned)
+    content = train(tmp_path / "a", "--epochs", 1)
+    assert "2 steps without a finite gradient were skipped" in capsys.readouterr().out
+    assert all(v.isfinite().all() for v in content["model"].values())
+
+    poisoned.calls, bad["steps"] = 0, set(range(1, 1000))
+    code = run_main(main, [*SMALL, "--output_dir", str(tmp_path / "b"), "--epochs", "10"])
+    assert code == 1 and "20 steps in a row" in capsys.readouterr().err
+
+
+def test_loss_falls(tmp_path):
+    """In 40 steps the error must leave the level of a network that says nothing (1, the variance of the noise)."""
+    train(tmp_path, "--epochs", 10)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    loss = [e.value for e in events.Scalars("train/mse")]
+    assert len(loss) == 10 * STEPS_PER_EPOCH
+    assert loss[0] == pytest.approx(1.0, abs=0.1) and np.mean(loss[-8:]) < 0.85
+
+
+def test_class_count_mismatch_is_one_line(tmp_path, pictures, capsys):
+    train(tmp_path / "ten", "--epochs", 1)
+    capsys.readouterr()
+    one_class = pictures / "train" / "3"
+    flags = ["--data_path", str(one_class), "--batch_size", "2", "--resume", str(tmp_path / "ten")]
+    code = run_main(main, [*SMALL, *flags, "--output_dir", str(tmp_path / "o")])
+    captured = capsys.readouterr()
+    assert code == 2 and "10 classes" in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "o").exists()

@@ -7,16 +7,16 @@ OUT/results.jsonl                                    one line a setting: its who
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from engine_mar import evaluate
 from heads.policy import SampleConfig
-from models.mar import MAR, MAR_CONFIGS, MARConfig
-from models.tokenizers import build_tokenizer
+from models.loading import load_mar
+from models.mar import MAR_CONFIGS
 from util import dist
 from util.args import defaults, flag, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, load_checkpoint, load_weights, weights_hash
+from util.checkpoint import checkpoint_path, weights_hash
 from util.data import build_dataset
 from util.evaluation import EvalConfig, reference_hash
 from util.images import PNGFolder, save_png
@@ -49,42 +49,6 @@ class SampleArgs:
 
 
 CONFIGS = (SampleArgs, SampleConfig, EvalConfig)
-
-
-def checkpoint_config(content: dict, args: SampleArgs) -> dict:
-    """The checkpoint's `config`; for a published file, which has none, one made from --model and its sizes."""
-    if "config" in content:
-        return content["config"]
-    if args.model is None:
-        raise ValueError(
-            "the checkpoint does not say what model it holds: give --model (and --diffloss_d, --diffloss_w)"
-        )
-    sizes = {k: getattr(args, k) for k in ("diffloss_d", "diffloss_w") if getattr(args, k) is not None}
-    mar = replace(MAR_CONFIGS[args.model], class_num=len(content["model"]["class_emb.weight"]), **sizes)
-    classes = [str(i) for i in range(mar.class_num)]
-    return {
-        "mar": asdict(mar),
-        "tokenizer": "kl16",
-        "vae_path": "pretrained_models/vae/kl16.ckpt",
-        "data": {"name": "imagefolder", "path": None, "classes": classes},
-        "sample": {},
-        "eval": {},
-    }
-
-
-def load_model(config: dict, content: dict, args: SampleArgs):
-    """(mar, tokenizer) on the CPU, with the averaged weights unless --no_ema."""
-    mar = MAR(pick(MARConfig, config["mar"]))
-    load_weights(mar, content["model"], args.checkpoint)
-    if not args.no_ema:
-        if "model_ema" not in content:
-            raise ValueError(f"{args.checkpoint} has no averaged weights; --no_ema samples the raw ones")
-        load_weights(mar, content["model_ema"], args.checkpoint)
-    if config["tokenizer"] == "pixel":
-        tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
-    else:
-        tokenizer = build_tokenizer(config["tokenizer"], vae_path=args.vae_path or config["vae_path"])
-    return mar.eval(), tokenizer
 
 
 def parse_labels(text: str | None, num_classes: int) -> list[int]:
@@ -131,8 +95,8 @@ def append_result(path: Path, row: dict) -> None:
 
 def run(args: SampleArgs, given: dict) -> int:
     """Sample one setting, measure it, append its line."""
-    content = load_checkpoint(args.checkpoint)
-    config = checkpoint_config(content, args)
+    sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
+    mar, tokenizer, config = load_mar(args.checkpoint, ema=not args.no_ema, **sizes)
     values = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"], **given}
     sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
     classes = config["data"]["classes"]
@@ -149,14 +113,14 @@ def run(args: SampleArgs, given: dict) -> int:
             evaluation.check(len(reference))
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
-    mar, tokenizer = load_model(config, content, args)
 
     labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
     settings = dict(asdict(sampling), **asdict(evaluation), class_labels=class_labels, seed=args.seed)
     settings |= dict(ema=not args.no_ema, dtype=str(dtype).removeprefix("torch."))
     row = {"settings": settings, "weights": weights_hash(mar.state_dict())}
     row["reference"] = reference_hash(reference) if reference is not None else None
-    name = f"{sampling.name()}_seed{args.seed}{'_no_ema' if args.no_ema else ''}"
+    name = f"{sampling.name()}_seed{args.seed}_n{evaluation.num_images}"
+    name += ("_no_ema" if args.no_ema else "") + (f"_classes-{args.class_labels}" if args.class_labels else "")
     out = Path(args.output_dir)
     folder, results = out / name, out / "results.jsonl"
     present = next((r for r in read_results(results) if all(r.get(k) == v for k, v in row.items())), None)

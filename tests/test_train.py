@@ -104,7 +104,14 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
     one = train(tmp_path / "one", "--epochs", 2, "--mask_ratio_per_image", "--lr", 1e-3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517", "main_mar.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_port=29517",
+        "main_mar.py",
+    ]
     folder = str(tmp_path / "two")
     flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--mask_ratio_per_image", "--lr", "1e-3"]
     done = subprocess.run(

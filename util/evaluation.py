@@ -53,6 +53,7 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
         weights=config.fid_weights,
         metrics=config.metric_names,
         device=device,
+        verbose=len(images) > 5000,  # torch-fidelity's own progress bars
     )
     if config.features == "digits":
         made = np.stack([images[i].numpy()[0] for i in range(len(images))])

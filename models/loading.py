@@ -1,0 +1,50 @@
+"""From a checkpoint to a model that samples, ours or a published one."""
+
+from dataclasses import asdict, replace
+
+from models.mar import MAR, MAR_CONFIGS, MARConfig
+from models.tokenizers import build_tokenizer
+from util.args import pick
+from util.checkpoint import load_checkpoint, load_weights
+
+
+def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
+    """(mar, tokenizer, config) of a checkpoint folder or file, on the CPU and in eval mode.
+
+    ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
+    class names, sampling defaults); published files have none, so theirs is made from model, a name in MAR_CONFIGS,
+    and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
+    An unreadable file, one that does not fit the sizes, or a published one without model raises ValueError.
+    """
+    content = load_checkpoint(checkpoint)
+    if "config" in content:
+        config = content["config"]
+    elif model is None:
+        raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
+    else:
+        config = _published_config(content["model"], model, diffloss_d, diffloss_w)
+    weights = content.get("model_ema") if ema else content["model"]
+    if weights is None:
+        raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
+    mar = MAR(pick(MARConfig, config["mar"]))
+    load_weights(mar, weights, checkpoint)
+    if config["tokenizer"] == "pixel":
+        tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
+    else:
+        tokenizer = build_tokenizer(config["tokenizer"], vae_path=vae_path or config["vae_path"])
+    return mar.eval(), tokenizer, config
+
+
+def _published_config(weights, model, diffloss_d, diffloss_w) -> dict:
+    if model not in MAR_CONFIGS:
+        raise ValueError(f"unknown model {model!r}; valid: {', '.join(MAR_CONFIGS)}")
+    sizes = {k: v for k, v in (("diffloss_d", diffloss_d), ("diffloss_w", diffloss_w)) if v is not None}
+    mar = replace(MAR_CONFIGS[model], class_num=len(weights["class_emb.weight"]), **sizes)
+    return {
+        "mar": asdict(mar),
+        "tokenizer": "kl16",
+        "vae_path": "pretrained_models/vae/kl16.ckpt",
+        "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(mar.class_num)]},
+        "sample": {},
+        "eval": {},
+    }

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from config import CONFIGS, TrainConfig, mar_config, resolve
 from engine_mar import TrainingLoss, TrainState, evaluate, sample_images, train_one_epoch
 from heads.policy import SampleConfig
-from models.mar import MAR
+from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from util import dist
 from util.args import defaults, make_parser, pick, run_main
@@ -47,6 +47,10 @@ def build_model(values: dict, dataset, content: dict | None):
             raise ValueError(
                 f"--{key} {values[key]} does not fit the tokenizer {values['tokenizer']}, which has {true}"
             )
+    if values["class_num"] not in (dataset.num_classes, MARConfig.class_num):  # the default is no statement
+        raise ValueError(
+            f"--class_num {values['class_num']} does not fit the data, which have {dataset.num_classes} classes"
+        )
     if content is not None:
         trained = len(content["model"]["class_emb.weight"])
         if trained != dataset.num_classes:
@@ -108,6 +112,11 @@ def find_checkpoint(values: dict) -> dict | None:
 def train(values: dict, state: TrainState, dataset, start: tuple[int, int], content_of) -> int:
     """Epoch after epoch, with checkpoints, sample grids and metrics; 0, or 128 + the signal that ended it."""
     args = pick(TrainConfig, values)
+    first, start_batch = start
+    if first >= args.epochs:
+        if dist.is_main():
+            print(f"{checkpoint_path(values['resume'])} is trained already: {first} epochs, step {state.step}")
+        return 0
     per_process = args.batch_size * args.accum_iter
     sampler = EpochSampler(len(dataset), per_process, args.seed, dist.rank(), dist.world_size())
     loader = DataLoader(
@@ -121,7 +130,6 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int], cont
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         writer = SummaryWriter(args.log_dir, purge_step=state.step)
-    first, start_batch = start
     # Closing the bar late keeps one estimate of the time left for the whole run.
     progress = tqdm(total=args.epochs * len(sampler), initial=state.step, unit="step", disable=not dist.is_main())
     progress.set_description("training")
@@ -143,10 +151,12 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int], cont
     progress.close()
     if writer is not None:
         writer.close()
+    # each process has met its own broken files
+    num_broken = int((dist.all_sum(dataset.broken.float().to(state.device)) > 0).sum())
     if not dist.is_main():
         return 128 + state.stop_signal if state.stop_signal else 0
     rate = (state.step - first_step) * per_process * dist.world_size() / (time.perf_counter() - began)
-    notes = [f"{dataset.num_broken} broken images were skipped"] if dataset.num_broken else []
+    notes = [f"{num_broken} broken images were skipped"] if num_broken else []
     notes += [f"{state.bad_steps} steps without a finite gradient were skipped"] if state.bad_steps else []
     where = checkpoint_path(args.output_dir)
     if state.stop_signal:

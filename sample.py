@@ -93,6 +93,13 @@ def append_result(path: Path, row: dict) -> None:
         file.write(("" if not text or text.endswith("\n") else "\n") + json.dumps(row) + "\n")
 
 
+def report(row: dict, folder: Path) -> None:
+    """Print a result for people: how many, how fast, how good, where the picture is."""
+    print(f"{row['settings']['num_images']} images in {folder}, {row['images_per_second']:.1f} images/s")
+    print(metrics_line(row["metrics"]) or "no metrics asked for")
+    print(f"picture: {folder / 'grid.png'}")
+
+
 def run(args: SampleArgs, given: dict) -> int:
     """Sample one setting, measure it, append its line."""
     sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
@@ -126,7 +133,8 @@ def run(args: SampleArgs, given: dict) -> int:
     present = next((r for r in read_results(results) if all(r.get(k) == v for k, v in row.items())), None)
     if present is not None:
         if dist.is_main():
-            print(f"{name}: already in {results}\n{metrics_line(present['metrics'])}")
+            print(f"{name}: already in {results}")
+            report(present, folder)
         return 0
 
     mar, tokenizer, where = mar.to(device), tokenizer.to(device), dict(device=device, dtype=dtype)
@@ -137,8 +145,7 @@ def run(args: SampleArgs, given: dict) -> int:
         save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns))
         row |= dict(found, name=name, checkpoint=str(checkpoint_path(args.checkpoint)), device=device.type)
         append_result(results, row | dict(world_size=dist.world_size(), git_commit=git_commit()))
-        print(f"{len(labels)} images in {folder}, {found['images_per_second']:.1f} images/s")
-        print(f"{metrics_line(found['metrics'])}\npicture: {folder / 'grid.png'}")
+        report(row, folder)
     return 0
 
 

@@ -15,12 +15,13 @@ from models.diffloss import DiffLoss
 from models.mar import MAR, MAR_CONFIGS
 from tests.helpers import named_weights
 
-CHANNELS, WIDTH, NUM_STEPS, N = 3, 8, 6, 5
+CHANNELS, WIDTH, NUM_STEPS, N = 3, 8, 5, 5
+CLIP = (-3.0, 3.0)  # without it x₀ from pure noise by untrained weights runs to 10⁴, and nothing else would show
 
 
 @pytest.fixture(scope="module")
 def diffloss():
-    return named_weights(DiffLoss(CHANNELS, WIDTH, depth=2, width=16), scale=0.3).eval()
+    return named_weights(DiffLoss(CHANNELS, WIDTH, depth=2, width=16), scale=0.2).eval()
 
 
 def randn(*shape, seed=0):
@@ -294,7 +295,7 @@ def naive_sample(diffloss, z, z_uncond, cfg, tau, noise):
         c, u = (diffloss.net(x.float(), t, diffloss.net.cond_embed(c)).double().chunk(2, dim=1) for c in (z, z_uncond))
         eps = u[0] + cfg * (c[0] - u[0])
         signal = schedule.alphas_cumprod[i]
-        x_start = (x - math.sqrt(1 - signal) * eps) / math.sqrt(signal)
+        x_start = ((x - math.sqrt(1 - signal) * eps) / math.sqrt(signal)).clamp(*CLIP)
         x = schedule.posterior_mean_coef_x0[i] * x_start + schedule.posterior_mean_coef_xt[i] * x
         if i > 0:
             share = (c[1] + 1) / 2
@@ -306,26 +307,27 @@ def naive_sample(diffloss, z, z_uncond, cfg, tau, noise):
 def test_guided_sampling_against_the_textbook_row_by_row(diffloss):
     z, z_uncond, noise = inputs()
     cfg, tau = torch.tensor([1.0, 3.0, 0.0, 0.5, 2.0]), torch.tensor([1.0, 0.9, 1.1, 0.0, 1.0])
-    out = diffloss.sample(z, z_uncond, cfg, tau, NUM_STEPS, noise=noise)
+    out = diffloss.sample(z, z_uncond, cfg, tau, NUM_STEPS, noise=noise, clip=CLIP)
+    assert (out.abs() < 2.99).float().mean() > 0.5  # most are not what the clip made them
     for i in range(N):
-        rows = (z[i : i + 1], z_uncond[i : i + 1])
-        expected = naive_sample(diffloss, *rows, cfg[i].item(), tau[i].item(), noise[:, i : i + 1])
-        torch.testing.assert_close(out[i : i + 1], expected, rtol=1e-4, atol=1e-4 * out.std().item())
-        alone = diffloss.sample(*rows, cfg[i].item(), tau[i].item(), NUM_STEPS, noise=noise[:, i : i + 1])
+        rows = (z[i : i + 1], z_uncond[i : i + 1], cfg[i].item(), tau[i].item())
+        draws = noise[:, i : i + 1]
+        torch.testing.assert_close(out[i : i + 1], naive_sample(diffloss, *rows, draws), rtol=1e-4, atol=1e-4)
+        alone = diffloss.sample(*rows, NUM_STEPS, noise=draws, clip=CLIP)
         torch.testing.assert_close(out[i : i + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_cfg_of_1_is_the_plain_path(solver, diffloss):
     z, z_uncond, noise = inputs()
-    common = dict(num_steps=NUM_STEPS, noise=noise, solver=solver)
+    common = dict(num_steps=NUM_STEPS, noise=noise, solver=solver, clip=CLIP)
     plain = diffloss.sample(z, **common)
     assert torch.equal(diffloss.sample(z, z_uncond, cfg=1.0, **common), plain)
     assert torch.equal(diffloss.sample(z, cfg=torch.ones(N), **common), plain)
     ones = diffloss.sample(z, z_uncond, cfg=torch.ones(N), **common)
     torch.testing.assert_close(ones, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(ones, diffloss.sample(z, -z_uncond, cfg=torch.ones(N), **common))  # exactly eps_c at cfg 1
-    assert not torch.allclose(diffloss.sample(z, z_uncond, cfg=2.0, **common), plain, atol=1e-3)
+    assert not torch.allclose(diffloss.sample(z, z_uncond, cfg=2.0, **common), plain, atol=1e-2)
 
 
 def test_cfg_of_1_evaluates_n_rows_and_guidance_2n(diffloss):
@@ -343,55 +345,56 @@ def test_cfg_of_1_evaluates_n_rows_and_guidance_2n(diffloss):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_cfg_and_tau_of_a_row_act_on_that_row_only(solver, diffloss):
     z, z_uncond, noise = inputs()
-    common = dict(num_steps=NUM_STEPS, noise=noise, solver=solver)
+    common = dict(num_steps=NUM_STEPS, noise=noise, solver=solver, clip=CLIP)
     ones = torch.ones(N)
     base = diffloss.sample(z, z_uncond, cfg=2 * ones, tau=ones, **common)
     other_cfg, other_tau = 2 * ones, ones.clone()
     other_cfg[1], other_tau[3] = 3.0, 0.5
     out = diffloss.sample(z, z_uncond, cfg=other_cfg, tau=other_tau, **common)
     assert torch.equal(out[[0, 2, 4]], base[[0, 2, 4]])
-    assert not torch.allclose(out[1], base[1], atol=1e-3)
+    assert not torch.allclose(out[1], base[1], atol=1e-2)
     if solver == "ddpm":
-        assert not torch.allclose(out[3], base[3], atol=1e-3)
+        assert not torch.allclose(out[3], base[3], atol=1e-2)
 
 
 def test_floats_and_tensors_of_tau_agree(diffloss):
     z, z_uncond, noise = inputs()
-    common = dict(num_steps=NUM_STEPS, noise=noise, cfg=2.0)
+    common = dict(num_steps=NUM_STEPS, noise=noise, cfg=2.0, clip=CLIP)
     expected = diffloss.sample(z, z_uncond, tau=0.9, **common)
     for tau in (torch.full((N,), 0.9), torch.full((N, 1), 0.9), torch.tensor(0.9)):
         torch.testing.assert_close(diffloss.sample(z, z_uncond, tau=tau, **common), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_tau_0_depends_on_the_start_only(diffloss):
+def test_tau_scales_the_draws_of_the_steps_and_not_the_start(diffloss):
     z, _, noise = inputs()
-    other = randn(*noise.shape, seed=9)
-    other[0] = noise[0]
-    sample = [diffloss.sample(z, tau=0.0, num_steps=NUM_STEPS, noise=n) for n in (noise, other)]
-    assert torch.equal(*sample)
-    other[0, 2] += 1.0
-    moved = (diffloss.sample(z, tau=0.0, num_steps=NUM_STEPS, noise=other) != sample[0]).any(1)
-    assert moved.tolist() == [False, False, True, False, False]
-    other = noise.clone()
-    other[1:] += 1.0
-    assert not torch.allclose(
-        diffloss.sample(z, num_steps=NUM_STEPS, noise=other), diffloss.sample(z, num_steps=NUM_STEPS, noise=noise)
-    )
+
+    def sample(start, steps, tau):
+        return diffloss.sample(z, tau=tau, num_steps=NUM_STEPS, noise=torch.cat([noise[:1] * start, steps]), clip=CLIP)
+
+    assert torch.equal(sample(1, 0 * noise[1:], 1.0), sample(1, noise[1:], 0.0))  # tau 0: the start decides
+    torch.testing.assert_close(sample(1, 0.5 * noise[1:], 1.0), sample(1, noise[1:], 0.5), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(sample(1, noise[1:], 1.0), sample(1, noise[1:], 0.0), atol=1e-2)
+    assert not torch.allclose(sample(1, noise[1:], 0.0), sample(-1, noise[1:], 0.0), atol=1e-2)
 
 
-def test_the_last_draw_is_not_used(diffloss):
+def test_the_last_draw_of_ancestral_sampling_is_not_used(diffloss):
     """x_0 is the mean of the last step: no noise is added to the result."""
     z, _, noise = inputs()
-    other = noise.clone()
-    other[-1] += 1.0
-    samples = [diffloss.sample(z, num_steps=NUM_STEPS, noise=n) for n in (noise, other)]
-    assert torch.equal(*samples)
+
+    def sample(draw):
+        changed = noise.clone()
+        changed[draw] += 1.0
+        return diffloss.sample(z, num_steps=NUM_STEPS, noise=changed, clip=CLIP)
+
+    same = [torch.equal(sample(draw), sample(NUM_STEPS)) for draw in range(NUM_STEPS)]
+    assert not any(same)
+    assert torch.equal(sample(NUM_STEPS), diffloss.sample(z, num_steps=NUM_STEPS, noise=noise, clip=CLIP))
 
 
 def test_noise_is_drawn_where_none_is_given(diffloss):
     z, _, _ = inputs()
-    first, second = (diffloss.sample(z, num_steps=2) for _ in range(2))
-    assert first.shape == (N, CHANNELS) and not torch.equal(first, second)
+    first, second = (diffloss.sample(z, num_steps=NUM_STEPS, clip=CLIP) for _ in range(2))
+    assert first.shape == (N, CHANNELS) and not torch.allclose(first, second, atol=1e-2)
 
 
 def test_sampling_errors(diffloss):
@@ -411,7 +414,7 @@ def test_sampling_errors(diffloss):
 class HostReads(TorchDispatchMode):
     """Names of the operators that make the host wait for a device."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select", "item")
+    READS = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2"}
 
     def __init__(self):
         super().__init__()
@@ -420,7 +423,7 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
-        if by_mask or any(word in name for word in self.FORBIDDEN):
+        if by_mask or name in self.READS:
             self.seen.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -455,9 +458,8 @@ def test_token_loss_is_the_formula_around_the_net(diffloss):
     with torch.no_grad():
         eps, v = diffloss.net(x_t, t, diffloss.net.cond_embed(z)).chunk(2, dim=1)
         mse, vb = diffloss.token_loss_terms(target, z, t, noise, tau)
-        torch.testing.assert_close(
-            mse, (eps - noise).square().mean(1), rtol=1e-4, atol=1e-6
-        )  # target: noise, not τ·noise
+        # the target is the noise, not τ·noise
+        torch.testing.assert_close(mse, (eps - noise).square().mean(1), rtol=1e-4, atol=1e-6)
         expected_vb = gaussian.training_losses(schedule, target, x_t, t, noise, eps, v)[1]
         torch.testing.assert_close(vb, expected_vb, rtol=1e-3, atol=1e-5)
         assert torch.equal(diffloss.token_loss(target, z, t, noise, tau), mse + vb)

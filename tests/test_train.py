@@ -148,6 +148,22 @@ def test_a_published_checkpoint_continues(tmp_path):
     assert_same(train(tmp_path / "published", "--epochs", 2)["model"], train(tmp_path / "ours", "--epochs", 2)["model"])
 
 
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    plain = train(tmp_path / "plain", "--epochs", 1, "--proj_dropout", 0.1)
+    saving = train(tmp_path / "saving", "--epochs", 1, "--proj_dropout", 0.1, "--grad_checkpointing")
+    for name, value in plain["model"].items():
+        torch.testing.assert_close(saving["model"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_trains_close_to_fp32(tmp_path):
+    full = train(tmp_path / "fp32", "--epochs", 2, "--lr", 1e-3)
+    half = train(tmp_path / "bf16", "--epochs", 2, "--lr", 1e-3, "--dtype", "bf16")
+    for name, value in full["model"].items():
+        assert half["model"][name].dtype == torch.float32
+        torch.testing.assert_close(half["model"][name], value, rtol=0, atol=2 * STEPS_PER_EPOCH * 1e-3)
+    assert any(not torch.equal(half["model"][name], value) for name, value in full["model"].items())
+
+
 def test_init_from_takes_weights_and_averages_only(tmp_path):
     first = train(tmp_path / "first", "--epochs", 1)
     folder = tmp_path / "second"

@@ -1,0 +1,52 @@
+"""A silent change of the training step shows here: its losses on fixture weights against those of a committed file.
+
+`python -m tests.test_golden` writes the file anew, for a change that is meant to change them.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine_mar import TrainingLoss
+from models.mar import MAR, MARConfig
+from models.masking import training_draws
+from tests.helpers import TINY, named_weights
+from util.optim import EMA, make_optimizer
+
+GOLDEN = Path(__file__).parent / "fixtures" / "golden_loss.json"
+
+
+def losses() -> list[float]:
+    """Loss of ten AdamW steps of the tiny model on ramps, and at the end one with the averaged weights."""
+    mar = named_weights(MAR(MARConfig(**{**TINY, "diffusion_batch_mul": 2})), scale=0.1)
+    module, optimizer, ema = TrainingLoss(mar), make_optimizer(mar, 1e-3, 0.02), EMA(mar, 0.99)
+    images = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
+    labels = torch.tensor([0, 1, 2, 0])
+
+    def loss(step):
+        sizes = dict(seq_len=64, token_dim=1, diffusion_batch_mul=2, mask_ratio_min=0.7, label_drop_prob=0.1)
+        draws = training_draws(0, step, [5, 6, 7, 8], **sizes)
+        dropped = torch.where(draws.drop, -1, labels)
+        return module(mar.patchify(images), dropped, draws, len(draws.rows))["loss"]
+
+    found = []
+    for step in range(10):
+        value = loss(step)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(mar, step + 1)
+        found.append(value.item())
+    with ema.applied_to(mar), torch.no_grad():
+        found.append(loss(10).item())
+    return found
+
+
+def test_losses_are_the_committed_ones():
+    np.testing.assert_allclose(losses(), json.loads(GOLDEN.read_text()), rtol=1e-4)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(losses(), indent=1) + "\n")

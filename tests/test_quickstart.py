@@ -1,0 +1,57 @@
+"""What README promises a new user, with a tiny budget: the two commands and the Python example."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TINY = "--epochs 1 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2 --batch_size 256"
+TINY += " --num_images 20 --num_iter 2 --num_sampling_steps 2"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """(output of the first run, output of the second one, their folder)."""
+    out = tmp_path_factory.mktemp("quickstart")
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = ["bash", "scripts/quickstart.sh", *TINY.split(), "--output_dir", str(out)]
+
+    def run():
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run(), run(), out
+
+
+def test_quickstart_ends_with_the_figures_and_the_picture(quickstart):
+    first, _, out = quickstart
+    *_, images, figures, picture = first.strip().splitlines()
+    assert images.startswith("20 images in ")
+    for name in ("FID", "IS", "KID", "precision", "recall", "SVC accuracy", "Fréchet (pixels)"):
+        assert re.search(rf"{re.escape(name)} -?\d", figures)
+    path = Path(picture.removeprefix("picture: "))
+    assert path.read_bytes().startswith(b"\x89PNG") and out in path.parents
+
+
+def test_quickstart_run_again_reuses_what_is_there(quickstart):
+    first, second, out = quickstart
+    assert "is trained already" in second and "already in" in second
+    assert second.strip().splitlines()[-3:] == first.strip().splitlines()[-3:]
+    assert len((out / "samples" / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_python_example_of_readme(quickstart, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 12
+    monkeypatch.chdir(quickstart[2])
+    exec(code.replace("output_dir/quickstart", str(quickstart[2])), {})
+    assert (quickstart[2] / "digits.png").read_bytes().startswith(b"\x89PNG")

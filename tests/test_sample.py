@@ -1,0 +1,363 @@
+"""Sampling from a checkpoint on disk: the files, what is skipped, what is made again, and what training logs about it.
+
+One tiny checkpoint, trained for a handful of steps with --online_eval, serves the whole module.
+"""
+
+import argparse
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from engine_mar import sample_images
+from heads.policy import SampleConfig
+from main_mar import main as train_main
+from models.tokenizers import build_tokenizer
+from tests.helpers import tiny_mar
+from util import dist
+from util.args import run_main
+from util.checkpoint import load_checkpoint, save_checkpoint
+
+SMALL = "--preset digits --epochs 1 --batch_size 256 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1".split()
+SMALL += "--buffer_size 2 --warmup_epochs 0 --num_iter 2 --device cpu".split()
+METRICS = {"fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "svc_accuracy", "frechet_pixels"}
+NUM_EVAL = 30
+
+
+def train_tiny(folder, *flags) -> Path:
+    """A checkpoint of a few thousand parameters in folder, made by the training command."""
+    assert train_main([*SMALL, "--output_dir", str(folder), *map(str, flags)]) == 0
+    return folder
+
+
+def draw(checkpoint, out, *flags) -> int:
+    """sample.py without metrics, for 24 images unless flags say otherwise."""
+    usual = "--num_images 24 --eval_bsz 8 --num_iter 3 --num_sampling_steps 3 --metrics none --device cpu".split()
+    return sample.main(["--checkpoint", str(checkpoint), "--output_dir", str(out), *usual, *map(str, flags)])
+
+
+def rows(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def folder_of(out, row=-1) -> Path:
+    return out / rows(out)[row]["name"]
+
+
+def pngs(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if re.fullmatch(r"\d+\.png", p.name)}
+
+
+def arrays(folder) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(folder / "samples.npz") as file:
+        return file["images"], file["labels"]
+
+
+def assert_alike(a, b):
+    """Within one grey level in at least 99.9 % of the pixels, as DESIGN.md section 3 allows."""
+    assert a.shape == b.shape and a.dtype == b.dtype == np.uint8
+    assert (np.abs(a.astype(int) - b.astype(int)) <= 1).mean() >= 0.999
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return train_tiny(folder, "--online_eval", "--num_images", NUM_EVAL, "--eval_bsz", 16, "--cfg", 2)
+
+
+@pytest.fixture(scope="module")
+def sampled(checkpoint, tmp_path_factory):
+    """OUT of one run of 24 images with three of the ten classes and unconditional images between them."""
+    out = tmp_path_factory.mktemp("sampled")
+    flags = ["--class_labels", "3,-1,7,0", "--metrics", "fid,isc,kid,prc", "--features", "digits"]
+    assert draw(checkpoint, out, *flags) == 0
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_picture_row_and_label_n_belong_together(sampled):
+    folder = folder_of(sampled)
+    images, labels = arrays(folder)
+    assert images.shape == (24, 8, 8, 1) and images.dtype == np.uint8
+    assert labels.tolist() == [3, -1, 7, 0] * 6
+    assert pngs(folder).keys() == {f"{i}.png" for i in range(24)}
+    for i, image in enumerate(images):
+        assert np.array_equal(np.asarray(Image.open(folder / f"{i}.png")), image[:, :, 0])
+    assert len(np.unique(images, axis=0)) == 24  # every image has its own draws
+
+
+def test_the_grid_shows_the_first_images_in_order(sampled):
+    folder = folder_of(sampled)
+    images, _ = arrays(folder)
+    sheet = np.asarray(Image.open(folder / "grid.png").convert("L"))
+    zoom, gap, top = 8, 4, 16
+    for i in range(20):  # five rows of four classes
+        x, y = gap + i % 4 * (64 + gap), gap + i // 4 * (64 + top + gap) + top
+        assert np.array_equal(sheet[y : y + 64 : zoom, x : x + 64 : zoom], images[i, :, :, 0])
+    assert sheet.shape == (5 * (64 + top + gap) + gap, 4 * (64 + gap) + gap)
+
+
+def test_a_result_is_one_line_that_says_what_was_measured_on_what(sampled, checkpoint):
+    (row,) = rows(sampled)
+    assert row["metrics"].keys() == METRICS and all(np.isfinite(v) for v in row["metrics"].values())
+    settings = row["settings"]
+    assert settings["class_labels"] == [3, -1, 7, 0] and settings["ema"] is True and settings["seed"] == 0
+    assert settings["num_iter"] == 3 and settings["cfg"] == 2.0  # a flag; and what the checkpoint was trained with
+    assert row["device"] == "cpu" and row["images_per_second"] > 0 and row["num_made"] == 24
+    for key in ("weights", "reference"):
+        assert re.fullmatch("[0-9a-f]{16}", row[key])
+    assert row["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", row["git_commit"])
+    assert Path(row["checkpoint"]).is_file() and Path(row["checkpoint"]).parent == checkpoint
+
+
+def test_all_classes_in_turn_by_default(checkpoint, tmp_path):
+    assert draw(checkpoint, tmp_path) == 0
+    assert arrays(folder_of(tmp_path))[1].tolist() == [i % 10 for i in range(24)]
+
+
+def test_no_metrics_need_neither_images_nor_a_reference(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "build_dataset", lambda *a, **k: pytest.fail("the reference was read"))
+    assert draw(checkpoint, tmp_path, "--num_images", 1) == 0
+    (row,) = rows(tmp_path)
+    assert row["metrics"] == {} and row["reference"] is None and len(pngs(folder_of(tmp_path))) == 1
+
+
+# --------------------------------------------------------------------------------- what an image does not depend on
+
+
+def test_the_batch_size_does_not_change_the_images(checkpoint, tmp_path):
+    for size in (7, 40):
+        assert draw(checkpoint, tmp_path / str(size), "--eval_bsz", size, "--num_images", 120) == 0
+    seven, forty = (arrays(folder_of(tmp_path / name))[0] for name in ("7", "40"))
+    assert_alike(seven, forty)
+
+
+def test_an_image_depends_on_its_own_label_and_number_only(checkpoint, tmp_path):
+    """Image 5 of ten classes in turn is image 5 of class 5 alone, whatever stands around it."""
+    assert draw(checkpoint, tmp_path / "all", "--num_images", 120) == 0
+    assert draw(checkpoint, tmp_path / "five", "--num_images", 120, "--class_labels", 5) == 0
+    everything, five = (arrays(folder_of(tmp_path / name))[0] for name in ("all", "five"))
+    assert_alike(everything[5::10], five[5::10])
+    assert not np.array_equal(everything, five)  # and the label does count
+
+
+def test_two_processes_make_together_the_files_of_one(tmp_path, monkeypatch):
+    mar, tokenizer = tiny_mar(), build_tokenizer("pixel", channels=1)
+    sampling = SampleConfig(cfg=2.0, num_iter=4, num_sampling_steps=3)
+    labels = [i % 3 for i in range(22)]
+
+    def run(folder):
+        options = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32)
+        return sample_images(mar, tokenizer, sampling, labels, 5, folder, **options)["num_made"]
+
+    assert run(tmp_path / "one") == 22
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    for name in ("barrier", "all_sum"):
+        monkeypatch.setattr(dist, name, lambda *tensors: tensors[0] if tensors else None)
+    made = []
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        made.append(run(tmp_path / "two"))
+        assert len(pngs(tmp_path / "two")) == sum(made)  # each its own share, none of the other's
+    assert made == [12, 10]
+    assert pngs(tmp_path / "one") == pngs(tmp_path / "two")
+
+
+# -------------------------------------------------------------------------------------- what is there is not redone
+
+
+def state_of(out):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+
+
+def test_a_result_that_is_there_is_skipped(checkpoint, tmp_path, monkeypatch, capsys):
+    assert draw(checkpoint, tmp_path) == 0
+    before = state_of(tmp_path)
+    monkeypatch.setattr(sample, "evaluate", lambda *a, **k: pytest.fail("sampled again"))
+    assert draw(checkpoint, tmp_path) == 0
+    assert state_of(tmp_path) == before and "already in" in capsys.readouterr().out
+
+
+def test_settings_of_the_checkpoint_given_by_hand_are_the_same_settings(checkpoint, tmp_path):
+    """Whatever stands in a results line can be spelled out as flags without becoming another setting."""
+    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path)]
+    base += "--num_images 4 --metrics none --device cpu".split()
+    assert sample.main(base) == 0
+    settings = rows(tmp_path)[0]["settings"]
+    known = {k: v for k, v in settings.items() if v is not None and k not in ("ema", "class_labels", "dtype")}
+    assert known["num_sampling_steps"] and known["cfg"] and known["num_iter"]
+    spelled = [text for k, v in known.items() for text in (f"--{k}", str(v))]
+    labels = ",".join(map(str, settings["class_labels"]))
+    assert sample.main([*base, *spelled, "--class_labels", labels]) == 0
+    assert len(rows(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("flags", [["--seed", "1"], ["--no_ema"], ["--cfg", "1"], ["--order", "raster"]])
+def test_another_setting_is_another_line_in_another_folder(sampled, checkpoint, tmp_path, flags):
+    assert draw(checkpoint, tmp_path) == 0
+    first = pngs(folder_of(tmp_path))
+    assert draw(checkpoint, tmp_path, *flags) == 0
+    assert len(rows(tmp_path)) == 2 and folder_of(tmp_path, 0) != folder_of(tmp_path, 1)
+    assert pngs(folder_of(tmp_path, 0)) == first
+    assert pngs(folder_of(tmp_path, 1)) != first
+
+
+def test_changed_weights_in_the_same_place_replace_the_stale_pictures(checkpoint, tmp_path):
+    place, out = tmp_path / "checkpoint", tmp_path / "out"
+    content = load_checkpoint(checkpoint)
+    save_checkpoint(place, content)
+    assert draw(place, out) == 0
+    stale = pngs(folder_of(out))
+    content["model_ema"] = {k: v + 0.1 * torch.sin(torch.arange(v.numel()).reshape(v.shape))
+                            for k, v in content["model_ema"].items()}  # fmt: skip
+    save_checkpoint(place, content)
+    assert draw(place, out) == 0
+    first, second = rows(out)
+    assert first["weights"] != second["weights"] and first["settings"] == second["settings"]
+    assert second["num_made"] == 24
+    assert draw(place, tmp_path / "fresh") == 0
+    assert pngs(folder_of(out)) == pngs(folder_of(tmp_path / "fresh")) != stale
+
+
+def test_no_ema_samples_the_raw_weights(checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint)
+    assert any(not torch.equal(v, content["model"][k]) for k, v in content["model_ema"].items())
+    content["model_ema"] = {k: content["model"][k] for k in content["model_ema"]}
+    save_checkpoint(tmp_path / "swapped", content)
+    assert draw(tmp_path / "swapped", tmp_path / "a") == 0
+    assert draw(checkpoint, tmp_path / "b", "--no_ema") == 0
+    assert pngs(folder_of(tmp_path / "a")) == pngs(folder_of(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_an_unfinished_run_continues_bit_for_bit(checkpoint, tmp_path, keep):
+    """Of three batches the first lost a picture, the last has a damaged one; the whole batches are redone."""
+    assert draw(checkpoint, tmp_path) == 0
+    folder = folder_of(tmp_path)
+    before = pngs(folder)
+    (tmp_path / "results.jsonl").unlink()
+    (folder / "samples.npz").unlink()
+    (folder / "2.png").unlink()
+    (folder / "17.png").write_bytes(before["17.png"][: int(keep * len(before["17.png"]))])
+    times = {i: (folder / f"{i}.png").stat().st_mtime_ns for i in range(8, 16)}
+    assert draw(checkpoint, tmp_path) == 0
+    assert pngs(folder) == before
+    assert times == {i: (folder / f"{i}.png").stat().st_mtime_ns for i in range(8, 16)}
+    assert rows(tmp_path)[0]["num_made"] == 16
+    assert arrays(folder)[0].shape[0] == 24
+
+
+def test_a_line_cut_short_by_a_crash_costs_that_line_only(checkpoint, tmp_path):
+    assert draw(checkpoint, tmp_path) == 0
+    file = tmp_path / "results.jsonl"
+    whole = file.read_text()
+    file.write_text(whole + whole[: len(whole) // 2])
+    assert draw(checkpoint, tmp_path) == 0  # the whole line counts
+    assert file.read_text() == whole + whole[: len(whole) // 2]
+    assert draw(checkpoint, tmp_path, "--seed", 1) == 0
+    first, torn, new = file.read_text().splitlines()
+    assert first + "\n" == whole and whole.startswith(torn)
+    assert json.loads(new)["settings"]["seed"] == 1
+
+
+# -------------------------------------------------------------------------------------- other checkpoints and data
+
+
+def test_a_published_checkpoint_needs_the_model_named(checkpoint, tmp_path, capsys):
+    ours = load_checkpoint(checkpoint)
+    published = {k: ours[k] for k in ("model", "model_ema", "optimizer", "epoch", "scaler")}
+    save_checkpoint(tmp_path / "published", {**published, "args": argparse.Namespace(model="mar_tiny")})
+    flags = ["--checkpoint", str(tmp_path / "published"), "--output_dir", str(tmp_path / "out")]
+    capsys.readouterr()
+    assert run_main(sample.main, flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "--model" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Two classes of twelve 8 x 8 RGB images."""
+    root, draws = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (root / "train" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = draws.integers(0, 128, (8, 8, 3)) + 127 * (name == "light")
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "train" / name / f"{i}.png")
+    return root
+
+
+def test_an_image_folder_is_trained_on_sampled_and_measured(image_folder, tmp_path):
+    data = "--data imagefolder --tokenizer pixel --img_size 8 --features digits".split()
+    flags = [*data, "--data_path", str(image_folder), "--model", "mar_tiny", "--batch_size", "12"]
+    train_tiny(tmp_path / "run", *flags)
+    out = tmp_path / "out"
+    measured = ("--metrics", "fid", "--features", "digits", "--num_images", 6)
+    assert draw(tmp_path / "run", out, *measured) == 0
+    images, labels = arrays(folder_of(out))
+    assert images.shape == (6, 8, 8, 3) and labels.tolist() == [0, 1] * 3
+    assert draw(tmp_path / "run", out, *measured) == 0
+    assert len(rows(out)) == 1
+    # another reference is another measurement
+    other = tmp_path / "other"
+    shutil.copytree(image_folder, other)
+    (other / "train" / "dark" / "0.png").unlink()
+    assert draw(tmp_path / "run", out, *measured, "--data_path", other) == 0
+    first, second = rows(out)
+    assert first["reference"] != second["reference"]
+
+
+# ---------------------------------------------------------------------------------------------- logs of the training
+
+
+def test_training_logs_every_loss_term_and_every_metric(checkpoint):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(checkpoint))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    steps = load_checkpoint(checkpoint)["step"]
+    for name in ("loss", "mse", "vb", "lr", "grad_norm", "images_per_second"):
+        values = [e.value for e in events.Scalars(f"train/{name}")]
+        assert len(values) == steps and all(np.isfinite(values)) and max(values) > 0
+    parts = [[e.value for e in events.Scalars(f"train/{name}")] for name in ("loss", "mse", "vb")]
+    assert np.allclose(parts[0], np.add(parts[1], parts[2]), rtol=1e-5)
+    assert {t for t in tags if t.startswith("eval")} == {f"eval_cfg{cfg}/{m}" for cfg in (1, 2) for m in METRICS}
+
+    sheet = checkpoint / "samples" / "epoch0001.png"
+    (shown,) = events.Images("samples")
+    shown = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    assert np.array_equal(shown, np.asarray(Image.open(sheet))) and len(np.unique(shown)) > 10
+
+
+@pytest.mark.parametrize("cfg", [1, 2])
+def test_the_online_metrics_are_those_of_sampling_from_the_checkpoint(checkpoint, tmp_path, cfg):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path), "--seed", "1", "--cfg", str(cfg)]
+    assert sample.main([*flags, "--device", "cpu"]) == 0  # number of images, steps, metrics: from the checkpoint
+    assert len(pngs(folder_of(tmp_path))) == NUM_EVAL
+    events = EventAccumulator(str(checkpoint))
+    events.Reload()
+    for name, value in rows(tmp_path)[0]["metrics"].items():
+        (logged,) = events.Scalars(f"eval_cfg{cfg}/{name}")
+        assert logged.value == pytest.approx(value, rel=1e-3, abs=1e-5)
+
+
+def test_evaluate_makes_the_pictures_that_sampling_makes(checkpoint, tmp_path, capsys):
+    flags = ["--resume", checkpoint, "--num_images", 12, "--eval_bsz", 8, "--cfg", 2, "--metrics", "fid", "--evaluate"]
+    train_tiny(tmp_path / "a", *flags)
+    assert "FID" in capsys.readouterr().out
+    (folder,) = (tmp_path / "a" / "evaluation").iterdir()
+    assert draw(checkpoint, tmp_path / "b", "--num_images", 12, "--seed", 1, "--num_iter", 2, "--num_sampling_steps", 25) == 0  # fmt: skip  # noqa: E501
+    assert pngs(folder) == pngs(folder_of(tmp_path / "b")) and len(pngs(folder)) == 12
+    assert not (tmp_path / "a" / "checkpoint-last.pth").exists()  # nothing was trained

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from heads.policy import SampleConfig
 from models.mar import MAR_CONFIGS, MARConfig
 from util import dist
-from util.args import defaults, flag
+from util.args import defaults, flag, pick
 from util.data import DATASETS
 from util.evaluation import EvalConfig
 
@@ -18,7 +18,7 @@ class TrainConfig:
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
     tokenizer: str | None = flag(None, "what turns images into latents: pixel, kl16 (default: kl16 for imagefolder)")
-    vae_path: str | None = flag(None, "weights of the KL-16 autoencoder")
+    vae_path: str | None = flag(None, "weights of the KL-16 autoencoder (default: MAR's place for them)")
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
     num_workers: int = flag(10, "processes that load images", low=0)
@@ -47,7 +47,7 @@ class TrainConfig:
     resume: str = flag("", "folder or file to continue from; without a checkpoint there, a fresh start")
     init_from: str = flag("", "folder or file whose weights start a new run")
     start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
-    seed: int = flag(1, "seed of everything random", low=0)
+    seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
@@ -64,14 +64,15 @@ CONFIGS = (TrainConfig, SampleConfig, EvalConfig, MARConfig)
 _CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
 _PIXELS = dict(tokenizer="pixel", model="mar_tiny", vae_stride=1, num_workers=0, label_drop_prob=0.1, buffer_size=4)
 _PIXELS |= dict(diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4, attn_dropout=0.0, proj_dropout=0.0)
-_PIXELS |= dict(batch_size=64, blr=4e-3, lr_schedule="cosine", ema_rate=0.999, num_sampling_steps="25", num_iter=8)
+_PIXELS |= dict(batch_size=64, blr=8e-3, lr_schedule="cosine", ema_rate=0.999, num_sampling_steps=25, num_iter=8)
 _GREY_28 = _PIXELS | dict(img_size=28, patch_size=2, vae_embed_dim=1, epochs=40, warmup_epochs=1, num_images=10000)
 _IMAGENET = dict(data="imagefolder", epochs=800, warmup_epochs=100, batch_size=64, diffusion_batch_mul=4)
 _IMAGENET |= dict(num_iter=256, eval_bsz=256, temperature=1.0)
 PRESETS = {
     "digits": _PIXELS
-    | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=150, warmup_epochs=5)
-    | dict(cfg=1.5, num_images=1800, eval_bsz=300, eval_freq=50, save_last_freq=50, features="digits"),
+    | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=70, warmup_epochs=3)
+    | dict(diffloss_w=64, diffusion_batch_mul=2, eval_freq=10, save_last_freq=10)
+    | dict(cfg=1.5, num_images=1800, eval_bsz=300, features="digits"),
     "mnist": _GREY_28 | dict(data="mnist"),
     "fashion_mnist": _GREY_28 | dict(data="fashion_mnist"),
     "cifar10": _PIXELS
@@ -98,6 +99,8 @@ def resolve(given: dict) -> dict:
     values["preset"] = preset if preset in PRESETS else None
     values["data"] = values["data"] or "imagefolder"
     values["tokenizer"] = values["tokenizer"] or "kl16"
+    if values["tokenizer"] == "kl16":
+        values["vae_path"] = values["vae_path"] or "pretrained_models/vae/kl16.ckpt"
     if values["tokenizer"] == "pixel":  # the image itself decides these
         values["vae_stride"] = given.get("vae_stride", 1)
         values["vae_embed_dim"] = given.get("vae_embed_dim", PRESETS.get(values["data"], {}).get("vae_embed_dim", 3))
@@ -110,10 +113,13 @@ def resolve(given: dict) -> dict:
         raise ValueError("--resume and --init_from exclude each other: continue a run, or start one from its weights")
     if values["evaluate"] and not values["resume"]:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
+    # what sampling and measuring will need is checked now, not after the first epochs
+    pick(SampleConfig, values).rules()
+    _ = pick(EvalConfig, values).metric_names
     return values
 
 
 def mar_config(values: dict) -> MARConfig:
     """The model's configuration: the row of --model with what the flags say about the rest."""
     flags = {k: values[k] for k in defaults(MARConfig)}
-    return replace(MAR_CONFIGS[values["model"]], **flags)
+    return replace(MAR_CONFIGS[values["model"]], **flags, num_sampling_steps=values["num_sampling_steps"])

@@ -74,7 +74,7 @@ def generate(
 
     # The mask lives on the host, so that shapes are known there; one copy a step, of the plan, keeps it current.
     num_start = unknown.sum(dim=1).float()
-    was_training = mar.training
+    was_training = {module: module.training for module in mar.modules()}  # a frozen part may be in eval mode already
     mar.eval()
     try:
         for step in range(num_iter):
@@ -121,7 +121,8 @@ def generate(
             if callback:
                 callback(step, rows, plan, tokens)
     finally:
-        mar.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
     return mar.unpatchify(tokens)
 
 

@@ -20,7 +20,7 @@ from heads.policy import SampleConfig
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from util import dist
-from util.args import defaults, make_parser, pick, run_main
+from util.args import check_folder, defaults, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights, save_checkpoint
 from util.data import EpochSampler, build_dataset
 from util.evaluation import EvalConfig
@@ -199,6 +199,8 @@ def run(values: dict) -> int:
     """Build everything, then train or evaluate."""
     device = dist.pick_device(values["device"])
     dtype = dist.pick_dtype(values["dtype"], device)
+    for name in ("output_dir", "log_dir"):
+        check_folder(name, values[name])
     content = find_checkpoint(values)
     dataset = build_data(values)
     if values["online_eval"] or values["evaluate"]:

@@ -15,12 +15,13 @@ from heads.policy import SampleConfig
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
-from util.args import defaults, flag, make_parser, pick, run_main
+from util.args import check_folder, defaults, flag, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, weights_hash
 from util.data import build_dataset
 from util.evaluation import EvalConfig, reference_hash
 from util.images import PNGFolder, save_png
 from util.metrics import metrics_line
+from util.rng import seed_of
 
 GRID_ROWS = 5
 
@@ -35,7 +36,7 @@ class SampleArgs:
         None, "comma list of class numbers, −1 = unconditional (default: all classes in turn)"
     )
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
-    seed: int = flag(0, "image i depends on (seed, i) only", low=0)
+    seed: int = flag(0, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
     model: str | None = flag(
         None, "model size, for a published checkpoint, which does not carry it", choices=MAR_CONFIGS
@@ -112,6 +113,7 @@ def run(args: SampleArgs, given: dict) -> int:
         print(json.dumps({**asdict(args), **asdict(sampling), **asdict(evaluation), "config": config}, indent=2))
         return 0
     sampling.rules()  # a missing head or file is found before the work, not after it
+    check_folder("output_dir", args.output_dir)
     reference = None
     if evaluation.metric_names:
         source = args.data_path or config["data"]["path"]
@@ -123,18 +125,20 @@ def run(args: SampleArgs, given: dict) -> int:
 
     labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
     settings = dict(asdict(sampling), **asdict(evaluation), class_labels=class_labels, seed=args.seed)
-    settings |= dict(ema=not args.no_ema, dtype=str(dtype).removeprefix("torch."))
+    settings |= dict(ema=not args.no_ema, dtype=next(name for name, kind in dist.DTYPES.items() if kind == dtype))
     row = {"settings": settings, "weights": weights_hash(mar.state_dict())}
     row["reference"] = reference_hash(reference) if reference is not None else None
     name = f"{sampling.name()}_seed{args.seed}_n{evaluation.num_images}"
-    name += ("_no_ema" if args.no_ema else "") + (f"_classes-{args.class_labels}" if args.class_labels else "")
+    name += "_no_ema" if args.no_ema else ""
+    if class_labels != list(range(len(classes))):
+        name += f"_classes{seed_of(class_labels):08x}"  # a checksum: the list itself may be too long for a file name
     out = Path(args.output_dir)
     folder, results = out / name, out / "results.jsonl"
     present = next((r for r in read_results(results) if all(r.get(k) == v for k, v in row.items())), None)
     if present is not None:
         if dist.is_main():
             print(f"{name}: already in {results}")
-            report(present, folder)
+            report(present, out / present["name"])
         return 0
 
     mar, tokenizer, where = mar.to(device), tokenizer.to(device), dict(device=device, dtype=dtype)

@@ -57,7 +57,7 @@ class SampleConfig(RuleOptions):
     tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=TAUS)
     cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=CFGS)
     num_iter: int = flag(64, "autoregressive steps", low=1)
-    num_sampling_steps: int | str = flag("100", "diffusion steps when sampling", type=int, low=1, high=1000)
+    num_sampling_steps: int = flag(100, "diffusion steps when sampling", low=1, high=1000)
     solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)
 
     def rules(self, heads=None) -> Rules:

@@ -102,7 +102,8 @@ def _per_token(value, mask):
 
 def hard_topk(scores: torch.Tensor, k: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
     """(B, L) bool: the k (B,) highest scores (B, L) among valid (B, L), for all images at once; ties go by position."""
-    order = torch.argsort(scores.masked_fill(~valid, -math.inf), dim=1, descending=True, stable=True)
+    scores = scores.clamp(min=torch.finfo(scores.dtype).min).masked_fill(~valid, -math.inf)
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
@@ -158,18 +159,17 @@ def _halton_scores(side: int) -> torch.Tensor:
     rank, i = {}, 0
     while len(rank) < side * side:
         i += 1
-        cell = int(_radical_inverse(i, 2) * side) * side + int(_radical_inverse(i, 3) * side)
+        cell = _radical_inverse(i, 2, side) * side + _radical_inverse(i, 3, side)
         rank.setdefault(cell, len(rank))
     return torch.tensor([-float(rank[cell]) for cell in range(side * side)])
 
 
-def _radical_inverse(i: int, base: int) -> float:
-    result, scale = 0.0, 1.0
+def _radical_inverse(i: int, base: int, side: int) -> int:
+    """Which of `side` cells of [0, 1) the radical inverse of i lies in; in whole numbers, for points on a border."""
+    numerator, denominator = 0, 1
     while i:
-        scale /= base
-        result += scale * (i % base)
-        i //= base
-    return result
+        numerator, denominator, i = numerator * base + i % base, denominator * base, i // base
+    return numerator * side // denominator
 
 
 # ---------------------------------------------------------------------------------------------------------- group
@@ -192,6 +192,8 @@ def _group(share_left):
 
 def _exp_share(u: float, options: RuleOptions) -> float:
     a = options.group_a
+    if a > 0:  # the same fraction without the large exponentials
+        return 1 - math.exp(a * (u - 1)) * math.expm1(-a * u) / math.expm1(-a)
     return 1 - (math.expm1(a * u) / math.expm1(a) if a else u)  # a = 0 is the limit, the constant schedule
 
 

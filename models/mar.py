@@ -19,9 +19,9 @@ from util.args import flag
 class MARConfig:
     """Everything that shapes a MAR; names and defaults of the published constructor."""
 
-    img_size: int = flag(256, "image height and width in pixels")
-    vae_stride: int = flag(16, "pixels of a latent's side")
-    patch_size: int = flag(1, "latents of a token's side")
+    img_size: int = flag(256, "image height and width in pixels", low=1)
+    vae_stride: int = flag(16, "pixels of a latent's side", low=1)
+    patch_size: int = flag(1, "latents of a token's side", low=1)
     encoder_embed_dim: int = 1024
     encoder_depth: int = 16
     encoder_num_heads: int = 16
@@ -29,17 +29,17 @@ class MARConfig:
     decoder_depth: int = 16
     decoder_num_heads: int = 16
     mlp_ratio: float = 4.0
-    vae_embed_dim: int = flag(16, "channels of a latent")
+    vae_embed_dim: int = flag(16, "channels of a latent", low=1)
     mask_ratio_min: float = flag(0.7, "smallest mask ratio in training", low=0, high=1)
     label_drop_prob: float = flag(0.1, "probability of training without the label", low=0, high=1)
-    class_num: int = flag(1000, "number of classes (read from the data when training)")
+    class_num: int = flag(1000, "number of classes (read from the data when training)", low=1)
     attn_dropout: float = flag(0.1, "dropout of attention weights", low=0, high=1)
     proj_dropout: float = flag(0.1, "dropout after attention and MLP", low=0, high=1)
-    buffer_size: int = flag(64, "class tokens in front of the image's")
-    diffloss_d: int = flag(3, "blocks of the diffusion MLP")
-    diffloss_w: int = flag(1024, "width of the diffusion MLP")
-    num_sampling_steps: int | str = flag("100", "diffusion steps when sampling", type=str)
-    diffusion_batch_mul: int = flag(4, "noise levels drawn for each token in training")
+    buffer_size: int = flag(64, "class tokens in front of the image's", low=1)
+    diffloss_d: int = flag(3, "blocks of the diffusion MLP", low=1)
+    diffloss_w: int = flag(1024, "width of the diffusion MLP", low=1)
+    num_sampling_steps: int | str = "100"  # where sample settings say nothing
+    diffusion_batch_mul: int = flag(4, "noise levels drawn for each token in training", low=1)
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass")
 
     def __post_init__(self):
@@ -166,6 +166,8 @@ class MAR(nn.Module):
         """Encoder output (B, S + V, D) for the tokens at positions visible (B, V); padding (B, V) bool or None."""
         size = self.config.buffer_size
         x = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, V, C)
+        if padding is not None:  # attention leaves the padding out, but 0 · NaN is NaN
+            x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         pos = self.encoder_pos_embed_learned
         x = self.z_proj(x)
         x = x + pos[0, size:][visible].to(x.dtype)

@@ -285,6 +285,16 @@ def test_orders_reveal_their_last_entries_first(mar):
             assert not left
 
 
+def test_orders_stay_with_their_image_when_others_are_finished(mar):
+    """The first image is complete after one step; the third reveals its unknown tokens by its own order."""
+    orders = torch.stack([torch.arange(LENGTH), torch.arange(LENGTH), torch.arange(LENGTH).flip(0)])
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.bool)
+    mask[0, 1:], mask[2, ::2] = False, False
+    _, steps = recorded(mar, rules_of(), LENGTH, orders=orders, tokens=randn(BATCH, LENGTH, 1), mask=mask)
+    revealed = [torch.cat([rows[rows[:, 0] == i, 1] for _, rows in steps]).tolist() for i in range(BATCH)]
+    assert revealed == [[0], [8, 7, 6, 5, 4, 3, 2, 1, 0], [1, 3, 5, 7]]
+
+
 # ------------------------------------------------------------------------------------------ what a step costs, modes
 
 

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import math
+import re
 import sys
 import types
 import typing
+from pathlib import Path
 
 
 def flag(default, help, *, low=None, high=None, choices=None, type=None, metavar=None):
@@ -16,6 +18,16 @@ def flag(default, help, *, low=None, high=None, choices=None, type=None, metavar
 
 class _OneLineParser(argparse.ArgumentParser):
     """argparse, with errors of one line and exit code 2 instead of a page of usage."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse takes the value in `--class_labels -1,3` for a flag
+        joined = []
+        for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch(r"-\d[-\d.,e]*", word) and joined and re.fullmatch(r"--\w+", joined[-1]):
+                joined[-1] += "=" + word
+            else:
+                joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -100,6 +112,12 @@ def defaults(*configs) -> dict:
             if "help" in field.metadata:
                 result.setdefault(field.name, field.default)
     return result
+
+
+def check_folder(name: str, path: str) -> None:
+    """Raise ValueError if the folder that --name shall write to is a file."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"--{name} {path} is a file, not a folder")
 
 
 def run_main(main, argv=None) -> int:

@@ -91,7 +91,10 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"device {name!r} is not available; here: auto, {', '.join(k for k, v in available.items() if v)}"
         )
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is not a device; valid: auto, cuda, cuda:N, mps, cpu") from None
     if kind == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device

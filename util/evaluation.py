@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -69,5 +70,5 @@ def reference_hash(dataset) -> str:
         digest.update(dataset.images.numpy().tobytes())
     else:
         for path, label in dataset.samples:
-            digest.update(f"{path.name}/{path.stat().st_size}/{label}".encode())
+            digest.update(f"{Path(path).name}/{Path(path).stat().st_size}/{label}".encode())
     return digest.hexdigest()

@@ -42,8 +42,8 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards the model after optimizer step number `step` (1, 2, …)."""
         rate = min(self.rate, (1 + step) / (10 + step))
-        params = [p.detach().float() for _, p in model.named_parameters()]
-        torch._foreach_lerp_(list(self.weights.values()), params, 1 - rate)
+        own = {name: p.detach().float() for name, p in model.named_parameters()}
+        torch._foreach_lerp_(list(self.weights.values()), [own[name] for name in self.weights], 1 - rate)
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module):
@@ -57,11 +57,10 @@ class EMA:
 
     def load(self, weights: dict) -> None:
         """Take over averaged weights; other names or shapes raise ValueError."""
-        if weights.keys() != self.weights.keys():
-            odd = sorted(weights.keys() ^ self.weights.keys())
-            raise ValueError(
-                f"the averaged weights do not fit the model: {len(odd)} names differ, the first is {odd[0]!r}"
-            )
+        odd = sorted(weights.keys() ^ self.weights.keys())
+        odd += sorted(k for k in weights.keys() & self.weights.keys() if weights[k].shape != self.weights[k].shape)
+        if odd:
+            raise ValueError(f"the averaged weights do not fit the model: {len(odd)} of them, the first is {odd[0]!r}")
         for name, value in weights.items():
             self.weights[name].copy_(value)
 

@@ -4,6 +4,7 @@ Legend: B images, L tokens an image, C channels a token, D width, N selected tok
 K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is unknown.
 """
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -248,16 +249,17 @@ class TrainState:
     bad_steps: int = 0  # of these, skipped for non-finite gradients
     bad_in_a_row: int = 0
     stop_signal: int = 0  # number of the signal that asked to stop, or 0
+    interruptible: bool = False  # may a signal interrupt at once, instead of waiting for the end of the step?
 
 
 def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: bool, progress, writer) -> bool:
     """Run the epoch's batches from start_batch on; False if a signal asked to stop (the step is finished first).
 
-    args is main_mar.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
+    args is config.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
     b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
     """
+    began = time.perf_counter()
     for batch, (images, labels, indices) in enumerate(loader, start=start_batch):
-        began = time.perf_counter()
         lr = lr_at(
             epoch + batch / len(loader),
             lr=args.lr,
@@ -269,13 +271,17 @@ def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: b
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         terms = _forward_backward(state, images, labels, indices.tolist(), args, flip)
-        grad_norm = _optimizer_step(state, args.grad_clip)
-
+        state.scaler.unscale_(state.optimizer)
+        grad_norm = nn.utils.clip_grad_norm_(state.mar.parameters(), args.grad_clip or float("inf"))
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
         stop = torch.tensor(float(state.stop_signal > 0), device=state.device)
-        *means, stop = (dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()).tolist()
+        shared = dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()
+        *means, stop, grad_norm = torch.cat([shared, grad_norm.reshape(1)]).tolist()
+        _optimizer_step(state, grad_norm)
+
         record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
         record["images_per_second"] = len(images) * dist.world_size() / (time.perf_counter() - began)
+        began = time.perf_counter()
         if writer is not None:
             for name, value in record.items():
                 writer.add_scalar(f"train/{name}", value, state.step)
@@ -336,12 +342,9 @@ def _split(items, parts):
     return [items[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def _optimizer_step(state, grad_clip) -> float:
-    """Clip, step, average. A non-finite gradient (the same on all processes, after DDP's sum) skips the step."""
-    state.scaler.unscale_(state.optimizer)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip or float("inf")).item()
-    finite = grad_norm < float("inf")  # False for NaN too
+def _optimizer_step(state, grad_norm: float) -> None:
+    """Step and average. A non-finite gradient (the same on all processes, after DDP's sum) skips both."""
+    finite = math.isfinite(grad_norm)
     if finite:
         state.scaler.step(state.optimizer)
     state.scaler.update()  # halves the scale where unscale_ met an infinity
@@ -350,11 +353,10 @@ def _optimizer_step(state, grad_clip) -> float:
     state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
     if finite:
         state.ema.update(state.mar, state.step)
-    else:
-        state.bad_steps += 1
-        if state.bad_in_a_row >= MAX_BAD_STEPS:
-            raise FloatingPointError(
-                f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row (step {state.step}); "
-                "lower --blr, or use --dtype fp32"
-            )
-    return grad_norm
+        return
+    state.bad_steps += 1
+    if state.bad_in_a_row >= MAX_BAD_STEPS:
+        raise FloatingPointError(
+            f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row (step {state.step}); "
+            "lower --blr, or use --dtype fp32"
+        )

@@ -3,6 +3,7 @@
 MAR's flags keep their published spelling, default and meaning; --preset fills in the defaults of a known setting.
 """
 
+import contextlib
 import json
 import signal
 import sys
@@ -109,7 +110,7 @@ def find_checkpoint(values: dict) -> dict | None:
     return load_checkpoint(source)
 
 
-def train(values: dict, state: TrainState, dataset, start: tuple[int, int], content_of) -> int:
+def train(values: dict, state: TrainState, dataset, start: tuple[int, int]) -> int:
     """Epoch after epoch, with checkpoints, sample grids and metrics; 0, or 128 + the signal that ended it."""
     args = pick(TrainConfig, values)
     first, start_batch = start
@@ -124,6 +125,7 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int], cont
         batch_sampler=sampler,
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and state.device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
     )
     writer = None
     if dist.is_main():
@@ -134,32 +136,35 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int], cont
     progress = tqdm(total=args.epochs * len(sampler), initial=state.step, unit="step", disable=not dist.is_main())
     progress.set_description("training")
     began, first_step = time.perf_counter(), state.step
-    for epoch in range(first, args.epochs):
-        sampler.set_epoch(epoch, start_batch)
-        state.module.train()
-        finished = train_one_epoch(state, loader, epoch, start_batch, args, dataset.flip, progress, writer)
-        start_batch = 0
-        last = epoch == args.epochs - 1
-        if not finished or last or (epoch + 1) % args.save_last_freq == 0:
-            if dist.is_main():
-                save_checkpoint(args.output_dir, content_of(epoch if finished else epoch - 1))
-            dist.barrier()
-        if not finished:
-            break
-        if last or (epoch + 1) % args.eval_freq == 0:
-            sample_during_training(values, state, dataset, epoch, writer)
+    with signals_noted(state):
+        for epoch in range(first, args.epochs):
+            sampler.set_epoch(epoch, start_batch)
+            state.module.train()
+            finished = train_one_epoch(state, loader, epoch, start_batch, args, dataset.flip, progress, writer)
+            start_batch = 0
+            last = epoch == args.epochs - 1
+            to_sample = last or (epoch + 1) % args.eval_freq == 0
+            if not finished or to_sample or (epoch + 1) % args.save_last_freq == 0:
+                if dist.is_main():
+                    done = epoch if finished else epoch - 1
+                    save_checkpoint(args.output_dir, checkpoint_content(state, values, done, dataset.classes))
+                dist.barrier()
+            if finished and to_sample:  # all that is trained is saved: no need to wait for the pictures
+                finished = sample_during_training(values, state, dataset, epoch, writer)
+            if not finished:
+                break
     progress.close()
     if writer is not None:
         writer.close()
     # each process has met its own broken files
     num_broken = int((dist.all_sum(dataset.broken.float().to(state.device)) > 0).sum())
     if not dist.is_main():
-        return 128 + state.stop_signal if state.stop_signal else 0
+        return 0 if finished else 128 + state.stop_signal
     rate = (state.step - first_step) * per_process * dist.world_size() / (time.perf_counter() - began)
     notes = [f"{num_broken} broken images were skipped"] if num_broken else []
     notes += [f"{state.bad_steps} steps without a finite gradient were skipped"] if state.bad_steps else []
     where = checkpoint_path(args.output_dir)
-    if state.stop_signal:
+    if not finished:
         name = signal.Signals(state.stop_signal).name
         notes.append(f"stopped by {name} after step {state.step}, saved {where}; continue with the same command and")
         print("\n".join(notes) + f"\n  --resume {args.output_dir}", flush=True)
@@ -168,7 +173,36 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int], cont
     return 0
 
 
-def sample_during_training(values, state, dataset, epoch, writer) -> None:
+@contextlib.contextmanager
+def signals_noted(state: TrainState):
+    """SIGTERM and SIGINT are noted in the state, for the end of the step; where it is interruptible, they interrupt."""
+
+    def note(number, frame):
+        state.stop_signal = number
+        if state.interruptible:
+            raise KeyboardInterrupt
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def sample_during_training(values, state, dataset, epoch, writer) -> bool:
+    """`sample_epoch`; False if a signal interrupted it."""
+    state.interruptible = True
+    try:
+        sample_epoch(values, state, dataset, epoch, writer)
+    except KeyboardInterrupt:
+        return False
+    finally:
+        state.interruptible = False
+    return True
+
+
+def sample_epoch(values, state, dataset, epoch, writer) -> None:
     """A grid of samples with the averaged weights and, with --online_eval, the metrics at cfg 1 and at --cfg."""
     sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
     folder = Path(values["output_dir"]) / "samples" / f"epoch{epoch + 1:04d}"
@@ -193,6 +227,7 @@ def sample_during_training(values, state, dataset, epoch, writer) -> None:
             if dist.is_main():
                 for name, value in found["metrics"].items():
                     writer.add_scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
+                tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(found['metrics'])}")
 
 
 def run(values: dict) -> int:
@@ -239,20 +274,7 @@ def run(values: dict) -> int:
     if values["evaluate"]:
         return evaluate_checkpoint(values, state, dataset)
 
-    def ask_to_stop(number, frame):
-        state.stop_signal = number
-
-    handlers = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return train(
-            values, state, dataset, start, lambda epoch: checkpoint_content(state, values, epoch, dataset.classes)
-        )
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    return train(values, state, dataset, start)
 
 
 def evaluate_checkpoint(values, state, dataset) -> int:

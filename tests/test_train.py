@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import engine_mar
+import main_mar
 from main_mar import main
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -75,10 +76,10 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_
     whole = train(tmp_path / "whole", "--epochs", 2)
     step = engine_mar._optimizer_step
 
-    def interrupted(state, grad_clip):
+    def interrupted(state, grad_norm):
         if state.step == STEPS_PER_EPOCH + 2:
             os.kill(os.getpid(), number)
-        return step(state, grad_clip)
+        return step(state, grad_norm)
 
     before = signal.getsignal(number)
     monkeypatch.setattr(engine_mar, "_optimizer_step", interrupted)
@@ -87,9 +88,23 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_
     assert code == 128 + number and signal.getsignal(number) == before
     assert f"--resume {folder}" in capsys.readouterr().out
     saved = load_checkpoint(folder)
-    assert saved["step"] == STEPS_PER_EPOCH + 3 and saved["epoch"] == 0
+    # the step in which it arrives is finished, and at most one more: the request is read before the optimizer steps
+    assert saved["step"] in (STEPS_PER_EPOCH + 3, STEPS_PER_EPOCH + 4) and saved["epoch"] == 0
     monkeypatch.setattr(engine_mar, "_optimizer_step", step)
     assert_same(whole, train(folder, "--epochs", 2))
+
+
+def test_a_signal_while_sampling_stops_at_once_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    whole = train(tmp_path / "whole", "--epochs", 2)
+    folder = tmp_path / "parts"
+    command = [*SMALL, "--output_dir", str(folder), "--resume", str(folder), "--epochs", "2", "--eval_freq", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main_mar, "sample_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([*command, "--save_last_freq", "100"]) == 128 + signal.SIGTERM
+    assert f"--resume {folder}" in capsys.readouterr().out
+    assert load_checkpoint(folder)["epoch"] == 0
+    assert main(command) == 0
+    assert_same(whole, load_checkpoint(folder))
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path):

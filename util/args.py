@@ -121,9 +121,15 @@ def check_folder(name: str, path: str) -> None:
 
 
 def run_main(main, argv=None) -> int:
-    """Exit code of main(argv): a ValueError, which is the user's, becomes one line on stderr and code 2."""
+    """Exit code of main(argv), with one line on stderr instead of a traceback for what is no fault of the code.
+
+    A ValueError, which is the user's, is code 2; training that diverged (FloatingPointError) 1; Ctrl-C 130.
+    """
     try:
         return main(argv)
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -95,7 +95,9 @@ def restore(state: TrainState, content: dict, source, steps_per_epoch: int) -> t
     epoch = content.get("epoch", -1) + 1
     state.step = content.get("step", epoch * steps_per_epoch)
     batch = state.step - epoch * steps_per_epoch
-    return epoch, batch if 0 <= batch < steps_per_epoch else 0  # another batch size: from the epoch's beginning
+    if batch == steps_per_epoch:  # stopped with the last step of the epoch
+        return epoch + 1, 0
+    return epoch, batch if 0 < batch < steps_per_epoch else 0  # another batch size: from the epoch's beginning
 
 
 def find_checkpoint(values: dict) -> dict | None:

@@ -248,12 +248,13 @@ class TrainState:
     step: int = 0  # optimizer steps done
     bad_steps: int = 0  # of these, skipped for non-finite gradients
     bad_in_a_row: int = 0
-    stop_signal: int = 0  # number of the signal that asked to stop, or 0
+    stop_signal: int = 0  # number of the signal that asked this process to stop, or 0
+    stopping: bool = False  # has any process been asked?
     interruptible: bool = False  # may a signal interrupt at once, instead of waiting for the end of the step?
 
 
 def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: bool, progress, writer) -> bool:
-    """Run the epoch's batches from start_batch on; False if a signal asked to stop (the step is finished first).
+    """Run the epoch's batches from start_batch on; False if it ended early, on a signal, with its step finished.
 
     args is config.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
     b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
@@ -288,7 +289,8 @@ def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: b
         progress.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
         progress.update()
         if stop:
-            return False
+            state.stopping = True
+            return batch + 1 == len(loader)
     return True
 
 

@@ -95,9 +95,7 @@ def restore(state: TrainState, content: dict, source, steps_per_epoch: int) -> t
     epoch = content.get("epoch", -1) + 1
     state.step = content.get("step", epoch * steps_per_epoch)
     batch = state.step - epoch * steps_per_epoch
-    if batch == steps_per_epoch:  # stopped with the last step of the epoch
-        return epoch + 1, 0
-    return epoch, batch if 0 < batch < steps_per_epoch else 0  # another batch size: from the epoch's beginning
+    return epoch, batch if 0 <= batch < steps_per_epoch else 0  # another batch size: from the epoch's beginning
 
 
 def find_checkpoint(values: dict) -> dict | None:
@@ -142,35 +140,38 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int]) -> i
         for epoch in range(first, args.epochs):
             sampler.set_epoch(epoch, start_batch)
             state.module.train()
-            finished = train_one_epoch(state, loader, epoch, start_batch, args, dataset.flip, progress, writer)
+            whole = train_one_epoch(state, loader, epoch, start_batch, args, dataset.flip, progress, writer)
             start_batch = 0
             last = epoch == args.epochs - 1
             to_sample = last or (epoch + 1) % args.eval_freq == 0
-            if not finished or to_sample or (epoch + 1) % args.save_last_freq == 0:
+            if state.stopping or to_sample or (epoch + 1) % args.save_last_freq == 0:
                 if dist.is_main():
-                    done = epoch if finished else epoch - 1
+                    done = epoch if whole else epoch - 1
                     save_checkpoint(args.output_dir, checkpoint_content(state, values, done, dataset.classes))
                 dist.barrier()
-            if finished and to_sample:  # all that is trained is saved: no need to wait for the pictures
-                finished = sample_during_training(values, state, dataset, epoch, writer)
-            if not finished:
+            if to_sample and not state.stopping:  # all is saved: a signal need not wait for the pictures
+                sample_during_training(values, state, dataset, epoch, writer)
+            if state.stopping:
                 break
     progress.close()
     if writer is not None:
         writer.close()
     # each process has met its own broken files
     num_broken = int((dist.all_sum(dataset.broken.float().to(state.device)) > 0).sum())
+    number = signal.Signals(state.stop_signal or signal.SIGTERM)  # it may have gone to another process
+    code = 128 + number if state.stopping else 0
     if not dist.is_main():
-        return 0 if finished else 128 + state.stop_signal
+        return code
     rate = (state.step - first_step) * per_process * dist.world_size() / (time.perf_counter() - began)
     notes = [f"{num_broken} broken images were skipped"] if num_broken else []
     notes += [f"{state.bad_steps} steps without a finite gradient were skipped"] if state.bad_steps else []
     where = checkpoint_path(args.output_dir)
-    if not finished:
-        name = signal.Signals(state.stop_signal).name
-        notes.append(f"stopped by {name} after step {state.step}, saved {where}; continue with the same command and")
+    if state.stopping:
+        notes.append(
+            f"stopped by {number.name} after step {state.step}, saved {where}; continue with the same command and"
+        )
         print("\n".join(notes) + f"\n  --resume {args.output_dir}", flush=True)
-        return 128 + state.stop_signal
+        return code
     print("\n".join([*notes, f"trained to step {state.step} at {rate:.0f} images/s: {where}"]))
     return 0
 
@@ -192,16 +193,15 @@ def signals_noted(state: TrainState):
             signal.signal(number, handler)
 
 
-def sample_during_training(values, state, dataset, epoch, writer) -> bool:
-    """`sample_epoch`; False if a signal interrupted it."""
+def sample_during_training(values, state, dataset, epoch, writer) -> None:
+    """`sample_epoch`, which a signal may interrupt."""
     state.interruptible = True
     try:
         sample_epoch(values, state, dataset, epoch, writer)
     except KeyboardInterrupt:
-        return False
+        state.stopping = True
     finally:
         state.interruptible = False
-    return True
 
 
 def sample_epoch(values, state, dataset, epoch, writer) -> None:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from heads.policy import SampleConfig
+from heads.losses import HeadLossConfig
+from heads.policy import SCOPES, PolicyHeads, SampleConfig
 from models.mar import MAR_CONFIGS, MARConfig
 from util import dist
 from util.args import defaults, flag, pick
@@ -36,6 +37,19 @@ class TrainConfig:
     weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
     ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
     grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
+    freeze_backbone: bool = flag(False, "do not train the transformer")
+    train_diffloss: bool = flag(True, "train the diffusion MLP")
+    learn: str = flag("", "comma list of heads to train: order, group, tau, cfg")
+    tau_mode: str = flag("global", "one temperature an image, or one a token", choices=SCOPES)
+    cfg_mode: str = flag("global", "one guidance scale an image, or one a token", choices=SCOPES)
+    rho_min: float = flag(0.0, "smallest share of the unknown tokens that the group head takes", low=0, high=1)
+    rho_max: float = flag(1.0, "largest share of the unknown tokens that the group head takes", low=0, high=1)
+    tau_min: float = flag(0.9, "smallest temperature of the tau head", low=0)
+    tau_max: float = flag(1.05, "largest temperature of the tau head", low=0)
+    cfg_min: float = flag(0.0, "smallest guidance scale of the cfg head", low=0)
+    cfg_max: float = flag(4.0, "largest guidance scale of the cfg head", low=0)
+    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps that the heads are trained for", metavar="LO,HI")
+    cfg_train_max: float = flag(2.0, "largest guidance scale that the heads are trained for", low=1)
     mask_ratio_per_image: bool = flag(False, "draw a mask ratio for each image instead of each batch")
 
     eval_freq: int = flag(40, "epochs between sample grids (and metrics, with --online_eval)", low=1)
@@ -58,8 +72,29 @@ class TrainConfig:
     dist_url: str = flag("env://", "where processes meet")
     dist_on_itp: bool = flag(False, "read ranks from Open MPI's environment")
 
+    @property
+    def num_iter_range(self) -> tuple[int, int]:
+        """train_num_iter as two numbers."""
+        try:
+            low, high = (int(part) for part in self.train_num_iter.split(","))
+        except ValueError:
+            low, high = 1, 0
+        if not 1 <= low <= high:
+            raise ValueError(f"--train_num_iter must be lo,hi with 1 <= lo <= hi, got {self.train_num_iter!r}")
+        return low, high
 
-CONFIGS = (TrainConfig, SampleConfig, EvalConfig, MARConfig)
+    def heads(self, dim: int) -> PolicyHeads | None:
+        """The heads that --learn names, fresh, for z of width dim; None for none."""
+        if not self.learn:
+            return None
+        bounds = dict(
+            rho=(self.rho_min, self.rho_max), tau=(self.tau_min, self.tau_max), cfg=(self.cfg_min, self.cfg_max)
+        )
+        modes = dict(tau_mode=self.tau_mode, cfg_mode=self.cfg_mode)
+        return PolicyHeads(dim, tuple(self.learn.split(",")), **modes, **bounds)
+
+
+CONFIGS = (TrainConfig, HeadLossConfig, SampleConfig, EvalConfig, MARConfig)
 # where MAR's command line and its constructor disagree, the command line counts
 _CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
 _PIXELS = dict(tokenizer="pixel", model="mar_tiny", vae_stride=1, num_workers=0, label_drop_prob=0.1, buffer_size=4)
@@ -114,8 +149,11 @@ def resolve(given: dict) -> dict:
     if values["evaluate"] and not values["resume"]:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
     # what sampling and measuring will need is checked now, not after the first epochs
-    pick(SampleConfig, values).rules()
-    _ = pick(EvalConfig, values).metric_names
+    args = pick(TrainConfig, values)
+    _ = pick(EvalConfig, values).metric_names, args.num_iter_range
+    pick(SampleConfig, values).rules(args.heads(1))
+    if args.freeze_backbone and not args.train_diffloss and not args.learn and not args.evaluate:
+        raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")
     return values
 
 

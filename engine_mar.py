@@ -6,6 +6,7 @@ K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is u
 
 import math
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from heads.policy import PolicyHeads
 from heads.rules import StepState
 from models.mar import MAR
-from models.masking import TrainingDraws, training_draws
+from models.masking import training_draws
 from util import dist
 from util.checkpoint import weights_hash
 from util.dist import autocast
 from util.evaluation import score
-from util.images import PNGFolder, image_path, is_readable, prepare_folder, save_png, to_uint8
+from util.images import PNGFolder, Trace, image_path, is_readable, prepare_folder, save_png, to_uint8
 from util.optim import EMA, lr_at
 from util.rng import generator, image_seeds, seed_of
 
@@ -42,6 +44,7 @@ def generate(
     clip=None,
     tokens=None,
     mask=None,
+    evals=None,
 ) -> torch.Tensor:
     """Latents (B, c, h, w) for labels (B,) long, −1 = unconditional (MAR, section 3.4 and Fig. 3).
 
@@ -52,8 +55,9 @@ def generate(
     are revealed first, as published. noise_fn(step, rows) -> (T + 1, N, C) replaces the draws, rows (N, 2) long on the
     CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each step, plan (B', L)
     holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. clip bounds
-    the predicted x₀. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1
-    step, or tokens without mask raise ValueError.
+    the predicted x₀. evals, a Counter, grows by the network evaluations: "mar" by the images that each pass of the
+    transformer computes, "mlp" by the rows that the diffusion MLP does. The model is in eval mode inside and as it was
+    afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError.
     """
     config, device = mar.config, mar.mask_token.device
     batch_size, shape = len(labels), (len(labels), config.seq_len)
@@ -119,6 +123,9 @@ def generate(
             )
             tokens[index[row], column] = drawn
             unknown[rows[:, 0], rows[:, 1]] = False
+            if evals is not None:
+                passes = 2 if z_uncond is not None else 1
+                evals.update(mar=passes * len(images), mlp=passes * len(rows) * num_steps)
             if callback:
                 callback(step, rows, plan, tokens)
     finally:
@@ -153,12 +160,17 @@ def _draw_noise(generators, rows, num_steps, channels):
 
 
 @torch.no_grad()
-def sample_images(mar, tokenizer, sampling, labels, seed: int, folder: Path, *, batch_size, device, dtype) -> dict:
+def sample_images(
+    mar, tokenizer, sampling, labels, seed: int, folder: Path, *, batch_size, device, dtype, num_traced=0
+) -> dict:
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
     Image i depends on (seed, i), its label, the weights and the settings only; these stand in folder/run.json, and
     files of another run are removed. A batch whose files are all there and whole is skipped, any other is made again
-    whole. Returns {weights (their hash), num_made, seconds, images_per_second}, summed over processes.
+    whole. num_traced: the growth of so many images goes to folder/trace.npz (see `util.images.Trace`); where that is
+    missing their batches, which all belong to the first process, are made again. Returns {weights (their hash),
+    num_made, seconds, images_per_second}, summed over processes, and the network evaluations that an image took on
+    average, counted (see `generate`; None where no image was made): mar_evals, mlp_evals.
     """
     rules = sampling.rules()
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
@@ -167,12 +179,22 @@ def sample_images(mar, tokenizer, sampling, labels, seed: int, folder: Path, *, 
         prepare_folder(folder, run)
     dist.barrier()
     batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
-    mine = batches[dist.rank() :: dist.world_size()]
-    mine = [batch for batch in mine if not all(is_readable(image_path(folder, i)) for i in batch)]
-    num_made, began = 0, time.perf_counter()
+    trace = Trace(folder, labels[:num_traced], mar.config.seq_len, sampling.num_iter)
+    to_trace = [batch for batch in batches if batch.start < num_traced]
+    mine = to_trace if dist.is_main() else []
+    redo = [] if trace.is_saved() else mine
+    mine = mine + batches[len(to_trace) :][dist.rank() :: dist.world_size()]
+    mine = [batch for batch in mine if batch in redo or not all(is_readable(image_path(folder, i)) for i in batch)]
+    num_made, evals, began = 0, Counter(), time.perf_counter()
     quiet = not (mine and dist.is_main())
     with tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False) as progress:
+
+        def after_step(step, *details):
+            progress.set_postfix_str(f"step {step + 1}/{sampling.num_iter}")
+            trace.record(step, *details)
+
         for batch in mine:
+            trace.begin(batch if batch in redo else None)
             with autocast(device, dtype):
                 latents = generate(
                     mar,
@@ -181,27 +203,34 @@ def sample_images(mar, tokenizer, sampling, labels, seed: int, folder: Path, *, 
                     num_iter=sampling.num_iter,
                     num_steps=int(sampling.num_sampling_steps),
                     seeds=image_seeds(seed, batch),
-                    callback=lambda step, *_: progress.set_postfix_str(f"step {step + 1}/{sampling.num_iter}"),
+                    callback=after_step,
                     solver=sampling.solver,
                     clip=tokenizer.clip,
+                    evals=evals,
                 )
-            for i, image in zip(batch, to_uint8(tokenizer.decode(latents))):
+            images = to_uint8(tokenizer.decode(latents))
+            trace.end(lambda tokens: to_uint8(tokenizer.decode(mar.unpatchify(tokens))), images)
+            for i, image in zip(batch, images):
                 save_png(image_path(folder, i), image)
             num_made += len(batch)
             progress.update(len(batch))
     seconds = time.perf_counter() - began
-    made, rate = dist.all_sum(torch.tensor([num_made, num_made / seconds], device=device)).tolist()
+    rate = dist.all_sum(torch.tensor(num_made / seconds, device=device)).item()
+    counts = torch.tensor([num_made, evals["mar"], evals["mlp"]], device=device)  # whole numbers, too large for float32
+    num_made, *counts = dist.all_sum(counts).tolist()
     dist.barrier()
-    found = {"weights": run["weights"], "num_made": int(made), "seconds": round(seconds, 3)}
-    return {**found, "images_per_second": round(rate, 3)}
+    found = {"weights": run["weights"], "num_made": num_made, "seconds": round(seconds, 3)}
+    found["images_per_second"] = round(rate, 3)
+    return found | {k: round(n / num_made, 3) if num_made else None for k, n in zip(("mar_evals", "mlp_evals"), counts)}
 
 
-def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, folder, *, device, dtype) -> dict:
+def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, folder, *, device, dtype, **more) -> dict:
     """`sample_images`, then (on the first process) samples.npz and the metrics: its figures and {metrics}.
 
-    reference is the data set that the images are compared with, None with --metrics none.
+    reference is the data set that the images are compared with, None with --metrics none; more are options of
+    `sample_images`.
     """
-    options = dict(batch_size=evaluation.eval_bsz, device=device, dtype=dtype)
+    options = dict(batch_size=evaluation.eval_bsz, device=device, dtype=dtype, **more)
     found = sample_images(mar, tokenizer, sampling, labels, seed, folder, **options)
     found["metrics"] = {}
     if dist.is_main():
@@ -212,37 +241,18 @@ def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, fold
     return found
 
 
-class TrainingLoss(nn.Module):
-    """What DistributedDataParallel wraps: one forward pass that returns every loss."""
-
-    def __init__(self, mar: MAR):
-        super().__init__()
-        self.mar = mar
-
-    def forward(self, tokens, labels, draws: TrainingDraws, num_rows) -> dict[str, torch.Tensor]:
-        """Sums over the masked tokens of tokens (b, L, C) divided by num_rows, the number they shall be a mean over.
-
-        Only masked rows go through the diffusion MLP. Keys: loss (the one to minimise), mse, vb.
-        """
-        z = self.mar.encode_decode(tokens, draws.mask, labels, draws.num_visible)
-        repeats = len(draws.t)
-        z = z.flatten(0, 1)[draws.rows].repeat(repeats, 1)  # (m·N, D)
-        target = tokens.flatten(0, 1)[draws.rows].repeat(repeats, 1)  # (m·N, C)
-        terms = self.mar.diffloss.token_loss_terms(target, z, draws.t.flatten(), draws.noise.flatten(0, 1))
-        mse, vb = (term.sum() / (repeats * num_rows) for term in terms)
-        return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
-
-
 @dataclass
 class TrainState:
     """Everything that training changes, and the parts it works with."""
 
     module: nn.Module  # TrainingLoss, possibly inside DistributedDataParallel
     mar: MAR
+    heads: PolicyHeads | None
     tokenizer: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA
+    heads_ema: EMA | None
     device: torch.device
     dtype: torch.dtype
     step: int = 0  # optimizer steps done
@@ -273,7 +283,7 @@ def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: b
             group["lr"] = lr
         terms = _forward_backward(state, images, labels, indices.tolist(), args, flip)
         state.scaler.unscale_(state.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(state.mar.parameters(), args.grad_clip or float("inf"))
+        grad_norm = nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip or float("inf"))
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
         stop = torch.tensor(float(state.stop_signal > 0), device=state.device)
         shared = dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()
@@ -308,6 +318,8 @@ def _forward_backward(state, images, labels, indices, args, flip):
             mask_ratio_min=config.mask_ratio_min,
             label_drop_prob=config.label_drop_prob,
             mask_ratio_per_image=args.mask_ratio_per_image,
+            num_iter=args.num_iter_range if state.heads is not None else None,
+            cfg_max=args.cfg_train_max,
         )
         for part in _split(indices, args.accum_iter)
     ]
@@ -355,6 +367,8 @@ def _optimizer_step(state, grad_norm: float) -> None:
     state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
     if finite:
         state.ema.update(state.mar, state.step)
+        if state.heads is not None:
+            state.heads_ema.update(state.heads, state.step)
         return
     state.bad_steps += 1
     if state.bad_in_a_row >= MAX_BAD_STEPS:

@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import CONFIGS, TrainConfig, mar_config, resolve
-from engine_mar import TrainingLoss, TrainState, evaluate, sample_images, train_one_epoch
+from engine_mar import TrainState, evaluate, sample_images, train_one_epoch
+from heads.losses import HeadLossConfig
 from heads.policy import SampleConfig
+from heads.training import TrainingLoss
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from util import dist
@@ -69,12 +71,13 @@ def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: lis
         "epoch": epoch,
         "scaler": state.scaler.state_dict(),
         "args": values,
-        "heads": {},
-        "heads_ema": {},
+        "heads": state.heads.state_dict() if state.heads is not None else {},
+        "heads_ema": state.heads_ema.weights if state.heads is not None else {},
         "config": {
             "mar": asdict(state.mar.config),
             "tokenizer": values["tokenizer"],
             "vae_path": values["vae_path"],
+            "heads": state.heads.settings() if state.heads is not None else None,
             "data": {"name": values["data"], "path": values["data_path"], "classes": classes},
             "sample": {k: values[k] for k in defaults(SampleConfig)},
             "eval": {k: values[k] for k in defaults(EvalConfig)},
@@ -84,10 +87,25 @@ def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: lis
     }
 
 
-def restore(state: TrainState, content: dict, source, steps_per_epoch: int) -> tuple[int, int]:
-    """Load a checkpoint into the state; (epoch, batch in it) to continue with."""
+def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:
+    """Load the weights and their averages of a checkpoint; heads_too: it must have the heads that are trained here."""
     load_weights(state.mar, content["model"], source)
     state.ema.load(content.get("model_ema", content["model"]))
+    here = list(state.heads.learn) if state.heads is not None else []
+    there = (content.get("config", {}).get("heads") or {}).get("learn", [])
+    if here == there and here:
+        load_weights(state.heads, content["heads"], source)
+        state.heads_ema.load(content["heads_ema"])
+    elif heads_too and here != there:
+        raise ValueError(
+            f"{source} has the heads {','.join(there) or 'none'}, --learn names {','.join(here) or 'none'}; "
+            "a new stage with other heads starts with --init_from"
+        )
+
+
+def restore(state: TrainState, content: dict, source, steps_per_epoch: int) -> tuple[int, int]:
+    """Load a checkpoint into the state; (epoch, batch in it) to continue with."""
+    restore_weights(state, content, source)
     if "optimizer" in content:
         state.optimizer.load_state_dict(content["optimizer"])
     if content.get("scaler") and state.scaler.is_enabled():
@@ -249,14 +267,21 @@ def run(values: dict) -> int:
     if values["compile"]:
         for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
             block.compile(dynamic=True)
-    module = TrainingLoss(mar)
+    args = pick(TrainConfig, values)
+    heads = args.heads(mar.config.decoder_embed_dim)
+    heads = heads.to(device) if heads is not None else None
+    for name, parameter in mar.named_parameters():
+        parameter.requires_grad_(args.train_diffloss if name.startswith("diffloss.") else not args.freeze_backbone)
+    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values))
     state = TrainState(
         module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
         mar=mar,
+        heads=heads,
         tokenizer=tokenizer,
-        optimizer=make_optimizer(mar, values["lr"], values["weight_decay"]),
+        optimizer=make_optimizer(module, values["lr"], values["weight_decay"]),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(mar, values["ema_rate"]),
+        heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
         device=device,
         dtype=dtype,
     )
@@ -269,8 +294,7 @@ def run(values: dict) -> int:
     start = (values["start_epoch"], 0)
     state.step = start[0] * steps_per_epoch
     if content is not None and values["init_from"]:
-        load_weights(mar, content["model"], values["init_from"])
-        state.ema.load(content.get("model_ema", content["model"]))
+        restore_weights(state, content, values["init_from"], heads_too=False)
     elif content is not None:
         start = restore(state, content, values["resume"], steps_per_epoch)
     if values["evaluate"]:

@@ -1,11 +1,23 @@
-"""Inference modes: which of the four rules are hand-made and which learned; the settings of a sampling run."""
+"""Learned heads, and the inference modes that say which of the four rules are hand-made and which learned.
+
+Legend: B images, L tokens an image, D width of z, n tokens unknown now, H width of a head. r is a head's raw output;
+every head moves the value of the hand-made rule it replaces, and r = 0 leaves that value bit for bit as it is.
+"""
 
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 
+import torch
+from torch import nn
+
 from diffusion.solvers import SOLVERS
-from heads.rules import CFGS, GROUPS, ORDERS, TAUS, RuleOptions, Rules
+from heads.rules import CFGS, GROUPS, ORDERS, TAUS, RuleOptions, Rules, StepState
 from util.args import flag
+from util.checkpoint import load_checkpoint, load_weights
+
+HEADS = ("order", "group", "tau", "cfg")
+SCOPES = ("global", "token")  # one value an image, or one a token
+HEAD_WIDTH = 64
 
 # mode:       order      group      tau         cfg
 INFER_MODES = {
@@ -16,9 +28,157 @@ INFER_MODES = {
 }
 
 
+def bounded(base: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """base + (distance to the bound that r points to)·tanh(r); the bounds are widened to contain the base."""
+    up, down = (high - base).clamp(min=0), (base - low).clamp(min=0)
+    return base + torch.where(r >= 0, up, down) * torch.tanh(r)
+
+
+class Head(nn.Module):
+    """r (B, L, 1) from z (B, L, D) and the step's numbers (B, 3); the last layer starts at zero."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.token = nn.Linear(dim, HEAD_WIDTH)
+        self.step = nn.Linear(3, HEAD_WIDTH)
+        self.out = nn.Linear(HEAD_WIDTH, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, z, step):
+        hidden = self.token(self.norm(z)) + self.step(step).unsqueeze(1)  # (B, L, H)
+        return self.out(nn.functional.gelu(hidden))
+
+
+class PolicyHeads(nn.Module):
+    """The learned heads: order, group size, τ and guidance, those of them that `learn` names (seed 000).
+
+    dim: width of z. tau_mode, cfg_mode: global (one value an image) or token. rho, tau, cfg: bounds (low, high) of the
+    group-size ratio, the temperature and the guidance scale. An unknown name or a bound out of order is a ValueError.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        learn=HEADS,
+        *,
+        tau_mode: str = "global",
+        cfg_mode: str = "global",
+        rho=(0, 1),
+        tau=(0.9, 1.05),
+        cfg=(0, 4),
+    ):
+        super().__init__()
+        unknown = [name for name in learn if name not in HEADS]
+        if unknown:
+            raise ValueError(f"unknown head {unknown[0]!r}; valid: {', '.join(HEADS)}")
+        for name, scope in (("tau_mode", tau_mode), ("cfg_mode", cfg_mode)):
+            if scope not in SCOPES:
+                raise ValueError(f"unknown {name} {scope!r}; valid: {', '.join(SCOPES)}")
+        for name, (low, high) in (("rho", rho), ("tau", tau), ("cfg", cfg)):
+            if not 0 <= low <= high or (name == "rho" and high > 1):
+                raise ValueError(
+                    f"bounds of {name} must be 0 <= low <= high{' <= 1' * (name == 'rho')}, got {low, high}"
+                )
+        self.learn = tuple(name for name in HEADS if name in learn)
+        self.scope = {"order": "token", "group": "global", "tau": tau_mode, "cfg": cfg_mode}
+        self.bounds = {"group": tuple(rho), "tau": tuple(tau), "cfg": tuple(cfg)}
+        self.heads = nn.ModuleDict({name: Head(dim) for name in self.learn})
+
+    def settings(self) -> dict:
+        """The constructor's arguments but dim, for a checkpoint."""
+        return {
+            "learn": list(self.learn),
+            "tau_mode": self.scope["tau"],
+            "cfg_mode": self.scope["cfg"],
+            "rho": list(self.bounds["group"]),
+            "tau": list(self.bounds["tau"]),
+            "cfg": list(self.bounds["cfg"]),
+        }
+
+    def raw(self, name: str, state: StepState, base_cfg) -> torch.Tensor:
+        """r of a head, float32: (B, L) for one value a token, (B, 1) for one an image (a mean over masked tokens).
+
+        Inputs are z, detached, and what tells the step: the share of tokens revealed, num_iter, the base cfg.
+        """
+        with torch.autocast(state.z.device.type, enabled=False):
+            z = state.z.detach().float()
+            num_iter = torch.as_tensor(state.num_iter, device=z.device).float().expand(len(z))
+            base_cfg = torch.as_tensor(base_cfg, device=z.device).float().expand(len(z))
+            revealed = 1 - state.num_unknown / state.mask.shape[1]
+            r = self.heads[name](z, torch.stack([revealed, num_iter.log2() / 4, base_cfg - 1], dim=1)).squeeze(-1)
+            if self.scope[name] == "token":
+                return r
+            masked = state.mask.float()
+            return ((r * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)).unsqueeze(1)
+
+    def logits(self, state: StepState, base_cfg) -> torch.Tensor:
+        """What the order head adds to the ranking of the tokens (B, L)."""
+        return self.raw("order", state, base_cfg)
+
+    def group_size(self, state: StepState, base_k, base_cfg) -> torch.Tensor:
+        """k = ρ·n (B,), not rounded; base_k (B,) is the hand-made rule's."""
+        n = state.num_unknown
+        rho = bounded(base_k / n, self.raw("group", state, base_cfg).squeeze(1), *self.bounds["group"])
+        return torch.minimum((rho * n).clamp(min=1), n)
+
+    def temperature(self, state: StepState, base, base_cfg) -> torch.Tensor:
+        """τ (B, 1) or (B, L) around the base (B, 1)."""
+        return bounded(base, self.raw("tau", state, base_cfg), *self.bounds["tau"])
+
+    def guidance(self, state: StepState, base, base_cfg) -> torch.Tensor:
+        """w (B, 1) or (B, L) around the hand-made schedule's value (B, 1); base_cfg is that schedule's scale."""
+        return bounded(base, self.raw("cfg", state, base_cfg), *self.bounds["cfg"])
+
+
+def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
+    """The heads of a checkpoint folder or file, or its content, on the CPU and in eval mode; None where it has none."""
+    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    config = content.get("config", {})
+    if not config.get("heads"):
+        return None
+    heads = PolicyHeads(config["mar"]["decoder_embed_dim"], **config["heads"])
+    load_weights(heads, content["heads_ema" if ema else "heads"], "the checkpoint's heads")
+    return heads.eval()
+
+
+def _column(value, state):
+    return torch.as_tensor(value, dtype=torch.float32, device=state.mask.device).expand(len(state.mask), 1)
+
+
+def learned_order(heads, base, options):
+    """Rank by logit + order_noise·g, g the Gumbel draws that make the random order."""
+    return lambda state: heads.logits(state, options.cfg) + options.order_noise * state.gumbel
+
+
+def learned_group(heads, base, options):
+    """k = round(ρ·n); `Rules` keeps it between 1 and n."""
+    return lambda state: heads.group_size(state, base(state), options.cfg).round()
+
+
+def learned_tau(heads, base, options):
+    """τ around the hand-made temperature."""
+    return lambda state: heads.temperature(state, _column(base(state), state), options.cfg)
+
+
+def learned_cfg(heads, base, options):
+    """w around the hand-made schedule."""
+    return lambda state, after: heads.guidance(state, _column(base(state, after), state), options.cfg)
+
+
+# kind: (hand-made rules, the learned one, the rule that the learned one moves)
+RULES = {
+    "order": (ORDERS, learned_order, "random"),
+    "group": (GROUPS, learned_group, "cosine"),
+    "tau": (TAUS, learned_tau, "constant"),
+    "cfg": (CFGS, learned_cfg, "linear"),
+}
+
+
 def build_rules(
     mode: str,
-    heads=None,
+    heads: PolicyHeads | None = None,
     *,
     order: str | None = None,
     group: str | None = None,
@@ -26,7 +186,7 @@ def build_rules(
     cfg_schedule: str | None = None,
     **options,
 ) -> Rules:
-    """The rules of an inference mode, any of the four replaced by the one named.
+    """The rules of an inference mode, any of the four replaced by the one named, "learned" included.
 
     options are the fields of `heads.rules.RuleOptions` (cfg, temperature, …). An unknown mode or rule, or a learned
     rule without its head in `heads`, raises ValueError.
@@ -34,16 +194,22 @@ def build_rules(
     if mode not in INFER_MODES:
         raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
     options = RuleOptions(**options)
-    overrides = (order, group, tau_schedule, cfg_schedule)
-    tables = {"order": ORDERS, "group": GROUPS, "tau": TAUS, "cfg": CFGS}
     rules = {}
-    for (kind, table), default, override in zip(tables.items(), INFER_MODES[mode], overrides):
+    for kind, default, override in zip(HEADS, INFER_MODES[mode], (order, group, tau_schedule, cfg_schedule)):
+        table, learned, moved = RULES[kind]
         name = override or default
+        if name not in table and name != "learned":
+            raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(table)}, learned")
+        rule = table[moved if name == "learned" else name]
+        rule = rule if kind == "order" else partial(rule, options=options)
         if name == "learned":
-            raise ValueError(f"infer_mode {mode!r} needs the learned {kind} head, which this checkpoint does not have")
-        if name not in table:
-            raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(table)}")
-        rules[kind] = partial(table[name], options=options) if kind != "order" else table[name]
+            if heads is None or kind not in heads.learn:
+                raise ValueError(
+                    f"infer_mode {mode!r} needs the learned {kind} head, which this checkpoint does not have; train it "
+                    f"with main_mar.py --init_from DIR --freeze_backbone --learn {kind}"
+                )
+            rule = learned(heads, rule, options)
+        rules[kind] = rule
     return Rules(**rules)
 
 
@@ -52,10 +218,10 @@ class SampleConfig(RuleOptions):
     """How images are sampled: everything that an image depends on but weights, label and seed."""
 
     infer_mode: str = flag("baseline", "which rules are learned", choices=INFER_MODES)
-    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=ORDERS)
-    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=GROUPS)
-    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=TAUS)
-    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=CFGS)
+    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=(*ORDERS, "learned"))
+    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=(*GROUPS, "learned"))
+    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=(*TAUS, "learned"))
+    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=(*CFGS, "learned"))
     num_iter: int = flag(64, "autoregressive steps", low=1)
     num_sampling_steps: int = flag(100, "diffusion steps when sampling", low=1, high=1000)
     solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)

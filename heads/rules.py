@@ -27,6 +27,7 @@ class RuleOptions:
     group_a: float = flag(1.0, "curvature of the exp group schedule")
     group_p: float = flag(2.0, "exponent of the power group schedule", low=1e-6)
     cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
+    order_noise: float = flag(1.0, "share of the random draws in the learned order; 0 = deterministic", low=0)
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
 
     def __post_init__(self):
@@ -46,10 +47,10 @@ class RuleOptions:
 
 @dataclass
 class StepState:
-    """What a rule may look at in autoregressive step `step` of `num_iter`."""
+    """What a rule may look at. In training each image has its own step and num_iter: then they are (B,) on the CPU."""
 
-    step: int
-    num_iter: int
+    step: int | torch.Tensor
+    num_iter: int | torch.Tensor
     mask: torch.Tensor  # (B, L) bool
     num_unknown: torch.Tensor  # (B,) float32, n
     num_start: torch.Tensor  # (B,) float32, M
@@ -57,10 +58,12 @@ class StepState:
     z: torch.Tensor  # (B, L, D), conditional decoder output
     images: torch.Tensor  # (B,) long, where these images stand in the batch given to generate()
 
-    @property
-    def progress(self) -> float:
-        """u = (step + 1) / num_iter."""
-        return (self.step + 1) / self.num_iter
+    def per_image(self, function) -> torch.Tensor:
+        """function(u) of the progress u = (step + 1) / num_iter as float64 (B,) on the CPU, for a Python function."""
+        steps, totals = torch.as_tensor(self.step).tolist(), torch.as_tensor(self.num_iter).tolist()
+        if not isinstance(steps, list):
+            return torch.full(self.num_unknown.shape, function((steps + 1) / totals), dtype=torch.float64)
+        return torch.tensor([function((s + 1) / k) for s, k in zip(steps, totals)], dtype=torch.float64)
 
     @property
     def is_last(self) -> bool:
@@ -182,7 +185,8 @@ def _group(share_left):
         n = state.num_unknown
         # the floor is taken in float64, as published; MPS has none
         wide = torch.float32 if n.device.type == "mps" else torch.float64
-        wanted = torch.floor(state.num_start.to(wide) * share_left(state.progress, options)).float()
+        share = state.per_image(lambda u: share_left(u, options)).to(wide).to(n.device)
+        wanted = torch.floor(state.num_start.to(wide) * share).float()
         # max(1, min(n − 1, ·)) as published; where one token is left that is no progress, so it is taken
         after = torch.minimum(wanted, n - 1).clamp(min=1)
         return torch.where(n > 1, n - after, n)
@@ -240,7 +244,9 @@ GROUPS = {
 TAUS = {
     "constant": lambda state, options: options.temperature,
     "linear": lambda state, options: (
-        options.temperature + (options.temperature_end - options.temperature) * state.progress
+        state.per_image(lambda u: options.temperature + (options.temperature_end - options.temperature) * u)
+        .float()
+        .unsqueeze(1)
     ),
 }
 CFGS = {

@@ -20,21 +20,27 @@ class DiffLoss(nn.Module):
         self.channels = channels
         self.net = SimpleMLPAdaLN(channels, width, z_channels, depth, grad_checkpointing)
 
+    def noised(self, target, t, noise, tau=None) -> torch.Tensor:
+        """x_t = √ᾱ·x₀ + √(1−ᾱ)·τ·noise (N, C); tau (N,), (N, 1), float, or None for 1."""
+        return gaussian.q_sample(cosine_schedule(), target, t, noise if tau is None else noise * _column(tau))
+
+    def predict(self, x_t, t, z):
+        """(eps, v), both (N, C) float32, at training timesteps t (N,) under condition z (N, D)."""
+        return self.net(x_t, t, self.net.cond_embed(z)).float().chunk(2, dim=-1)
+
     def token_loss_terms(self, target, z, t=None, noise=None, tau=None):
         """(mse, vb), each (N,), for clean tokens target (N, C) under condition z (N, D).
 
-        t (N,) long in [0, 1000) and noise (N, C) are drawn where None. tau (N,), (N, 1) or float scales the noise that
-        is added, x_t = √ᾱ·x₀ + √(1−ᾱ)·τ·noise, while the target stays `noise`.
+        t (N,) long in [0, 1000) and noise (N, C) are drawn where None. tau scales the noise that is added, see
+        `noised`, while the prediction's target stays `noise`.
         """
         if t is None:
             t = torch.randint(0, NUM_TRAIN_STEPS, target.shape[:1], device=target.device)
         if noise is None:
             noise = torch.randn_like(target)
-        schedule = cosine_schedule()
-        added = noise if tau is None else noise * _column(tau)
-        x_t = gaussian.q_sample(schedule, target, t, added)
-        eps, v = self.net(x_t, t, self.net.cond_embed(z)).float().chunk(2, dim=-1)
-        return gaussian.training_losses(schedule, target, x_t, t, noise, eps, v)
+        x_t = self.noised(target, t, noise, tau)
+        eps, v = self.predict(x_t, t, z)
+        return gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
 
     def token_loss(self, target, z, t=None, noise=None, tau=None) -> torch.Tensor:
         """Loss (N,) = mse + vb of each row; arguments as in `token_loss_terms`."""

@@ -9,14 +9,15 @@ from util.checkpoint import load_checkpoint, load_weights
 
 
 def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
-    """(mar, tokenizer, config) of a checkpoint folder or file, on the CPU and in eval mode.
+    """(mar, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
 
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
     class names, sampling defaults); published files have none, so theirs is made from model, a name in MAR_CONFIGS,
     and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
     An unreadable file, one that does not fit the sizes, or a published one without model raises ValueError.
     """
-    content = load_checkpoint(checkpoint)
+    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if "config" in content:
         config = content["config"]
     elif model is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine_mar import TrainingLoss
+from heads.training import TrainingLoss
 from models.mar import MAR, MARConfig
 from models.masking import training_draws
 from tests.helpers import TINY, named_weights

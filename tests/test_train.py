@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 
 import engine_mar
 import main_mar
+from heads.training import TrainingLoss
 from main_mar import main
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -190,7 +191,7 @@ def test_init_from_takes_weights_and_averages_only(tmp_path):
 
 
 def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
-    terms = engine_mar.TrainingLoss.forward
+    terms = TrainingLoss.forward
     bad = {"steps": {2, 3}}
 
     def poisoned(self, *args):
@@ -199,7 +200,7 @@ def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_p
         return {k: v * float("nan") for k, v in result.items()} if poisoned.calls in bad["steps"] else result
 
     poisoned.calls = 0
-    monkeypatch.setattr(engine_mar.TrainingLoss, "forward", poisoned)
+    monkeypatch.setattr(TrainingLoss, "forward", poisoned)
     content = train(tmp_path / "a", "--epochs", 1)
     assert "2 steps without a finite gradient were skipped" in capsys.readouterr().out
     assert all(v.isfinite().all() for v in content["model"].values())

@@ -15,7 +15,7 @@ from scipy.stats import binomtest, chi2, truncnorm
 from torch import nn
 
 from diffusion.schedule import NUM_TRAIN_STEPS
-from engine_mar import TrainingLoss
+from heads.training import TrainingLoss
 from models.masking import mask_ratio, training_draws
 from tests.helpers import tiny_mar
 from util.args import defaults, flag, make_parser, pick, run_main

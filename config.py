@@ -148,10 +148,13 @@ def resolve(given: dict) -> dict:
         raise ValueError("--resume and --init_from exclude each other: continue a run, or start one from its weights")
     if values["evaluate"] and not values["resume"]:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
+    if given.get("data_path") and values["data"] == "digits":
+        raise ValueError(f"--data_path {values['data_path']} has no meaning for --data digits, which need no folder")
     # what sampling and measuring will need is checked now, not after the first epochs
     args = pick(TrainConfig, values)
     _ = pick(EvalConfig, values).metric_names, args.num_iter_range
-    pick(SampleConfig, values).rules(args.heads(1))
+    if not args.evaluate:  # that takes the heads of the checkpoint
+        pick(SampleConfig, values).rules(args.heads(1))
     if args.freeze_backbone and not args.train_diffloss and not args.learn and not args.evaluate:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")
     return values

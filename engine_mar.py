@@ -7,23 +7,23 @@ K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is u
 import math
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from heads.policy import PolicyHeads
 from heads.rules import StepState
 from models.mar import MAR
 from models.masking import training_draws
+from train_state import TrainState
 from util import dist
 from util.checkpoint import weights_hash
 from util.dist import autocast
 from util.evaluation import score
 from util.images import PNGFolder, Trace, image_path, is_readable, prepare_folder, save_png, to_uint8
-from util.optim import EMA, lr_at
+from util.optim import lr_at
 from util.rng import generator, image_seeds, seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
@@ -60,9 +60,12 @@ def generate(
     afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError.
     """
     config, device = mar.config, mar.mask_token.device
+    num_steps = int(num_steps)
     batch_size, shape = len(labels), (len(labels), config.seq_len)
     _check_generate(config, labels, num_iter, seeds, tokens, mask, shape)
-    labels = torch.as_tensor(labels, device=device)
+    if orders is not None and not torch.equal(torch.sort(torch.as_tensor(orders))[0].cpu(), _all_positions(shape)):
+        raise ValueError(f"orders must be {shape}, each row a permutation of the positions")
+    labels = torch.as_tensor(labels).to(device)
     if seeds is None:
         seeds = torch.randint(0, 2**32, (batch_size,)).tolist()
     generators = [generator(seed) for seed in seeds]
@@ -87,13 +90,13 @@ def generate(
             if not len(images):
                 break
             here = unknown[images]
-            index = images.to(device)
+            index = _send(images, device)
             state = StepState(
                 step=step,
                 num_iter=num_iter,
-                mask=here.to(device),
-                num_unknown=here.sum(dim=1).float().to(device),
-                num_start=num_start[images].to(device),
+                mask=_send(here, device),
+                num_unknown=_send(here.sum(dim=1).float(), device),
+                num_start=_send(num_start[images], device),
                 gumbel=gumbel[index],
                 z=None,
                 images=index,
@@ -105,7 +108,7 @@ def generate(
             select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()  # the one wait
 
             rows = select.nonzero()  # (N, 2), row-major
-            row, column = rows.to(device).unbind(dim=1)
+            row, column = _send(rows, device).unbind(dim=1)
             z_uncond = None
             if guided.any():
                 z_uncond = mar.encode_decode(current, state.mask, None, num_visible)[row, column]
@@ -118,7 +121,7 @@ def generate(
                 tau=plan.tau[row, column],
                 num_steps=num_steps,
                 solver=solver,
-                noise=noise.to(device),
+                noise=_send(noise, device),
                 clip=clip,
             )
             tokens[index[row], column] = drawn
@@ -134,8 +137,19 @@ def generate(
     return mar.unpatchify(tokens)
 
 
+def _all_positions(shape):
+    return torch.arange(shape[1]).expand(shape)
+
+
+def _send(tensor, device):
+    """To the device without waiting for what it is doing; the CPU side is not written to afterwards."""
+    return tensor.to(device, non_blocking=True)
+
+
 def _check_generate(config, labels, num_iter, seeds, tokens, mask, shape):
     labels = torch.as_tensor(labels)
+    if labels.dim() != 1 or not len(labels):
+        raise ValueError(f"labels must be one number for each image, at least one, got shape {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= config.class_num:
         raise ValueError(f"labels must be between -1 and {config.class_num - 1}, got {low if low < -1 else high}")
@@ -161,7 +175,7 @@ def _draw_noise(generators, rows, num_steps, channels):
 
 @torch.no_grad()
 def sample_images(
-    mar, tokenizer, sampling, labels, seed: int, folder: Path, *, batch_size, device, dtype, num_traced=0
+    mar, tokenizer, sampling, labels, seed: int, folder: Path, *, batch_size, device, dtype, num_traced=0, heads=None
 ) -> dict:
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
@@ -172,9 +186,9 @@ def sample_images(
     num_made, seconds, images_per_second}, summed over processes, and the network evaluations that an image took on
     average, counted (see `generate`; None where no image was made): mar_evals, mlp_evals.
     """
-    rules = sampling.rules()
+    rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
-    run["weights"] = weights_hash(mar.state_dict())
+    run["weights"] = weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})
     if dist.is_main():
         prepare_folder(folder, run)
     dist.barrier()
@@ -241,38 +255,16 @@ def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, fold
     return found
 
 
-@dataclass
-class TrainState:
-    """Everything that training changes, and the parts it works with."""
-
-    module: nn.Module  # TrainingLoss, possibly inside DistributedDataParallel
-    mar: MAR
-    heads: PolicyHeads | None
-    tokenizer: nn.Module
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    ema: EMA
-    heads_ema: EMA | None
-    device: torch.device
-    dtype: torch.dtype
-    step: int = 0  # optimizer steps done
-    bad_steps: int = 0  # of these, skipped for non-finite gradients
-    bad_in_a_row: int = 0
-    stop_signal: int = 0  # number of the signal that asked this process to stop, or 0
-    stopping: bool = False  # has any process been asked?
-    interruptible: bool = False  # may a signal interrupt at once, instead of waiting for the end of the step?
-
-
-def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: bool, progress, writer) -> bool:
-    """Run the epoch's batches from start_batch on; False if it ended early, on a signal, with its step finished.
+def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress, writer) -> bool:
+    """Run the epoch's batches from state.batch on; False if it ended early, on a signal, with its step finished.
 
     args is config.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
     b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
     """
     began = time.perf_counter()
-    for batch, (images, labels, indices) in enumerate(loader, start=start_batch):
+    for images, labels, indices in loader:
         lr = lr_at(
-            epoch + batch / len(loader),
+            epoch + state.batch / len(loader),
             lr=args.lr,
             min_lr=args.min_lr,
             schedule=args.lr_schedule,
@@ -285,10 +277,11 @@ def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: b
         state.scaler.unscale_(state.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip or float("inf"))
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
-        stop = torch.tensor(float(state.stop_signal > 0), device=state.device)
+        stop = torch.full((), float(state.stop_signal > 0), device=state.device)
         shared = dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()
         *means, stop, grad_norm = torch.cat([shared, grad_norm.reshape(1)]).tolist()
         _optimizer_step(state, grad_norm)
+        state.batch += 1
 
         record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
         record["images_per_second"] = len(images) * dist.world_size() / (time.perf_counter() - began)
@@ -300,8 +293,10 @@ def train_one_epoch(state: TrainState, loader, epoch, start_batch, args, flip: b
         progress.update()
         if stop:
             state.stopping = True
-            return batch + 1 == len(loader)
-    return True
+            break
+    whole = state.batch == len(loader)
+    state.batch = 0 if whole else state.batch
+    return whole
 
 
 def _forward_backward(state, images, labels, indices, args, flip):
@@ -324,7 +319,7 @@ def _forward_backward(state, images, labels, indices, args, flip):
         for part in _split(indices, args.accum_iter)
     ]
     # A mean over all masked tokens of the global batch. DDP averages gradients over processes: hence the division.
-    num_rows = torch.tensor(float(sum(len(d.rows) for d in draws)), device=state.device)
+    num_rows = torch.full((), float(sum(len(d.rows) for d in draws)), device=state.device)
     num_rows = dist.all_sum(num_rows) / dist.world_size()
     torch.manual_seed(seed_of("dropout", args.seed, state.step, dist.rank()))
     totals = {}

@@ -16,15 +16,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import CONFIGS, TrainConfig, mar_config, resolve
-from engine_mar import TrainState, evaluate, sample_images, train_one_epoch
+from engine_mar import evaluate, sample_images, train_one_epoch
 from heads.losses import HeadLossConfig
-from heads.policy import SampleConfig
+from heads.policy import SampleConfig, load_heads
 from heads.training import TrainingLoss
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
+from train_state import TrainState, checkpoint_content, restore, restore_weights
 from util import dist
-from util.args import check_folder, defaults, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, load_checkpoint, load_weights, save_checkpoint
+from util.args import check_folder, make_parser, pick, run_main
+from util.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from util.data import EpochSampler, build_dataset
 from util.evaluation import EvalConfig
 from util.images import PNGFolder, save_png
@@ -62,60 +63,6 @@ def build_model(values: dict, dataset, content: dict | None):
     return MAR(config), tokenizer
 
 
-def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: list[str]) -> dict:
-    """What a checkpoint holds, `epoch` being the last finished one; the keys are explained in util/checkpoint.py."""
-    return {
-        "model": state.mar.state_dict(),
-        "model_ema": state.ema.weights,
-        "optimizer": state.optimizer.state_dict(),
-        "epoch": epoch,
-        "scaler": state.scaler.state_dict(),
-        "args": values,
-        "heads": state.heads.state_dict() if state.heads is not None else {},
-        "heads_ema": state.heads_ema.weights if state.heads is not None else {},
-        "config": {
-            "mar": asdict(state.mar.config),
-            "tokenizer": values["tokenizer"],
-            "vae_path": values["vae_path"],
-            "heads": state.heads.settings() if state.heads is not None else None,
-            "data": {"name": values["data"], "path": values["data_path"], "classes": classes},
-            "sample": {k: values[k] for k in defaults(SampleConfig)},
-            "eval": {k: values[k] for k in defaults(EvalConfig)},
-        },
-        "rng": {"seed": values["seed"], "step": state.step},  # every draw is a function of these two and the sample
-        "step": state.step,
-    }
-
-
-def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:
-    """Load the weights and their averages of a checkpoint; heads_too: it must have the heads that are trained here."""
-    load_weights(state.mar, content["model"], source)
-    state.ema.load(content.get("model_ema", content["model"]))
-    here = list(state.heads.learn) if state.heads is not None else []
-    there = (content.get("config", {}).get("heads") or {}).get("learn", [])
-    if here == there and here:
-        load_weights(state.heads, content["heads"], source)
-        state.heads_ema.load(content["heads_ema"])
-    elif heads_too and here != there:
-        raise ValueError(
-            f"{source} has the heads {','.join(there) or 'none'}, --learn names {','.join(here) or 'none'}; "
-            "a new stage with other heads starts with --init_from"
-        )
-
-
-def restore(state: TrainState, content: dict, source, steps_per_epoch: int) -> tuple[int, int]:
-    """Load a checkpoint into the state; (epoch, batch in it) to continue with."""
-    restore_weights(state, content, source)
-    if "optimizer" in content:
-        state.optimizer.load_state_dict(content["optimizer"])
-    if content.get("scaler") and state.scaler.is_enabled():
-        state.scaler.load_state_dict(content["scaler"])
-    epoch = content.get("epoch", -1) + 1
-    state.step = content.get("step", epoch * steps_per_epoch)
-    batch = state.step - epoch * steps_per_epoch
-    return epoch, batch if 0 <= batch < steps_per_epoch else 0  # another batch size: from the epoch's beginning
-
-
 def find_checkpoint(values: dict) -> dict | None:
     """The content of the checkpoint in --resume or --init_from, None for a fresh start."""
     source = values["resume"] or values["init_from"]
@@ -128,11 +75,10 @@ def find_checkpoint(values: dict) -> dict | None:
     return load_checkpoint(source)
 
 
-def train(values: dict, state: TrainState, dataset, start: tuple[int, int]) -> int:
-    """Epoch after epoch, with checkpoints, sample grids and metrics; 0, or 128 + the signal that ended it."""
+def train(values: dict, state: TrainState, dataset, first: int) -> int:
+    """Epoch after epoch from `first` on, with checkpoints, grids, metrics; 0, or 128 + the signal that ended it."""
     args = pick(TrainConfig, values)
-    first, start_batch = start
-    if first >= args.epochs:
+    if first >= args.epochs and not samples_missing(values, state, first - 1):
         if dist.is_main():
             print(f"{checkpoint_path(values['resume'])} is trained already: {first} epochs, step {state.step}")
         return 0
@@ -144,6 +90,7 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int]) -> i
         num_workers=args.num_workers,
         pin_memory=args.pin_mem and state.device.type == "cuda",
         persistent_workers=args.num_workers > 0,
+        worker_init_fn=_leave_signals_to_the_main_process,
     )
     writer = None
     if dist.is_main():
@@ -155,27 +102,29 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int]) -> i
     progress.set_description("training")
     began, first_step = time.perf_counter(), state.step
     with signals_noted(state):
+        if state.batch == 0 and samples_missing(values, state, first - 1):  # the last run was stopped while sampling
+            sample_during_training(values, state, dataset, first - 1, writer)
         for epoch in range(first, args.epochs):
-            sampler.set_epoch(epoch, start_batch)
+            if state.stopping:
+                break
+            sampler.set_epoch(epoch, state.batch)
             state.module.train()
-            whole = train_one_epoch(state, loader, epoch, start_batch, args, dataset.flip, progress, writer)
-            start_batch = 0
-            last = epoch == args.epochs - 1
-            to_sample = last or (epoch + 1) % args.eval_freq == 0
+            whole = train_one_epoch(state, loader, epoch, args, dataset.flip, progress, writer)
+            to_sample = due_for_samples(epoch, args)
             if state.stopping or to_sample or (epoch + 1) % args.save_last_freq == 0:
                 if dist.is_main():
                     done = epoch if whole else epoch - 1
                     save_checkpoint(args.output_dir, checkpoint_content(state, values, done, dataset.classes))
                 dist.barrier()
-            if to_sample and not state.stopping:  # all is saved: a signal need not wait for the pictures
+            if to_sample and not state.stopping:
                 sample_during_training(values, state, dataset, epoch, writer)
-            if state.stopping:
-                break
     progress.close()
     if writer is not None:
         writer.close()
-    # each process has met its own broken files
-    num_broken = int((dist.all_sum(dataset.broken.float().to(state.device)) > 0).sum())
+    broken = dataset.broken.float().to(state.device)
+    if not state.interrupted:  # then the other processes may be anywhere
+        dist.all_sum(broken)  # each process has met its own broken files
+    num_broken = int((broken > 0).sum())
     number = signal.Signals(state.stop_signal or signal.SIGTERM)  # it may have gone to another process
     code = 128 + number if state.stopping else 0
     if not dist.is_main():
@@ -192,6 +141,12 @@ def train(values: dict, state: TrainState, dataset, start: tuple[int, int]) -> i
         return code
     print("\n".join([*notes, f"trained to step {state.step} at {rate:.0f} images/s: {where}"]))
     return 0
+
+
+def _leave_signals_to_the_main_process(worker) -> None:
+    """A scheduler's SIGTERM goes to every process of a job; the loading ones must live until the step is finished."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -212,30 +167,48 @@ def signals_noted(state: TrainState):
 
 
 def sample_during_training(values, state, dataset, epoch, writer) -> None:
-    """`sample_epoch`, which a signal may interrupt."""
+    """`sample_epoch`, which a signal may interrupt: all that is trained is saved."""
     state.interruptible = True
     try:
+        if state.stop_signal:  # it came since the last step
+            raise KeyboardInterrupt
         sample_epoch(values, state, dataset, epoch, writer)
     except KeyboardInterrupt:
-        state.stopping = True
+        state.stopping = state.interrupted = True
     finally:
         state.interruptible = False
+
+
+def due_for_samples(epoch: int, args: TrainConfig) -> bool:
+    """Is a grid of samples made after this epoch?"""
+    return epoch == args.epochs - 1 or (epoch + 1) % args.eval_freq == 0
+
+
+def samples_missing(values, state, epoch) -> bool:
+    """Was this epoch finished without its grid? The same answer on all processes."""
+    missing = epoch >= 0 and due_for_samples(epoch, pick(TrainConfig, values))
+    missing = missing and dist.is_main() and not samples_folder(values, epoch).with_suffix(".png").is_file()
+    return bool(dist.all_sum(torch.tensor(float(missing), device=state.device)))
+
+
+def samples_folder(values, epoch) -> Path:
+    """Where an epoch's samples go; the grid beside it, of the same name with .png, is written last."""
+    return Path(values["output_dir"]) / "samples" / f"epoch{epoch + 1:04d}"
 
 
 def sample_epoch(values, state, dataset, epoch, writer) -> None:
     """A grid of samples with the averaged weights and, with --online_eval, the metrics at cfg 1 and at --cfg."""
     sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
-    folder = Path(values["output_dir"]) / "samples" / f"epoch{epoch + 1:04d}"
-    options = dict(device=state.device, dtype=state.dtype)
+    folder = samples_folder(values, epoch)
+    options = dict(heads=state.heads, device=state.device, dtype=state.dtype)
     columns = min(dataset.num_classes, 10)
-    with state.ema.applied_to(state.mar):
+    with state.averaged():
         labels = [i % columns for i in range(4 * columns)]
         sample_images(
             state.mar, state.tokenizer, sampling, labels, values["seed"], folder / "grid", batch_size=20, **options
         )
         if dist.is_main():
             sheet = PNGFolder(folder / "grid", len(labels)).grid([dataset.classes[k] for k in labels], columns)
-            save_png(folder.with_suffix(".png"), sheet)
             writer.add_image("samples", sheet, state.step, dataformats="HWC")
         labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
         for cfg in sorted({1.0, sampling.cfg}) if values["online_eval"] else ():
@@ -248,6 +221,8 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
                 for name, value in found["metrics"].items():
                     writer.add_scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
                 tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(found['metrics'])}")
+    if dist.is_main():
+        save_png(folder.with_suffix(".png"), sheet)
 
 
 def run(values: dict) -> int:
@@ -268,7 +243,8 @@ def run(values: dict) -> int:
         for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
             block.compile(dynamic=True)
     args = pick(TrainConfig, values)
-    heads = args.heads(mar.config.decoder_embed_dim)
+    heads = load_heads(content) if args.evaluate else args.heads(mar.config.decoder_embed_dim)
+    pick(SampleConfig, values).rules(heads)
     heads = heads.to(device) if heads is not None else None
     for name, parameter in mar.named_parameters():
         parameter.requires_grad_(args.train_diffloss if name.startswith("diffloss.") else not args.freeze_backbone)
@@ -290,17 +266,17 @@ def run(values: dict) -> int:
         raise ValueError(
             f"--batch_size: a global batch of {global_batch} is more than the {len(dataset)} images there are"
         )
-    steps_per_epoch = max(len(dataset) // global_batch, 1)
-    start = (values["start_epoch"], 0)
-    state.step = start[0] * steps_per_epoch
+    state.steps_per_epoch = max(len(dataset) // global_batch, 1)
+    first = values["start_epoch"]
+    state.step = first * state.steps_per_epoch
     if content is not None and values["init_from"]:
         restore_weights(state, content, values["init_from"], heads_too=False)
     elif content is not None:
-        start = restore(state, content, values["resume"], steps_per_epoch)
+        first = restore(state, content, values["resume"])
     if values["evaluate"]:
         return evaluate_checkpoint(values, state, dataset)
 
-    return train(values, state, dataset, start)
+    return train(values, state, dataset, first)
 
 
 def evaluate_checkpoint(values, state, dataset) -> int:
@@ -308,8 +284,8 @@ def evaluate_checkpoint(values, state, dataset) -> int:
     sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
     folder = Path(values["output_dir"]) / "evaluation" / sampling.name()
     labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
-    options = dict(device=state.device, dtype=state.dtype)
-    with state.ema.applied_to(state.mar):
+    options = dict(heads=state.heads, device=state.device, dtype=state.dtype)
+    with state.averaged():
         found = evaluate(
             state.mar, state.tokenizer, sampling, evaluation, dataset, labels, values["seed"], folder, **options
         )

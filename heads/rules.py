@@ -32,6 +32,10 @@ class RuleOptions:
 
     def __post_init__(self):
         _ = self.interval  # a wrong text is an error now, not at the first step
+        for name in ("cfg", "temperature", "temperature_end", "order_noise"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {value}")
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -100,7 +104,9 @@ class Rules:
 
 
 def _per_token(value, mask):
-    return torch.as_tensor(value, dtype=torch.float32, device=mask.device).expand(mask.shape)
+    if not isinstance(value, torch.Tensor):  # filled there: nothing to copy, nothing to wait for
+        return torch.full(mask.shape, float(value), device=mask.device)
+    return value.to(mask.device, torch.float32, non_blocking=True).expand(mask.shape)
 
 
 def hard_topk(scores: torch.Tensor, k: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
@@ -129,7 +135,11 @@ def raster_order(state: StepState) -> torch.Tensor:
 
 def halton_order(state: StepState) -> torch.Tensor:
     """Cells in the order in which the Halton sequence (2, 3) first falls into them."""
-    return _halton_scores(math.isqrt(state.mask.shape[1])).to(state.mask.device).expand(state.mask.shape)
+    return (
+        _halton_scores(math.isqrt(state.mask.shape[1]))
+        .to(state.mask.device, non_blocking=True)
+        .expand(state.mask.shape)
+    )
 
 
 def center_order(state: StepState) -> torch.Tensor:
@@ -154,7 +164,7 @@ def multiscale_order(state: StepState) -> torch.Tensor:
 def _by_level(state, level):
     """Scores (B, L) that rank by level (L,), lowest first, and by the Gumbel draws within a level."""
     rank = state.gumbel.argsort(dim=1).argsort(dim=1).float()  # 0…L−1: exact in float32, unlike a sum with the draws
-    return rank - level.to(rank.device).float() * level.numel()
+    return rank - level.to(rank.device, non_blocking=True).float() * level.numel()
 
 
 @functools.lru_cache(maxsize=16)
@@ -185,7 +195,7 @@ def _group(share_left):
         n = state.num_unknown
         # the floor is taken in float64, as published; MPS has none
         wide = torch.float32 if n.device.type == "mps" else torch.float64
-        share = state.per_image(lambda u: share_left(u, options)).to(wide).to(n.device)
+        share = state.per_image(lambda u: share_left(u, options)).to(wide).to(n.device, non_blocking=True)
         wanted = torch.floor(state.num_start.to(wide) * share).float()
         # max(1, min(n − 1, ·)) as published; where one token is left that is no progress, so it is taken
         after = torch.minimum(wanted, n - 1).clamp(min=1)

@@ -58,11 +58,15 @@ class DiffLoss(nn.Module):
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
+        num_steps = int(num_steps)
         shape = (num_steps + 1, z.shape[0], self.channels)
         if noise is None:
             noise = torch.randn(shape, device=z.device)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape} (num_steps + 1, N, C), got {tuple(noise.shape)}")
+        for name, value in (("cfg", cfg), ("tau", tau)):
+            if isinstance(value, torch.Tensor) and value.dim() and value.numel() != len(z):
+                raise ValueError(f"{name} must be a number or one for each of the {len(z)} rows, got {value.numel()}")
         if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
             raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
         guided = z_uncond is not None and not (isinstance(cfg, (int, float)) and cfg == 1.0)

@@ -21,11 +21,12 @@ MAY_IMPORT = {
     "models": {"diffusion", "util"},
     "heads": {"diffusion", "util"},
     "config": FOUNDATION,
-    "engine_mar": FOUNDATION,
-    "main_mar": FOUNDATION | {"config", "engine_mar"},
+    "train_state": FOUNDATION,
+    "engine_mar": FOUNDATION | {"train_state"},
+    "main_mar": FOUNDATION | {"config", "engine_mar", "train_state"},
     "sample": FOUNDATION | {"config", "engine_mar"},
     "scripts": FOUNDATION | {"config", "engine_mar", "main_mar", "sample"},
-    "tests": FOUNDATION | {"config", "engine_mar", "main_mar", "sample", "scripts"},
+    "tests": FOUNDATION | {"config", "engine_mar", "train_state", "main_mar", "sample", "scripts"},
 }
 FOR_TYPES_ONLY = {"heads": {"models"}}
 LAZY = {"diffusers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}

@@ -231,3 +231,45 @@ def test_class_count_mismatch_is_one_line(tmp_path, pictures, capsys):
     captured = capsys.readouterr()
     assert code == 2 and "10 classes" in captured.err and captured.err.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_a_group_signal_with_loading_processes_saves_too(tmp_path):
+    """A scheduler signals every process of a job: the loading ones must not die before the step is finished."""
+    import time
+
+    command = [sys.executable, "main_mar.py", *SMALL, "--epochs", "100000", "--num_workers", "2"]
+    run = subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path), "--eval_freq", "100000", "--save_last_freq", "1"],
+        cwd=Path(__file__).parent.parent,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "checkpoint-last.pth").exists() and time.monotonic() < deadline and run.poll() is None:
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGTERM)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert f"--resume {tmp_path}" in out
+    assert f"after step {load_checkpoint(tmp_path)['step']}," in out
+
+
+def test_another_batch_size_on_resume_skips_nothing(tmp_path):
+    """Twelve images an epoch in threes, then in fours: the next epoch is whole, the one before it not repeated."""
+    train(tmp_path, "--epochs", 3, "--batch_size", 13)  # 5 steps an epoch
+    after = train(tmp_path, "--epochs", 4, "--batch_size", 16)  # 4
+    assert after["step"] == 3 * 5 + 4 and after["epoch"] == 3
+
+
+def test_samples_missed_by_a_stop_are_made_on_resume(tmp_path, monkeypatch):
+    command = [*SMALL, "--output_dir", str(tmp_path), "--resume", str(tmp_path), "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main_mar, "sample_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        assert main(command) == 128 + signal.SIGINT
+    picture = tmp_path / "samples" / "epoch0001.png"
+    assert not picture.exists()
+    assert main(command) == 0 and picture.exists()
+    made = picture.stat().st_mtime_ns
+    assert main(command) == 0 and picture.stat().st_mtime_ns == made

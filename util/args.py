@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
 import types
@@ -16,7 +17,7 @@ def flag(default, help, *, low=None, high=None, choices=None, type=None, metavar
     return dataclasses.field(default=default, metadata=metadata)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """argparse, with errors of one line and exit code 2 instead of a page of usage."""
 
     def parse_known_args(self, args=None, namespace=None):
@@ -33,23 +34,24 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
-def make_parser(prog: str, description: str, *configs) -> argparse.ArgumentParser:
+def make_parser(prog: str, description: str, *configs, sweep=()) -> argparse.ArgumentParser:
     """A parser with one flag for each `flag` field of the dataclasses; a field in two of them is one flag.
 
-    Flags not given are absent from the result, so that a preset or a checkpoint can fill them in.
+    Flags not given are absent from the result, so that a preset or a checkpoint can fill them in. Those named in sweep
+    take a comma list too, and their value is the list of its different values, each checked like a single one.
     """
-    parser = _OneLineParser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = OneLineParser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     seen = set()
     for config in configs:
         hints = typing.get_type_hints(config)
         for field in dataclasses.fields(config):
             if "help" in field.metadata and field.name not in seen:
                 seen.add(field.name)
-                _add_flag(parser, field, hints[field.name])
+                _add_flag(parser, field, hints[field.name], field.name in sweep)
     return parser
 
 
-def _add_flag(parser, field, hint):
+def _add_flag(parser, field, hint, sweep):
     meta = field.metadata
     text = meta["help"] + ("" if field.default in (None, "", False) else f" (default: {field.default})")
     text = text.replace("%", "%%")
@@ -66,8 +68,12 @@ def _add_flag(parser, field, hint):
     kind = meta["type"] or _plain_type(hint)
     choices = list(meta["choices"]) if meta["choices"] is not None else None
     shown = meta["metavar"] or ("{" + ",".join(choices) + "}" if choices else kind.__name__.upper())
+    convert = _checked(kind, meta["low"], meta["high"], choices)
     parser.add_argument(
-        f"--{field.name}", type=_checked(kind, meta["low"], meta["high"], choices), metavar=shown, help=text
+        f"--{field.name}",
+        type=_list_of(convert) if sweep else convert,
+        metavar=f"{shown}[,...]" if sweep else shown,
+        help=text,
     )
 
 
@@ -98,6 +104,10 @@ def _checked(kind, low, high, choices):
     return convert
 
 
+def _list_of(convert):
+    return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
+
+
 def pick(config_class, values: dict, **more):
     """An instance of the dataclass from those of the values that are its fields."""
     names = {field.name for field in dataclasses.fields(config_class)}
@@ -115,21 +125,29 @@ def defaults(*configs) -> dict:
 
 
 def check_folder(name: str, path: str) -> None:
-    """Raise ValueError if the folder that --name shall write to is a file."""
-    if Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"--{name} {path} is a file, not a folder")
+    """Raise ValueError if --name cannot be a folder to write to; nothing is made yet."""
+    there = Path(path).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"--{name} {path}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"--{name} {path}: {there} cannot be written to")
 
 
 def run_main(main, argv=None) -> int:
     """Exit code of main(argv), with one line on stderr instead of a traceback for what is no fault of the code.
 
-    A ValueError, which is the user's, is code 2; training that diverged (FloatingPointError) 1; Ctrl-C 130.
+    A ValueError or OSError, which is the user's, is code 2; training that diverged (FloatingPointError) 1; Ctrl-C 130.
     """
     try:
         return main(argv)
     except (ValueError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ FILE_NAME = "checkpoint-last.pth"
 def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint file for a folder or a file."""
     place = Path(place)
-    return place / FILE_NAME if place.is_dir() or place.suffix != ".pth" else place
+    return place if place.is_file() or (place.suffix == ".pth" and not place.is_dir()) else place / FILE_NAME
 
 
 def save_checkpoint(place: str | Path, content: dict) -> Path:
@@ -61,8 +61,11 @@ def load_checkpoint(place: str | Path) -> dict:
     except Exception as error:  # torch, pickle and zipfile each raise their own kinds, for garbage even IndexError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read {path}: {reason[:200]}") from None
-    if not isinstance(content, dict) or "model" not in content:
-        raise ValueError(f"{path} is not a MAR checkpoint: it has no 'model'")
+    weights = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or "class_emb.weight" not in weights:
+        raise ValueError(f"{path} is not a MAR checkpoint: it has no 'model' with a class embedding")
+    if content.get("config", {"mar": None}).keys().isdisjoint({"mar"}):
+        raise ValueError(f"{path} is damaged: its 'config' has no 'mar'")
     return content
 
 

@@ -173,7 +173,7 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
         raise ValueError(f"no image folder at {folder}")
 
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [entry.name for entry in entries if entry.is_dir()]
+    names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     loose = [e.path for e in entries if e.is_file() and has_file_allowed_extension(e.name, IMG_EXTENSIONS)]
     found = {name: make_dataset(folder, {name: 0}, IMG_EXTENSIONS, allow_empty=True) for name in names}
     classes = [name for name in names if found[name]]

@@ -17,6 +17,8 @@ class PixelTokenizer(torch.nn.Module):
         self.channels = channels
 
     def encode(self, images, sample=True, generator=None):
+        if images.shape[1] != self.channels:
+            raise ValueError(f"images must have {self.channels} channels, got {images.shape[1]}")
         return images
 
     def decode(self, latents):

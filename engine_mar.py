@@ -234,7 +234,7 @@ def sample_images(
     num_made, *counts = dist.all_sum(counts).tolist()
     dist.barrier()
     found = {"weights": run["weights"], "num_made": num_made, "seconds": round(seconds, 3)}
-    found["images_per_second"] = round(rate, 3)
+    found["images_per_second"] = round(rate, 3) if num_made else None
     return found | {k: round(n / num_made, 3) if num_made else None for k, n in zip(("mar_evals", "mlp_evals"), counts)}
 
 

@@ -1,29 +1,37 @@
 """Sample images from a checkpoint and measure them. `python sample.py --help` lists the flags.
 
 OUT/<setting>/<index>.png, samples.npz, grid.png     the images, and the first of them as one picture
+OUT/<setting>/trace.npz                              with --save_trace: how the first of them grew
 OUT/results.jsonl                                    one line a setting: its whole configuration, all figures
+
+Comma lists (`--infer_mode baseline,policy --cfg 1,1.5 --seed 0,1,2`) sample every combination, the flag given last
+changing fastest. What results.jsonl has already is skipped.
 """
 
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from engine_mar import evaluate
-from heads.policy import SampleConfig
+from engine_mar import evaluate, sample_images
+from heads.policy import SampleConfig, load_heads
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
 from util.args import check_folder, defaults, flag, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, weights_hash
+from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
 from util.data import build_dataset
 from util.evaluation import EvalConfig, reference_hash
-from util.images import PNGFolder, save_png
+from util.images import PNGFolder, is_whole, num_traced, save_png
 from util.metrics import metrics_line
 from util.rng import seed_of
 
 GRID_ROWS = 5
+# flags that take a comma list
+SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg", "temperature", "num_iter")
+SWEEPS += ("num_sampling_steps", "solver", "order_noise", "seed")
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class SampleArgs:
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
 
@@ -96,23 +105,79 @@ def append_result(path: Path, row: dict) -> None:
 
 def report(row: dict, folder: Path) -> None:
     """Print a result for people: how many, how fast, how good, where the picture is."""
-    print(f"{row['settings']['num_images']} images in {folder}, {row['images_per_second']:.1f} images/s")
+    speed = f", {row['images_per_second']:.1f} images/s" if row["images_per_second"] else " already"
+    print(f"{row['settings']['num_images']} images in {folder}{speed}")
     print(metrics_line(row["metrics"]) or "no metrics asked for")
     print(f"picture: {folder / 'grid.png'}")
 
 
+@dataclass
+class Setting:
+    """One point of the grid: how it is sampled, and what identifies it."""
+
+    seed: int
+    sampling: SampleConfig
+    name: str = ""  # of its folder
+    row: dict = field(default_factory=dict)  # of results.jsonl, before anything is measured
+    present: dict | None = None  # the finished row, where results.jsonl has it already
+
+
+def span(given: dict, base: dict) -> list[Setting]:
+    """All combinations of the comma lists among the flags given, in their order; base has the values of the others."""
+    lists = {k: v for k, v in given.items() if k in SWEEPS}
+    grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+    return [
+        Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, {**base, **point}).resolved()) for point in grid
+    ]
+
+
+def name_settings(settings: list[Setting], suffix: str) -> None:
+    """Give each setting its folder name; two with the same one (numbers alike in 6 digits) raise ValueError."""
+    for setting in settings:
+        setting.name = f"{setting.sampling.name()}_seed{setting.seed}{suffix}"
+    names = [setting.name for setting in settings]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two settings of the sweep would share the folder {name}: their values are too close")
+
+
+def find_present(settings: list[Setting], results: Path, shared: dict, hashes: dict) -> None:
+    """Make the row of each setting, and find it in the results file if it is there."""
+    done = read_results(results)  # once, before anything is sampled: so all processes see the same
+    for setting in settings:
+        setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
+        wanted = setting.row.items()
+        setting.present = next((row for row in done if all(row.get(k) == v for k, v in wanted)), None)
+
+
+def show(args: SampleArgs, given: dict, settings: list[Setting], evaluation: EvalConfig, config: dict) -> None:
+    """Print the resolved configuration as JSON; a swept flag has the list of its values."""
+    values = {**asdict(args), "seed": settings[0].seed, **asdict(settings[0].sampling), **asdict(evaluation)}
+    values |= {k: v for k, v in given.items() if k in SWEEPS and len(v) > 1}
+    print(json.dumps({**values, "settings": [s.name for s in settings], "config": config}, indent=2))
+
+
 def run(args: SampleArgs, given: dict) -> int:
-    """Sample one setting, measure it, append its line."""
+    """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
     sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
-    mar, tokenizer, config = load_mar(args.checkpoint, ema=not args.no_ema, **sizes)
-    values = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"], **given}
-    sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
+    content = load_checkpoint(args.checkpoint)
+    mar, tokenizer, config = load_mar(content, ema=not args.no_ema, **sizes)
+    heads = load_heads(content, ema=not args.no_ema)
+    del content  # the optimizer's tensors are large
+    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"]}
+    base |= {k: v for k, v in given.items() if k not in SWEEPS}
+    settings, evaluation = span(given, base), pick(EvalConfig, base)
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
+    suffix = f"_n{evaluation.num_images}" + ("_no_ema" if args.no_ema else "")
+    if class_labels != list(range(len(classes))):
+        suffix += f"_classes{seed_of(class_labels):08x}"  # a checksum: the list may be too long for a file name
+    name_settings(settings, suffix)
     if args.dry_run:
-        print(json.dumps({**asdict(args), **asdict(sampling), **asdict(evaluation), "config": config}, indent=2))
+        show(args, given, settings, evaluation, config)
         return 0
-    sampling.rules()  # a missing head or file is found before the work, not after it
+    for setting in settings:
+        setting.sampling.rules(heads)  # a missing head or file is found before the work, not after it
     check_folder("output_dir", args.output_dir)
     reference = None
     if evaluation.metric_names:
@@ -123,40 +188,57 @@ def run(args: SampleArgs, given: dict) -> int:
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
 
-    labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
-    settings = dict(asdict(sampling), **asdict(evaluation), class_labels=class_labels, seed=args.seed)
-    settings |= dict(ema=not args.no_ema, dtype=next(name for name, kind in dist.DTYPES.items() if kind == dtype))
-    row = {"settings": settings, "weights": weights_hash(mar.state_dict())}
-    row["reference"] = reference_hash(reference) if reference is not None else None
-    name = f"{sampling.name()}_seed{args.seed}_n{evaluation.num_images}"
-    name += "_no_ema" if args.no_ema else ""
-    if class_labels != list(range(len(classes))):
-        name += f"_classes{seed_of(class_labels):08x}"  # a checksum: the list itself may be too long for a file name
-    out = Path(args.output_dir)
-    folder, results = out / name, out / "results.jsonl"
-    present = next((r for r in read_results(results) if all(r.get(k) == v for k, v in row.items())), None)
-    if present is not None:
-        if dist.is_main():
-            print(f"{name}: already in {results}")
-            report(present, out / present["name"])
-        return 0
-
-    mar, tokenizer, where = mar.to(device), tokenizer.to(device), dict(device=device, dtype=dtype)
-    found = evaluate(mar, tokenizer, sampling, evaluation, reference, labels, args.seed, folder, **where)
-    if dist.is_main():
-        columns = min(len(class_labels), 10)
-        captions = [classes[label] if label >= 0 else "any" for label in labels[: GRID_ROWS * columns]]
-        save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns))
-        row |= dict(found, name=name, checkpoint=str(checkpoint_path(args.checkpoint)), device=device.type)
-        append_result(results, row | dict(world_size=dist.world_size(), git_commit=git_commit()))
-        report(row, folder)
+    dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
+    shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)
+    hashes = {"weights": weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})}
+    hashes["reference"] = reference_hash(reference) if reference is not None else None
+    find_present(settings, Path(args.output_dir) / "results.jsonl", shared, hashes)
+    model = mar.to(device), tokenizer.to(device)
+    where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None)
+    for i, setting in enumerate(settings, start=1):
+        if dist.is_main() and len(settings) > 1:
+            print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)
+        run_setting(args, setting, model, evaluation, reference, classes, **where)
     return 0
+
+
+def save_grid(folder: Path, labels: list[int], classes: list[str], columns: int) -> None:
+    """grid.png: the first images with the names of their classes."""
+    captions = [classes[label] if label >= 0 else "any" for label in labels[: GRID_ROWS * columns]]
+    save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns))
+
+
+def run_setting(args, setting: Setting, model, evaluation, reference, classes: list[str], **where) -> None:
+    """Sample one setting, measure it, append its line; of one that is present make what is missing of its files."""
+    out, class_labels = Path(args.output_dir), setting.row["settings"]["class_labels"]
+    folder, results = out / (setting.present or {"name": setting.name})["name"], out / "results.jsonl"
+    labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
+    to_trace, columns = min(args.save_trace, len(labels)), min(len(class_labels), 10)
+    if setting.present is not None:
+        if num_traced(folder / "trace.npz") < to_trace or not is_whole(folder, setting.row["weights"], len(labels)):
+            options = dict(batch_size=evaluation.eval_bsz, num_traced=to_trace, **where)
+            sample_images(*model, setting.sampling, labels, setting.seed, folder, **options)
+            if dist.is_main():
+                PNGFolder(folder, len(labels)).save_npz(labels)
+                save_grid(folder, labels, classes, columns)
+        if dist.is_main():
+            print(f"{setting.name}: already in {results}")
+            report(setting.present, folder)
+        return
+    where["num_traced"] = to_trace
+    found = evaluate(*model, setting.sampling, evaluation, reference, labels, setting.seed, folder, **where)
+    if dist.is_main():
+        save_grid(folder, labels, classes, columns)
+        row = setting.row | dict(found, name=setting.name, checkpoint=str(checkpoint_path(args.checkpoint)))
+        row |= dict(device=where["device"].type, world_size=dist.world_size(), git_commit=git_commit())
+        append_result(results, row)
+        report(row, folder)
 
 
 def main(argv=None) -> int:
     """Parse, sample; returns the exit code."""
-    given = vars(make_parser("sample.py", __doc__.splitlines()[0], *CONFIGS).parse_args(argv))
-    args = SampleArgs(**{f.name: given.get(f.name, f.default) for f in fields(SampleArgs)})
+    given = vars(make_parser("sample.py", __doc__.splitlines()[0], *CONFIGS, sweep=SWEEPS).parse_args(argv))
+    args = SampleArgs(**{f.name: given[f.name] for f in fields(SampleArgs) if f.name in given.keys() - set(SWEEPS)})
     for name in ("checkpoint", "output_dir"):
         if getattr(args, name) is None and not (args.dry_run and name == "output_dir"):
             raise ValueError(f"--{name} is needed")

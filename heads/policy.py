@@ -4,7 +4,7 @@ Legend: B images, L tokens an image, D width of z, n tokens unknown now, H width
 every head moves the value of the hand-made rule it replaces, and r = 0 leaves that value bit for bit as it is.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -232,10 +232,16 @@ class SampleConfig(RuleOptions):
         names = ("order", "group", "tau_schedule", "cfg_schedule")
         return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in names}, **options)
 
+    def resolved(self) -> "SampleConfig":
+        """The same settings with the names of the four rules filled in, so that equal settings compare equal."""
+        names = ("order", "group", "tau_schedule", "cfg_schedule")
+        rows = zip(names, INFER_MODES[self.infer_mode])
+        return replace(self, **{name: getattr(self, name) or default for name, default in rows})
+
     def name(self) -> str:
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
         usual = f"{self.infer_mode}_iter{self.num_iter}_steps{self.num_sampling_steps}_cfg{self.cfg:g}"
-        defaults = asdict(SampleConfig())
+        defaults = asdict(SampleConfig(infer_mode=self.infer_mode).resolved())
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
-        rest = {k: v for k, v in asdict(self).items() if k not in shown and v != defaults[k]}
+        rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())

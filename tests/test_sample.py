@@ -364,3 +364,36 @@ def test_evaluate_makes_the_pictures_that_sampling_makes(checkpoint, tmp_path, c
     assert draw(checkpoint, tmp_path / "b", *flags) == 0
     assert pngs(folder) == pngs(folder_of(tmp_path / "b")) and len(pngs(folder)) == 12
     assert not (tmp_path / "a" / "checkpoint-last.pth").exists()  # nothing was trained
+
+
+def test_a_present_result_gets_its_own_pictures_back(checkpoint, tmp_path, capsys):
+    """After another checkpoint took the folder, and after files were deleted, they are made again, bit for bit."""
+    out = tmp_path / "out"
+    flags = ["--output_dir", str(out), "--num_images", "5", "--metrics", "none"]
+    assert sample.main(["--checkpoint", str(checkpoint), *flags]) == 0
+    (folder,) = (f for f in out.iterdir() if f.is_dir())
+    first = {f.name: f.read_bytes() for f in folder.glob("*.png")}
+    content = load_checkpoint(checkpoint)
+    for weights in (content["model"], content["model_ema"]):
+        weights["diffloss.net.final_layer.linear.bias"] += 0.5
+    save_checkpoint(tmp_path / "other", content)
+    assert sample.main(["--checkpoint", str(tmp_path / "other"), *flags]) == 0
+    assert {f.name: f.read_bytes() for f in folder.glob("*.png")} != first
+    assert sample.main(["--checkpoint", str(checkpoint), *flags]) == 0
+    assert {f.name: f.read_bytes() for f in folder.glob("*.png")} == first
+    (folder / "2.png").unlink()
+    (folder / "grid.png").unlink()
+    (folder / "99.png").write_bytes(first["1.png"])
+    assert sample.main(["--checkpoint", str(checkpoint), *flags]) == 0
+    assert {f.name: f.read_bytes() for f in folder.glob("*.png")} == first
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_naming_a_default_rule_is_the_same_setting(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(out), "--num_images", "3", "--metrics", "none"]
+    assert sample.main(flags) == 0
+    assert sample.main([*flags, "--order", "random", "--cfg_schedule", "linear"]) == 0
+    (line,) = (out / "results.jsonl").read_text().splitlines()
+    settings = json.loads(line)["settings"]
+    assert (settings["order"], settings["group"], settings["cfg_schedule"]) == ("random", "cosine", "linear")

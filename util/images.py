@@ -69,6 +69,17 @@ def prepare_folder(folder: Path, run: dict) -> None:
             file.unlink()
 
 
+def is_whole(folder: Path, weights: str, num_images: int) -> bool:
+    """Does the folder hold all pictures of a run with these weights? By their names: nothing is read but run.json."""
+    try:
+        run = json.loads((folder / "run.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    there = {file.name for file in folder.iterdir()}
+    wanted = {"grid.png", *(image_path(folder, i).name for i in range(num_images))}
+    return run.get("weights") == weights and wanted <= there
+
+
 class PNGFolder(Dataset):
     """The images 0…n−1 of a sampling run as uint8 tensors (C, H, W). Fewer or more files than n raise ValueError."""
 

@@ -1,0 +1,172 @@
+"""Draw how images grew, from the trace.npz of `sample.py --save_trace N`: one PNG and one GIF an image.
+
+python scripts/plot_trace.py OUT/<setting>/trace.npz --out DIR [--images 0,1,2]
+
+DIR/trace_<i>.png: the step at which each token came, tokens a step, τ and guidance scale of each token, the image
+after each step. DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange.
+"""
+
+import math
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from util.args import OneLineParser, run_main
+from util.checkpoint import atomic_file
+
+KEYS = ("order_step", "tau", "cfg", "group_size", "frames", "labels")
+FILM_ROW, FILM_MAX = 8, 16  # pictures a row of the film strip, and altogether
+UNKNOWN, KNOWN, NEW = (70, 70, 70), (225, 225, 225), (245, 130, 32)  # colours of the mask
+GIF_SIDE = 256  # pixels, at least
+
+
+def load_trace(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a trace, described in `util.images.Trace`; another file raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
+    try:
+        with np.load(path) as file:
+            return {key: file[key] for key in KEYS}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
+
+
+def parse_images(text: str | None, count: int) -> list[int]:
+    """The image numbers in the comma list; all of them for None."""
+    try:
+        images = list(range(count)) if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        images = [-1]
+    if any(not 0 <= i < count for i in images):
+        raise ValueError(f"--images must be numbers from 0 to {count - 1} with commas between, got {text!r}")
+    return images
+
+
+def as_grid(values: np.ndarray) -> np.ndarray:
+    """(L,) as the square (side, side) of the token grid."""
+    side = math.isqrt(len(values))
+    return values.reshape(side, side)
+
+
+def picture(frame: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 1 or 3) as (H, W, 3)."""
+    return np.broadcast_to(frame, (*frame.shape[:2], 3))
+
+
+def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False) -> None:
+    """A heat map of values (side, side) with its colour bar; numbers writes them into the cells."""
+    low, high = float(values.min()), float(values.max())
+    constant = high - low < 1e-6
+    if constant:  # one colour needs a range too
+        title, low, high = f"{title}: {low:g} for all", low - 0.5, high + 0.5
+    image = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
+    bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(labelsize=8)
+    if constant:
+        bar.set_ticks([(low + high) / 2])
+    else:
+        bar.locator.set_params(nbins=5, integer=numbers)
+        bar.update_ticks()
+    axis.set_title(title, fontsize=10)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    if numbers:
+        size = min(9, 110 / len(values) / max(2, len(f"{values.max()}")) * 1.6)
+        for (y, x), value in np.ndenumerate(values):
+            color = "black" if image.norm(value) > 0.55 else "white"
+            axis.text(x, y, str(value), ha="center", va="center", fontsize=size, color=color)
+
+
+def draw_bars(axis, group_size: np.ndarray) -> None:
+    """Tokens revealed at each step (K,)."""
+    steps = np.arange(1, len(group_size) + 1)
+    axis.bar(steps, group_size, color="#4c72b0", width=0.8)
+    axis.set_title(f"tokens a step ({group_size.sum()} in all)", fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.set_xlim(0.3, len(steps) + 0.7)
+    axis.set_ylim(0, group_size.max() * 1.12)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if len(steps) <= 16:
+        for x, size in zip(steps, group_size):
+            axis.text(x, size, str(size), ha="center", va="bottom", fontsize=8)
+
+
+def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
+    """The PNG of image i of the trace."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    order = as_grid(trace["order_step"][i]) + 1
+    taken = int(order.max())  # steps until the image was complete
+    shown = np.unique(np.linspace(0, taken - 1, min(taken, FILM_MAX)).round().astype(int))
+    rows = math.ceil(len(shown) / FILM_ROW)
+    figure = plt.figure(figsize=(13, 3.7 + 1.75 * rows), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03)
+    top, film = figure.subfigures(2, 1, height_ratios=[3.7, 1.75 * rows])
+    maps = top.subplots(1, 4)
+    top.suptitle(f"image {i}, label {trace['labels'][i]}: complete after {taken} steps", fontsize=12)
+    draw_map(top, maps[0], order, "step at which a token came", "viridis", numbers=len(order) <= 16)
+    draw_bars(maps[1], trace["group_size"][i][:taken])
+    maps[1].set_box_aspect(1)
+    draw_map(top, maps[2], as_grid(trace["tau"][i]), "temperature τ", "magma")
+    draw_map(top, maps[3], as_grid(trace["cfg"][i]), "guidance scale w", "cividis")
+    panels = film.subplots(rows, FILM_ROW, squeeze=False).ravel()
+    for axis in panels:
+        axis.axis("off")
+    for axis, step in zip(panels, shown):
+        axis.imshow(picture(trace["frames"][i, step]))
+        axis.set_title(f"step {step + 1}", fontsize=9)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
+def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
+    """The GIF of image i: image and mask side by side, a picture a step, a pause at the end."""
+    order, frames = as_grid(trace["order_step"][i]), trace["frames"][i]
+    height, width = frames.shape[1:3]
+    size = (width * math.ceil(GIF_SIDE / width), height * math.ceil(GIF_SIDE / height))
+    sheets = []
+    for step in range(order.max() + 1):
+        mask = np.full((*order.shape, 3), UNKNOWN, np.uint8)
+        mask[order < step], mask[order == step] = KNOWN, NEW
+        sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
+        for x, pixels in ((0, picture(frames[step])), (size[0] + 8, mask)):
+            sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST), (x, 0))
+        sheets.append(sheet)
+    pace = max(80, min(500, 8000 // len(sheets)))  # milliseconds
+    pauses = [pace] * (len(sheets) - 1) + [2000]
+    with atomic_file(path) as temporary:
+        sheets[0].save(temporary, format="gif", save_all=True, append_images=sheets[1:], duration=pauses, loop=0)
+
+
+def main(argv=None) -> int:
+    """Read, draw; returns the exit code."""
+    parser = OneLineParser(prog="plot_trace.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("trace", type=Path, help="trace.npz that sample.py --save_trace has written")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--images", help="comma list of image numbers (default: all that were traced)")
+    args = parser.parse_args(argv)
+    trace = load_trace(args.trace)
+    images = parse_images(args.images, len(trace["labels"]))
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, not a folder")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for i in images:
+        draw_image(args.out / f"trace_{i}.png", trace, i)
+        draw_gif(args.out / f"trace_{i}.gif", trace, i)
+        print(args.out / f"trace_{i}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -59,7 +59,7 @@ class TrainConfig:
     output_dir: str = flag("./output_dir", "where checkpoints and pictures go")
     log_dir: str | None = flag(None, "where TensorBoard's files go (default: output_dir)")
     resume: str = flag("", "folder or file to continue from; without a checkpoint there, a fresh start")
-    init_from: str = flag("", "folder or file whose weights start a new run")
+    init_from: str = flag("", "folder or file whose weights start a new run; --resume wins where it has a checkpoint")
     start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
     seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cuda, mps, cpu")
@@ -106,7 +106,7 @@ _IMAGENET |= dict(num_iter=256, eval_bsz=256, temperature=1.0)
 PRESETS = {
     "digits": _PIXELS
     | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=60, warmup_epochs=3)
-    | dict(diffloss_w=64, diffusion_batch_mul=2, eval_freq=10, save_last_freq=10)
+    | dict(diffloss_w=64, diffusion_batch_mul=2, eval_freq=20, save_last_freq=10)
     | dict(cfg=1.5, num_images=1800, eval_bsz=300, features="digits"),
     "mnist": _GREY_28 | dict(data="mnist"),
     "fashion_mnist": _GREY_28 | dict(data="fashion_mnist"),
@@ -144,8 +144,6 @@ def resolve(given: dict) -> dict:
     values["log_dir"] = values["log_dir"] or values["output_dir"]
     if values["min_lr"] > values["lr"]:
         raise ValueError(f"--min_lr {values['min_lr']:g} must be at most the learning rate {values['lr']:g}")
-    if values["resume"] and values["init_from"]:
-        raise ValueError("--resume and --init_from exclude each other: continue a run, or start one from its weights")
     if values["evaluate"] and not values["resume"]:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
     if given.get("data_path") and values["data"] == "digits":

@@ -63,16 +63,15 @@ def build_model(values: dict, dataset, content: dict | None):
     return MAR(config), tokenizer
 
 
-def find_checkpoint(values: dict) -> dict | None:
-    """The content of the checkpoint in --resume or --init_from, None for a fresh start."""
-    source = values["resume"] or values["init_from"]
-    if not source:
-        return None
-    if values["resume"] and not values["evaluate"] and not checkpoint_path(source).is_file():
-        if dist.is_main():
-            print(f"no checkpoint in {source} yet: starting fresh")
-        return None
-    return load_checkpoint(source)
+def find_checkpoint(values: dict) -> tuple[dict | None, bool]:
+    """(content, is it this run's own?) of the checkpoint in --resume, else in --init_from; None for a fresh start."""
+    source = values["resume"]
+    if source and (values["evaluate"] or checkpoint_path(source).is_file()):
+        return load_checkpoint(source), True
+    first = values["init_from"]
+    if source and dist.is_main():
+        print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
+    return (load_checkpoint(first) if first else None), False
 
 
 def train(values: dict, state: TrainState, dataset, first: int) -> int:
@@ -231,7 +230,7 @@ def run(values: dict) -> int:
     dtype = dist.pick_dtype(values["dtype"], device)
     for name in ("output_dir", "log_dir"):
         check_folder(name, values[name])
-    content = find_checkpoint(values)
+    content, resumed = find_checkpoint(values)
     dataset = build_data(values)
     if values["online_eval"] or values["evaluate"]:
         with dist.main_first():
@@ -269,7 +268,7 @@ def run(values: dict) -> int:
     state.steps_per_epoch = max(len(dataset) // global_batch, 1)
     first = values["start_epoch"]
     state.step = first * state.steps_per_epoch
-    if content is not None and values["init_from"]:
+    if content is not None and not resumed:
         restore_weights(state, content, values["init_from"], heads_too=False)
     elif content is not None:
         first = restore(state, content, values["resume"])

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
-# Set up, train mar_tiny on scikit-learn's digits, sample 1,800 of them and measure them. Made once, then reused.
-# Flags go to main_mar.py, those about sampling to sample.py too: bash scripts/quickstart.sh --epochs 1 --num_iter 4
+# Set up; train mar_tiny on scikit-learn's digits, then four heads on the frozen model; compare the four inference
+# modes, draw how images grow; sample 1,800 digits and measure them. What is made already is reused.
+#   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [flags of the model or of sampling]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 out=output_dir/quickstart
+epochs=()
+training=()
 sampling=()
+images=(--num_images 500)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -14,13 +18,32 @@ for word in "$@"; do # --flag=value is --flag value
 done
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
-        --output_dir) out=${words[i + 1]} ;;
-        --infer_mode | --order | --group | --*_schedule | --cfg | --cfg_* | --temperature* | --num_iter | \
-            --num_sampling_steps | --solver | --num_images | --eval_bsz | --metrics | --features | --device | --dtype)
+        --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;
+        --epochs) epochs=(--epochs "${words[i + 1]}") && i=$((i + 1)) ;;
+        --order | --group | --*_schedule | --cfg | --cfg_power | --cfg_interval | --temperature* | --num_iter | \
+            --num_sampling_steps | --solver | --eval_bsz | --metrics | --features | --device | --dtype)
             sampling+=("${words[i]}" "${words[i + 1]}")
+            training+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
             ;;
+        --num_images) images=(--num_images "${words[i + 1]}") && sampling+=("${images[@]}") && i=$((i + 1)) ;;
+        *) training+=("${words[i]}") ;;
     esac
 done
 
-python main_mar.py --preset digits --output_dir "$out" --resume "$out" "${words[@]}"
+python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
+
+# The heads, on masks of every ratio: the states that sampling meets.
+python main_mar.py --preset digits "${training[@]}" --init_from "$out" --freeze_backbone --no-train_diffloss \
+    --learn order,group,tau,cfg --mask_ratio_min 0 --mask_ratio_per_image --epochs 8 --warmup_epochs 0 "${epochs[@]}" \
+    --output_dir "$out/heads" --resume "$out/heads"
+
+modes=$out/modes
+python sample.py --checkpoint "$out/heads" --output_dir "$modes" "${sampling[@]}" "${images[@]}" --save_trace 1 \
+    --infer_mode baseline,policy,guidance,both --seed 0,1,2
+trace=("$modes"/both_*seed0_*/trace.npz)
+python scripts/plot_trace.py "${trace[0]}" --out "$out/trace"
+echo
+python scripts/make_table.py "$modes/results.jsonl" --csv "$modes/table.csv"
+echo
+
 python sample.py --checkpoint "$out" --output_dir "$out/samples" "${sampling[@]}"

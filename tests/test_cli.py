@@ -261,7 +261,7 @@ def test_the_reader_of_shell_finds_commands():
 
 
 def test_the_quickstarts_commands_were_found():
-    assert [c[1] for c in COMMANDS if c[0] == Path("scripts/quickstart.sh")] == ["main_mar.py", "sample.py"]
+    assert [c[1] for c in COMMANDS if c[0] == Path("scripts/quickstart.sh")] == ["main_mar.py"] * 2 + ["sample.py"] * 2
     if FILES[0].is_file():
         assert {c[1] for c in COMMANDS if c[0] == Path("README.md")} == {"main_mar.py", "sample.py"}
 
@@ -321,7 +321,6 @@ BAD_MAIN = [
     ("--device cpu:x", "cpu:x"),
     ("--dtype fp16", "fp16"),
     ("--dtype int8", "'int8'"),
-    ("--resume {good} --init_from {good}", "--init_from"),
     ("--init_from {empty}", "{empty}"),
     ("--evaluate", "--resume"),
     ("--evaluate --resume {empty}", "{empty}"),

@@ -190,6 +190,21 @@ def test_init_from_takes_weights_and_averages_only(tmp_path):
     assert_same(first["model"], second["model"])  # learning rate 0
 
 
+def test_a_second_stage_that_was_stopped_continues_with_the_same_command(tmp_path):
+    """--resume and --init_from together: the checkpoint of the stage itself wins where there is one."""
+    train(tmp_path / "first", "--epochs", 1)
+    flags = ("--init_from", tmp_path / "first", "--freeze_backbone", "--learn", "order,group,tau,cfg")
+    whole = train(tmp_path / "whole", "--epochs", 2, *flags, "--lr_schedule", "constant")
+    train(tmp_path / "parts", "--epochs", 1, *flags)
+    parts = train(tmp_path / "parts", "--epochs", 2, *flags)
+    assert whole["step"] == parts["step"] == 2 * STEPS_PER_EPOCH
+    assert_same(whole, parts)
+    first = load_checkpoint(tmp_path / "first")["model"]
+    changed = {name for name, value in whole["model"].items() if not torch.equal(value, first[name])}
+    assert changed and all(name.startswith("diffloss.") for name in changed)  # the backbone is frozen, the MLP is not
+    assert whole["config"]["heads"]["learn"] == ["order", "group", "tau", "cfg"] and whole["heads_ema"]
+
+
 def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
     terms = TrainingLoss.forward
     bad = {"steps": {2, 3}}

@@ -105,7 +105,7 @@ _IMAGENET = dict(data="imagefolder", epochs=800, warmup_epochs=100, batch_size=6
 _IMAGENET |= dict(num_iter=256, eval_bsz=256, temperature=1.0)
 PRESETS = {
     "digits": _PIXELS
-    | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=60, warmup_epochs=3)
+    | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3)
     | dict(diffloss_w=64, diffusion_batch_mul=2, eval_freq=20, save_last_freq=10)
     | dict(cfg=1.5, num_images=1800, eval_bsz=300, features="digits"),
     "mnist": _GREY_28 | dict(data="mnist"),

@@ -8,7 +8,7 @@ out=output_dir/quickstart
 epochs=()
 training=()
 sampling=()
-images=(--num_images 500)
+images=(--num_images 300)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -34,7 +34,7 @@ python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir 
 
 # The heads, on masks of every ratio: the states that sampling meets.
 python main_mar.py --preset digits "${training[@]}" --init_from "$out" --freeze_backbone --no-train_diffloss \
-    --learn order,group,tau,cfg --mask_ratio_min 0 --mask_ratio_per_image --epochs 8 --warmup_epochs 0 "${epochs[@]}" \
+    --learn order,group,tau,cfg --mask_ratio_min 0 --mask_ratio_per_image --epochs 6 --warmup_epochs 0 "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
 modes=$out/modes

@@ -288,3 +288,23 @@ def test_samples_missed_by_a_stop_are_made_on_resume(tmp_path, monkeypatch):
     assert main(command) == 0 and picture.exists()
     made = picture.stat().st_mtime_ns
     assert main(command) == 0 and picture.stat().st_mtime_ns == made
+
+
+def scalars(folder, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [e.value for e in events.Scalars(f"train/{name}")]
+
+
+def test_the_group_head_keeps_the_budget_and_collapses_without(tmp_path):
+    """Fewer tokens are always easier: only the budget term keeps the mean group size at the cosine schedule's."""
+    flags = ("--learn", "order,group", "--mask_ratio_min", 0, "--mask_ratio_per_image", "--epochs", 40, "--lr", 3e-3)
+    means = {}
+    for budget in (10, 0):
+        folder = tmp_path / str(budget)
+        train(folder, *flags, "--lambda_budget", budget)
+        means[budget] = np.mean(scalars(folder, "k_over_cosine_mean")[-40:])
+    assert abs(means[10] - 1) < 0.1 and np.mean(scalars(tmp_path / "10", "k_over_cosine_std")[-40:]) > 0
+    assert means[0] < 0.9

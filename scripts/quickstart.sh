@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up; train mar_tiny on scikit-learn's digits, then four heads on the frozen model; compare the four inference
 # modes, draw how images grow; sample 1,800 digits and measure them. What is made already is reused.
-#   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [flags of the model or of sampling]
+#   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [--seed S,… of the comparison] [other flags]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 out=output_dir/quickstart
@@ -9,6 +9,7 @@ epochs=()
 training=()
 sampling=()
 images=(--num_images 300)
+seeds=(--seed 0,1,2)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -25,6 +26,7 @@ for ((i = 0; i < ${#words[@]}; i++)); do
             sampling+=("${words[i]}" "${words[i + 1]}")
             training+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
             ;;
+        --seed) seeds=(--seed "${words[i + 1]}") && i=$((i + 1)) ;;
         --num_images) images=(--num_images "${words[i + 1]}") && sampling+=("${images[@]}") && i=$((i + 1)) ;;
         *) training+=("${words[i]}") ;;
     esac
@@ -39,8 +41,8 @@ python main_mar.py --preset digits "${training[@]}" --init_from "$out" --freeze_
 
 modes=$out/modes
 python sample.py --checkpoint "$out/heads" --output_dir "$modes" "${sampling[@]}" "${images[@]}" --save_trace 1 \
-    --infer_mode baseline,policy,guidance,both --seed 0,1,2
-trace=("$modes"/both_*seed0_*/trace.npz)
+    --infer_mode baseline,policy,guidance,both "${seeds[@]}"
+trace=("$modes"/both_*/trace.npz)
 python scripts/plot_trace.py "${trace[0]}" --out "$out/trace"
 echo
 python scripts/make_table.py "$modes/results.jsonl" --csv "$modes/table.csv"

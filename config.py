@@ -1,12 +1,14 @@
 """What the training command line means: its flags, the presets, and how they become one resolved configuration."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from heads.losses import HeadLossConfig
 from heads.policy import SCOPES, PolicyHeads, SampleConfig
+from heads.rules import RuleOptions
+from heads.visiting import MaskConfig, Visits
 from models.mar import MAR_CONFIGS, MARConfig
 from util import dist
-from util.args import defaults, flag, pick
+from util.args import defaults, flag, parse_range, pick
 from util.data import DATASETS
 from util.evaluation import EvalConfig
 
@@ -48,7 +50,7 @@ class TrainConfig:
     tau_max: float = flag(1.05, "largest temperature of the tau head", low=0)
     cfg_min: float = flag(0.0, "smallest guidance scale of the cfg head", low=0)
     cfg_max: float = flag(4.0, "largest guidance scale of the cfg head", low=0)
-    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps that the heads are trained for", metavar="LO,HI")
+    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them")
     cfg_train_max: float = flag(2.0, "largest guidance scale that the heads are trained for", low=1)
     mask_ratio_per_image: bool = flag(False, "draw a mask ratio for each image instead of each batch")
 
@@ -75,13 +77,7 @@ class TrainConfig:
     @property
     def num_iter_range(self) -> tuple[int, int]:
         """train_num_iter as two numbers."""
-        try:
-            low, high = (int(part) for part in self.train_num_iter.split(","))
-        except ValueError:
-            low, high = 1, 0
-        if not 1 <= low <= high:
-            raise ValueError(f"--train_num_iter must be lo,hi with 1 <= lo <= hi, got {self.train_num_iter!r}")
-        return low, high
+        return parse_range("train_num_iter", self.train_num_iter, int, low=1)
 
     def heads(self, dim: int) -> PolicyHeads | None:
         """The heads that --learn names, fresh, for z of width dim; None for none."""
@@ -94,7 +90,7 @@ class TrainConfig:
         return PolicyHeads(dim, tuple(self.learn.split(",")), **modes, **bounds)
 
 
-CONFIGS = (TrainConfig, HeadLossConfig, SampleConfig, EvalConfig, MARConfig)
+CONFIGS = (TrainConfig, MaskConfig, HeadLossConfig, SampleConfig, EvalConfig, MARConfig)
 # where MAR's command line and its constructor disagree, the command line counts
 _CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
 _PIXELS = dict(tokenizer="pixel", model="mar_tiny", vae_stride=1, num_workers=0, label_drop_prob=0.1, buffer_size=4)
@@ -152,10 +148,21 @@ def resolve(given: dict) -> dict:
     args = pick(TrainConfig, values)
     _ = pick(EvalConfig, values).metric_names, args.num_iter_range
     if not args.evaluate:  # that takes the heads of the checkpoint
-        pick(SampleConfig, values).rules(args.heads(1))
+        heads = args.heads(1)
+        pick(SampleConfig, values).rules(heads)
+        visits(values, heads)
     if args.freeze_backbone and not args.train_diffloss and not args.learn and not args.evaluate:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")
     return values
+
+
+def visits(values: dict, heads: PolicyHeads | None) -> Visits | None:
+    """What makes the training masks of these settings; None for the published ones."""
+    masks, sampling = pick(MaskConfig, values), pick(SampleConfig, values)
+    if masks.train_masks == "random":
+        return None
+    options = {f.name: getattr(sampling, f.name) for f in fields(RuleOptions)}
+    return Visits(masks, heads, sampling.order, sampling.group, **options)
 
 
 def mar_config(values: dict) -> MARConfig:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import CONFIGS, TrainConfig, mar_config, resolve
+from config import CONFIGS, TrainConfig, mar_config, resolve, visits
 from engine_mar import evaluate, sample_images, train_one_epoch
 from heads.losses import HeadLossConfig
 from heads.policy import SampleConfig, load_heads
@@ -224,6 +224,27 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
         save_png(folder.with_suffix(".png"), sheet)
 
 
+def new_state(values: dict, mar, tokenizer, heads, device, dtype) -> TrainState:
+    """The state of a run that starts: all parts on the device, those that are not trained frozen."""
+    for name, parameter in mar.named_parameters():
+        is_mlp = name.startswith("diffloss.")
+        parameter.requires_grad_(values["train_diffloss"] if is_mlp else not values["freeze_backbone"])
+    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values), values["order_noise"])
+    return TrainState(
+        module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
+        mar=mar,
+        heads=heads,
+        tokenizer=tokenizer,
+        visits=None if values["evaluate"] else visits(values, heads),
+        optimizer=make_optimizer(module, values["lr"], values["weight_decay"]),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=EMA(mar, values["ema_rate"]),
+        heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
+        device=device,
+        dtype=dtype,
+    )
+
+
 def run(values: dict) -> int:
     """Build everything, then train or evaluate."""
     device = dist.pick_device(values["device"])
@@ -245,21 +266,7 @@ def run(values: dict) -> int:
     heads = load_heads(content) if args.evaluate else args.heads(mar.config.decoder_embed_dim)
     pick(SampleConfig, values).rules(heads)
     heads = heads.to(device) if heads is not None else None
-    for name, parameter in mar.named_parameters():
-        parameter.requires_grad_(args.train_diffloss if name.startswith("diffloss.") else not args.freeze_backbone)
-    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values))
-    state = TrainState(
-        module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
-        mar=mar,
-        heads=heads,
-        tokenizer=tokenizer,
-        optimizer=make_optimizer(module, values["lr"], values["weight_decay"]),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        ema=EMA(mar, values["ema_rate"]),
-        heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
-        device=device,
-        dtype=dtype,
-    )
+    state = new_state(values, mar, tokenizer, heads, device, dtype)
     global_batch = values["batch_size"] * values["accum_iter"] * dist.world_size()
     if len(dataset) < global_batch and not values["evaluate"]:
         raise ValueError(

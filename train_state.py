@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from heads.policy import PolicyHeads, SampleConfig
+from heads.visiting import Visits
 from models.mar import MAR
 from util import dist
 from util.args import defaults
@@ -23,6 +24,7 @@ class TrainState:
     mar: MAR
     heads: PolicyHeads | None
     tokenizer: nn.Module
+    visits: Visits | None  # makes the training masks; None for the published ones
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA

@@ -22,11 +22,12 @@ MAY_IMPORT = {
     "heads": {"diffusion", "util"},
     "config": FOUNDATION,
     "train_state": FOUNDATION,
-    "engine_mar": FOUNDATION | {"train_state"},
+    "train_step": FOUNDATION | {"train_state"},
+    "engine_mar": FOUNDATION | {"train_state", "train_step"},
     "main_mar": FOUNDATION | {"config", "engine_mar", "train_state"},
     "sample": FOUNDATION | {"config", "engine_mar"},
-    "scripts": FOUNDATION | {"config", "engine_mar", "main_mar", "sample"},
-    "tests": FOUNDATION | {"config", "engine_mar", "train_state", "main_mar", "sample", "scripts"},
+    "scripts": FOUNDATION | {"config", "engine_mar", "train_state", "train_step", "main_mar", "sample"},
+    "tests": FOUNDATION | {"config", "engine_mar", "train_state", "train_step", "main_mar", "sample", "scripts"},
 }
 FOR_TYPES_ONLY = {"heads": {"models"}}
 LAZY = {"diffusers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}

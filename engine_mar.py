@@ -189,6 +189,7 @@ def sample_images(
     rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
     run["weights"] = weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})
+    run["tokenizer"] = tokenizer.describe()
     if dist.is_main():
         prepare_folder(folder, run)
     dist.barrier()
@@ -323,10 +324,11 @@ def _forward_backward(state, images, labels, indices, args, flip):
     num_rows = dist.all_sum(num_rows) / dist.world_size()
     torch.manual_seed(seed_of("dropout", args.seed, state.step, dist.rank()))
     totals = {}
-    parts = zip(draws, _split(images, args.accum_iter), _split(labels, args.accum_iter))
-    for i, (draw, pixels, label) in enumerate(parts):
+    parts = zip(draws, *(_split(items, args.accum_iter) for items in (images, labels, indices)))
+    for i, (draw, pixels, label, samples) in enumerate(parts):
         draw = draw.to(state.device)
-        tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), draw.flip if flip else None)
+        seeds = [seed_of("posterior", args.seed, state.step, sample) for sample in samples]
+        tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), draw.flip if flip else None, seeds)
         label = torch.where(draw.drop, -1, label.to(state.device, non_blocking=True))
         sync = i == args.accum_iter - 1 or not isinstance(state.module, nn.parallel.DistributedDataParallel)
         with torch.enable_grad() if sync else state.module.no_sync():
@@ -339,11 +341,11 @@ def _forward_backward(state, images, labels, indices, args, flip):
 
 
 @torch.no_grad()
-def _tokenize(state, pixels, flip):
+def _tokenize(state, pixels, flip, seeds):
     images = pixels.float() / 127.5 - 1
     if flip is not None:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return state.mar.patchify(state.tokenizer.encode(images))
+    return state.mar.patchify(state.tokenizer.encode(images, generator=[generator(seed) for seed in seeds]))
 
 
 def _split(items, parts):

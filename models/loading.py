@@ -3,7 +3,8 @@
 from dataclasses import asdict, replace
 
 from models.mar import MAR, MAR_CONFIGS, MARConfig
-from models.tokenizers import build_tokenizer
+from models.tokenizers import tokenizer_of
+from models.tokenizers.ldm import KL16_PATH
 from util.args import pick
 from util.checkpoint import load_checkpoint, load_weights
 
@@ -29,11 +30,20 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
         raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
     mar = MAR(pick(MARConfig, config["mar"]))
     load_weights(mar, weights, checkpoint)
-    if config["tokenizer"] == "pixel":
-        tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
-    else:
-        tokenizer = build_tokenizer(config["tokenizer"], vae_path=vae_path or config["vae_path"])
+    settings = {**config, "vae_path": vae_path or config.get("vae_path")}
+    tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
+    check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
     return mar.eval(), tokenizer, config
+
+
+def check_latents(tokenizer, config: MARConfig, what: str) -> None:
+    """Raise ValueError if a model, named by what, is not for the latents of the tokenizer."""
+    here, there = (tokenizer.stride, tokenizer.channels), (config.vae_stride, config.vae_embed_dim)
+    if here != there:
+        raise ValueError(
+            f"{what} is for latents of stride {there[0]} with {there[1]} channels, "
+            f"the tokenizer {tokenizer.kind} makes stride {here[0]} with {here[1]} channels"
+        )
 
 
 def _published_config(weights, model, diffloss_d, diffloss_w) -> dict:
@@ -44,7 +54,7 @@ def _published_config(weights, model, diffloss_d, diffloss_w) -> dict:
     return {
         "mar": asdict(mar),
         "tokenizer": "kl16",
-        "vae_path": "pretrained_models/vae/kl16.ckpt",
+        "vae_path": KL16_PATH,
         "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(mar.class_num)]},
         "sample": {},
         "eval": {},

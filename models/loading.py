@@ -15,7 +15,8 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
     class names, sampling defaults); published files have none, so theirs is made from model, a name in MAR_CONFIGS,
     and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
-    An unreadable file, one that does not fit the sizes, or a published one without model raises ValueError.
+    An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is not
+    there or has other latents raises ValueError.
     """
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint

@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from models.tokenizers import build_tokenizer, ldm
 from models.tokenizers.autoencoder import AUTOENCODERS
 from scripts import measure_latents
 from util.args import run_main
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import load_checkpoint, read_file, save_checkpoint
 from util.rng import generator
 
 REFERENCE = np.load(Path(__file__).parent / "fixtures" / "kl16_reference.npz")
@@ -123,9 +125,8 @@ def test_kl16_is_at_parity_with_the_published_one(tmp_path):
 
 
 @pytest.mark.parametrize("name, channels", [("kl16", 16), ("vq16", 6)])
-@pytest.mark.parametrize("decoder_attention", [False, True])
-@pytest.mark.parametrize("key", ["model", "state_dict"])
-def test_files_of_mar_and_of_ldm_load(tmp_path, small, name, channels, decoder_attention, key):
+@pytest.mark.parametrize("key, decoder_attention", [("model", False), ("state_dict", True)])
+def test_files_of_mar_and_of_ldm_load(tmp_path, small, name, channels, key, decoder_attention):
     tensors = ldm_tensors(name, decoder_attention)
     assert ("decoder.up.4.attn.2.proj_out.weight" in tensors) == decoder_attention
     tokenizer = build_tokenizer(name, vae_path=save(tmp_path / "f", {key: {**tensors, "loss.a.b": torch.ones(3)}}))
@@ -133,6 +134,18 @@ def test_files_of_mar_and_of_ldm_load(tmp_path, small, name, channels, decoder_a
     for ours, value in tokenizer.autoencoder.state_dict().items():
         assert torch.equal(value.flatten(), tensors[ldm.ldm_name(ours)].flatten())
     assert tokenizer.encode(images(1, 32, 16)).shape == (1, channels, 2, 1)
+
+
+def test_a_file_that_lightning_wrote_loads_without_lightning(tmp_path, small, monkeypatch):
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    content = {"callbacks": {module.ModelCheckpoint: {"best": None}}, "state_dict": ldm_tensors("vq16")}
+    with monkeypatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            patch.setitem(sys.modules, name, module)
+        file = save(tmp_path / "f", content)
+    assert build_tokenizer("vq16", vae_path=file).channels == 6
+    assert "cannot read" in message(read_file, file)  # nowhere else
 
 
 def test_vq16_is_continuous_and_quantised_by_the_decoder(tmp_path, small):
@@ -155,6 +168,9 @@ BAD_FILES = {
     "lacks encoder.down.4.attn.1.k.weight": lambda t: t.pop("encoder.down.4.attn.1.k.weight"),
     "unknown tensors, the first is encoder.extra": lambda t: t.update({"encoder.extra": torch.ones(1)}),
     "unknown tensors, the first is model_ema.decay": lambda t: t.update({"model_ema.decay": torch.ones(1)}),
+    "decoder.conv_in.weight is (3,) there and (32, 16, 3, 3) here": lambda t: t.update(
+        {"decoder.conv_in.weight": torch.ones(3)}
+    ),
     "quant_conv.bias is (7,) there and (32,) here": lambda t: t.update({"quant_conv.bias": torch.ones(7)}),
 }
 

@@ -86,4 +86,5 @@ def _attempt(place: str, load, **options):
         return load(place, **options)
     except Exception as error:  # diffusers, safetensors, json and the hub each raise their own kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"cannot load an autoencoder from {place}: {reason}") from None
+        where = place if Path(place).is_dir() else f"{place} (no such folder here, so it was looked for on the hub)"
+        raise ValueError(f"cannot load an autoencoder from {where}: {reason}") from None

@@ -35,6 +35,14 @@ _RULES = [  # (pattern in diffusers' name, LDM's name of it)
 ]
 
 
+# LDM's files were written by Lightning, whose class stands in them as a name (the key of a dict nobody reads)
+_LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+
+
+class _Ignored:
+    pass
+
+
 def ldm_name(name: str) -> str:
     """LDM's name of a tensor of a diffusers autoencoder."""
     for pattern, replacement in _RULES:
@@ -52,7 +60,8 @@ def load_ldm(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> Auto
         raise ValueError(f"the tokenizer {name} needs --vae_path, the file with its weights")
     if not Path(vae_path).is_file():
         raise ValueError(f"no autoencoder at {vae_path}: --vae_path must name the file with the weights of {name}")
-    content = read_file(vae_path)
+    with torch.serialization.safe_globals([(_Ignored, _LIGHTNING)]):
+        content = read_file(vae_path)
     weights = content.get("model", content.get("state_dict")) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f"{vae_path} is no autoencoder: it has no tensors under 'model' or 'state_dict'")
@@ -86,11 +95,15 @@ def _build(class_name: str, weights: dict):
     more = len(WIDTHS) - 1
     # MAR's decoder has no attention in its first level, LDM's has
     in_decoder = any(key.startswith(f"decoder.up.{more}.attn.") for key in weights)
+
+    def size(key, axis, usual):
+        return weights[key].shape[axis] if key in weights and weights[key].dim() > axis else usual
+
     sizes = dict(latent_channels=16)
-    if class_name == "VQModel":  # VQ-16's are 16384 × 8
-        codebook = weights.get("quantize.embedding.weight", torch.empty(16384, 8))
-        sizes = dict(num_vq_embeddings=codebook.shape[0], vq_embed_dim=codebook.shape[1])
-        sizes["latent_channels"] = weights.get("decoder.conv_in.weight", codebook).shape[1]
+    if class_name == "VQModel":
+        codebook = "quantize.embedding.weight"
+        sizes = dict(num_vq_embeddings=size(codebook, 0, 16384), vq_embed_dim=size(codebook, 1, 8))
+        sizes["latent_channels"] = size("decoder.conv_in.weight", 1, 8)
     return getattr(diffusers, class_name)(
         block_out_channels=WIDTHS,
         down_block_types=["DownEncoderBlock2D"] * more + ["AttnDownEncoderBlock2D"],

@@ -9,7 +9,7 @@ from models.masking import training_draws
 from train_state import TrainState
 from util import dist
 from util.dist import autocast
-from util.rng import seed_of
+from util.rng import generator, seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
 
@@ -38,10 +38,11 @@ def forward_backward(state: TrainState, images, labels, indices, args, flip):
 def _prepare(state, pixels, labels, indices, args, flip):
     """(tokens (b, L, C), labels with −1 where dropped, both on the device, and the draws) of one micro-batch."""
     config, heads_or_masks = state.mar.config, state.heads is not None or state.visits is not None
+    samples = indices.tolist()
     draws = training_draws(
         args.seed,
         state.step,
-        indices.tolist(),
+        samples,
         seq_len=config.seq_len,
         token_dim=config.token_dim,
         diffusion_batch_mul=config.diffusion_batch_mul,
@@ -53,7 +54,8 @@ def _prepare(state, pixels, labels, indices, args, flip):
         every_token=state.visits is not None,
     )
     flips = draws.flip.to(state.device) if flip else None
-    tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), flips)
+    seeds = [seed_of("posterior", args.seed, state.step, sample) for sample in samples]
+    tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), flips, seeds)
     labels = torch.where(draws.drop, -1, labels).to(state.device, non_blocking=True)
     if state.visits is not None:
         state.module.eval()  # no dropout in the scores
@@ -64,11 +66,11 @@ def _prepare(state, pixels, labels, indices, args, flip):
 
 
 @torch.no_grad()
-def _tokenize(state, pixels, flip):
+def _tokenize(state, pixels, flip, seeds):
     images = pixels.float() / 127.5 - 1
     if flip is not None:
         images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return state.mar.patchify(state.tokenizer.encode(images))
+    return state.mar.patchify(state.tokenizer.encode(images, generator=[generator(seed) for seed in seeds]))
 
 
 def _split(items, parts):

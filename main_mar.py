@@ -19,6 +19,7 @@ from config import CONFIGS, TrainConfig, mar_config, resolve, visits
 from engine_mar import evaluate, sample_images, train_one_epoch
 from heads.losses import HeadLossConfig
 from heads.policy import SampleConfig, load_heads
+from heads.rules import RuleOptions
 from heads.training import TrainingLoss
 from models.loading import check_latents
 from models.mar import MAR, MARConfig
@@ -232,7 +233,7 @@ def new_state(values: dict, mar, tokenizer, heads, device, dtype) -> TrainState:
     for name, parameter in mar.named_parameters():
         is_mlp = name.startswith("diffloss.")
         parameter.requires_grad_(values["train_diffloss"] if is_mlp else not values["freeze_backbone"])
-    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values), values["order_noise"])
+    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values), pick(RuleOptions, values))
     return TrainState(
         module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
         mar=mar,

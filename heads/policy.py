@@ -147,9 +147,21 @@ def _column(value, state):
     return torch.as_tensor(value, dtype=torch.float32, device=state.mask.device).expand(len(state.mask), 1)
 
 
+def base_scores(state: StepState, options: RuleOptions) -> torch.Tensor:
+    """order_noise·g (B, L), to which the order head adds its logits; g are the Gumbel draws that make the random order.
+
+    Of another order_base the j-th token has the j-th largest of L evenly spread quantiles of that distribution.
+    """
+    if options.order_base == "random":
+        return options.order_noise * state.gumbel
+    rank = ORDERS[options.order_base](state).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    share = 1 - (rank + 0.5) / rank.shape[1]  # the first token has the largest
+    return options.order_noise * -(-share.log()).log()
+
+
 def learned_order(heads, base, options):
-    """Rank by logit + order_noise·g, g the Gumbel draws that make the random order."""
-    return lambda state: heads.logits(state, options.cfg) + options.order_noise * state.gumbel
+    """Rank by logit + order_noise·g."""
+    return lambda state: heads.logits(state, options.cfg) + base_scores(state, options)
 
 
 def learned_group(heads, base, options):

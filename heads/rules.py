@@ -27,11 +27,14 @@ class RuleOptions:
     group_a: float = flag(1.0, "curvature of the exp group schedule")
     group_p: float = flag(2.0, "exponent of the power group schedule", low=1e-6)
     cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
-    order_noise: float = flag(1.0, "share of the random draws in the learned order; 0 = deterministic", low=0)
+    order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
+    order_base: str = flag("random", "hand-made order that the learned one moves")
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
 
     def __post_init__(self):
         _ = self.interval  # a wrong text is an error now, not at the first step
+        if self.order_base not in ORDERS:
+            raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
         for name in ("cfg", "temperature", "temperature_end", "order_noise"):
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:

@@ -12,7 +12,7 @@ from torch import nn
 from diffusion import gaussian
 from diffusion.schedule import cosine_schedule
 from heads.losses import HeadLossConfig, budget_loss, comparable, guidance_loss, order_and_size_losses
-from heads.policy import PolicyHeads
+from heads.policy import PolicyHeads, base_scores
 from heads.rules import CFGS, GROUPS, RuleOptions, StepState, whole_group
 
 
@@ -67,11 +67,11 @@ class HeadPlan:
     """What the heads say about a batch of training masks, and the losses that follow from it.
 
     tau and w are (B, 1) or (B, L), None where not learned; tau has its gradient for the diffusion loss to reach.
-    order_noise is the share of the random draws in the order, as in sampling.
+    options: order_noise and order_base are those of sampling.
     """
 
-    def __init__(self, heads, config: HeadLossConfig, order_noise: float, draws, z):
-        self.heads, self.config, self.order_noise, self.rows = heads, config, order_noise, draws.rows
+    def __init__(self, heads, config: HeadLossConfig, options: RuleOptions, draws, z):
+        self.heads, self.config, self.options, self.rows = heads, config, options, draws.rows
         self.state = training_state(draws, z)
         self.scale = draws.cfg  # (B,), the guidance scale of the image's schedule
         self.base_k = base_group(self.state)
@@ -91,7 +91,7 @@ class HeadPlan:
         if needs_every_loss(self.heads):
             rows = comparable(token_loss, t).reshape(repeats, -1).mean(dim=0)  # (N,)
             difficulty = rows.new_zeros(mask.numel()).index_copy(0, self.rows, rows).view(mask.shape)
-            scores = self.order_noise * self.state.gumbel
+            scores = base_scores(self.state, self.options)
             if "order" in self.heads.learn:
                 scores = scores + self.heads.logits(self.state, self.scale)
             found["order"], size = order_and_size_losses(scores, self.k, mask, difficulty, self.config)
@@ -128,13 +128,13 @@ class TrainingLoss(nn.Module):
         mar,
         heads: PolicyHeads | None = None,
         config: HeadLossConfig = HeadLossConfig(),  # noqa: B008
-        order_noise: float = 1.0,
+        options: RuleOptions = RuleOptions(),  # noqa: B008
     ):
         super().__init__()
         self.mar = mar
         self.heads = heads
         self.config = config
-        self.order_noise = order_noise
+        self.options = options
 
     def train(self, mode: bool = True):
         """As ever, but what is wholly frozen stays in eval mode: its dropout would only be noise."""
@@ -156,7 +156,7 @@ class TrainingLoss(nn.Module):
         def to_rows(x):  # (b, L, …) -> (m·N, …), the rows
             return x.flatten(0, 1)[draws.rows].repeat(repeats, *[1] * (x.dim() - 2))
 
-        plan = HeadPlan(self.heads, self.config, self.order_noise, draws, z) if self.heads is not None else None
+        plan = HeadPlan(self.heads, self.config, self.options, draws, z) if self.heads is not None else None
         tau = to_rows(plan.tau.expand(draws.mask.shape)) if plan and plan.tau is not None else None
         target, noise, t = to_rows(tokens), draws.noise.flatten(0, 1), draws.t.flatten()
         x_t = self.mar.diffloss.noised(target, t, noise, tau)

@@ -12,7 +12,7 @@ import torch
 from engine_mar import generate
 from heads.losses import HeadLossConfig, budget_loss, comparable, guidance_loss
 from heads.policy import HEADS, INFER_MODES, PolicyHeads, bounded, build_rules
-from heads.rules import CFGS, GROUPS, RuleOptions, StepState
+from heads.rules import CFGS, GROUPS, ORDERS, RuleOptions, StepState
 from heads.soft_topk import soft_topk_frac
 from heads.training import TrainingLoss, base_group, training_state
 from models.masking import training_draws
@@ -115,6 +115,19 @@ def test_order_noise_zero_ranks_by_logits_alone():
         )
         orders.append(first[0])
     assert orders[0] == orders[1]  # nothing is known at the first step, so the logits are the same, whatever the seed
+
+
+@pytest.mark.parametrize("base", ORDERS)
+def test_an_untrained_order_head_gives_the_order_that_it_moves(base):
+    state = state_of(torch.rand(5, 64, generator=torch.Generator().manual_seed(1)) < 0.6, torch.zeros(5, 64, 16))
+    plans = [
+        build_rules("baseline", order=base),
+        build_rules("baseline", PolicyHeads(16), order="learned", order_base=base),
+    ]
+    plain, learned = (rules(state).select for rules in plans)
+    assert torch.equal(plain, learned)
+    with pytest.raises(ValueError, match="unknown order_base 'x'; valid: random"):
+        build_rules("baseline", order_base="x")
 
 
 @pytest.mark.parametrize("missing", HEADS)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from util import dist
 from util.args import check_folder, flag, make_parser, pick, run_main
 from util.data import DATASETS, build_dataset
-from util.features import FEATURES, check_features
+from util.features import FEATURES
 from util.fid_stats import compute_fid_stats, save_fid_stats
 
 
@@ -45,7 +45,6 @@ def main(argv=None) -> int:
         return 0
     check_folder("out", str(Path(args.out).parent))
     device = dist.pick_device(args.device)
-    check_features(args.features, args.fid_weights)
     images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size, split=args.split)
     options = dict(weights=args.fid_weights, batch_size=args.batch_size, device=device, verbose=True)
     stats = compute_fid_stats(images, args.features, **options)

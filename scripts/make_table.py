@@ -153,7 +153,7 @@ def markdown(groups, columns: list[str], names: list[str]) -> str:
     many = any(n > 1 for *_, n in groups)
     table = [[*columns, *(["seeds"] if many else []), *(HEADINGS.get(n, n) for n in names)]]
     stats = [{n: mean_and_spread(values[n]) for n in names if n in values} for _, values, _ in groups]
-    digits = {n: decimals([s[n][0] for s in stats if n in s]) for n in names}
+    digits = {n: decimals([x for s in stats if n in s for x in s[n] if x is not None]) for n in names}
     for (settings, _, count), found in zip(groups, stats):
         line = [cell(settings.get(c)).replace("|", "\\|") for c in columns] + ([str(count)] if many else [])
         for n in names:

@@ -139,9 +139,7 @@ def test_a_partial_file_that_is_whole_or_of_another_file(server, get, tmp_path, 
 
 def test_another_checksum_than_given_leaves_nothing(server, get, tmp_path, capsys):
     given = "0" * 64
-    line = refused(
-        download_weights.main, arguments(server, tmp_path, "--sha256", f"mar_base={given}"), Quiet(capsys)
-    )
+    line = refused(download_weights.main, arguments(server, tmp_path, "--sha256", f"mar_base={given}"), Quiet(capsys))
     assert given in line and hashlib.sha256(DATA).hexdigest() in line
     assert names(tmp_path) == []
 

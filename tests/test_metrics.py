@@ -278,7 +278,11 @@ def images_of(*shape, dtype=np.uint8):
         (images_of(0, 8, 8, 1), {"metrics": ("isc",)}, "isc needs at least 2 of each, got 0 generated"),
         (images_of(3, 8, 8, 1), {}, "prc needs at least 4 of each, got 3 generated"),
         (images_of(9, 8, 8, 1), {"metrics": ("fid", "ppl")}, "unknown metric 'ppl': choose from fid, isc, kid, prc"),
-        (images_of(9, 8, 8, 1), {"features": "vgg"}, "unknown features 'vgg': choose from inception, clip, vgg16, dinov2, digits"),
+        (
+            images_of(9, 8, 8, 1),
+            {"features": "vgg"},
+            "unknown features 'vgg': choose from inception, clip, vgg16",
+        ),
         (images_of(9, 8, 8, 2), {}, "generated images must be uint8"),
         (images_of(9, 8, 8), {}, "generated images must be uint8"),
         (images_of(9, 8, 8, 1, dtype=np.float32), {}, "generated images must be uint8"),

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -37,7 +38,7 @@ def plain_tensors(path) -> dict[str, torch.Tensor]:
     from timm.models import load_state_dict
 
     content = load_state_dict(str(path), use_ema=False, weights_only=True)
-    if not content or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in content.items()):
+    if not content or not all(torch.is_tensor(v) and v.device.type == "cpu" for v in content.values()):
         raise ValueError("there is something else than tensors in it")
     return content
 
@@ -182,7 +183,8 @@ def build_extractor(name: str, weights=None, layers=(), device="cpu"):
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
     options = dict(cuda=cuda, feature_extractor_weights_path=str(path), verbose=False)
     try:
-        with torch.random.fork_rng(devices=[]):  # construction draws initial weights
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # construction draws initial weights
+            warnings.simplefilter("ignore")  # of libraries about how they load; what matters raises
             with torch.cuda.device(device) if cuda else nullcontext():
                 return create_feature_extractor(f"mar-{name}", list(layers or [FEATURES[name].layer]), **options), path
     except Exception as error:  # torch, pickle, safetensors and zipfile each raise their own kinds

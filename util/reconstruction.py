@@ -30,11 +30,12 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     fits, for images smaller than that), at all places where it fits whole.
     """
     size = min(11, *(side - 1 + side % 2 for side in x.shape[2:]))
-    window = torch.exp(-((torch.arange(size, device=x.device) - size // 2) ** 2) / (2 * 1.5**2)).double()
-    window = torch.outer(window, window) / window.sum() ** 2
+    window = torch.exp(-((torch.arange(size, device=x.device).double() - size // 2) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum())[None, None, None]  # (1, 1, 1, size): the two-dimensional one is a product
 
     def blur(image):
-        return F.conv2d(image.flatten(0, 1)[:, None], window[None, None]).unflatten(0, image.shape[:2])
+        image = F.conv2d(F.conv2d(image.flatten(0, 1)[:, None], window), window.mT)
+        return image[:, 0].unflatten(0, x.shape[:2])  # (B, C, H', W')
 
     x, y = x.double(), y.double()
     mu_x, mu_y = blur(x), blur(y)
@@ -69,7 +70,7 @@ def score_reconstructions(
         extractor = build_extractor(features, weights, device=device)[0]
         if stats is not None:
             stats.check(features)
-    place = device if device.type == "cuda" else torch.device("cpu")  # torch-fidelity knows these two only
+    place = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     made, real, quality = Moments(), Moments(), []
     with torch.random.fork_rng(devices=[]):
         loader = iter(DataLoader(images, batch_size=batch_size, num_workers=num_workers))
@@ -82,11 +83,12 @@ def score_reconstructions(
             if found.shape != batch.shape:
                 shapes = f"{tuple(found.shape[1:])} from {tuple(batch.shape[1:])}"
                 raise ValueError(f"the tokenizer makes images of another shape: {shapes}")
-            quality.append(torch.stack([psnr(found.cpu(), batch.cpu()), ssim(found.cpu(), batch.cpu())]))
+            found, batch = found.to(place), batch.to(place)
+            quality.append(torch.stack([psnr(found, batch), ssim(found, batch)]).cpu())
             if extractor is not None:
-                made.update(extractor(found.expand(-1, 3, -1, -1).to(place))[0].cpu())
+                made.update(extractor(found.expand(-1, 3, -1, -1))[0].cpu())
                 if stats is None:
-                    real.update(extractor(batch.expand(-1, 3, -1, -1).to(place))[0].cpu())
+                    real.update(extractor(batch.expand(-1, 3, -1, -1))[0].cpu())
             progress.update(len(batch))
     result = {}
     if extractor is not None:

@@ -1,12 +1,15 @@
 """What the training command line means: its flags, the presets, and how they become one resolved configuration."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from heads.losses import HeadLossConfig
 from heads.policy import SCOPES, PolicyHeads, SampleConfig
+from heads.rules import RuleOptions
+from heads.visiting import MaskConfig, Visits
 from models.mar import MAR_CONFIGS, MARConfig
+from models.tokenizers.ldm import KL16_PATH
 from util import dist
-from util.args import defaults, flag, pick
+from util.args import defaults, flag, parse_range, pick
 from util.data import DATASETS
 from util.evaluation import EvalConfig
 
@@ -18,8 +21,12 @@ class TrainConfig:
     preset: str | None = flag(None, "defaults of a known setting; flags given by hand win")
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
-    tokenizer: str | None = flag(None, "what turns images into latents: pixel, kl16 (default: kl16 for imagefolder)")
-    vae_path: str | None = flag(None, "weights of the KL-16 autoencoder (default: MAR's place for them)")
+    tokenizer: str | None = flag(None, "pixel, kl16, vq16, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
+    vae_scale: str | None = flag(
+        None, "factor of the latents, or one a channel (default: the tokenizer's)", metavar="X"
+    )
+    vae_mean: str | None = flag(None, "subtracted from the latents, or one a channel", metavar="X[,...]")
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
     num_workers: int = flag(10, "processes that load images", low=0)
@@ -48,7 +55,7 @@ class TrainConfig:
     tau_max: float = flag(1.05, "largest temperature of the tau head", low=0)
     cfg_min: float = flag(0.0, "smallest guidance scale of the cfg head", low=0)
     cfg_max: float = flag(4.0, "largest guidance scale of the cfg head", low=0)
-    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps that the heads are trained for", metavar="LO,HI")
+    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them")
     cfg_train_max: float = flag(2.0, "largest guidance scale that the heads are trained for", low=1)
     mask_ratio_per_image: bool = flag(False, "draw a mask ratio for each image instead of each batch")
 
@@ -75,13 +82,7 @@ class TrainConfig:
     @property
     def num_iter_range(self) -> tuple[int, int]:
         """train_num_iter as two numbers."""
-        try:
-            low, high = (int(part) for part in self.train_num_iter.split(","))
-        except ValueError:
-            low, high = 1, 0
-        if not 1 <= low <= high:
-            raise ValueError(f"--train_num_iter must be lo,hi with 1 <= lo <= hi, got {self.train_num_iter!r}")
-        return low, high
+        return parse_range("train_num_iter", self.train_num_iter, int, low=1)
 
     def heads(self, dim: int) -> PolicyHeads | None:
         """The heads that --learn names, fresh, for z of width dim; None for none."""
@@ -94,7 +95,7 @@ class TrainConfig:
         return PolicyHeads(dim, tuple(self.learn.split(",")), **modes, **bounds)
 
 
-CONFIGS = (TrainConfig, HeadLossConfig, SampleConfig, EvalConfig, MARConfig)
+CONFIGS = (TrainConfig, MaskConfig, HeadLossConfig, SampleConfig, EvalConfig, MARConfig)
 # where MAR's command line and its constructor disagree, the command line counts
 _CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
 _PIXELS = dict(tokenizer="pixel", model="mar_tiny", vae_stride=1, num_workers=0, label_drop_prob=0.1, buffer_size=4)
@@ -135,10 +136,15 @@ def resolve(given: dict) -> dict:
     values["data"] = values["data"] or "imagefolder"
     values["tokenizer"] = values["tokenizer"] or "kl16"
     if values["tokenizer"] == "kl16":
-        values["vae_path"] = values["vae_path"] or "pretrained_models/vae/kl16.ckpt"
+        values["vae_path"] = values["vae_path"] or KL16_PATH
     if values["tokenizer"] == "pixel":  # the image itself decides these
         values["vae_stride"] = given.get("vae_stride", 1)
         values["vae_embed_dim"] = given.get("vae_embed_dim", PRESETS.get(values["data"], {}).get("vae_embed_dim", 3))
+    else:  # a preset may be for pixels; None: what the tokenizer has, which is not loaded yet
+        published = defaults(MARConfig) if values["tokenizer"] == "kl16" else {}
+        for key in ("vae_stride", "vae_embed_dim"):
+            values[key] = given.get(key, published.get(key))
+        values["patch_size"] = given.get("patch_size", 1)
     if values["lr"] is None:
         values["lr"] = values["blr"] * values["batch_size"] * values["accum_iter"] * dist.world_size() / 256
     values["log_dir"] = values["log_dir"] or values["output_dir"]
@@ -152,10 +158,21 @@ def resolve(given: dict) -> dict:
     args = pick(TrainConfig, values)
     _ = pick(EvalConfig, values).metric_names, args.num_iter_range
     if not args.evaluate:  # that takes the heads of the checkpoint
-        pick(SampleConfig, values).rules(args.heads(1))
+        heads = args.heads(1)
+        pick(SampleConfig, values).rules(heads)
+        visits(values, heads)
     if args.freeze_backbone and not args.train_diffloss and not args.learn and not args.evaluate:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")
     return values
+
+
+def visits(values: dict, heads: PolicyHeads | None) -> Visits | None:
+    """What makes the training masks of these settings; None for the published ones."""
+    masks, sampling = pick(MaskConfig, values), pick(SampleConfig, values)
+    if masks.train_masks == "random":
+        return None
+    options = {f.name: getattr(sampling, f.name) for f in fields(RuleOptions)}
+    return Visits(masks, heads, sampling.order, sampling.group, **options)
 
 
 def mar_config(values: dict) -> MARConfig:

@@ -4,7 +4,6 @@ Legend: B images, L tokens an image, C channels a token, D width, N selected tok
 K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is unknown.
 """
 
-import math
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -16,17 +15,15 @@ from tqdm import tqdm
 
 from heads.rules import StepState
 from models.mar import MAR
-from models.masking import training_draws
 from train_state import TrainState
+from train_step import forward_backward, optimizer_step
 from util import dist
 from util.checkpoint import weights_hash
 from util.dist import autocast
 from util.evaluation import score
 from util.images import PNGFolder, Trace, image_path, is_readable, prepare_folder, save_png, to_uint8
 from util.optim import lr_at
-from util.rng import generator, image_seeds, seed_of
-
-MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
+from util.rng import generator, image_seeds
 
 
 @torch.no_grad()
@@ -189,6 +186,7 @@ def sample_images(
     rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
     run["weights"] = weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})
+    run["tokenizer"] = tokenizer.describe()
     if dist.is_main():
         prepare_folder(folder, run)
     dist.barrier()
@@ -273,14 +271,14 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        terms = _forward_backward(state, images, labels, indices.tolist(), args, flip)
+        terms = forward_backward(state, images, labels, indices, args, flip)
         state.scaler.unscale_(state.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip or float("inf"))
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
         stop = torch.full((), float(state.stop_signal > 0), device=state.device)
         shared = dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()
         *means, stop, grad_norm = torch.cat([shared, grad_norm.reshape(1)]).tolist()
-        _optimizer_step(state, grad_norm)
+        optimizer_step(state, grad_norm)
         state.batch += 1
 
         record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
@@ -297,77 +295,3 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
     whole = state.batch == len(loader)
     state.batch = 0 if whole else state.batch
     return whole
-
-
-def _forward_backward(state, images, labels, indices, args, flip):
-    """Accumulate the gradient of the whole step, micro-batch by micro-batch; returns the loss terms."""
-    config = state.mar.config
-    draws = [
-        training_draws(
-            args.seed,
-            state.step,
-            part,
-            seq_len=config.seq_len,
-            token_dim=config.token_dim,
-            diffusion_batch_mul=config.diffusion_batch_mul,
-            mask_ratio_min=config.mask_ratio_min,
-            label_drop_prob=config.label_drop_prob,
-            mask_ratio_per_image=args.mask_ratio_per_image,
-            num_iter=args.num_iter_range if state.heads is not None else None,
-            cfg_max=args.cfg_train_max,
-        )
-        for part in _split(indices, args.accum_iter)
-    ]
-    # A mean over all masked tokens of the global batch. DDP averages gradients over processes: hence the division.
-    num_rows = torch.full((), float(sum(len(d.rows) for d in draws)), device=state.device)
-    num_rows = dist.all_sum(num_rows) / dist.world_size()
-    torch.manual_seed(seed_of("dropout", args.seed, state.step, dist.rank()))
-    totals = {}
-    parts = zip(draws, _split(images, args.accum_iter), _split(labels, args.accum_iter))
-    for i, (draw, pixels, label) in enumerate(parts):
-        draw = draw.to(state.device)
-        tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), draw.flip if flip else None)
-        label = torch.where(draw.drop, -1, label.to(state.device, non_blocking=True))
-        sync = i == args.accum_iter - 1 or not isinstance(state.module, nn.parallel.DistributedDataParallel)
-        with torch.enable_grad() if sync else state.module.no_sync():
-            with autocast(state.device, state.dtype):
-                terms = state.module(tokens, label, draw, num_rows)
-            state.scaler.scale(terms["loss"]).backward()
-        for name, value in terms.items():
-            totals[name] = totals.get(name, 0) + value.detach()
-    return totals
-
-
-@torch.no_grad()
-def _tokenize(state, pixels, flip):
-    images = pixels.float() / 127.5 - 1
-    if flip is not None:
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return state.mar.patchify(state.tokenizer.encode(images))
-
-
-def _split(items, parts):
-    size = len(items) // parts
-    return [items[i * size : (i + 1) * size] for i in range(parts)]
-
-
-def _optimizer_step(state, grad_norm: float) -> None:
-    """Step and average. A non-finite gradient (the same on all processes, after DDP's sum) skips both."""
-    finite = math.isfinite(grad_norm)
-    if finite:
-        state.scaler.step(state.optimizer)
-    state.scaler.update()  # halves the scale where unscale_ met an infinity
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-    if finite:
-        state.ema.update(state.mar, state.step)
-        if state.heads is not None:
-            state.heads_ema.update(state.heads, state.step)
-        return
-    state.bad_steps += 1
-    if state.bad_in_a_row >= MAX_BAD_STEPS:
-        raise FloatingPointError(
-            f"the gradient was not finite in {MAX_BAD_STEPS} steps in a row (step {state.step}); "
-            "lower --blr, or use --dtype fp32"
-        )

@@ -15,13 +15,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import CONFIGS, TrainConfig, mar_config, resolve
+from config import CONFIGS, TrainConfig, mar_config, resolve, visits
 from engine_mar import evaluate, sample_images, train_one_epoch
 from heads.losses import HeadLossConfig
 from heads.policy import SampleConfig, load_heads
 from heads.training import TrainingLoss
+from models.loading import check_latents
 from models.mar import MAR, MARConfig
-from models.tokenizers import build_tokenizer
+from models.tokenizers import tokenizer_of
 from train_state import TrainState, checkpoint_content, restore, restore_weights
 from util import dist
 from util.args import check_folder, make_parser, pick, run_main
@@ -63,14 +64,15 @@ def measured_how(values: dict, state: TrainState, labels, reference) -> str:
 def build_model(values: dict, dataset, content: dict | None):
     """(mar, tokenizer) for these settings, with the class count that the data (or, without data, the weights) have."""
     if values["use_cached"]:
-        raise ValueError("--use_cached needs a tokenizer with latents to cache; this version has: pixel")
-    options = {"channels": dataset.channels} if values["tokenizer"] == "pixel" else {"vae_path": values["vae_path"]}
-    tokenizer = build_tokenizer(values["tokenizer"], **options)
-    for key, true in (("vae_stride", tokenizer.stride), ("vae_embed_dim", tokenizer.channels)):
-        if values[key] != true:
+        raise ValueError("--use_cached: this version does not read cached latents")
+    tokenizer = tokenizer_of(values, dataset.channels)
+    latents = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
+    for key, true in latents.items():
+        if values[key] not in (None, true):
             raise ValueError(
                 f"--{key} {values[key]} does not fit the tokenizer {values['tokenizer']}, which has {true}"
             )
+    config = replace(mar_config({**values, **latents}), class_num=dataset.num_classes)
     if values["class_num"] not in (dataset.num_classes, MARConfig.class_num):  # the default is no statement
         raise ValueError(
             f"--class_num {values['class_num']} does not fit the data, which have {dataset.num_classes} classes"
@@ -79,7 +81,8 @@ def build_model(values: dict, dataset, content: dict | None):
         trained = len(content["model"]["class_emb.weight"])
         if trained != dataset.num_classes:
             raise ValueError(f"the checkpoint has {trained} classes, the data in use have {dataset.num_classes}")
-    config = replace(mar_config(values), class_num=dataset.num_classes)
+        if "config" in content:
+            check_latents(tokenizer, pick(MARConfig, content["config"]["mar"]), "the checkpoint")
     return MAR(config), tokenizer
 
 
@@ -246,6 +249,27 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
         save_png(folder.with_suffix(".png"), sheet)
 
 
+def new_state(values: dict, mar, tokenizer, heads, device, dtype) -> TrainState:
+    """The state of a run that starts: all parts on the device, those that are not trained frozen."""
+    for name, parameter in mar.named_parameters():
+        is_mlp = name.startswith("diffloss.")
+        parameter.requires_grad_(values["train_diffloss"] if is_mlp else not values["freeze_backbone"])
+    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values), values["order_noise"])
+    return TrainState(
+        module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
+        mar=mar,
+        heads=heads,
+        tokenizer=tokenizer,
+        visits=None if values["evaluate"] else visits(values, heads),
+        optimizer=make_optimizer(module, values["lr"], values["weight_decay"]),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        ema=EMA(mar, values["ema_rate"]),
+        heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
+        device=device,
+        dtype=dtype,
+    )
+
+
 def run(values: dict) -> int:
     """Build everything, then train or evaluate."""
     device = dist.pick_device(values["device"])
@@ -259,6 +283,9 @@ def run(values: dict) -> int:
             pick(EvalConfig, values).check(find_reference(values, dataset), values["img_size"])
     torch.manual_seed(values["seed"])  # the same initial weights on every process
     mar, tokenizer = build_model(values, dataset, content)
+    trained_on = content.get("config", {}).get("latents") if resumed else None
+    if trained_on not in (None, tokenizer.describe()):
+        raise ValueError(f"{values['resume']} was trained on latents of {trained_on}, not {tokenizer.describe()}")
     mar, tokenizer = mar.to(device), tokenizer.to(device)
     if values["compile"]:
         for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
@@ -267,21 +294,7 @@ def run(values: dict) -> int:
     heads = load_heads(content) if args.evaluate else args.heads(mar.config.decoder_embed_dim)
     pick(SampleConfig, values).rules(heads)
     heads = heads.to(device) if heads is not None else None
-    for name, parameter in mar.named_parameters():
-        parameter.requires_grad_(args.train_diffloss if name.startswith("diffloss.") else not args.freeze_backbone)
-    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values))
-    state = TrainState(
-        module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
-        mar=mar,
-        heads=heads,
-        tokenizer=tokenizer,
-        optimizer=make_optimizer(module, values["lr"], values["weight_decay"]),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        ema=EMA(mar, values["ema_rate"]),
-        heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
-        device=device,
-        dtype=dtype,
-    )
+    state = new_state(values, mar, tokenizer, heads, device, dtype)
     global_batch = values["batch_size"] * values["accum_iter"] * dist.world_size()
     if len(dataset) < global_batch and not values["evaluate"]:
         raise ValueError(
@@ -327,7 +340,8 @@ def main(argv=None) -> int:
             dist.init(device, given.get("dist_url", "env://"), given.get("dist_on_itp", False))
         values = resolve(given)
         if dry:
-            print(json.dumps({**values, "mar": asdict(mar_config(values))}, indent=2))
+            known = values["vae_stride"] and values["vae_embed_dim"]  # else they are the tokenizer's, not loaded here
+            print(json.dumps({**values, "mar": asdict(mar_config(values)) if known else None}, indent=2))
             return 0
         return run(values)
     finally:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from heads.policy import PolicyHeads, SampleConfig
+from heads.visiting import Visits
 from models.mar import MAR
 from util import dist
 from util.args import defaults
@@ -23,6 +24,7 @@ class TrainState:
     mar: MAR
     heads: PolicyHeads | None
     tokenizer: nn.Module
+    visits: Visits | None  # makes the training masks; None for the published ones
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: EMA
@@ -61,7 +63,8 @@ def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: lis
         "config": {
             "mar": asdict(state.mar.config),
             "tokenizer": values["tokenizer"],
-            "vae_path": values["vae_path"],
+            **{k: values[k] for k in ("vae_path", "vae_scale", "vae_mean")},
+            "latents": state.tokenizer.describe(),
             "heads": state.heads.settings() if state.heads is not None else None,
             "data": {"name": values["data"], "path": values["data_path"], "classes": classes},
             "sample": {k: values[k] for k in defaults(SampleConfig)},

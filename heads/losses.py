@@ -25,7 +25,6 @@ class HeadLossConfig:
     lambda_budget: float = flag(10.0, "weight of the budget that holds the mean group size at the cosine one", low=0)
     lambda_cfg: float = flag(1.0, "weight of the guidance head's epsilon consistency", low=0)
     order_objective: str = flag("easy", "tokens that the order head puts first", choices=OBJECTIVES)
-    order_noise: float = flag(1.0, "share of the random draws in the learned order; 0 = deterministic", low=0)
     topk_temperature: float = flag(0.1, "temperature of the soft top-k", low=1e-4)
 
 

@@ -105,7 +105,7 @@ class PolicyHeads(nn.Module):
         with torch.autocast(state.z.device.type, enabled=False):
             z = state.z.detach().float()
             num_iter = torch.as_tensor(state.num_iter, device=z.device).float().expand(len(z))
-            base_cfg = torch.as_tensor(base_cfg, device=z.device).float().expand(len(z))
+            base_cfg = torch.as_tensor(base_cfg, device=z.device).float().flatten().expand(len(z))
             revealed = 1 - state.num_unknown / state.mask.shape[1]
             r = self.heads[name](z, torch.stack([revealed, num_iter.log2() / 4, base_cfg - 1], dim=1)).squeeze(-1)
             if self.scope[name] == "token":

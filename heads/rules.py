@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from util.args import flag
+from util.args import flag, parse_range
 
 
 @dataclass(frozen=True)
 class RuleOptions:
-    """The numbers that hand-made rules read."""
+    """The numbers that rules read. In training each image has its own guidance scale: then cfg is (B, 1)."""
 
     cfg: float = flag(1.0, "guidance scale w; 1.0 = off", low=0)
     temperature: float = flag(1.0, "noise temperature tau", low=0)
@@ -34,19 +34,13 @@ class RuleOptions:
         _ = self.interval  # a wrong text is an error now, not at the first step
         for name in ("cfg", "temperature", "temperature_end", "order_noise"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value}")
 
     @property
     def interval(self) -> tuple[float, float]:
         """cfg_interval as two numbers."""
-        try:
-            low, high = (float(x) for x in self.cfg_interval.split(","))
-        except ValueError:
-            low, high = 1.0, 0.0
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"cfg_interval must be lo,hi with 0 <= lo <= hi <= 1, got {self.cfg_interval!r}")
-        return low, high
+        return parse_range("cfg_interval", self.cfg_interval, float, low=0, high=1)
 
 
 @dataclass
@@ -70,8 +64,10 @@ class StepState:
         return torch.tensor([function((s + 1) / k) for s, k in zip(steps, totals)], dtype=torch.float64)
 
     @property
-    def is_last(self) -> bool:
-        return self.step >= self.num_iter - 1
+    def is_last(self) -> bool | torch.Tensor:
+        """Is this the last step? (B,) bool on the device of the mask where steps differ between images."""
+        last = self.step >= self.num_iter - 1
+        return last.to(self.mask.device, non_blocking=True) if isinstance(last, torch.Tensor) else last
 
 
 @dataclass
@@ -94,13 +90,21 @@ class Rules:
 
     def __call__(self, state: StepState) -> StepPlan:
         n = state.num_unknown
-        # a group is never empty and never more than there is; the last step takes everything
-        k = n if state.is_last else torch.minimum(self.group(state).clamp(min=1), n)
+        k = whole_group(self.group, state)
         return StepPlan(
             select=hard_topk(self.order(state), k, state.mask),
             tau=_per_token(self.tau(state), state.mask),
             cfg=_per_token(self.cfg(state, n - k), state.mask),
         )
+
+
+def whole_group(group: Callable, state: StepState) -> torch.Tensor:
+    """Group size (B,) of a group rule: never empty, never more than there is; the last step takes everything."""
+    n, last = state.num_unknown, state.is_last
+    if last is True:
+        return n
+    k = torch.minimum(group(state).clamp(min=1), n)
+    return k if last is False else torch.where(last, n, k)
 
 
 def _per_token(value, mask):

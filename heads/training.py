@@ -1,11 +1,10 @@
 """One training step's forward pass: the diffusion loss and, with learned heads, theirs (DESIGN.md section 4).
 
-Legend: B images, L tokens an image, N masked tokens in all, m noise levels each, C channels, D width of z, n tokens
+Legend: B images, L tokens an image, N token rows in all, m noise levels each, C channels, D width of z, n tokens
 unknown now, K = num_iter. `mask` (B, L) bool is True where a token is masked. draws is a models.masking.TrainingDraws.
 """
 
 import functools
-import math
 
 import torch
 from torch import nn
@@ -14,24 +13,27 @@ from diffusion import gaussian
 from diffusion.schedule import cosine_schedule
 from heads.losses import HeadLossConfig, budget_loss, comparable, guidance_loss, order_and_size_losses
 from heads.policy import PolicyHeads
-from heads.rules import CFGS, GROUPS, RuleOptions, StepState
+from heads.rules import CFGS, GROUPS, RuleOptions, StepState, whole_group
 
 
-def training_state(mask, z, gumbel, num_iter) -> StepState:
-    """The StepState of a training mask: the step of a num_iter-step cosine schedule that meets so many unknown tokens.
+def training_state(draws, z=None, mask=None) -> StepState:
+    """The StepState of training images; the step is the one drawn, else the one that fits the mask best.
 
-    num_iter (B,) long on the CPU. Where no step meets exactly n, the one that comes nearest.
+    A published mask belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or
+    comes nearest to it.
     """
-    length = mask.shape[1]
+    mask = draws.mask if mask is None else mask
+    length, step = mask.shape[1], draws.step
     n = mask.sum(dim=1)
-    step = [_nearest_step(length, k, count) for k, count in zip(num_iter.tolist(), n.tolist())]
+    if step is None:
+        step = torch.tensor([_nearest_step(length, k, c) for k, c in zip(draws.num_iter.tolist(), n.tolist())])
     return StepState(
-        step=torch.tensor(step),
-        num_iter=num_iter,
+        step=step,
+        num_iter=draws.num_iter,
         mask=mask,
         num_unknown=n.float(),
         num_start=torch.full_like(n, length, dtype=torch.float32),
-        gumbel=gumbel,
+        gumbel=draws.gumbel,
         z=z,
         images=torch.arange(len(mask), device=mask.device),
     )
@@ -40,37 +42,37 @@ def training_state(mask, z, gumbel, num_iter) -> StepState:
 @functools.lru_cache(maxsize=4096)
 def _nearest_step(length: int, num_iter: int, unknown: int) -> int:
     """The step at which a cosine schedule of num_iter steps over length tokens has about this many unknown."""
-    visited, n = [], length
-    for step in range(num_iter):
-        if n == 0:
-            break
-        visited.append(n)
-        wanted = math.floor(length * math.cos(math.pi / 2 * ((step + 1) / num_iter)))
-        n = max(1, min(n - 1, wanted)) if n > 1 else 0
+    visited = _unknown_counts(length, num_iter)
     return min(range(len(visited)), key=lambda step: abs(visited[step] - unknown))
+
+
+@functools.lru_cache(maxsize=256)
+def _unknown_counts(length: int, num_iter: int) -> list[float]:
+    """How many tokens are unknown before each step of the cosine schedule, as long as there are any."""
+    counts, n = [], torch.full((1,), float(length))
+    while n > 0:
+        counts.append(n.item())
+        mask = torch.zeros(1, length, dtype=torch.bool)
+        state = StepState(len(counts) - 1, num_iter, mask, n, torch.full((1,), float(length)), None, None, None)
+        n = n - base_group(state)
+    return counts
 
 
 def base_group(state: StepState) -> torch.Tensor:
     """Group size (B,) of the cosine schedule at this state; all that is left at the last step."""
-    last = (state.num_iter <= state.step + 1).to(state.mask.device)
-    return torch.where(last, state.num_unknown, GROUPS["cosine"](state, RuleOptions()))
-
-
-def base_guidance(state: StepState, unknown_after, scale) -> torch.Tensor:
-    """The linear schedule's guidance (B, 1) for scales (B,)."""
-    share = CFGS["linear"](state, unknown_after, RuleOptions(cfg=2.0)) - 1  # (B, 1), in [0, 1]
-    return 1 + (scale.unsqueeze(1) - 1) * share
+    return whole_group(lambda state: GROUPS["cosine"](state, RuleOptions()), state)
 
 
 class HeadPlan:
     """What the heads say about a batch of training masks, and the losses that follow from it.
 
     tau and w are (B, 1) or (B, L), None where not learned; tau has its gradient for the diffusion loss to reach.
+    order_noise is the share of the random draws in the order, as in sampling.
     """
 
-    def __init__(self, heads, config: HeadLossConfig, draws, z):
-        self.heads, self.config, self.rows = heads, config, draws.rows
-        self.state = training_state(draws.mask, z, draws.gumbel, draws.num_iter)
+    def __init__(self, heads, config: HeadLossConfig, order_noise: float, draws, z):
+        self.heads, self.config, self.order_noise, self.rows = heads, config, order_noise, draws.rows
+        self.state = training_state(draws, z)
         self.scale = draws.cfg  # (B,), the guidance scale of the image's schedule
         self.base_k = base_group(self.state)
         self.k = heads.group_size(self.state, self.base_k, self.scale) if "group" in heads.learn else self.base_k
@@ -79,16 +81,17 @@ class HeadPlan:
             self.tau = heads.temperature(self.state, torch.ones_like(self.scale).unsqueeze(1), self.scale)
         if "cfg" in heads.learn:
             after = self.state.num_unknown - self.k.detach().round()
-            self.w = heads.guidance(self.state, base_guidance(self.state, after, self.scale), self.scale)
+            base = CFGS["linear"](self.state, after, RuleOptions(cfg=self.scale.unsqueeze(1)))
+            self.w = heads.guidance(self.state, base, self.scale)
 
     def losses(self, token_loss, t, repeats) -> dict[str, torch.Tensor]:
         """The losses order, size, budget of the heads there are, from the diffusion losses (m·N,), detached."""
         found = {}
         mask = self.state.mask
-        if "order" in self.heads.learn or "group" in self.heads.learn:
+        if needs_every_loss(self.heads):
             rows = comparable(token_loss, t).reshape(repeats, -1).mean(dim=0)  # (N,)
             difficulty = rows.new_zeros(mask.numel()).index_copy(0, self.rows, rows).view(mask.shape)
-            scores = self.config.order_noise * self.state.gumbel
+            scores = self.order_noise * self.state.gumbel
             if "order" in self.heads.learn:
                 scores = scores + self.heads.logits(self.state, self.scale)
             found["order"], size = order_and_size_losses(scores, self.k, mask, difficulty, self.config)
@@ -112,14 +115,26 @@ class HeadPlan:
         return found
 
 
+def needs_every_loss(heads: PolicyHeads | None) -> bool:
+    """Do the losses of these heads compare all masked tokens, targets or not?"""
+    return heads is not None and bool({"order", "group"} & set(heads.learn))
+
+
 class TrainingLoss(nn.Module):
     """What DistributedDataParallel wraps: one forward pass that returns every loss, the heads' included."""
 
-    def __init__(self, mar, heads: PolicyHeads | None = None, config: HeadLossConfig = HeadLossConfig()):  # noqa: B008
+    def __init__(
+        self,
+        mar,
+        heads: PolicyHeads | None = None,
+        config: HeadLossConfig = HeadLossConfig(),  # noqa: B008
+        order_noise: float = 1.0,
+    ):
         super().__init__()
         self.mar = mar
         self.heads = heads
         self.config = config
+        self.order_noise = order_noise
 
     def train(self, mode: bool = True):
         """As ever, but what is wholly frozen stays in eval mode: its dropout would only be noise."""
@@ -129,25 +144,26 @@ class TrainingLoss(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, tokens, labels, draws, num_rows) -> dict[str, torch.Tensor]:
-        """Sums over the masked tokens of tokens (b, L, C) divided by num_rows, the number they shall be a mean over.
+    def forward(self, tokens, labels, draws, num_targets) -> dict[str, torch.Tensor]:
+        """Sums over the target tokens of tokens (b, L, C) divided by num_targets, the number they are a mean over.
 
-        Only masked rows go through the diffusion MLP. Keys: loss (the one to minimise), mse, vb, and with heads their
-        losses and the mean and spread of what they say.
+        Only the rows that draws names go through the diffusion MLP. Keys: loss (the one to minimise), mse, vb, and with
+        heads their losses and the mean and spread of what they say.
         """
         z = self.mar.encode_decode(tokens, draws.mask, labels, draws.num_visible)
         repeats = len(draws.t)
 
-        def to_rows(x):  # (b, L, …) -> (m·N, …), the masked tokens
+        def to_rows(x):  # (b, L, …) -> (m·N, …), the rows
             return x.flatten(0, 1)[draws.rows].repeat(repeats, *[1] * (x.dim() - 2))
 
-        plan = HeadPlan(self.heads, self.config, draws, z) if self.heads is not None else None
+        plan = HeadPlan(self.heads, self.config, self.order_noise, draws, z) if self.heads is not None else None
         tau = to_rows(plan.tau.expand(draws.mask.shape)) if plan and plan.tau is not None else None
         target, noise, t = to_rows(tokens), draws.noise.flatten(0, 1), draws.t.flatten()
         x_t = self.mar.diffloss.noised(target, t, noise, tau)
         eps, v = self.mar.diffloss.predict(x_t, t, to_rows(z))
         mse, vb = gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
-        terms = {"mse": mse.sum() / (repeats * num_rows), "vb": vb.sum() / (repeats * num_rows)}
+        weight = 1.0 if draws.is_target is None else draws.is_target.repeat(repeats)
+        terms = {name: (x * weight).sum() / (repeats * num_targets) for name, x in (("mse", mse), ("vb", vb))}
         loss = terms["mse"] + terms["vb"]
         if plan:
             found = plan.losses((mse + vb).detach(), t, repeats)

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from torch.utils.data import Subset
 
-from models.tokenizers import build_tokenizer
+from models.tokenizers import tokenizer_of
+from models.tokenizers.ldm import KL16_PATH
 from sample import append_result, git_commit, read_results
 from util import dist
 from util.args import check_folder, flag, make_parser, pick, run_main
@@ -32,8 +33,8 @@ from util.reconstruction import score_reconstructions
 class ReconstructionArgs:
     """Which tokenizer, on which images, by which features, where to."""
 
-    tokenizer: str = flag("kl16", "the tokenizer")
-    vae_path: str | None = flag(None, "weights of the tokenizer, where it takes a file")
+    tokenizer: str = flag("kl16", "pixel, kl16, vq16, diffusers:PATH_OR_REPO")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     data: str = flag("imagefolder", "data set", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data")
     img_size: int | None = flag(None, "pixels of a side (default: the data set's own; 256 for imagefolder)", low=1)
@@ -62,8 +63,8 @@ def run(args: ReconstructionArgs) -> int:
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
     images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size, split=args.split)
-    options = {"channels": images.channels} if args.tokenizer == "pixel" else {}
-    tokenizer = build_tokenizer(args.tokenizer, **options, **({"vae_path": args.vae_path} if args.vae_path else {}))
+    vae_path = args.vae_path or (KL16_PATH if args.tokenizer == "kl16" else None)
+    tokenizer = tokenizer_of(dict(tokenizer=args.tokenizer, vae_path=vae_path), images.channels)
     if images.img_size % tokenizer.stride:
         raise ValueError(f"--img_size {images.img_size} is no multiple of the tokenizer's stride, {tokenizer.stride}")
     count = args.num_images or len(images)
@@ -92,7 +93,7 @@ def run(args: ReconstructionArgs) -> int:
         reference = chosen if stats is None else stats
         labels = [labels[i] for i in chosen.indices]
         how = protocol("reconstruction", evaluation, labels, reference, data, ema=None, dtype=dtype_name)
-        present = row | dict(metrics=found, protocol=how, vae_path=args.vae_path, git_commit=git_commit())
+        present = row | dict(metrics=found, protocol=how, vae_path=vae_path, git_commit=git_commit())
         results.parent.mkdir(parents=True, exist_ok=True)
         append_result(results, present)
     else:

@@ -695,7 +695,7 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
     assert measure_reconstruction.main([*base, "--num_images", "50"]) == 0
     assert len(rows(tmp_path)) == 1 and "already in" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr(measure_reconstruction, "build_tokenizer", lambda name, **options: Rounding())
+    monkeypatch.setattr(measure_reconstruction, "tokenizer_of", lambda settings, channels: Rounding())
     assert measure_reconstruction.main([*base, "--num_images", "50", "--no_rfid"]) == 0
     second = rows(tmp_path)[1]
     assert second["metrics"].keys() == {"psnr", "ssim"} and second["weights"] != row["weights"]
@@ -706,6 +706,7 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
     "flags, shown",
     [
         ("--tokenizer nope", "'nope'"),
+        ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing"),
         ("--num_images 1798", "1798"),
         ("--num_images 1", "'1'"),
         ("--split val", "'val'"),

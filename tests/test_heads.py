@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import torch
 from engine_mar import generate
 from heads.losses import HeadLossConfig, budget_loss, comparable, guidance_loss
 from heads.policy import HEADS, INFER_MODES, PolicyHeads, bounded, build_rules
-from heads.rules import GROUPS, RuleOptions, StepState
+from heads.rules import CFGS, GROUPS, RuleOptions, StepState
 from heads.soft_topk import soft_topk_frac
-from heads.training import HeadPlan, TrainingLoss, base_group, base_guidance, training_state
+from heads.training import TrainingLoss, base_group, training_state
 from models.masking import training_draws
 from tests.helpers import tiny_mar
 
@@ -286,14 +287,16 @@ def test_training_meets_the_states_that_sampling_meets(num_iter):
     for step in range(num_iter):
         mask = (torch.arange(length) < n).unsqueeze(0)
         sampling = state_of(mask, torch.zeros(1, length, 16), step, num_iter)
-        training = training_state(mask, sampling.z, sampling.gumbel, torch.tensor([num_iter]))
+        draws = SimpleNamespace(mask=mask, step=None, num_iter=torch.tensor([num_iter]), gumbel=sampling.gumbel)
+        training = training_state(draws, sampling.z)
         assert training.step.tolist() == [step]
         k = sampling.num_unknown if sampling.is_last else GROUPS["cosine"](sampling, RuleOptions())
         assert torch.equal(base_group(training), k)
         a, b = heads.logits(sampling, 2.0), heads.logits(training, torch.tensor([2.0]))
         torch.testing.assert_close(a, b)
         w = build_rules("baseline", cfg=2.0)(sampling).cfg[:, :1]
-        torch.testing.assert_close(base_guidance(training, training.num_unknown - k, torch.tensor([2.0])), w)
+        options = RuleOptions(cfg=torch.tensor([[2.0]]))
+        torch.testing.assert_close(CFGS["linear"](training, training.num_unknown - k, options), w)
         n -= float(k)
     assert n == 0 and mar is not None
 
@@ -339,46 +342,45 @@ RECEIVERS = {  # loss -> who receives gradient from it (DESIGN.md section 4)
     "budget": {"group"},
     "cfg": {"cfg"},
 }
+UNMOVED = {"heads.heads.order.out.bias"}  # the same number on all logits ranks nothing
+
+
+def owner(name: str) -> str:
+    """The part that a parameter of TrainingLoss belongs to."""
+    parts = name.split(".")
+    return parts[2] if parts[0] == "heads" else "diffloss" if parts[1] == "diffloss" else "backbone"
 
 
 @pytest.mark.parametrize("loss", RECEIVERS)
 @pytest.mark.parametrize("freeze_backbone, train_diffloss", itertools.product([False, True], repeat=2))
 @pytest.mark.parametrize("scope", SCOPES)
 def test_gradient_routing(loss, freeze_backbone, train_diffloss, scope):
+    """Every parameter of the parts that learn from a loss has a gradient from it, and no other parameter has one."""
     mar = tiny_mar()
     heads = trained(scale=0.3, tau_mode=scope, cfg_mode=scope)
     for name, p in mar.named_parameters():
         p.requires_grad_(train_diffloss if name.startswith("diffloss.") else not freeze_backbone)
-    weights = {flag: float(name == loss) for name, flag in LOSSES.items()}
-    module = TrainingLoss(mar, heads, HeadLossConfig(**weights)).train()
     draws = draws_for(mar)
     tokens = torch.rand(4, 64, 1, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    found = module(tokens, torch.tensor([0, 1, 2, -1]), draws, float(len(draws.rows)))
-    target = found["loss"]
-    if loss != "diffusion":  # what is left of the total when the diffusion loss is taken away
-        state = HeadPlan(heads, module.config, draws, torch.zeros(4, 64, 16))
-        assert state.k.shape == (4,)
-        others = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        with_loss = torch.autograd.grad(target, list(others.values()), allow_unused=True)
-        base = TrainingLoss(mar, heads, HeadLossConfig(**dict.fromkeys(LOSSES.values(), 0.0))).train()
-        without = base(tokens, torch.tensor([0, 1, 2, -1]), draws, float(len(draws.rows)))["loss"]
-        without = torch.autograd.grad(without, list(others.values()), allow_unused=True)
-        zero = torch.zeros(())
-        got = {
-            n: ((a if a is not None else zero) - (b if b is not None else zero)).abs().max()
-            for n, a, b in zip(others, with_loss, without)
-        }
-    else:
-        target.backward()
-        got = {n: torch.zeros(()) if p.grad is None else p.grad.abs().max() for n, p in module.named_parameters()}
-    frozen = ({"backbone"} if freeze_backbone else set()) | (set() if train_diffloss else {"diffloss"})
-    reached = set()
-    for name, size in got.items():
-        parts = name.split(".")
-        owner = parts[2] if parts[0] == "heads" else "diffloss" if parts[1] == "diffloss" else "backbone"
-        if size > 1e-7:
-            reached.add(owner)
-    assert reached == RECEIVERS[loss] - frozen
+    labels = torch.tensor([0, 1, 2, -1])
+
+    def gradients(**weights):
+        weights = dict.fromkeys(LOSSES.values(), 0.0) | weights
+        module = TrainingLoss(mar, heads, HeadLossConfig(**weights)).train()
+        found = module(tokens, labels, draws, float(len(draws.rows)))["loss"]
+        learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        values = torch.autograd.grad(found, list(learned.values()), allow_unused=True)
+        return {name: torch.zeros_like(p) if v is None else v for (name, p), v in zip(learned.items(), values)}
+
+    found = gradients()
+    if loss != "diffusion":  # what this loss adds to the gradient
+        with_it = gradients(**{LOSSES[loss]: 1.0})
+        found = {name: with_it[name] - found[name] for name in found}
+    expected = {name for name in found if owner(name) in RECEIVERS[loss]} - UNMOVED
+    assert {name for name, value in found.items() if value.abs().max() > 1e-7} == expected
+    assert {owner(name) for name in expected} == RECEIVERS[loss] - (
+        ({"backbone"} if freeze_backbone else set()) | (set() if train_diffloss else {"diffloss"})
+    )
 
 
 def test_dropped_labels_are_left_out_of_the_guidance_loss():

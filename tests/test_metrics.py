@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, TensorDataset
 
-from scripts import train_digits_classifier
+from scripts import train_classifier
 from util import metrics
 from util.classifiers import DIGITS_WEIGHTS, DigitClassifier, load_classifier
 from util.features import check_features
@@ -157,22 +157,22 @@ def test_committed_classifier(digits):
     assert DIGITS_WEIGHTS.stat().st_size <= 300_000
     with np.load(DIGITS_WEIGHTS, allow_pickle=False) as arrays:
         assert {arrays[name].dtype for name in arrays.files} == {np.dtype(np.float32)}
-    x, y = train_digits_classifier.load_images()
+    x, y = train_classifier.load_images()
     net = load_classifier()
     features, logits = net(x)
     assert features.shape == (1797, 64) and logits.shape == (1797, 10)
     assert features.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
-    assert train_digits_classifier.accuracy(net, x, y) >= 0.98
+    assert train_classifier.accuracy(net, x, y) >= 0.98
 
 
 def test_training_script(tmp_path, capsys):
     before, output = torch.get_rng_state(), tmp_path / "new" / "net.npz"
-    assert train_digits_classifier.main(["--epochs", "2", "--output", str(output)]) == 0
+    assert train_classifier.main(["--epochs", "2", "--output", str(output)]) == 0
     assert "held-out accuracy" in capsys.readouterr().out
     assert list(output.parent.iterdir()) == [output]  # no partial file left
-    x, y = train_digits_classifier.load_images()
-    assert train_digits_classifier.accuracy(load_classifier(DigitClassifier, output), x, y) > 0.5
-    first, second = (train_digits_classifier.train(x[:200], y[:200], 2, seed=3).state_dict() for _ in range(2))
+    x, y = train_classifier.load_images()
+    assert train_classifier.accuracy(load_classifier(DigitClassifier, output), x, y) > 0.5
+    first, second = (train_classifier.train(x[:200], y[:200], 2, seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -180,7 +180,7 @@ def test_training_script(tmp_path, capsys):
 def test_augmentation_shifts_by_at_most_one_pixel():
     x = torch.full((200, 1, 8, 8), -1.0)
     x[:, 0, 3, 4] = 9.0  # far above the noise
-    shifted = train_digits_classifier.augment(x, torch.Generator().manual_seed(0))
+    shifted = train_classifier.augment(x, torch.Generator().manual_seed(0))
     found = {divmod(i, 8) for i in shifted.flatten(1).argmax(1).tolist()}
     assert found == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
 

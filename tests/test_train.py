@@ -76,7 +76,7 @@ def test_resuming_is_exact(tmp_path):
 def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_path, monkeypatch, capsys, number, at):
     """The request is read before the optimizer steps, so at most one step follows: at 2 that is the epoch's last."""
     whole = train(tmp_path / "whole", "--epochs", 2)
-    step = engine_mar._optimizer_step
+    step = engine_mar.optimizer_step
 
     def interrupted(state, grad_norm):
         if state.step == STEPS_PER_EPOCH + at:
@@ -84,14 +84,14 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_
         return step(state, grad_norm)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(engine_mar, "_optimizer_step", interrupted)
+    monkeypatch.setattr(engine_mar, "optimizer_step", interrupted)
     folder = tmp_path / "parts"
     code = main([*SMALL, "--output_dir", str(folder), "--resume", str(folder), "--epochs", "2"])
     assert code == 128 + number and signal.getsignal(number) == before
     assert f"--resume {folder}" in capsys.readouterr().out
     saved = load_checkpoint(folder)
     assert saved["step"] == STEPS_PER_EPOCH + at + 2 and saved["epoch"] == saved["step"] // STEPS_PER_EPOCH - 1
-    monkeypatch.setattr(engine_mar, "_optimizer_step", step)
+    monkeypatch.setattr(engine_mar, "optimizer_step", step)
     assert_same(whole, train(folder, "--epochs", 2))
 
 

@@ -108,6 +108,18 @@ def _list_of(convert):
     return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
 
 
+def parse_range(name: str, text: str, kind, low, high=math.inf) -> tuple:
+    """The two numbers of the text "lo,hi"; ValueError, naming the flag, unless low <= lo <= hi <= high."""
+    try:
+        first, last = (kind(part) for part in text.split(","))
+    except ValueError:
+        first, last = 1, 0
+    if not low <= first <= last <= high:
+        upper = "" if high == math.inf else f" <= {high}"
+        raise ValueError(f"--{name} must be lo,hi with {low} <= lo <= hi{upper}, got {text!r}")
+    return first, last
+
+
 def pick(config_class, values: dict, **more):
     """An instance of the dataclass from those of the values that are its fields."""
     names = {field.name for field in dataclasses.fields(config_class)}

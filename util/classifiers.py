@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 DIGITS_WEIGHTS = Path(__file__).with_name("digits_classifier.npz")
+CIFAR10_WEIGHTS = Path(__file__).with_name("cifar10_classifier.npz")
 
 
 class DigitClassifier(nn.Module):
@@ -32,10 +33,32 @@ class DigitClassifier(nn.Module):
         return features, self.head(features)
 
 
+class Cifar10Classifier(nn.Module):
+    """Convolutional net for 32 x 32 colour images: x (B, 3, 32, 32) in [-1, 1] -> (features (B, 64) >= 0, logits)."""
+
+    shape, dim = (3, 32, 32), 64
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width in (32, 64, 96, 96):
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if width != 96 or channels != 96 else []  # 16, 8 and 4 pixels wide
+            channels = width
+        self.conv = nn.Sequential(*layers)
+        self.hidden = nn.Linear(96 * 4 * 4, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        features = self.hidden(self.conv(x).flatten(1)).relu()  # (B, 64)
+        return features, self.head(features)
+
+
 def load_classifier(net_class=DigitClassifier, path=DIGITS_WEIGHTS) -> nn.Module:
     """A classifier with the weights in an .npz of its state dict, in eval mode on the CPU."""
     with np.load(path, allow_pickle=False) as arrays:
         state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     with torch.device("meta"):  # no initial weights, which would draw random numbers
         net = net_class()
     net.load_state_dict(state, assign=True)

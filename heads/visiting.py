@@ -1,0 +1,96 @@
+"""Training masks that a schedule visits: the visible sets that rules, hand-made or learned, make (DESIGN.md section 4).
+
+Legend: b images, L tokens an image, K = num_iter of an image. `mask` (b, L) bool is True where a token is masked.
+draws is a models.masking.TrainingDraws made for every token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from heads.policy import PolicyHeads, build_rules
+from heads.rules import hard_topk, whole_group
+from heads.training import needs_every_loss, training_state
+from util.args import flag
+
+MASKS = ("random", "visited", "policy", "mix")
+TARGETS = ("masked", "next")
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Where training masks come from, and which masked tokens are learned."""
+
+    train_masks: str = flag("random", "masks: published, met by hand-made or by current rules, or mixed", choices=MASKS)
+    train_targets: str = flag("masked", "what is learned: all masked tokens, or the next group", choices=TARGETS)
+    mix_random: float = flag(0.5, "share of random masks with --train_masks mix", low=0, high=1)
+    policy_passes: int = flag(1, "scoring passes of --train_masks policy and mix with learned rules", low=1)
+
+    def __post_init__(self):
+        if self.train_targets == "next" and self.train_masks == "random":
+            raise ValueError(
+                "--train_targets next needs --train_masks visited, policy or mix: random ones have no next"
+            )
+
+    def rule_names(self, order: str | None, group: str | None, heads: PolicyHeads | None) -> dict[str, str]:
+        """The rules whose states are visited: those named, else learned ones where these masks have them."""
+        names = {}
+        for kind, name, base in (("order", order, "random"), ("group", group, "cosine")):
+            if self.train_masks == "visited" and name == "learned":
+                raise ValueError(f"--train_masks visited follows hand-made rules; with --{kind} learned use policy")
+            has_head = self.train_masks != "visited" and heads is not None and kind in heads.learn
+            names[kind] = name or ("learned" if has_head else base)
+        return names
+
+
+class Visits:
+    """Replaces the random masks of training draws by those that rules meet.
+
+    config: which masks. order, group, options: the rules and their numbers, as for `heads.policy.build_rules`. An image
+    at step s of its K (s uniform) has had s groups revealed. Hand-made rules need no network. Learned ones are scored
+    in policy_passes no-gradient passes a batch, which share the image's plans out evenly: as many passes as plans are
+    exact, a single one ranks all tokens on the empty canvas.
+    """
+
+    def __init__(self, config: MaskConfig, heads: PolicyHeads | None, order: str | None, group: str | None, **options):
+        self.config, self.heads, self.options = config, heads, options
+        self.names = config.rule_names(order, group, heads)
+        self.num_passes = config.policy_passes if "learned" in self.names.values() else 0
+
+    def __call__(self, draws, encode: Callable, device="cpu"):
+        """The draws (on the CPU) on the masks that are met; encode(mask (b, L), num_visible) -> z (b, L, D) on device.
+
+        Where learned rules are scored, a pass waits for the device once.
+        """
+        options = self.options | {"cfg": draws.cfg.unsqueeze(1)}
+        rules = build_rules("baseline", self.heads, **self.names, **options)
+        goal = (draws.place * draws.num_iter).long()  # (b,), s
+        plan, mask, following, z = torch.zeros_like(goal), torch.ones_like(draws.mask), None, None
+        for number in range(max(self.num_passes, 1)):
+            if self.num_passes:
+                z = encode(mask.to(device, non_blocking=True), (~mask).sum(dim=1).tolist())
+            # this pass serves the plans below `until`; the last plan, at the goal, says what comes next
+            until = (number + 1) * (goal + 1) // max(self.num_passes, 1)
+            while (active := (plan < until) & (plan <= goal)).any():
+                selected = self._select(rules, draws, plan, mask, z, device)
+                following = torch.where(active.unsqueeze(1), selected, mask if following is None else following)
+                goes_on = active & (plan < goal) & (mask & ~selected).any(dim=1)  # never to an image without a target
+                goal = torch.where(active & ~goes_on, plan, goal)
+                mask = mask & ~(selected & goes_on.unsqueeze(1))
+                plan = plan + active.long()
+        return self._narrowed(draws, mask, following, goal)
+
+    def _select(self, rules, draws, plan, mask, z, device):
+        """The group (b, L) bool, on the CPU, that the rules take at step `plan` (b,)."""
+        device = device if z is not None else "cpu"
+        state = training_state(replace(draws, step=plan, gumbel=draws.gumbel.to(device)), z, mask.to(device))
+        return hard_topk(rules.order(state), whole_group(rules.group, state), state.mask).cpu()
+
+    def _narrowed(self, draws, mask, following, step):
+        targets = mask if self.config.train_targets == "masked" else following
+        if self.config.train_masks == "mix":
+            keep = draws.mix < self.config.mix_random
+            mask, targets = (torch.where(keep.unsqueeze(1), draws.mask, new) for new in (mask, targets))
+            step = torch.where(keep, training_state(replace(draws, step=None)).step, step)
+        return draws.with_mask(mask, step, targets, rows=mask if needs_every_loss(self.heads) else None)

@@ -1,0 +1,111 @@
+"""Draw curves of training runs from their TensorBoard files: losses, and what the heads say as they learn.
+
+    python scripts/plot_training.py output_dir/heads --out curves.png
+    python scripts/plot_training.py RUN RUN --tags rho_mean,k_over_cosine_mean,tau_mean,w_mean --out curves.png
+
+One panel a quantity, one line a run, a running mean over --smooth steps; where a run also logged the spread (x_std
+beside x_mean), a band of that width.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from util.args import OneLineParser, run_main
+from util.checkpoint import atomic_file
+
+TAGS = ("mse", "order", "rho_mean", "k_over_cosine_mean", "tau_mean", "w_mean")
+
+
+def read_run(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """{quantity: (steps, values)} of a run's training; a folder without TensorBoard files raises ValueError."""
+    if not any(folder.glob("events.out.tfevents*")):
+        raise ValueError(f"{folder} has no TensorBoard files (events.out.tfevents*)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
+    events.Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        if tag.startswith("train/"):
+            points = events.Scalars(tag)
+            found[tag.removeprefix("train/")] = (
+                np.array([point.step for point in points]),
+                np.array([point.value for point in points]),
+            )
+    return found
+
+
+def smoothed(values: np.ndarray, width: int) -> np.ndarray:
+    """The mean of the last `width` values at each place, of as many as there are at the beginning."""
+    total = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (total[ends] - total[starts]) / (ends - starts)
+
+
+def draw(runs: dict[str, dict], tags: list[str], width: int, path: Path) -> None:
+    """One panel a tag, one line a run, to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(len(tags), 3)
+    rows = math.ceil(len(tags) / columns)
+    figure, panels = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
+    for panel, tag in zip(panels.flat, tags):
+        for name, found in runs.items():
+            if tag not in found:
+                continue
+            steps, values = found[tag]
+            values = smoothed(values, width)
+            (line,) = panel.plot(steps, values, linewidth=1.2, label=name)
+            spread = found.get(tag.removesuffix("_mean") + "_std") if tag.endswith("_mean") else None
+            if spread is not None:
+                half = smoothed(spread[1], width)
+                panel.fill_between(steps, values - half, values + half, color=line.get_color(), alpha=0.15, linewidth=0)
+        panel.set_title(tag)
+        panel.set_xlabel("step")
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(tags) :]:
+        panel.set_visible(False)
+    panels.flat[0].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def main(argv=None) -> int:
+    """Read, draw; returns the exit code."""
+    parser = OneLineParser(prog="plot_training.py", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="folders with TensorBoard files")
+    parser.add_argument(
+        "--tags", default=",".join(TAGS), help="comma list of quantities; those no run has are left out"
+    )
+    parser.add_argument("--smooth", type=int, default=50, help="steps of the running mean")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--dry_run", action="store_true", help="check the flags and stop")
+    args = parser.parse_args(argv)
+    if args.smooth < 1:
+        raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
+    if args.dry_run:
+        return 0
+    runs = {folder.name if len(args.runs) > 1 else str(folder): read_run(folder) for folder in args.runs}
+    there = set().union(*runs.values())
+    tags = [tag for tag in args.tags.split(",") if tag in there]
+    if not tags:
+        raise ValueError(f"none of {args.tags} was logged; there are {', '.join(sorted(there)) or 'no scalars'}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(runs, tags, args.smooth, args.out)
+    print(f"picture: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -20,7 +20,6 @@ from models.tokenizers.ldm import KL16_PATH
 from sample import append_result, git_commit, read_results
 from util import dist
 from util.args import check_folder, flag, make_parser, pick, run_main
-from util.checkpoint import weights_hash
 from util.data import DATASETS, build_dataset
 from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
 from util.features import FEATURES
@@ -80,7 +79,7 @@ def run(args: ReconstructionArgs) -> int:
     evaluation = EvalConfig(num_images=count, features=features, eval_split=args.split, fid_stats=args.fid_stats)
     settings = dict(tokenizer=args.tokenizer, data=args.data, img_size=images.img_size, dtype=dtype_name)
     settings |= {k: getattr(evaluation, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
-    row = {"kind": "reconstruction", "settings": settings, "weights": weights_hash(tokenizer.state_dict())}
+    row = {"kind": "reconstruction", "settings": settings, "weights": tokenizer.fingerprint}
     row["reference"] = reference_hash(images if stats is None else stats)
     results = Path(args.output_dir) / "results.jsonl"
     present = next((old for old in read_results(results) if all(old.get(k) == v for k, v in row.items())), None)

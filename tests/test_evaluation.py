@@ -642,7 +642,7 @@ def test_ssim_is_wangs_equation(size, window):
 class Rounding(torch.nn.Module):
     """A tokenizer that keeps four grey levels."""
 
-    stride, channels, scale, mean, clip = 1, 1, 1.0, 0.0, None
+    stride, channels, fingerprint = 1, 1, "rounding"
 
     def __init__(self):
         super().__init__()
@@ -700,6 +700,25 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
     second = rows(tmp_path)[1]
     assert second["metrics"].keys() == {"psnr", "ssim"} and second["weights"] != row["weights"]
     assert re.search(r"pixel: PSNR \d+\.\d+ dB  SSIM 0\.\d+\n", capsys.readouterr().out)
+
+
+def test_an_autoencoder_is_measured_on_a_folder(tmp_path, capsys):
+    """An untrained one, in two precisions and on two splits: as many lines, none of them good."""
+    from tests.test_tokenizers import TINY, diffusers
+
+    folder = image_folder(tmp_path / "images", {"train": 3, "val": 2})
+    diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")
+    base = ["--tokenizer", f"diffusers:{tmp_path / 'vae'}", "--data_path", str(folder), "--img_size", "8"]
+    base += ["--features", "digits", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    for flags in ([], ["--split", "val"], ["--dtype", "bf16"], ["--split", "val"]):
+        assert measure_reconstruction.main([*base, *flags]) == 0
+    lines = rows(tmp_path / "out")
+    said = [(r["protocol"]["num_images"], r["protocol"]["dtype"]) for r in lines]
+    assert said == [(6, "fp32"), (4, "fp32"), (6, "bf16")]
+    for row in lines:
+        assert 0 < row["metrics"]["psnr"] < 20 and row["metrics"]["rfid"] > 0 and -1 <= row["metrics"]["ssim"] < 0.9
+    odd = [*base[:4], "--img_size", "9", *base[6:]]
+    assert "9" in refused(measure_reconstruction.main, odd, capsys)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util.classifiers import DIGITS_WEIGHTS, DigitClassifier, load_classifier
+from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
 
 DINOV2_MODEL = "vit_small_patch14_dinov2"
 # of OpenAI's ViT-B/32, the one whose features are called "clip" here
@@ -155,6 +155,7 @@ FEATURES = {
     "vgg16": Features("fc2_relu", None, 4096, _vgg16),
     "dinov2": Features("dinov2", None, 384, _dinov2),
     "digits": Features("features", "logits", 64, functools.partial(_classifier, DigitClassifier, DIGITS_WEIGHTS)),
+    "cifar10": Features("features", "logits", 64, functools.partial(_classifier, Cifar10Classifier, CIFAR10_WEIGHTS)),
 }
 
 

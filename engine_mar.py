@@ -258,11 +258,12 @@ def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, fold
 def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress, writer) -> bool:
     """Run the epoch's batches from state.batch on; False if it ended early, on a signal, with its step finished.
 
-    args is config.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
-    b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
+    args is config.TrainConfig. loader yields (batch, labels (b,), indices (b,)) with b = batch_size·accum_iter, batch
+    being images uint8 (b, c, H, W) or cached moments (b, 2, c', h, w), see `util.latents`. Raises FloatingPointError
+    after 20 steps in a row without a finite gradient.
     """
     began = time.perf_counter()
-    for images, labels, indices in loader:
+    for batch, labels, indices in loader:
         lr = lr_at(
             epoch + state.batch / len(loader),
             lr=args.lr,
@@ -273,7 +274,7 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        terms = _forward_backward(state, images, labels, indices.tolist(), args, flip)
+        terms = _forward_backward(state, batch, labels, indices.tolist(), args, flip)
         state.scaler.unscale_(state.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip or float("inf"))
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
@@ -284,7 +285,7 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
         state.batch += 1
 
         record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
-        record["images_per_second"] = len(images) * dist.world_size() / (time.perf_counter() - began)
+        record["images_per_second"] = len(batch) * dist.world_size() / (time.perf_counter() - began)
         began = time.perf_counter()
         if writer is not None:
             for name, value in record.items():
@@ -299,7 +300,7 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
     return whole
 
 
-def _forward_backward(state, images, labels, indices, args, flip):
+def _forward_backward(state, batch, labels, indices, args, flip):
     """Accumulate the gradient of the whole step, micro-batch by micro-batch; returns the loss terms."""
     config = state.mar.config
     draws = [
@@ -323,10 +324,11 @@ def _forward_backward(state, images, labels, indices, args, flip):
     num_rows = dist.all_sum(num_rows) / dist.world_size()
     torch.manual_seed(seed_of("dropout", args.seed, state.step, dist.rank()))
     totals = {}
-    parts = zip(draws, _split(images, args.accum_iter), _split(labels, args.accum_iter))
-    for i, (draw, pixels, label) in enumerate(parts):
+    parts = zip(draws, *(_split(items, args.accum_iter) for items in (batch, labels, indices)))
+    for i, (draw, part, label, samples) in enumerate(parts):
         draw = draw.to(state.device)
-        tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), draw.flip if flip else None)
+        seeds = [seed_of("posterior", args.seed, state.step, sample) for sample in samples]
+        tokens = state.tokens(part.to(state.device, non_blocking=True), draw.flip if flip else None, seeds)
         label = torch.where(draw.drop, -1, label.to(state.device, non_blocking=True))
         sync = i == args.accum_iter - 1 or not isinstance(state.module, nn.parallel.DistributedDataParallel)
         with torch.enable_grad() if sync else state.module.no_sync():
@@ -336,14 +338,6 @@ def _forward_backward(state, images, labels, indices, args, flip):
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value.detach()
     return totals
-
-
-@torch.no_grad()
-def _tokenize(state, pixels, flip):
-    images = pixels.float() / 127.5 - 1
-    if flip is not None:
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return state.mar.patchify(state.tokenizer.encode(images))
 
 
 def _split(items, parts):

@@ -29,12 +29,30 @@ from util.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from util.data import EpochSampler, build_dataset
 from util.evaluation import EvalConfig
 from util.images import PNGFolder, save_png
+from util.latents import open_latents
 from util.metrics import metrics_line
 from util.optim import EMA, make_optimizer
 
 
 def build_data(values: dict):
-    """The data set, downloaded by the first process where it has to be."""
+    """(what training reads, images or their cached latents; the images that samples are compared with, or None)."""
+    if not values["use_cached"]:
+        dataset = build_images(values)
+        return dataset, dataset
+    latents = open_latents(values["cached_path"], values["img_size"])
+    if not ((values["online_eval"] or values["evaluate"]) and pick(EvalConfig, values).metric_names):
+        return latents, None
+    reference = build_images(values)
+    if reference.classes != latents.classes:
+        raise ValueError(
+            f"the classes of the latents in {latents.folder} ({len(latents.classes)}) and of the images in "
+            f"--data_path {values['data_path']} ({len(reference.classes)}) are not the same; metrics need these images"
+        )
+    return latents, reference
+
+
+def build_images(values: dict):
+    """The data set of images, downloaded by the first process where it has to be."""
     path = values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
     with dist.main_first():
         return build_dataset(values["data"], data_path=path, img_size=values["img_size"])
@@ -42,8 +60,6 @@ def build_data(values: dict):
 
 def build_model(values: dict, dataset, content: dict | None):
     """(mar, tokenizer) for these settings, with the class count that the data (or, without data, the weights) have."""
-    if values["use_cached"]:
-        raise ValueError("--use_cached needs a tokenizer with latents to cache; this version has: pixel")
     options = {"channels": dataset.channels} if values["tokenizer"] == "pixel" else {"vae_path": values["vae_path"]}
     tokenizer = build_tokenizer(values["tokenizer"], **options)
     for key, true in (("vae_stride", tokenizer.stride), ("vae_embed_dim", tokenizer.channels)):
@@ -214,7 +230,7 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
             now = replace(sampling, cfg=cfg)
             where = folder / now.name()
             found = evaluate(
-                state.mar, state.tokenizer, now, evaluation, dataset, labels, values["seed"], where, **options
+                state.mar, state.tokenizer, now, evaluation, state.reference, labels, values["seed"], where, **options
             )
             if dist.is_main():
                 for name, value in found["metrics"].items():
@@ -231,10 +247,10 @@ def run(values: dict) -> int:
     for name in ("output_dir", "log_dir"):
         check_folder(name, values[name])
     content, resumed = find_checkpoint(values)
-    dataset = build_data(values)
+    dataset, reference = build_data(values)
     if values["online_eval"] or values["evaluate"]:
         with dist.main_first():
-            pick(EvalConfig, values).check(len(dataset))
+            pick(EvalConfig, values).check(len(reference) if reference is not None else None)
     torch.manual_seed(values["seed"])  # the same initial weights on every process
     mar, tokenizer = build_model(values, dataset, content)
     mar, tokenizer = mar.to(device), tokenizer.to(device)
@@ -259,6 +275,7 @@ def run(values: dict) -> int:
         heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
         device=device,
         dtype=dtype,
+        reference=reference,
     )
     global_batch = values["batch_size"] * values["accum_iter"] * dist.world_size()
     if len(dataset) < global_batch and not values["evaluate"]:
@@ -286,7 +303,7 @@ def evaluate_checkpoint(values, state, dataset) -> int:
     options = dict(heads=state.heads, device=state.device, dtype=state.dtype)
     with state.averaged():
         found = evaluate(
-            state.mar, state.tokenizer, sampling, evaluation, dataset, labels, values["seed"], folder, **options
+            state.mar, state.tokenizer, sampling, evaluation, state.reference, labels, values["seed"], folder, **options
         )
     if dist.is_main():
         print(f"{len(labels)} images in {folder}: {metrics_line(found['metrics']) or 'no metrics asked for'}")

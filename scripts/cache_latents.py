@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import resolve
-from main_mar import build_images
-from models.tokenizers import tokenizer_of
+from main_mar import build_images, make_tokenizer
 from util import dist
 from util.args import check_folder, defaults, flag, make_parser, run_main
 from util.data import DATASETS
@@ -46,8 +45,8 @@ class CacheArgs:
     img_size: int = flag(256, "pixels of an image's side", low=1)
     tokenizer: str | None = flag(None, "what turns images into latents (default: kl16 for imagefolder)")
     vae_path: str | None = flag(None, "weights of the autoencoder")
-    vae_stride: int = flag(16, "pixels of a latent's side", low=1)
-    vae_embed_dim: int = flag(16, "channels of a latent", low=1)
+    vae_stride: int | None = flag(None, "pixels of a latent's side (default: the tokenizer's)", low=1)
+    vae_embed_dim: int | None = flag(None, "channels of a latent (default: the tokenizer's)", low=1)
     batch_size: int = flag(16, "images a batch and process", low=1)
     num_workers: int = flag(10, "processes that load images", low=0)
     pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
@@ -120,7 +119,7 @@ def run(values: dict) -> int:
     folder = Path(values["cached_path"])
     check_folder("cached_path", values["cached_path"])
     dataset = build_images(values)
-    tokenizer = tokenizer_of(values, dataset.channels).to(device).eval()
+    tokenizer = make_tokenizer(values, dataset.channels).to(device).eval()
     side = values["img_size"] // tokenizer.stride
     settings = dict(version=VERSION, format=values["format"], dtype=values["cache_dtype"], img_size=values["img_size"])
     settings |= dict(shape=[tokenizer.moment_channels, side, side], fingerprint=tokenizer.fingerprint)

@@ -26,7 +26,9 @@ from util.latents import npz_path, open_latents
 
 FORMATS = list(WRITERS)
 # the same name in several classes, in a folder of a class, with two endings; names that are no ASCII
-NAMES = [f"{c}/{n}" for c in ("7", "Été ☀", "a b") for n in ("0.png", "1.png", "ñ'\".png", "1.jpg.png")] + ["a b/deep/0.png"]
+NAMES = [f"{c}/{n}" for c in ("7", "a b", "Été ☀") for n in ("0.png", "1.png", "ñ'\".png", "1.jpg.png")] + [
+    "Été ☀/deep/0.png"
+]
 NUM = len(NAMES)
 SMALL = "--data imagefolder --tokenizer pixel --img_size 8 --device cpu --num_workers 0".split()
 CACHE = [*SMALL, "--batch_size", "2", "--shard_size", "6"]  # units of packed: 0..5, 6..11, 12
@@ -58,8 +60,7 @@ def tiny_kl(monkeypatch):
         kind, _, seed = settings["tokenizer"].partition(":")
         return TinyKL(int(seed)) if kind == "tiny" else build_tokenizer(kind, channels=channels)
 
-    for module in (cache_latents, main_mar):
-        monkeypatch.setattr(module, "tokenizer_of", tokenizer_of)
+    monkeypatch.setattr(main_mar, "tokenizer_of", tokenizer_of)
 
 
 def write_image(path: Path, seed: int, size=(8, 8)):
@@ -93,7 +94,7 @@ def refused(main, capsys, *argv) -> str:
     """The one line on stderr of a command that must end with code 2."""
     capsys.readouterr()
     assert run_main(main, [*map(str, argv)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "it/s" not in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "%|" not in line]  # a bar
     return line
 
 
@@ -123,7 +124,11 @@ def losses(monkeypatch, folder, *flags) -> list[float]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_cache_holds_the_moments_of_all_images_and_their_mirror_images(pictures, tmp_path, tiny_kl, format, workers):
     folder = cache(pictures, tmp_path / "c", "--format", format, "--tokenizer", "tiny:0", "--num_workers", workers)
-    images, latents, tokenizer = build_dataset("imagefolder", data_path=pictures, img_size=8), open_latents(folder), TinyKL()
+    images, latents, tokenizer = (
+        build_dataset("imagefolder", data_path=pictures, img_size=8),
+        open_latents(folder),
+        TinyKL(),
+    )
     assert len(latents) == len(images) == NUM and latents.classes == images.classes
     assert (latents.img_size, latents.channels, latents.flip, latents.num_broken) == (8, 3, True, 0)
     for (pair, label, i), (image, expected, j) in zip(latents, images, strict=True):
@@ -158,7 +163,7 @@ def test_a_cache_that_mar_wrote_is_read(pictures, tmp_path, monkeypatch, capsys)
         with np.load(ours / f"{name}.npz") as file:
             np.savez(mars / f"{name}.npz", moments=file["moments"], moments_flip=file["moments_flip"])
     latents = open_latents(mars, 8)
-    assert latents.classes == ["7", "Été ☀", "a b"] and len(latents) == NUM and latents.flip
+    assert latents.classes == ["7", "a b", "Été ☀"] and len(latents) == NUM and latents.flip
     labels = {Path(path).relative_to(mars).as_posix(): label for path, label in latents.samples}
     assert labels == {f"{name}.npz": latents.classes.index(name.split("/")[0]) for name in NAMES}
     capsys.readouterr()
@@ -187,7 +192,9 @@ def test_names_stay_inside_the_folder(tmp_path, pictures, capsys):
     for name in ("../x", "/x", "a/../../x", ""):
         with pytest.raises(ValueError, match="outside"):
             npz_path(tmp_path, name)
-    fashion = MemoryDataset(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), [0, 1, 0], ["T-shirt/top", "Ankle boot"], flip=True)
+    fashion = MemoryDataset(
+        torch.zeros(3, 1, 2, 2, dtype=torch.uint8), [0, 1, 0], ["T-shirt/top", "Ankle boot"], flip=True
+    )
     assert image_names(fashion) == ["T-shirt%2Ftop/000000", "Ankle boot/000001", "T-shirt%2Ftop/000002"]
     folder = cache(pictures, tmp_path / "c", "--format", "npz")
     index = json.loads((folder / "index.json").read_text())
@@ -197,11 +204,11 @@ def test_names_stay_inside_the_folder(tmp_path, pictures, capsys):
 
 
 def test_data_sets_without_files_have_caches_too(tmp_path):
-    flags = ["--device", "cpu", "--batch_size", "512", "--format", "npz", "--cached_path", str(tmp_path / "c")]
+    flags = ["--device", "cpu", "--batch_size", "512", "--cached_path", str(tmp_path / "c")]
     assert cache_latents.main(flags) == 0  # no data set named: the digits, as in main_mar.py
     latents, digits = open_latents(tmp_path / "c", 8), build_dataset("digits")
     assert not latents.flip and latents.channels == 1 and latents.classes == digits.classes
-    assert [latents.samples[i][1] for i in range(len(latents))] == digits.labels.tolist()
+    assert latents.labels == digits.labels.tolist()
     torch.testing.assert_close(latents[5][0][0], digits[5][0].float() / 127.5 - 1)
 
 
@@ -225,7 +232,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(some, tmp_path, capsy
     assert content(folder) == before
 
 
-# ------------------------------------------------------------------------------------------- interrupted, damaged, other
+# ------------------------------------------------------------------------------------------ interrupted, damaged, other
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -254,7 +261,9 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(pictures, tmp_p
 
     (folder / ".left behind.1.tmp").write_text("by a process that was killed")
     encoded, encode = [], cache_latents.encode
-    monkeypatch.setattr(cache_latents, "encode", lambda t, images, *a: encoded.append(len(images)) or encode(t, images, *a))
+    monkeypatch.setattr(
+        cache_latents, "encode", lambda t, images, *a: encoded.append(len(images)) or encode(t, images, *a)
+    )
     assert cache_latents.main(argv) == 0 and content(folder) == whole
     assert sum(encoded) == (NUM - 6 if format == "packed" else NUM)  # npz: the first batch was not whole
     encoded.clear()
@@ -307,9 +316,9 @@ def test_a_cache_of_other_images_is_refused(some, tmp_path, capsys):
     assert "0 classes of the data are not in it, 1 are only in it, the first is '7'" in refused(
         cache_latents.main, capsys, *argv
     )
-    shutil.copytree(some / "train" / "a b", some / "train" / "7")  # as many images would be needed, at least
+    shutil.copytree(some / "train" / "Été ☀", some / "train" / "7")  # as many images would be needed, at least
     assert f"num_images {NUM} instead of {NUM + 1}" in refused(cache_latents.main, capsys, *argv)
-    (some / "train" / "7" / "deep" / "0.png").unlink()
+    shutil.rmtree(some / "train" / "7" / "deep")
     write_image(some / "train" / "7" / "0.png", 5, (9, 9))
     assert "images" in refused(cache_latents.main, capsys, *argv)
     assert content(folder) == before
@@ -335,8 +344,9 @@ def test_numbers_that_do_not_fit_are_refused(pictures, tmp_path, monkeypatch, ca
         def _moments(self, images):
             return super()._moments(images) * 1e6
 
-    monkeypatch.setattr(cache_latents, "tokenizer_of", lambda *_: Loud())
-    flags = ["--data_path", pictures, "--cached_path", tmp_path / "c", "--tokenizer", "pixel", "--cache_dtype", "float16"]
+    monkeypatch.setattr(main_mar, "tokenizer_of", lambda *_: Loud())
+    flags = ["--data_path", pictures, "--cached_path", tmp_path / "c", "--cache_dtype", "float16"]
+    flags += ["--vae_stride", 2, "--vae_embed_dim", 2]
     assert "float16" in refused(cache_latents.main, capsys, *CACHE, *flags)
     assert not list((tmp_path / "c").glob("shard*"))
 
@@ -418,17 +428,17 @@ def test_files_that_are_missing_or_too_many_are_refused(pictures, tmp_path, caps
 def test_training_on_a_cache_equals_training_on_the_images(pictures, tmp_path, monkeypatch, tiny_kl, format, tokenizer):
     """With mirror images and, for tiny, draws from the posterior, all from the same seeds."""
     shape = [] if tokenizer == "pixel" else ["--vae_stride", 2, "--vae_embed_dim", 2]
-    flags = ["--tokenizer", tokenizer, *shape]
-    folder = cache(pictures, tmp_path / "c", "--format", format, *flags)
-    images = losses(monkeypatch, tmp_path / "images", *flags, "--data_path", pictures, "--accum_iter", 3)
-    cached = losses(monkeypatch, tmp_path / "cached", *flags, "--use_cached", "--cached_path", folder, "--accum_iter", 3)
-    assert len(images) == 2 and cached == pytest.approx(images, abs=1e-6)
+    flags = ["--tokenizer", tokenizer, *shape, "--accum_iter", 3, "--epochs", 8, "--lr", 0.01]
+    folder = cache(pictures, tmp_path / "c", "--format", format, *flags[: 2 + len(shape)])
+    images = losses(monkeypatch, tmp_path / "images", *flags, "--data_path", pictures)
+    cached = losses(monkeypatch, tmp_path / "cached", *flags, "--use_cached", "--cached_path", folder)
+    assert len(images) == 8 and cached == pytest.approx(images, abs=1e-6)
 
-    unflipped, get = engine_mar._forward_backward, type(open_latents(folder)).__getitem__
+    unflipped = engine_mar._forward_backward
     with monkeypatch.context() as patch:  # the mirror images do count
         patch.setattr(engine_mar, "_forward_backward", lambda *a: unflipped(*a[:-1], False))
-        other = losses(patch, tmp_path / "u", *flags, "--use_cached", "--cached_path", folder, "--accum_iter", 3)
-    assert other != pytest.approx(images, abs=1e-4) and get
+        other = losses(patch, tmp_path / "u", *flags, "--use_cached", "--cached_path", folder)
+    assert other != pytest.approx(images, abs=1e-3)
 
 
 def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, tiny_kl):
@@ -438,7 +448,9 @@ def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, 
     latents = open_latents(cache(pictures, tmp_path / "c", "--tokenizer", "tiny:0"))
     batch, _, _ = next(iter(DataLoader(latents, batch_size=4)))
     fields = dict.fromkeys(TrainState.__dataclass_fields__)
-    state = TrainState(**{**fields, "tokenizer": TinyKL(), "mar": type("M", (), {"patchify": staticmethod(lambda x: x)})})
+    state = TrainState(
+        **{**fields, "tokenizer": TinyKL(), "mar": type("M", (), {"patchify": staticmethod(lambda x: x)})}
+    )
     a = state.tokens(batch, None, [1, 2, 3, 4])
     assert torch.equal(a[[2, 0]], state.tokens(batch[[2, 0]], None, [3, 1]))
     assert not torch.equal(a, state.tokens(batch, None, [1, 2, 3, 5]))
@@ -476,7 +488,7 @@ def test_metrics_need_the_images_that_the_cache_was_made_of(some, tmp_path, caps
                   "none", "--num_images", 2)  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------------------- command line
 
 
 def test_mars_caching_command_means_what_it_meant(capsys):
@@ -506,6 +518,15 @@ def test_torchrun_makes_the_same_cache(some, tmp_path):
     with pytest.warns(UserWarning):
         cache(some, whole[0])
     script = Path(cache_latents.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(script)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "0",
+        str(script),
+    ]
     subprocess.run([*command, *CACHE, "--data_path", str(some), "--cached_path", str(whole[1])], check=True)
     assert content(whole[0]) == content(whole[1])

@@ -144,9 +144,10 @@ class PackedLatents(Latents, ImageDataset):
 
     def verify(self) -> None:
         """Read everything; a file whose values are not those once written raises ValueError."""
-        for number, (_, expected) in enumerate(tqdm(self.shards, desc="verifying", unit="file", leave=False)):
-            if checksum(self.shard(number)) != expected:
-                raise ValueError(f"{shard_path(self.folder, number)} is damaged (its checksum is wrong): {AGAIN}")
+        with tqdm(self.shards, desc="verifying", unit="file", leave=False) as progress:
+            for number, (_, expected) in enumerate(progress):
+                if checksum(self.shard(number)) != expected:
+                    raise ValueError(f"{shard_path(self.folder, number)} is damaged (its checksum is wrong): {AGAIN}")
 
 
 class NpzLatents(Latents, FolderDataset):
@@ -187,11 +188,12 @@ class NpzLatents(Latents, FolderDataset):
 
     def verify(self) -> None:
         """Read everything; a file that cannot be read raises ValueError."""
-        for path, _ in tqdm(self.samples, desc="verifying", unit="file", leave=False):
-            try:
-                self._load(path)
-            except Exception as error:  # as for images: zipfile and numpy raise many kinds
-                raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+        with tqdm(self.samples, desc="verifying", unit="file", leave=False) as progress:
+            for path, _ in progress:
+                try:
+                    self._load(path)
+                except Exception as error:  # as for images: zipfile and numpy raise many kinds
+                    raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
 
 
 def find_npz(folder: Path) -> list[str]:

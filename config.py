@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from heads.losses import HeadLossConfig
 from heads.policy import SCOPES, PolicyHeads, SampleConfig
 from models.mar import MAR_CONFIGS, MARConfig
+from models.tokenizers.ldm import KL16_PATH
 from util import dist
 from util.args import defaults, flag, pick
 from util.data import DATASETS
@@ -18,8 +19,12 @@ class TrainConfig:
     preset: str | None = flag(None, "defaults of a known setting; flags given by hand win")
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
-    tokenizer: str | None = flag(None, "what turns images into latents: pixel, kl16 (default: kl16 for imagefolder)")
-    vae_path: str | None = flag(None, "weights of the KL-16 autoencoder (default: MAR's place for them)")
+    tokenizer: str | None = flag(None, "pixel, kl16, vq16, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
+    vae_scale: str | None = flag(
+        None, "factor of the latents, or one a channel (default: the tokenizer's)", metavar="X"
+    )
+    vae_mean: str | None = flag(None, "subtracted from the latents, or one a channel", metavar="X[,...]")
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
     num_workers: int = flag(10, "processes that load images", low=0)
@@ -135,10 +140,15 @@ def resolve(given: dict) -> dict:
     values["data"] = values["data"] or "imagefolder"
     values["tokenizer"] = values["tokenizer"] or "kl16"
     if values["tokenizer"] == "kl16":
-        values["vae_path"] = values["vae_path"] or "pretrained_models/vae/kl16.ckpt"
+        values["vae_path"] = values["vae_path"] or KL16_PATH
     if values["tokenizer"] == "pixel":  # the image itself decides these
         values["vae_stride"] = given.get("vae_stride", 1)
         values["vae_embed_dim"] = given.get("vae_embed_dim", PRESETS.get(values["data"], {}).get("vae_embed_dim", 3))
+    else:  # a preset may be for pixels; None: what the tokenizer has, which is not loaded yet
+        published = defaults(MARConfig) if values["tokenizer"] == "kl16" else {}
+        for key in ("vae_stride", "vae_embed_dim"):
+            values[key] = given.get(key, published.get(key))
+        values["patch_size"] = given.get("patch_size", 1)
     if values["lr"] is None:
         values["lr"] = values["blr"] * values["batch_size"] * values["accum_iter"] * dist.world_size() / 256
     values["log_dir"] = values["log_dir"] or values["output_dir"]

@@ -189,6 +189,7 @@ def sample_images(
     rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
     run["weights"] = weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})
+    run["tokenizer"] = tokenizer.describe()
     if dist.is_main():
         prepare_folder(folder, run)
     dist.barrier()

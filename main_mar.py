@@ -20,8 +20,9 @@ from engine_mar import evaluate, sample_images, train_one_epoch
 from heads.losses import HeadLossConfig
 from heads.policy import SampleConfig, load_heads
 from heads.training import TrainingLoss
+from models.loading import check_latents
 from models.mar import MAR, MARConfig
-from models.tokenizers import build_tokenizer
+from models.tokenizers import tokenizer_of
 from train_state import TrainState, checkpoint_content, restore, restore_weights
 from util import dist
 from util.args import check_folder, make_parser, pick, run_main
@@ -40,6 +41,8 @@ def build_data(values: dict):
         dataset = build_images(values)
         return dataset, dataset
     latents = open_latents(values["cached_path"], values["img_size"])
+    if latents.fingerprint is None and dist.is_main():
+        print(f"{latents.folder} does not say which tokenizer made its latents: only their shape is checked")
     if not ((values["online_eval"] or values["evaluate"]) and pick(EvalConfig, values).metric_names):
         return latents, None
     reference = build_images(values)
@@ -58,15 +61,24 @@ def build_images(values: dict):
         return build_dataset(values["data"], data_path=path, img_size=values["img_size"])
 
 
-def build_model(values: dict, dataset, content: dict | None):
-    """(mar, tokenizer) for these settings, with the class count that the data (or, without data, the weights) have."""
-    options = {"channels": dataset.channels} if values["tokenizer"] == "pixel" else {"vae_path": values["vae_path"]}
-    tokenizer = build_tokenizer(values["tokenizer"], **options)
+def make_tokenizer(values: dict, channels: int):
+    """The tokenizer for images of so many channels; what the flags say about it and is not so raises ValueError."""
+    tokenizer = tokenizer_of(values, channels)
     for key, true in (("vae_stride", tokenizer.stride), ("vae_embed_dim", tokenizer.channels)):
-        if values[key] != true:
+        if values[key] not in (None, true):
             raise ValueError(
                 f"--{key} {values[key]} does not fit the tokenizer {values['tokenizer']}, which has {true}"
             )
+    return tokenizer
+
+
+def build_model(values: dict, dataset, content: dict | None):
+    """(mar, tokenizer) for these settings, with the class count that the data (or, without data, the weights) have."""
+    tokenizer = make_tokenizer(values, dataset.channels)
+    if values["use_cached"]:
+        dataset.check(tokenizer, values["tokenizer"])
+    latents = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
+    config = replace(mar_config({**values, **latents}), class_num=dataset.num_classes)
     if values["class_num"] not in (dataset.num_classes, MARConfig.class_num):  # the default is no statement
         raise ValueError(
             f"--class_num {values['class_num']} does not fit the data, which have {dataset.num_classes} classes"
@@ -75,7 +87,8 @@ def build_model(values: dict, dataset, content: dict | None):
         trained = len(content["model"]["class_emb.weight"])
         if trained != dataset.num_classes:
             raise ValueError(f"the checkpoint has {trained} classes, the data in use have {dataset.num_classes}")
-    config = replace(mar_config(values), class_num=dataset.num_classes)
+        if "config" in content:
+            check_latents(tokenizer, pick(MARConfig, content["config"]["mar"]), "the checkpoint")
     return MAR(config), tokenizer
 
 
@@ -253,6 +266,9 @@ def run(values: dict) -> int:
             pick(EvalConfig, values).check(len(reference) if reference is not None else None)
     torch.manual_seed(values["seed"])  # the same initial weights on every process
     mar, tokenizer = build_model(values, dataset, content)
+    trained_on = content.get("config", {}).get("latents") if resumed else None
+    if trained_on not in (None, tokenizer.describe()):
+        raise ValueError(f"{values['resume']} was trained on latents of {trained_on}, not {tokenizer.describe()}")
     mar, tokenizer = mar.to(device), tokenizer.to(device)
     if values["compile"]:
         for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
@@ -320,7 +336,8 @@ def main(argv=None) -> int:
             dist.init(device, given.get("dist_url", "env://"), given.get("dist_on_itp", False))
         values = resolve(given)
         if dry:
-            print(json.dumps({**values, "mar": asdict(mar_config(values))}, indent=2))
+            known = values["vae_stride"] and values["vae_embed_dim"]  # else they are the tokenizer's, not loaded here
+            print(json.dumps({**values, "mar": asdict(mar_config(values)) if known else None}, indent=2))
             return 0
         return run(values)
     finally:

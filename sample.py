@@ -192,6 +192,7 @@ def run(args: SampleArgs, given: dict) -> int:
     shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)
     hashes = {"weights": weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})}
     hashes["reference"] = reference_hash(reference) if reference is not None else None
+    hashes["tokenizer"] = tokenizer.describe()
     find_present(settings, Path(args.output_dir) / "results.jsonl", shared, hashes)
     model = mar.to(device), tokenizer.to(device)
     where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None)

@@ -81,7 +81,8 @@ def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: lis
         "config": {
             "mar": asdict(state.mar.config),
             "tokenizer": values["tokenizer"],
-            "vae_path": values["vae_path"],
+            **{k: values[k] for k in ("vae_path", "vae_scale", "vae_mean")},
+            "latents": state.tokenizer.describe(),
             "heads": state.heads.settings() if state.heads is not None else None,
             "data": {"name": values["data"], "path": values["data_path"], "classes": classes},
             "sample": {k: values[k] for k in defaults(SampleConfig)},

@@ -3,7 +3,8 @@
 from dataclasses import asdict, replace
 
 from models.mar import MAR, MAR_CONFIGS, MARConfig
-from models.tokenizers import build_tokenizer
+from models.tokenizers import tokenizer_of
+from models.tokenizers.ldm import KL16_PATH
 from util.args import pick
 from util.checkpoint import load_checkpoint, load_weights
 
@@ -14,7 +15,8 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
     class names, sampling defaults); published files have none, so theirs is made from model, a name in MAR_CONFIGS,
     and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
-    An unreadable file, one that does not fit the sizes, or a published one without model raises ValueError.
+    An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is not
+    there or has other latents raises ValueError.
     """
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
@@ -29,11 +31,20 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
         raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
     mar = MAR(pick(MARConfig, config["mar"]))
     load_weights(mar, weights, checkpoint)
-    if config["tokenizer"] == "pixel":
-        tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
-    else:
-        tokenizer = build_tokenizer(config["tokenizer"], vae_path=vae_path or config["vae_path"])
+    settings = {**config, "vae_path": vae_path or config.get("vae_path")}
+    tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
+    check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
     return mar.eval(), tokenizer, config
+
+
+def check_latents(tokenizer, config: MARConfig, what: str) -> None:
+    """Raise ValueError if a model, named by what, is not for the latents of the tokenizer."""
+    here, there = (tokenizer.stride, tokenizer.channels), (config.vae_stride, config.vae_embed_dim)
+    if here != there:
+        raise ValueError(
+            f"{what} is for latents of stride {there[0]} with {there[1]} channels, "
+            f"the tokenizer {tokenizer.kind} makes stride {here[0]} with {here[1]} channels"
+        )
 
 
 def _published_config(weights, model, diffloss_d, diffloss_w) -> dict:
@@ -44,7 +55,7 @@ def _published_config(weights, model, diffloss_d, diffloss_w) -> dict:
     return {
         "mar": asdict(mar),
         "tokenizer": "kl16",
-        "vae_path": "pretrained_models/vae/kl16.ckpt",
+        "vae_path": KL16_PATH,
         "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(mar.class_num)]},
         "sample": {},
         "eval": {},

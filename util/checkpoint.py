@@ -55,18 +55,23 @@ def load_checkpoint(place: str | Path) -> dict:
     path = checkpoint_path(place)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile each raise their own kinds, for garbage even IndexError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read {path}: {reason[:200]}") from None
+    content = read_file(path)
     weights = content.get("model") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or "class_emb.weight" not in weights:
         raise ValueError(f"{path} is not a MAR checkpoint: it has no 'model' with a class embedding")
     if content.get("config", {"mar": None}).keys().isdisjoint({"mar"}):
         raise ValueError(f"{path} is damaged: its 'config' has no 'mar'")
     return content
+
+
+def read_file(path: str | Path):
+    """What torch.save wrote, on the CPU; a damaged file, or one with more than data in it, raises ValueError."""
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zipfile each raise their own kinds, for garbage even IndexError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read {path}: {reason[:200]}") from None
 
 
 def load_weights(model: torch.nn.Module, weights: dict, source) -> None:

@@ -1,19 +1,50 @@
 """Tokenizers: images in [−1, 1] to normalised latents and back. A new one is one file and one row of TOKENIZERS.
 
-A tokenizer owns everything about its latents and has
+A tokenizer owns everything about its latents and has (`models.tokenizers.latent.Tokenizer` says more)
 
-    encode(images (B, 3 or 1, H, W), sample=True, generator=None) -> (raw − mean)·scale, (B, channels, h, w)
+    encode(images (B, image_channels, H, W), sample=True, generator=None) -> (raw − mean)·scale, (B, channels, h, w)
     decode(latents (B, channels, h, w)) -> images
-    stride (pixels of a latent's side), channels, scale, mean, clip ((lo, hi) for a predicted x₀, or None)
+    encode_moments(images) -> (B, moment_channels, h, w), raw; from_moments(moments, sample, generator) -> latents
+    stride (pixels of a latent's side), channels, scale, mean, clip ((lo, hi) for a predicted x₀, or None), fingerprint
 """
 
+from functools import partial
+
+from models.tokenizers.autoencoder import load_diffusers
+from models.tokenizers.latent import Tokenizer
+from models.tokenizers.ldm import LDM, load_ldm
 from models.tokenizers.pixel import PixelTokenizer
 
-TOKENIZERS = {"pixel": PixelTokenizer}
+TOKENIZERS = {"pixel": PixelTokenizer, **{name: partial(load_ldm, name) for name in LDM}, "diffusers": load_diffusers}
+_OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all but pixel
 
 
-def build_tokenizer(name: str, **options):
-    """The tokenizer of this name; an unknown name raises ValueError."""
-    if name not in TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}; valid: {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name](**options)
+def build_tokenizer(name: str, **options) -> Tokenizer:
+    """The tokenizer of this name: a row of TOKENIZERS, for diffusers with `:PATH_OR_REPO` after it.
+
+    options: channels (of the images) for pixel; vae_path, vae_scale, vae_mean for the others, the last two a number or
+    one for each channel. An unknown name, or weights that cannot be read or do not fit, raise ValueError.
+    """
+    kind, _, place = name.partition(":")
+    if kind not in TOKENIZERS or (kind == "diffusers") != bool(place):
+        valid = [f"{key}:PATH_OR_REPO" if key == "diffusers" else key for key in TOKENIZERS]
+        raise ValueError(f"unknown tokenizer {name!r}; valid: {', '.join(valid)}")
+    return TOKENIZERS[kind](*([place] if place else []), **options)
+
+
+def tokenizer_of(settings: dict, image_channels: int | None) -> Tokenizer:
+    """The tokenizer that flags, or a checkpoint's config, describe: their tokenizer, vae_path, vae_scale, vae_mean.
+
+    One that does not take images of image_channels (None: unknown; pixel needs it) raises ValueError.
+    """
+    name = settings["tokenizer"]
+    given = {key: settings[key] for key in _OPTIONS if settings.get(key) is not None}
+    if name == "pixel":
+        for key in given.keys() - {"vae_path"}:
+            raise ValueError(f"--{key} has no meaning for the tokenizer pixel, whose latents are the pixels")
+        return build_tokenizer(name, channels=image_channels)
+    tokenizer = build_tokenizer(name, **given)
+    if image_channels not in (None, tokenizer.image_channels):
+        channels = f"images of {tokenizer.image_channels} channels, the data have {image_channels}"
+        raise ValueError(f"the tokenizer {name} takes {channels}")
+    return tokenizer

@@ -1,0 +1,104 @@
+"""What all tokenizers share: normalisation, sampling from a posterior, and moments, which are what a cache stores.
+
+Legend: B images, (H, W) pixels, c channels of a latent, (h, w) = (H, W) / stride.
+"""
+
+import json
+import math
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from util.checkpoint import weights_hash
+
+
+class Tokenizer(nn.Module):
+    """Images in [−1, 1] to normalised latents, (raw − mean)·scale, and back. Sub-classes have `_moments` and `_images`.
+
+    kind: what it is, without a path. settings: what shapes it besides its weights, as plain values. gaussian: do
+    images have a posterior, so that their moments are its mean and log-variance (2c channels)? Else they are the raw
+    latents (c channels). scale and mean: a number, or one for each channel. clip: (lo, hi) for a predicted x₀ in
+    normalised units, or None.
+    """
+
+    clip = None
+
+    def __init__(
+        self, kind: str, *, stride, channels, image_channels, gaussian=False, scale=1.0, mean=0.0, settings=()
+    ):
+        super().__init__()
+        self.kind, self.stride, self.channels, self.image_channels = kind, stride, channels, image_channels
+        self.gaussian, self.settings = gaussian, dict(settings)
+        self.scale = per_channel("vae_scale", scale, channels)
+        self.mean = per_channel("vae_mean", mean, channels)
+        for name, value in (("_scale", self.scale), ("_mean", self.mean)):
+            self.register_buffer(name, torch.tensor(value).reshape(-1, 1, 1), persistent=False)
+        if not (self._scale > 0).all():
+            raise ValueError(f"vae_scale must be above 0, got {scale}")
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels of what `encode_moments` gives."""
+        return 2 * self.channels if self.gaussian else self.channels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits that tell whose moments a cache holds: kind, settings and weights, not scale and mean."""
+        text = json.dumps([self.kind, self.channels, self.settings], sort_keys=True, default=str)
+        return weights_hash({**self.state_dict(), text: torch.zeros(0)})
+
+    def describe(self) -> str:
+        """All that decides what `encode` and `decode` give, in one line."""
+        return f"{self.kind} {self.fingerprint} scale {self.scale} mean {self.mean}"
+
+    def encode(self, images: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:
+        """Images (B, image_channels, H, W) in [−1, 1] -> normalised latents (B, c, h, w); see `from_moments`."""
+        return self.from_moments(self.encode_moments(images), sample, generator)
+
+    @torch.no_grad()
+    def encode_moments(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, image_channels, H, W) in [−1, 1] -> raw moments (B, moment_channels, h, w) float32.
+
+        Other channels, or sides that are no multiples of stride, raise ValueError.
+        """
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != self.image_channels or shape[2] % self.stride or shape[3] % self.stride:
+            wanted = f"(B, {self.image_channels}, H, W), H and W divisible by {self.stride}"
+            raise ValueError(f"images for the tokenizer {self.kind} must be {wanted}, got {shape}")
+        return self._moments(images).float()
+
+    def from_moments(self, moments: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:
+        """Raw moments (B, moment_channels, h, w) -> normalised latents (B, c, h, w).
+
+        sample: draw from the posterior, where there is one, instead of taking its mean. generator: None, a
+        torch.Generator, or a list of one for each image, which makes each image's draw independent of its batch.
+        """
+        if moments.dim() != 4 or moments.shape[1] != self.moment_channels:
+            raise ValueError(f"moments must be (B, {self.moment_channels}, h, w), got {tuple(moments.shape)}")
+        if isinstance(generator, list) and len(generator) != len(moments):
+            raise ValueError(f"{len(generator)} generators do not fit {len(moments)} images")
+        raw = moments.float()
+        if self.gaussian:
+            from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+            posterior = DiagonalGaussianDistribution(raw)
+            raw = posterior.sample(generator) if sample else posterior.mode()
+        return (raw - self._mean) * self._scale
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents (B, c, h, w) -> images (B, image_channels, H, W) float32, about in [−1, 1]."""
+        return self._images(latents.float() / self._scale + self._mean).float()
+
+
+def per_channel(name: str, value, channels: int) -> float | tuple[float, ...]:
+    """A number, or a tuple of one for each channel, from a number, a sequence, or either as text with commas."""
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        numbers = [float(parts)] if isinstance(parts, int | float) else [float(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) not in (1, channels) or not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{name} must be a number or {channels} of them, one a channel, got {value!r}")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)

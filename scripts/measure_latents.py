@@ -1,0 +1,94 @@
+"""Measure the latents of a tokenizer on a data set, and say which --vae_scale and --vae_mean normalise them.
+
+    python scripts/measure_latents.py --data_path IMAGENET --tokenizer kl16 --vae_path pretrained_models/vae/kl16.ckpt
+
+MAR wants latents of mean 0 and standard deviation 1. The posterior is sampled, as it is in training.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from models.tokenizers import tokenizer_of
+from models.tokenizers.ldm import KL16_PATH
+from util import dist
+from util.args import flag, make_parser, run_main
+from util.data import DATASETS, build_dataset
+from util.rng import generator, seed_of
+
+
+@dataclass(frozen=True)
+class MeasureArgs:
+    """Which tokenizer, on which images."""
+
+    tokenizer: str = flag("kl16", "pixel, kl16, vq16, diffusers:PATH_OR_REPO")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
+    data: str = flag("imagefolder", "data set", choices=DATASETS)
+    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    img_size: int | None = flag(None, "image height and width in pixels (default: the data's, 256 for a folder)", low=1)
+    num_images: int = flag(10000, "images to measure, drawn at random; all where there are fewer", low=1)
+    batch_size: int = flag(64, "images at a time", low=1)
+    num_workers: int = flag(4, "processes that load images", low=0)
+    seed: int = flag(0, "seed of the choice of images and of the posterior's noise", low=0, high=2**63 - 1)
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+
+
+@torch.no_grad()
+def measure(tokenizer, dataset, args: MeasureArgs, device) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel of the latents, (c,) float64 each, over images and positions."""
+    order = np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_images].tolist()
+    loader = DataLoader(Subset(dataset, order), batch_size=args.batch_size, num_workers=args.num_workers)
+    count, total, squares = 0, 0.0, 0.0
+    with tqdm(total=len(order), unit="image", desc="measuring") as progress:
+        for images, _, indices in loader:
+            noise = [generator(seed_of("posterior", args.seed, 0, i)) for i in indices.tolist()]
+            latents = tokenizer.encode(images.to(device).float() / 127.5 - 1, generator=noise)
+            values = latents.cpu().double().transpose(0, 1).flatten(1)  # (c, B·h·w)
+            count += values.shape[1]
+            total = total + values.sum(dim=1)
+            squares = squares + values.square().sum(dim=1)
+            progress.update(len(images))
+    mean = total / count
+    return mean.numpy(), (squares / count - mean.square()).clamp(min=0).numpy()
+
+
+def main(argv=None) -> int:
+    """Measure and print; returns the exit code."""
+    given = make_parser("measure_latents.py", __doc__.splitlines()[0], MeasureArgs).parse_args(argv)
+    args = MeasureArgs(**vars(given))
+    device = dist.pick_device(args.device)
+    settings = dict(tokenizer=args.tokenizer, vae_path=args.vae_path)
+    if args.tokenizer == "kl16":
+        settings["vae_path"] = args.vae_path or KL16_PATH
+    raw = {} if args.tokenizer == "pixel" else dict(vae_scale=1.0, vae_mean=0.0)
+    dataset = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size)
+    tokenizer = tokenizer_of({**settings, **raw}, dataset.channels).to(device)
+    mean, variance = measure(tokenizer, dataset, args, device)
+    if not variance.mean() > 0:
+        raise ValueError("the latents of these images are all the same: there is no scale to measure")
+    print(f"{'channel':>8} {'mean':>10} {'std':>10}")
+    for channel, (m, v) in enumerate(zip(mean, variance)):
+        print(f"{channel:>8} {m:>10.5f} {v**0.5:>10.5f}")
+    # 1/std of all values at once: about the means of the channels, or about one mean, as LDM measures it
+    scale, plain = variance.mean() ** -0.5, (variance.mean() + mean.var()) ** -0.5
+    images = min(args.num_images, len(dataset))
+    means = ",".join(f"{m:.5g}" for m in mean)
+    print(
+        f"{images} images, latents of stride {tokenizer.stride} with {tokenizer.channels} channels. Pass to main_mar.py"
+    )
+    print(f"    --vae_scale {scale:.5g} --vae_mean {means}")
+    print(f"or, to leave the means as they are,\n    --vae_scale {plain:.5g}")
+    if args.tokenizer == "pixel":
+        print("(pixel itself takes neither: its latents are the images as they are)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -28,37 +28,55 @@ from util import dist
 from util.args import check_folder, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from util.data import EpochSampler, build_dataset
-from util.evaluation import EvalConfig
+from util.evaluation import EvalConfig, build_reference, protocol, protocol_line
 from util.images import PNGFolder, save_png
 from util.latents import open_latents
 from util.metrics import metrics_line
 from util.optim import EMA, make_optimizer
 
 
+def data_place(values: dict):
+    """Where the data set is; None for its own place."""
+    return values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
+
+
 def build_data(values: dict):
-    """(what training reads, images or their cached latents; the images that samples are compared with, or None)."""
+    """What training reads: images, or with --use_cached their latents."""
     if not values["use_cached"]:
-        dataset = build_images(values)
-        return dataset, dataset
+        return build_images(values)
     latents = open_latents(values["cached_path"], values["img_size"])
     if latents.fingerprint is None and dist.is_main():
         print(f"{latents.folder} does not say which tokenizer made its latents: only their shape is checked")
-    if not ((values["online_eval"] or values["evaluate"]) and pick(EvalConfig, values).metric_names):
-        return latents, None
-    reference = build_images(values)
-    if reference.classes != latents.classes:
-        raise ValueError(
-            f"the classes of the latents in {latents.folder} ({len(latents.classes)}) and of the images in "
-            f"--data_path {values['data_path']} ({len(reference.classes)}) are not the same; metrics need these images"
-        )
-    return latents, reference
+    return latents
 
 
 def build_images(values: dict):
-    """The data set of images, downloaded by the first process where it has to be."""
-    path = values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
+    """The data set, downloaded by the first process where it has to be."""
     with dist.main_first():
-        return build_dataset(values["data"], data_path=path, img_size=values["img_size"])
+        return build_dataset(values["data"], data_path=data_place(values), img_size=values["img_size"])
+
+
+def find_reference(values: dict, dataset):
+    """What the metrics compare with: the data set in use, unless it is latents or the flags name something else."""
+    evaluation = pick(EvalConfig, values)
+    images_in_use = evaluation.fid_stats is None and evaluation.eval_split == "train" and not values["use_cached"]
+    if evaluation.metric_names and images_in_use:
+        return dataset
+    reference = build_reference(evaluation, values["data"], data_place(values), values["img_size"])
+    if values["use_cached"] and getattr(reference, "classes", dataset.classes) != dataset.classes:
+        raise ValueError(
+            f"the {dataset.num_classes} classes of the latents in {values['cached_path']} and the "
+            f"{reference.num_classes} of the images in {data_place(values)} that the metrics need are not the same"
+        )
+    return reference
+
+
+def measured_how(values: dict, state: TrainState, labels, reference) -> str:
+    """The line that says what the figures of the averaged weights are to be quoted with."""
+    data = " ".join(filter(None, (values["data"], data_place(values))))
+    dtype = next(name for name, kind in dist.DTYPES.items() if kind == state.dtype)
+    how = protocol("generation", pick(EvalConfig, values), labels, reference, data, ema=True, dtype=dtype)
+    return protocol_line(how)
 
 
 def make_tokenizer(values: dict, channels: int):
@@ -239,15 +257,17 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
             sheet = PNGFolder(folder / "grid", len(labels)).grid([dataset.classes[k] for k in labels], columns)
             writer.add_image("samples", sheet, state.step, dataformats="HWC")
         labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
+        reference = find_reference(values, dataset) if values["online_eval"] and dist.is_main() else None
         for cfg in sorted({1.0, sampling.cfg}) if values["online_eval"] else ():
             now = replace(sampling, cfg=cfg)
             where = folder / now.name()
             found = evaluate(
-                state.mar, state.tokenizer, now, evaluation, state.reference, labels, values["seed"], where, **options
+                state.mar, state.tokenizer, now, evaluation, reference, labels, values["seed"], where, **options
             )
             if dist.is_main():
                 for name, value in found["metrics"].items():
                     writer.add_scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
+                tqdm.write(measured_how(values, state, labels, reference))
                 tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(found['metrics'])}")
     if dist.is_main():
         save_png(folder.with_suffix(".png"), sheet)
@@ -260,10 +280,10 @@ def run(values: dict) -> int:
     for name in ("output_dir", "log_dir"):
         check_folder(name, values[name])
     content, resumed = find_checkpoint(values)
-    dataset, reference = build_data(values)
+    dataset = build_data(values)
     if values["online_eval"] or values["evaluate"]:
         with dist.main_first():
-            pick(EvalConfig, values).check(len(reference) if reference is not None else None)
+            pick(EvalConfig, values).check(find_reference(values, dataset), values["img_size"])
     torch.manual_seed(values["seed"])  # the same initial weights on every process
     mar, tokenizer = build_model(values, dataset, content)
     trained_on = content.get("config", {}).get("latents") if resumed else None
@@ -291,7 +311,6 @@ def run(values: dict) -> int:
         heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
         device=device,
         dtype=dtype,
-        reference=reference,
     )
     global_batch = values["batch_size"] * values["accum_iter"] * dist.world_size()
     if len(dataset) < global_batch and not values["evaluate"]:
@@ -317,11 +336,13 @@ def evaluate_checkpoint(values, state, dataset) -> int:
     folder = Path(values["output_dir"]) / "evaluation" / sampling.name()
     labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
     options = dict(heads=state.heads, device=state.device, dtype=state.dtype)
+    reference = find_reference(values, dataset)
     with state.averaged():
         found = evaluate(
-            state.mar, state.tokenizer, sampling, evaluation, state.reference, labels, values["seed"], folder, **options
+            state.mar, state.tokenizer, sampling, evaluation, reference, labels, values["seed"], folder, **options
         )
     if dist.is_main():
+        print(measured_how(values, state, labels, reference))
         print(f"{len(labels)} images in {folder}: {metrics_line(found['metrics']) or 'no metrics asked for'}")
     return 0
 

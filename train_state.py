@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
 from heads.policy import PolicyHeads, SampleConfig
 from models.mar import MAR
@@ -31,7 +30,6 @@ class TrainState:
     heads_ema: EMA | None
     device: torch.device
     dtype: torch.dtype
-    reference: Dataset | None = None  # the images that samples are compared with
     step: int = 0  # optimizer steps done
     steps_per_epoch: int = 1
     batch: int = 0  # steps done of the epoch under way

@@ -120,6 +120,8 @@ def run(values: dict) -> int:
     check_folder("cached_path", values["cached_path"])
     dataset = build_images(values)
     tokenizer = make_tokenizer(values, dataset.channels).to(device).eval()
+    if values["img_size"] % tokenizer.stride:
+        raise ValueError(f"--img_size {values['img_size']} must be a multiple of the tokenizer's {tokenizer.stride}")
     side = values["img_size"] // tokenizer.stride
     settings = dict(version=VERSION, format=values["format"], dtype=values["cache_dtype"], img_size=values["img_size"])
     settings |= dict(shape=[tokenizer.moment_channels, side, side], fingerprint=tokenizer.fingerprint)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.metrics import DIGITS_WEIGHTS, DigitClassifier
+from util.classifiers import DIGITS_WEIGHTS, DigitClassifier
 
 
 def load_images() -> tuple[torch.Tensor, torch.Tensor]:

@@ -324,7 +324,7 @@ def test_a_cache_of_other_images_is_refused(some, tmp_path, capsys):
     assert content(folder) == before
 
 
-def test_a_folder_of_something_else_is_left_alone(pictures, tmp_path, capsys):
+def test_a_folder_of_something_else_is_left_alone(pictures, tmp_path, tiny_kl, capsys):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "letter.txt").write_text("mine")
     argv = [*CACHE, "--data_path", pictures, "--cached_path"]
@@ -336,6 +336,8 @@ def test_a_folder_of_something_else_is_left_alone(pictures, tmp_path, capsys):
     assert "missing" in refused(cache_latents.main, capsys, *CACHE, *missing)
     bad = ["--data_path", pictures, "--cached_path", tmp_path / "new", "--vae_embed_dim", 4]
     assert "--vae_embed_dim 4" in refused(cache_latents.main, capsys, *CACHE, *bad)
+    odd = ["--data_path", pictures, "--cached_path", tmp_path / "new", "--tokenizer", "tiny:0", "--img_size", 7]
+    assert "--img_size 7 must be a multiple of the tokenizer's 2" in refused(cache_latents.main, capsys, *CACHE, *odd)
     assert not (tmp_path / "new").exists()
 
 
@@ -423,16 +425,15 @@ def test_files_that_are_missing_or_too_many_are_refused(pictures, tmp_path, caps
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("tokenizer", ["pixel", "tiny:0"])
+@pytest.mark.parametrize("tokenizer, format", [("pixel", "npz"), ("tiny:0", "packed")])
 def test_training_on_a_cache_equals_training_on_the_images(pictures, tmp_path, monkeypatch, tiny_kl, format, tokenizer):
     """With mirror images and, for tiny, draws from the posterior, all from the same seeds."""
     shape = [] if tokenizer == "pixel" else ["--vae_stride", 2, "--vae_embed_dim", 2]
-    flags = ["--tokenizer", tokenizer, *shape, "--accum_iter", 3, "--epochs", 8, "--lr", 0.01]
+    flags = ["--tokenizer", tokenizer, *shape, "--accum_iter", 3, "--epochs", 4, "--lr", 0.03]
     folder = cache(pictures, tmp_path / "c", "--format", format, *flags[: 2 + len(shape)])
     images = losses(monkeypatch, tmp_path / "images", *flags, "--data_path", pictures)
     cached = losses(monkeypatch, tmp_path / "cached", *flags, "--use_cached", "--cached_path", folder)
-    assert len(images) == 8 and cached == pytest.approx(images, abs=1e-6)
+    assert len(images) == 4 and cached == pytest.approx(images, abs=1e-6)
 
     unflipped = engine_mar._forward_backward
     with monkeypatch.context() as patch:  # the mirror images do count

@@ -256,11 +256,12 @@ def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, fold
 def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress, writer) -> bool:
     """Run the epoch's batches from state.batch on; False if it ended early, on a signal, with its step finished.
 
-    args is config.TrainConfig. loader yields (images uint8 (b, c, H, W), labels (b,), indices (b,)) with
-    b = batch_size·accum_iter. Raises FloatingPointError after 20 steps in a row without a finite gradient.
+    args is config.TrainConfig. loader yields (batch, labels (b,), indices (b,)) with b = batch_size·accum_iter, batch
+    being images uint8 (b, c, H, W) or cached moments (b, 2, c', h, w), see `util.latents`. Raises FloatingPointError
+    after 20 steps in a row without a finite gradient.
     """
     began = time.perf_counter()
-    for images, labels, indices in loader:
+    for batch, labels, indices in loader:
         lr = lr_at(
             epoch + state.batch / len(loader),
             lr=args.lr,
@@ -271,7 +272,7 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
         )
         for group in state.optimizer.param_groups:
             group["lr"] = lr
-        terms = forward_backward(state, images, labels, indices, args, flip)
+        terms = forward_backward(state, batch, labels, indices, args, flip)
         state.scaler.unscale_(state.optimizer)
         grad_norm = nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip or float("inf"))
         # the step's one wait; the stop request travels with it, so that all processes stop at the same step
@@ -282,7 +283,7 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
         state.batch += 1
 
         record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
-        record["images_per_second"] = len(images) * dist.world_size() / (time.perf_counter() - began)
+        record["images_per_second"] = len(batch) * dist.world_size() / (time.perf_counter() - began)
         began = time.perf_counter()
         if writer is not None:
             for name, value in record.items():

@@ -15,43 +15,18 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import CONFIGS, TrainConfig, mar_config, resolve, visits
+from build import build_data, build_model, data_place, find_checkpoint, find_reference, new_state
+from config import CONFIGS, TrainConfig, mar_config, resolve
 from engine_mar import evaluate, sample_images, train_one_epoch
-from heads.losses import HeadLossConfig
 from heads.policy import SampleConfig, load_heads
-from heads.rules import RuleOptions
-from heads.training import TrainingLoss
-from models.loading import check_latents
-from models.mar import MAR, MARConfig
-from models.tokenizers import tokenizer_of
 from train_state import TrainState, checkpoint_content, restore, restore_weights
 from util import dist
 from util.args import check_folder, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from util.data import EpochSampler, build_dataset
-from util.evaluation import EvalConfig, build_reference, protocol, protocol_line
+from util.checkpoint import checkpoint_path, save_checkpoint
+from util.data import EpochSampler
+from util.evaluation import EvalConfig, protocol, protocol_line
 from util.images import PNGFolder, save_png
 from util.metrics import metrics_line
-from util.optim import EMA, make_optimizer
-
-
-def data_place(values: dict):
-    """Where the data set is; None for its own place."""
-    return values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
-
-
-def build_data(values: dict):
-    """The data set, downloaded by the first process where it has to be."""
-    with dist.main_first():
-        return build_dataset(values["data"], data_path=data_place(values), img_size=values["img_size"])
-
-
-def find_reference(values: dict, dataset):
-    """What the metrics compare with: the data set in use, unless the flags name another split or statistics."""
-    evaluation = pick(EvalConfig, values)
-    if evaluation.metric_names and evaluation.fid_stats is None and evaluation.eval_split == "train":
-        return dataset
-    return build_reference(evaluation, values["data"], data_place(values), values["img_size"])
 
 
 def measured_how(values: dict, state: TrainState, labels, reference) -> str:
@@ -60,42 +35,6 @@ def measured_how(values: dict, state: TrainState, labels, reference) -> str:
     dtype = next(name for name, kind in dist.DTYPES.items() if kind == state.dtype)
     how = protocol("generation", pick(EvalConfig, values), labels, reference, data, ema=True, dtype=dtype)
     return protocol_line(how)
-
-
-def build_model(values: dict, dataset, content: dict | None):
-    """(mar, tokenizer) for these settings, with the class count that the data (or, without data, the weights) have."""
-    if values["use_cached"]:
-        raise ValueError("--use_cached: this version does not read cached latents")
-    tokenizer = tokenizer_of(values, dataset.channels)
-    latents = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
-    for key, true in latents.items():
-        if values[key] not in (None, true):
-            raise ValueError(
-                f"--{key} {values[key]} does not fit the tokenizer {values['tokenizer']}, which has {true}"
-            )
-    config = replace(mar_config({**values, **latents}), class_num=dataset.num_classes)
-    if values["class_num"] not in (dataset.num_classes, MARConfig.class_num):  # the default is no statement
-        raise ValueError(
-            f"--class_num {values['class_num']} does not fit the data, which have {dataset.num_classes} classes"
-        )
-    if content is not None:
-        trained = len(content["model"]["class_emb.weight"])
-        if trained != dataset.num_classes:
-            raise ValueError(f"the checkpoint has {trained} classes, the data in use have {dataset.num_classes}")
-        if "config" in content:
-            check_latents(tokenizer, pick(MARConfig, content["config"]["mar"]), "the checkpoint")
-    return MAR(config), tokenizer
-
-
-def find_checkpoint(values: dict) -> tuple[dict | None, bool]:
-    """(content, is it this run's own?) of the checkpoint in --resume, else in --init_from; None for a fresh start."""
-    source = values["resume"]
-    if source and (values["evaluate"] or checkpoint_path(source).is_file()):
-        return load_checkpoint(source), True
-    first = values["init_from"]
-    if source and dist.is_main():
-        print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
-    return (load_checkpoint(first) if first else None), False
 
 
 def train(values: dict, state: TrainState, dataset, first: int) -> int:
@@ -248,27 +187,6 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
                 tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(found['metrics'])}")
     if dist.is_main():
         save_png(folder.with_suffix(".png"), sheet)
-
-
-def new_state(values: dict, mar, tokenizer, heads, device, dtype) -> TrainState:
-    """The state of a run that starts: all parts on the device, those that are not trained frozen."""
-    for name, parameter in mar.named_parameters():
-        is_mlp = name.startswith("diffloss.")
-        parameter.requires_grad_(values["train_diffloss"] if is_mlp else not values["freeze_backbone"])
-    module = TrainingLoss(mar, heads, pick(HeadLossConfig, values), pick(RuleOptions, values))
-    return TrainState(
-        module=module if dist.world_size() == 1 else torch.nn.parallel.DistributedDataParallel(module),
-        mar=mar,
-        heads=heads,
-        tokenizer=tokenizer,
-        visits=None if values["evaluate"] else visits(values, heads),
-        optimizer=make_optimizer(module, values["lr"], values["weight_decay"]),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        ema=EMA(mar, values["ema_rate"]),
-        heads_ema=EMA(heads, values["ema_rate"]) if heads is not None else None,
-        device=device,
-        dtype=dtype,
-    )
 
 
 def run(values: dict) -> int:

@@ -14,6 +14,7 @@ from util.args import defaults
 from util.checkpoint import load_weights
 from util.evaluation import EvalConfig
 from util.optim import EMA
+from util.rng import generator
 
 
 @dataclass
@@ -47,6 +48,23 @@ class TrainState:
         with self.ema.applied_to(self.mar):
             with self.heads_ema.applied_to(self.heads) if self.heads is not None else contextlib.nullcontext():
                 yield
+
+    @torch.no_grad()
+    def tokens(self, batch: torch.Tensor, flip: torch.Tensor | None, seeds: list[int]) -> torch.Tensor:
+        """Tokens (b, L, C) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.latents`.
+
+        flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of
+        image i comes from seeds[i] alone.
+        """
+        if batch.dtype == torch.uint8:
+            images = batch.float() / 127.5 - 1
+            if flip is not None:
+                images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+            moments = self.tokenizer.encode_moments(images)
+        else:
+            moments = batch[torch.arange(len(batch), device=batch.device), 0 if flip is None else flip.long()]
+        generators = [generator(seed) for seed in seeds]
+        return self.mar.patchify(self.tokenizer.from_moments(moments, generator=generators))
 
 
 def checkpoint_content(state: TrainState, values: dict, epoch: int, classes: list[str]) -> dict:

@@ -9,14 +9,14 @@ from models.masking import training_draws
 from train_state import TrainState
 from util import dist
 from util.dist import autocast
-from util.rng import generator, seed_of
+from util.rng import seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
 
 
-def forward_backward(state: TrainState, images, labels, indices, args, flip):
+def forward_backward(state: TrainState, batch, labels, indices, args, flip):
     """Accumulate the gradient of the whole step, micro-batch by micro-batch; returns the loss terms."""
-    parts = zip(*(_split(x, args.accum_iter) for x in (images, labels, indices)))
+    parts = zip(*(_split(x, args.accum_iter) for x in (batch, labels, indices)))
     parts = [_prepare(state, *part, args, flip) for part in parts]
     # A mean over all target tokens of the global batch. DDP averages gradients over processes: hence the division.
     num_targets = torch.full((), float(sum(draws.num_targets for *_, draws in parts)), device=state.device)
@@ -35,7 +35,7 @@ def forward_backward(state: TrainState, images, labels, indices, args, flip):
 
 
 @torch.no_grad()
-def _prepare(state, pixels, labels, indices, args, flip):
+def _prepare(state, batch, labels, indices, args, flip):
     """(tokens (b, L, C), labels with −1 where dropped, both on the device, and the draws) of one micro-batch."""
     config, heads_or_masks = state.mar.config, state.heads is not None or state.visits is not None
     samples = indices.tolist()
@@ -55,7 +55,7 @@ def _prepare(state, pixels, labels, indices, args, flip):
     )
     flips = draws.flip.to(state.device) if flip else None
     seeds = [seed_of("posterior", args.seed, state.step, sample) for sample in samples]
-    tokens = _tokenize(state, pixels.to(state.device, non_blocking=True), flips, seeds)
+    tokens = state.tokens(batch.to(state.device, non_blocking=True), flips, seeds)
     labels = torch.where(draws.drop, -1, labels).to(state.device, non_blocking=True)
     if state.visits is not None:
         state.module.eval()  # no dropout in the scores
@@ -63,14 +63,6 @@ def _prepare(state, pixels, labels, indices, args, flip):
             draws = state.visits(draws, lambda mask, n: state.mar.encode_decode(tokens, mask, labels, n), state.device)
         state.module.train()
     return tokens, labels, draws
-
-
-@torch.no_grad()
-def _tokenize(state, pixels, flip, seeds):
-    images = pixels.float() / 127.5 - 1
-    if flip is not None:
-        images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-    return state.mar.patchify(state.tokenizer.encode(images, generator=[generator(seed) for seed in seeds]))
 
 
 def _split(items, parts):

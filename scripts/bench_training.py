@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from tqdm import tqdm
 
+from build import new_state
 from config import PRESETS, TrainConfig, mar_config, resolve
-from main_mar import new_state
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
 from train_state import TrainState

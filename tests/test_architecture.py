@@ -15,6 +15,7 @@ SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 
 # part of the repository -> the parts it may import besides itself, as DESIGN.md section 1 has it
 FOUNDATION = {"util", "diffusion", "models", "heads"}
+PROGRAM = {"build", "config", "engine_mar", "train_state", "train_step", "main_mar", "sample"}
 MAY_IMPORT = {
     "util": set(),
     "diffusion": {"util"},
@@ -24,10 +25,12 @@ MAY_IMPORT = {
     "train_state": FOUNDATION,
     "train_step": FOUNDATION | {"train_state"},
     "engine_mar": FOUNDATION | {"train_state", "train_step"},
-    "main_mar": FOUNDATION | {"config", "engine_mar", "train_state"},
+    "build": FOUNDATION | {"config", "train_state"},
+    "main_mar": FOUNDATION | {"build", "config", "engine_mar", "train_state"},
     "sample": FOUNDATION | {"config", "engine_mar"},
-    "scripts": FOUNDATION | {"config", "engine_mar", "train_state", "train_step", "main_mar", "sample"},
-    "tests": FOUNDATION | {"config", "engine_mar", "train_state", "train_step", "main_mar", "sample", "scripts"},
+    "scripts": FOUNDATION | {"build", "config", "engine_mar", "train_state", "train_step", "main_mar", "sample"},
+    "tests": FOUNDATION
+    | {"build", "config", "engine_mar", "train_state", "train_step", "main_mar", "sample", "scripts"},
 }
 FOR_TYPES_ONLY = {"heads": {"models"}}
 LAZY = {"diffusers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}

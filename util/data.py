@@ -80,13 +80,15 @@ class FolderDataset(ImageDataset):
                 continue
             path, label = self.samples[k]
             try:
-                image = center_crop(read_rgb(path), self.img_size)
+                return self._load(path), label, i
             except Exception as error:  # damaged files make PIL leak almost any type: struct, zlib, IndexError, ...
                 self.broken[k] = 1
                 warnings.warn(f"broken image skipped: {path} ({_one_line(error)})", stacklevel=2)
-                continue
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(), label, i
         raise ValueError(f"no readable image in {self.folder}: all {len(self)} files are broken")
+
+    def _load(self, path: str) -> torch.Tensor:
+        image = center_crop(read_rgb(path), self.img_size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def read_rgb(path: str) -> Image.Image:

@@ -1,0 +1,184 @@
+"""Encode a data set once and keep the latents on disk, for main_mar.py --use_cached. Takes main_cache.py's flags.
+
+    torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path IMAGENET --vae_path kl16.ckpt --cached_path DIR
+    python main_mar.py --use_cached --cached_path DIR ...
+    python scripts/cache_latents.py --cached_path DIR --verify
+
+The same command continues an interrupted run and makes damaged files anew. Images that cannot be read are left out;
+index.json names them. The formats are described in util/latents.py.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from build import build_images, make_tokenizer
+from config import resolve
+from util import dist
+from util.args import check_folder, defaults, flag, make_parser, run_main
+from util.data import DATASETS
+from util.evaluation import reference_hash
+from util.latent_files import WRITERS, begin, image_labels, image_names, write_json
+from util.latents import VERSION, open_latents
+
+
+@dataclass(frozen=True)
+class CacheArgs:
+    """What to encode with what, and where the latents go."""
+
+    cached_path: str = flag("", "folder for the latents")
+    format: str = flag("packed", "packed: a few large files; npz: a file an image, as MAR has it", choices=WRITERS)
+    cache_dtype: str = flag("float32", "numbers on disk", choices=("float32", "float16"))
+    shard_size: int = flag(4096, "images a file of the packed format", low=1)
+    verify: bool = flag(False, "only read the whole cache and check it")
+    data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
+    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    img_size: int = flag(256, "pixels of an image's side", low=1)
+    tokenizer: str | None = flag(None, "what turns images into latents (default: kl16 for imagefolder)")
+    vae_path: str | None = flag(None, "weights of the autoencoder")
+    vae_stride: int | None = flag(None, "pixels of a latent's side (default: the tokenizer's)", low=1)
+    vae_embed_dim: int | None = flag(None, "channels of a latent (default: the tokenizer's)", low=1)
+    batch_size: int = flag(16, "images a batch and process", low=1)
+    num_workers: int = flag(10, "processes that load images", low=0)
+    pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+    seed: int = flag(0, "without effect, nothing is random here; for MAR's command lines")
+    dry_run: bool = flag(False, "print the resolved configuration and stop")
+    world_size: int = flag(1, "set by the launcher; here for MAR's command lines", low=1)
+    local_rank: int = flag(-1, "set by the launcher; here for MAR's command lines")
+    dist_url: str = flag("env://", "where processes meet")
+    dist_on_itp: bool = flag(False, "read ranks from Open MPI's environment")
+
+
+@torch.no_grad()
+def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
+    """Moments (b, 2, c, h, w) of images uint8 (b, C, H, W) and of their mirror images."""
+    images = images.to(device, non_blocking=True).float() / 127.5 - 1
+    pair = [tokenizer.encode_moments(pixels).cpu() for pixels in (images, images.flip(-1))]
+    moments = torch.stack(pair, dim=1).numpy()
+    with np.errstate(over="ignore"):
+        moments = moments.astype(dtype)
+    if not np.isfinite(moments).all():
+        raise ValueError(f"the tokenizer gives numbers that are not finite, or beyond --cache_dtype {dtype}")
+    return moments
+
+
+def encode_units(units, dataset, tokenizer, writer, values: dict, device) -> None:
+    """Encode and write the images of each unit, batch by batch."""
+    batch_size = values["batch_size"]
+    batches = [unit[i : i + batch_size] for unit in units for i in range(0, len(unit), batch_size)]
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=values["num_workers"],
+        pin_memory=values["pin_mem"] and device.type == "cuda",
+    )
+    loaded = iter(loader)
+    with tqdm(total=sum(map(len, units)), unit="image", desc="encoding", disable=not dist.is_main()) as progress:
+        for unit in units:
+            parts, kept = [], []
+            for _ in range(math.ceil(len(unit) / batch_size)):
+                images, _, indices = next(loaded)
+                whole = dataset.broken[indices] == 0  # another image stands in for a broken one
+                parts.append(encode(tokenizer, images, device, values["cache_dtype"])[whole.numpy()])
+                kept += indices[whole].tolist()
+                progress.update(len(images))
+            writer.write(unit, kept, np.concatenate(parts))
+
+
+def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str], writer) -> None:
+    """Write index.json, open the cache as training will, and say what it holds."""
+    kept = [i for i in range(len(dataset)) if not dataset.broken[i]]
+    labels = image_labels(dataset)
+    index = settings | about | writer.index()
+    index |= {"names": [names[i] for i in kept], "labels": [labels[i] for i in kept]}
+    index["broken"] = [names[i] for i in range(len(dataset)) if dataset.broken[i]]
+    write_json(folder / "index.json", index)
+    try:
+        latents = open_latents(folder, settings["img_size"])
+    except ValueError:
+        (folder / "index.json").unlink()
+        raise
+    left_out = f", {len(index['broken'])} that could not be read are left out" if index["broken"] else ""
+    print(f"latents of {len(latents)} images in {latents.num_classes} classes{left_out}: {folder}")
+    print(f"train on them with --use_cached --cached_path {folder}")
+
+
+def run(values: dict) -> int:
+    """Make the cache, or what is missing of it."""
+    device = dist.pick_device(values["device"])
+    folder = Path(values["cached_path"])
+    check_folder("cached_path", values["cached_path"])
+    dataset = build_images(values)
+    tokenizer = make_tokenizer(values, dataset.channels).to(device).eval()
+    if values["img_size"] % tokenizer.stride:
+        raise ValueError(f"--img_size {values['img_size']} must be a multiple of the tokenizer's {tokenizer.stride}")
+    side = values["img_size"] // tokenizer.stride
+    settings = dict(version=VERSION, format=values["format"], dtype=values["cache_dtype"], img_size=values["img_size"])
+    settings |= dict(shape=[tokenizer.moment_channels, side, side], fingerprint=tokenizer.fingerprint)
+    settings |= dict(classes=dataset.classes, num_images=len(dataset), images=reference_hash(dataset))
+    settings["shard_size"] = values["shard_size"] if values["format"] == "packed" else None
+    about = dict(tokenizer=values["tokenizer"], channels=dataset.channels, flip=dataset.flip)
+    names = image_names(dataset)
+    writer = WRITERS[values["format"]](folder, settings, names)
+    with dist.main_first():
+        begin(folder, settings)
+
+    size = writer.unit_size(values["batch_size"])
+    units = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
+    todo = []
+    mine = units[dist.rank() :: dist.world_size()]
+    for unit in tqdm(mine, desc="checking", leave=False, disable=not dist.is_main()):
+        broken = writer.broken(unit)
+        if broken is None:
+            todo.append(unit)
+        else:
+            dataset.broken[broken] = 1
+    num_todo = int(dist.all_sum(torch.tensor(len(todo), device=device)))
+    if dist.is_main() and num_todo:
+        (folder / "index.json").unlink(missing_ok=True)
+        if num_todo < len(units):
+            print(f"{num_todo} of {len(units)} parts of {folder} are still to do")
+    dist.barrier()
+    if todo:
+        encode_units(todo, dataset, tokenizer, writer, values, device)
+    broken = dist.all_sum(dataset.broken.int().to(device))  # each process has met its own
+    dataset.broken.copy_(broken > 0)
+    if dist.is_main():
+        finish(folder, settings, about, dataset, names, writer)
+    dist.barrier()
+    return 0
+
+
+def main(argv=None) -> int:
+    """Parse, encode; returns the exit code."""
+    given = vars(make_parser("cache_latents.py", __doc__.splitlines()[0], CacheArgs).parse_args(argv))
+    values = {**defaults(CacheArgs), **resolve(given)}
+    if values["dry_run"]:
+        print(json.dumps({name: values[name] for name in defaults(CacheArgs)}, indent=2))
+        return 0
+    if not values["cached_path"]:
+        raise ValueError("--cached_path DIR is needed, the folder for the latents")
+    if values["verify"]:
+        latents = open_latents(values["cached_path"])
+        latents.verify()
+        print(f"{len(latents)} images in {latents.num_classes} classes, all files are whole: {latents.folder}")
+        return 0
+    try:
+        dist.init(dist.pick_device(values["device"]), values["dist_url"], values["dist_on_itp"])
+        return run(values)
+    finally:
+        dist.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

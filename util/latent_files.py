@@ -1,0 +1,146 @@
+"""Writing latents to disk, in either format of util/latents.py, so that an interrupted run can go on.
+
+The images are cut into units, runs of images that are written whole; what a unit holds does not depend on who writes
+the others, or when.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from util import dist
+from util.checkpoint import atomic_file
+from util.data import FolderDataset, ImageDataset
+from util.latents import SETTINGS, checksum, npz_path, open_shard, read_json, read_npz, shard_path
+
+
+def image_names(dataset: ImageDataset) -> list[str]:
+    """A different name for each image: its path below the data set's folder, else <class>/<number>."""
+    if isinstance(dataset, FolderDataset):
+        prefix = len(os.path.join(dataset.folder, ""))
+        return [path[prefix:].replace(os.sep, "/") for path, _ in dataset.samples]
+    folders = [quote(name, safe=" ") for name in dataset.classes]  # one class of Fashion-MNIST is "T-shirt/top"
+    return [f"{folders[label]}/{i:06d}" for i, label in enumerate(image_labels(dataset))]
+
+
+def image_labels(dataset: ImageDataset) -> list[int]:
+    """The label of each image, without reading any."""
+    return [label for _, label in dataset.samples] if isinstance(dataset, FolderDataset) else dataset.labels.tolist()
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write atomically; the file survives a crash that follows."""
+    with atomic_file(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def begin(folder: Path, settings: dict) -> None:
+    """Start a cache in a new or empty folder, or go on with the one there; one with other settings raises ValueError.
+
+    The first process has to be the first here (`dist.main_first`); it removes what an interrupted run left.
+    """
+    there = read_json(folder / "settings.json", SETTINGS)
+    if there is None:
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"--cached_path {folder} is not empty and no cache of this program; give another")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "settings.json", settings)
+        return
+    for key, value in settings.items():
+        if there[key] != value:
+            raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, there[key], value)})")
+    if dist.is_main():  # only before anyone writes
+        for file in folder.rglob(".*.tmp"):
+            file.unlink()
+
+
+def _difference(key: str, there, here) -> str:
+    if key != "classes":
+        return f"{key} {there!r} instead of {here!r}"
+    missing, extra = sorted(set(here) - set(there)), sorted(set(there) - set(here))
+    first = f", the first is {(missing + extra)[0]!r}" if missing or extra else ""
+    return f"{len(missing)} classes of the data are not in it, {len(extra)} are only in it{first}"
+
+
+class PackedWriter:
+    """Writes images [start, stop), a unit, to one file."""
+
+    def __init__(self, folder: Path, settings: dict, names: list[str]):
+        self.folder, self.settings = folder, settings
+
+    def unit_size(self, batch_size: int) -> int:
+        """Images a unit; units are written whole."""
+        return self.settings["shard_size"]
+
+    def broken(self, unit: range) -> list[int] | None:
+        """The unreadable images of a unit that is finished and undamaged, else None."""
+        number = unit.start // self.settings["shard_size"]
+        path = shard_path(self.folder, number)
+        try:
+            note = read_json(path.with_suffix(".json"), {"count", "checksum", "broken"})
+            if note is None:
+                return None
+            shard = open_shard(path, note["count"], self.settings["shape"], self.settings["dtype"])
+        except ValueError as error:
+            print(f"made again: {error}")
+            return None
+        if len(shard) + len(note["broken"]) == len(unit) and checksum(shard) == note["checksum"]:
+            return note["broken"]
+        print(f"made again: {path} is damaged")
+        return None
+
+    def write(self, unit: range, kept: list[int], pairs: np.ndarray) -> None:
+        """Write pairs (n, 2, c, h, w), those of the images `kept` of the unit."""
+        path = shard_path(self.folder, unit.start // self.settings["shard_size"])
+        path.with_suffix(".json").unlink(missing_ok=True)
+        with atomic_file(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, pairs)
+            file.flush()
+            os.fsync(file.fileno())
+        note = {"count": len(pairs), "checksum": checksum(pairs), "broken": sorted(set(unit) - set(kept))}
+        write_json(path.with_suffix(".json"), note)
+
+    def index(self) -> dict:
+        """What index.json needs besides the names."""
+        numbers = range(math.ceil(self.settings["num_images"] / self.settings["shard_size"]))
+        notes = [shard_path(self.folder, number).with_suffix(".json") for number in numbers]
+        notes = [read_json(path, {"count", "checksum"}) for path in notes]
+        return {"shards": [(note["count"], note["checksum"]) for note in notes]}
+
+
+class NpzWriter:
+    """Writes a file an image; a unit is a batch."""
+
+    def __init__(self, folder: Path, settings: dict, names: list[str]):
+        self.folder, self.shape, self.names = folder, settings["shape"], names
+
+    def unit_size(self, batch_size: int) -> int:
+        return batch_size
+
+    def broken(self, unit: range) -> list[int] | None:
+        """[] if all files of the unit are there and whole, else None: a batch with a broken image is made again."""
+        try:
+            for i in unit:
+                read_npz(npz_path(self.folder, self.names[i]), self.shape)
+        except Exception:  # zipfile and numpy raise many kinds
+            return None
+        return []
+
+    def write(self, unit: range, kept: list[int], pairs: np.ndarray) -> None:
+        for i, (plain, mirrored) in zip(kept, pairs):
+            path = npz_path(self.folder, self.names[i])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, moments=plain, moments_flip=mirrored)
+
+    def index(self) -> dict:
+        return {}
+
+
+WRITERS = {"packed": PackedWriter, "npz": NpzWriter}

@@ -1,0 +1,238 @@
+"""Latents on disk: written once by scripts/cache_latents.py, read by training in place of images.
+
+    FOLDER/settings.json      written first: what the latents are made of and how; who continues must say the same
+    FOLDER/index.json         written last: the settings, classes, name and label of each image, names of broken ones
+    packed (the default): a few large files, memory-mapped
+        shard-00000.npy       (n, 2, c, h, w): moments of n images in a row, each with those of its mirror image
+        shard-00000.json      written after it: count, checksum, positions of images that could not be read
+    npz: MAR's own layout
+        CLASS/IMAGE.npz       float arrays `moments` and `moments_flip` (c, h, w)
+
+Moments are what a tokenizer's `encode_moments` gives, raw: scale, mean and sampling come when they are used. A folder
+of .npz files without settings.json and index.json is a cache of MAR's main_cache.py.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import os
+import warnings
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from util.data import FolderDataset, ImageDataset
+
+VERSION = 1
+AGAIN = "run scripts/cache_latents.py again to make it anew"
+# what index.json and settings.json must have
+SETTINGS = {"version", "format", "dtype", "shard_size", "img_size", "shape", "fingerprint", "classes", "num_images"}
+SETTINGS |= {"images"}
+INDEX = SETTINGS | {"tokenizer", "channels", "flip", "names", "labels", "broken"}
+
+
+def npz_path(folder: Path, name: str) -> Path:
+    """The file for an image; a name that leads out of the folder raises ValueError."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(f"the latents in {folder} have the image {name!r}, whose file would be outside")
+    return folder / f"{name}.npz"
+
+
+def read_json(path: Path, keys: set[str]) -> dict | None:
+    """The dict in a file, None where there is no file; anything else, or one without these keys, raises ValueError."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    missing = sorted(keys - content.keys()) if isinstance(content, dict) else sorted(keys)
+    if missing:
+        raise ValueError(f"{path} is damaged, it has no {missing[0]!r}: {AGAIN}")
+    return content
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """File number `number` of the packed format."""
+    return folder / f"shard-{number:05d}.npy"
+
+
+def read_npz(path, shape=None) -> np.ndarray:
+    """(2, c, h, w) from a file of MAR's layout, every byte checked (CRC). Raises whatever is wrong with the file."""
+    with np.load(path) as file:
+        pair = np.stack([file["moments"], file["moments_flip"]])
+    if pair.ndim != 4 or pair.dtype.kind != "f" or (shape is not None and pair.shape[1:] != tuple(shape)):
+        raise ValueError(f"moments are {pair.dtype} {pair.shape[1:]}, expected floats {shape or '(c, h, w)'}")
+    return pair
+
+
+def open_shard(path: Path, count: int, shape, dtype) -> np.ndarray:
+    """Memory-map (count, 2, c, h, w). A missing, truncated or different file raises ValueError."""
+    try:
+        shard = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"cannot read {path} ({error}): {AGAIN}") from None
+    expected = (count, 2, *shape)
+    if getattr(shard, "shape", None) != expected or shard.dtype != np.dtype(dtype):
+        raise ValueError(f"{path} is not an array {expected} of {dtype}: {AGAIN}")
+    return shard
+
+
+def checksum(array: np.ndarray) -> str:
+    """16 hex digits over the values."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in array:
+        digest.update(np.ascontiguousarray(row))
+    return digest.hexdigest()
+
+
+class Latents:
+    """What data sets of cached latents have in common: ds[i] -> (moments (2, c, h, w) plain and mirrored, label, i).
+
+    Also `shape` (c, h, w) of the moments and `fingerprint` of the tokenizer that made them, None if nobody wrote it.
+    """
+
+    def check(self, tokenizer, name: str) -> None:
+        """Raise ValueError unless this tokenizer, called `name`, could have made the latents."""
+        side = self.img_size // tokenizer.stride
+        expected = (tokenizer.moment_channels, side, side)
+        if tuple(self.shape) != expected:
+            raise ValueError(
+                f"the latents in {self.folder} have the shape {tuple(self.shape)}, those of the tokenizer {name} at "
+                f"{self.img_size} pixels have {expected}"
+            )
+        if self.fingerprint not in (None, tokenizer.fingerprint):
+            raise ValueError(
+                f"the latents in {self.folder} were made by another tokenizer than {name} (fingerprint "
+                f"{self.fingerprint}, here {tokenizer.fingerprint})"
+            )
+
+
+class PackedLatents(Latents, ImageDataset):
+    """Latents in a few memory-mapped files; a file of the wrong size raises ValueError at once."""
+
+    def __init__(self, folder: Path, index: dict):
+        super().__init__(len(index["names"]), index["classes"], index["channels"], index["img_size"], index["flip"])
+        self.folder, self.shape, self.fingerprint = folder, tuple(index["shape"]), index["fingerprint"]
+        self.labels, self.dtype, self.shards = index["labels"], index["dtype"], index.get("shards", [])
+        self.ends = list(itertools.accumulate(count for count, _ in self.shards))
+        if [len(self)] != self.ends[-1:]:
+            raise ValueError(f"{folder}: index.json names {len(self)} images, its files hold {sum(self.ends[-1:])}")
+        self.open = {}
+        for number in range(len(self.shards)):
+            self.shard(number)
+
+    def shard(self, number: int) -> np.ndarray:
+        """The (n, 2, c, h, w) of one file."""
+        if number not in self.open:
+            path = shard_path(self.folder, number)
+            self.open[number] = open_shard(path, self.shards[number][0], self.shape, self.dtype)
+        return self.open[number]
+
+    def __getstate__(self):
+        return self.__dict__ | {"open": {}}  # pickled for a DataLoader worker, a memory map would become a copy
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
+        i = self._index(i)
+        number = bisect.bisect_right(self.ends, i)
+        row = i - self.ends[number]  # negative: counted from the end of the file
+        return torch.from_numpy(np.array(self.shard(number)[row])), self.labels[i], i
+
+    def verify(self) -> None:
+        """Read everything; a file whose values are not those once written raises ValueError."""
+        with tqdm(self.shards, desc="verifying", unit="file", leave=False) as progress:
+            for number, (_, expected) in enumerate(progress):
+                if checksum(self.shard(number)) != expected:
+                    raise ValueError(f"{shard_path(self.folder, number)} is damaged (its checksum is wrong): {AGAIN}")
+
+
+class NpzLatents(Latents, FolderDataset):
+    """Latents with a file an image; like a broken image, a broken file is named in a warning and the next one used.
+
+    index None: a folder that MAR's main_cache.py wrote, whose sub-folders are the classes. Files that are missing, or
+    that the index does not know, raise ValueError.
+    """
+
+    def __init__(self, folder: Path, index: dict | None, img_size: int | None = None):
+        found = find_npz(folder)
+        if index is None:
+            classes = sorted({name.split("/")[0] for name in found if "/" in name})
+            names = [name for name in found if "/" in name or not classes]
+            number = {name: label for label, name in enumerate(classes)}
+            labels = [number[name.split("/")[0]] if classes else 0 for name in names]
+            if len(names) < len(found):
+                warnings.warn(f"{len(found) - len(names)} .npz outside the class folders ignored", stacklevel=2)
+        else:
+            classes, names, labels = index["classes"], index["names"], index["labels"]
+            missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+            if missing or extra:
+                raise ValueError(
+                    f"{folder}: {len(missing)} files that index.json names are missing and {len(extra)} are not in it, "
+                    f"the first is {npz_path(folder, (missing + extra)[0])}"
+                )
+        samples = [(str(npz_path(folder, name)), label) for name, label in zip(names, labels)]
+        super().__init__(folder, samples, classes or ["all"], index["img_size"] if index else img_size)
+        self.fingerprint, self.shape = None, None
+        if index is not None:
+            self.fingerprint, self.shape = index["fingerprint"], tuple(index["shape"])
+            self.flip, self.channels = index["flip"], index["channels"]
+        elif samples:
+            self.shape = tuple(self[0][0].shape[1:])  # the others must have it too
+
+    def _load(self, path: str) -> torch.Tensor:
+        return torch.from_numpy(read_npz(path, self.shape))
+
+    def verify(self) -> None:
+        """Read everything; a file that cannot be read raises ValueError."""
+        with tqdm(self.samples, desc="verifying", unit="file", leave=False) as progress:
+            for path, _ in progress:
+                try:
+                    self._load(path)
+                except Exception as error:  # as for images: zipfile and numpy raise many kinds
+                    raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+
+
+def find_npz(folder: Path) -> list[str]:
+    """Names (relative paths without .npz, with /) of all files below the folder, except in hidden class folders."""
+    names = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        inside = Path(place).relative_to(folder).as_posix()
+        if inside == ".":
+            folders[:] = [name for name in folders if not name.startswith(".")]
+        names += [name if inside == "." else f"{inside}/{name}" for name in files if name.endswith(".npz")]
+    return sorted(name.removesuffix(".npz") for name in names)
+
+
+FORMATS = {"packed": PackedLatents, "npz": NpzLatents}
+
+
+def open_latents(folder, img_size: int | None = None) -> PackedLatents | NpzLatents:
+    """The data set of a cache in any of the formats, of images of img_size pixels.
+
+    No cache there, an unfinished or a damaged one, or one of another image size raises ValueError.
+    """
+    if not folder or not Path(folder).is_dir():
+        raise ValueError(f"no folder of cached latents at --cached_path {str(folder)!r}")
+    folder = Path(folder)
+    index = read_json(folder / "index.json", INDEX)
+    if index is None:
+        if (folder / "settings.json").exists():
+            raise ValueError(f"the latents in {folder} are not complete: run scripts/cache_latents.py again to go on")
+        latents = NpzLatents(folder, None, img_size)
+        if not len(latents):
+            raise ValueError(f"no cached latents in {folder}: neither index.json nor .npz files")
+        return latents
+    if index["version"] != VERSION or index["format"] not in FORMATS:
+        raise ValueError(
+            f"the latents in {folder} have the format {index['format']!r}, version {index['version']!r}; "
+            f"valid: {', '.join(FORMATS)}, version {VERSION}"
+        )
+    if img_size not in (None, index["img_size"]):
+        raise ValueError(f"the latents in {folder} are of {index['img_size']}-pixel images, not of {img_size}")
+    if len(index["labels"]) != len(index["names"]) or not {*index["labels"]} <= {*range(len(index["classes"]))}:
+        raise ValueError(f"{folder / 'index.json'} is damaged, its labels do not fit its names and classes: {AGAIN}")
+    return FORMATS[index["format"]](folder, index)

@@ -105,7 +105,7 @@ def content(folder) -> dict[str, bytes]:
 
 def losses(monkeypatch, folder, *flags) -> list[float]:
     """The loss of each training step."""
-    found, step = [], engine_mar._forward_backward
+    found, step = [], engine_mar.forward_backward
 
     def noted(*arguments):
         terms = step(*arguments)
@@ -113,7 +113,7 @@ def losses(monkeypatch, folder, *flags) -> list[float]:
         return terms
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_mar, "_forward_backward", noted)
+        patch.setattr(engine_mar, "forward_backward", noted)
         assert main_mar.main([*SMALL, *TRAIN, "--output_dir", str(folder), *map(str, flags)]) == 0
     return found
 
@@ -436,9 +436,9 @@ def test_training_on_a_cache_equals_training_on_the_images(pictures, tmp_path, m
     cached = losses(monkeypatch, tmp_path / "cached", *flags, "--use_cached", "--cached_path", folder)
     assert len(images) == 4 and cached == pytest.approx(images, abs=1e-6)
 
-    unflipped = engine_mar._forward_backward
+    unflipped = engine_mar.forward_backward
     with monkeypatch.context() as patch:  # the mirror images do count
-        patch.setattr(engine_mar, "_forward_backward", lambda *a: unflipped(*a[:-1], False))
+        patch.setattr(engine_mar, "forward_backward", lambda *a: unflipped(*a[:-1], False))
         other = losses(patch, tmp_path / "u", *flags, "--use_cached", "--cached_path", folder)
     assert other != pytest.approx(images, abs=1e-3)
 

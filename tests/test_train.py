@@ -108,18 +108,21 @@ def test_a_signal_while_sampling_stops_at_once_and_loses_nothing(tmp_path, monke
     assert_same(whole, load_checkpoint(folder))
 
 
-def test_accumulated_batches_equal_one_large_batch(tmp_path):
-    """Also with a mask ratio for each image, where the micro-batches differ in how many tokens they mask."""
-    one = train(tmp_path / "one", "--epochs", 1, "--mask_ratio_per_image", "--lr", 1e-3)
-    flags = ("--batch_size", 4, "--accum_iter", 4, "--mask_ratio_per_image", "--lr", 1e-3)
-    four = train(tmp_path / "four", "--epochs", 1, *flags)
+NEXT = ("--train_masks", "mix", "--train_targets", "next", "--order", "halton", "--mask_ratio_per_image")
+
+
+@pytest.mark.parametrize("masks", [("--mask_ratio_per_image",), NEXT], ids=["random", "mix"])
+def test_accumulated_batches_equal_one_large_batch(tmp_path, masks):
+    """Also where the micro-batches differ in how many tokens they mask, and in how many of these are targets."""
+    one = train(tmp_path / "one", "--epochs", 1, "--lr", 1e-3, *masks)
+    four = train(tmp_path / "four", "--epochs", 1, "--batch_size", 4, "--accum_iter", 4, "--lr", 1e-3, *masks)
     for name, value in one["model"].items():
         torch.testing.assert_close(four["model"][name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
-    one = train(tmp_path / "one", "--epochs", 2, "--mask_ratio_per_image", "--lr", 1e-3)
+    one = train(tmp_path / "one", "--epochs", 2, "--lr", 1e-3, *NEXT)
     command = [
         sys.executable,
         "-m",
@@ -129,7 +132,7 @@ def test_two_processes_equal_one(tmp_path):
         "main_mar.py",
     ]
     folder = str(tmp_path / "two")
-    flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--mask_ratio_per_image", "--lr", "1e-3"]
+    flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--lr", "1e-3", *NEXT]
     done = subprocess.run(
         [*command, *SMALL, *flags],
         cwd=Path(__file__).parent.parent,
@@ -162,6 +165,17 @@ def test_a_published_checkpoint_continues(tmp_path):
     published = {k: ours[k] for k in ("model", "model_ema", "optimizer", "epoch", "scaler")}
     save_checkpoint(tmp_path / "published", {**published, "args": argparse.Namespace(lr=1.0)})
     assert_same(train(tmp_path / "published", "--epochs", 2)["model"], train(tmp_path / "ours", "--epochs", 2)["model"])
+
+
+def test_a_published_checkpoint_is_tuned_on_the_states_of_a_policy(tmp_path):
+    ours = train(tmp_path / "ours", "--epochs", 1)
+    save_checkpoint(tmp_path / "published", {k: ours[k] for k in ("model", "model_ema", "optimizer", "epoch")})
+    flags = ("--train_masks", "policy", "--train_targets", "next", "--learn", "order,group", "--policy_passes", 2)
+    tuned = train(tmp_path / "tuned", "--init_from", tmp_path / "published", "--epochs", 1, *flags)
+    assert tuned["step"] == STEPS_PER_EPOCH and tuned["config"]["heads"]["learn"] == ["order", "group"]
+    moved = {name for name, value in tuned["model"].items() if not torch.equal(value, ours["model"][name])}
+    assert any(name.startswith("decoder_blocks") for name in moved) and any("diffloss" in name for name in moved)
+    assert any(value.any() for name, value in tuned["heads"].items() if name.endswith("out.weight"))
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

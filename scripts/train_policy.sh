@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Train the backbone on the states that an order visits, by itself or together with heads, and compare: three second
+# stages from one checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
+#   random   published masks: the checkpoint trained on
+#   visited  the states and next groups of the best hand-made order, low-discrepancy
+#   policy   the states and next groups of the heads named in LEARN, which are trained together with the backbone
+#   INIT=output_dir/quickstart OUT=output_dir/policy SEEDS="1 2 3" bash scripts/train_policy.sh
+# Digits (default): the base is trained first if it is not there; 3 training seeds, each sampled with a seed of its own.
+#   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
+#   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
+# ARMS and LEARN choose what is compared; EPOCHS is that of random, the others get as much less as a step costs more
+# (scripts/bench_training.py). What is made already is reused.
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+preset=${PRESET:-digits}
+out=${OUT:-output_dir/policy}
+learn=${LEARN:-group}
+run=(python)
+case $preset in
+    digits)
+        init=${INIT:-output_dir/quickstart} epochs=${EPOCHS:-45} steps=2,4,8,16 range=2,16
+        stage=(--warmup_epochs 1 --eval_freq 1000)
+        sampling=(--cfg 1,1.25 --num_images 1800)
+        ;;
+    cifar10)
+        init=${INIT:-output_dir/cifar10} epochs=${EPOCHS:-30} steps=2,4,8,16 range=2,16
+        stage=(--warmup_epochs 1 --eval_freq 1000)
+        sampling=(--cfg 1,1.5 --num_images 5000 --num_sampling_steps 50 --features cifar10)
+        ;;
+    mar_base)
+        gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+        init=${INIT:-pretrained_models/mar/mar_base} epochs=${EPOCHS:-10} steps=8,16,32,64 range=8,64
+        stage=(--warmup_epochs 1 --blr 2e-5 --eval_freq 1000)
+        sampling=(--cfg 2.9 --num_images 50000 --eval_bsz 256)
+        run=(torchrun --nproc_per_node="$gpus")
+        ;;
+    *)
+        echo "error: unknown PRESET '$preset'; valid: digits, cifar10, mar_base" >&2
+        exit 2
+        ;;
+esac
+read -ra data <<<"${DATA:-}"
+
+if [[ $preset != mar_base ]]; then
+    "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
+fi
+results=()
+for arm in ${ARMS:-random visited policy}; do
+    case $arm in
+        random) share=100 masks=(--train_masks random) ;;
+        visited) share=105 masks=(--train_masks visited --train_targets next --order halton) ;;
+        policy)
+            share=60 masks=(--train_masks policy --train_targets next --learn "$learn" --order_base halton)
+            [[ ,$learn, == *,order,* ]] || masks+=(--order halton)
+            ;;
+    esac
+    mode=baseline
+    [[ $arm == policy ]] && mode=policy
+    for seed in ${SEEDS:-1 2 3}; do
+        model=$out/$arm/seed$seed
+        "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --init_from "$init" --train_num_iter $range \
+            "${stage[@]}" --epochs $((epochs * share / 100)) --seed "$seed" --output_dir "$model" --resume "$model" \
+            "${masks[@]}" "$@"
+        "${run[@]}" sample.py --checkpoint "$model" --output_dir "$out/$arm" --infer_mode $mode --num_iter $steps \
+            --seed "$seed" "${sampling[@]}"
+    done
+    results+=("$out/$arm/results.jsonl")
+done
+python scripts/make_table.py "${results[@]}" --csv "$out/table.csv" --plot "$out/fid_by_evals.png" | tee "$out/table.md"
+python scripts/plot_training.py "$out"/*/seed*/ --out "$out/curves.png"
+echo "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png, training: $out/curves.png"

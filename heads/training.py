@@ -147,8 +147,8 @@ class TrainingLoss(nn.Module):
     def forward(self, tokens, labels, draws, num_targets) -> dict[str, torch.Tensor]:
         """Sums over the target tokens of tokens (b, L, C) divided by num_targets, the number they are a mean over.
 
-        Only the rows that draws names go through the diffusion MLP. Keys: loss (the one to minimise), mse, vb, and with
-        heads their losses and the mean and spread of what they say.
+        Only the rows that draws names go through the diffusion MLP, those that are no targets without gradient. Keys:
+        loss (the one to minimise), mse, vb, and with heads their losses and the mean and spread of what they say.
         """
         z = self.mar.encode_decode(tokens, draws.mask, labels, draws.num_visible)
         repeats = len(draws.t)
@@ -160,10 +160,10 @@ class TrainingLoss(nn.Module):
         tau = to_rows(plan.tau.expand(draws.mask.shape)) if plan and plan.tau is not None else None
         target, noise, t = to_rows(tokens), draws.noise.flatten(0, 1), draws.t.flatten()
         x_t = self.mar.diffloss.noised(target, t, noise, tau)
-        eps, v = self.mar.diffloss.predict(x_t, t, to_rows(z))
+        eps, v = self._predict(x_t, t, to_rows(z), repeats, draws.num_targets)
         mse, vb = gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
-        weight = 1.0 if draws.is_target is None else draws.is_target.repeat(repeats)
-        terms = {name: (x * weight).sum() / (repeats * num_targets) for name, x in (("mse", mse), ("vb", vb))}
+        learned = {name: x.view(repeats, -1)[:, : draws.num_targets] for name, x in (("mse", mse), ("vb", vb))}
+        terms = {name: x.sum() / (repeats * num_targets) for name, x in learned.items()}
         loss = terms["mse"] + terms["vb"]
         if plan:
             found = plan.losses((mse + vb).detach(), t, repeats)
@@ -175,6 +175,19 @@ class TrainingLoss(nn.Module):
             loss = loss + sum(getattr(self.config, f"lambda_{name}") * value for name, value in found.items())
             terms |= found | plan.statistics()
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
+
+    def _predict(self, x_t, t, z, repeats, num_targets):
+        """(ε, v) of all rows (m·N, C); of the first num_targets of each N with gradient, of the others without."""
+        index = torch.arange(len(x_t), device=x_t.device).view(repeats, -1)
+        parts = [part.flatten() for part in (index[:, :num_targets], index[:, num_targets:])]
+        if not len(parts[1]):
+            return self.mar.diffloss.predict(x_t, t, z)
+        found = []
+        for part, learned in zip(parts, (True, False)):
+            with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
+                found.append(self.mar.diffloss.predict(x_t[part], t[part], z[part]))
+        place = torch.cat(parts).argsort()
+        return tuple(torch.cat(values)[place] for values in zip(*found))
 
     @torch.no_grad()
     def _unconditional(self, tokens, draws, x_t, t, to_rows):

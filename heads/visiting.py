@@ -93,4 +93,4 @@ class Visits:
             keep = draws.mix < self.config.mix_random
             mask, targets = (torch.where(keep.unsqueeze(1), draws.mask, new) for new in (mask, targets))
             step = torch.where(keep, training_state(replace(draws, step=None)).step, step)
-        return draws.with_mask(mask, step, targets, rows=mask if needs_every_loss(self.heads) else None)
+        return draws.with_mask(mask, step, targets, others=mask if needs_every_loss(self.heads) else None)

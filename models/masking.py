@@ -32,25 +32,26 @@ class TrainingDraws:
     place: torch.Tensor | None = None  # (b,) in [0, 1): how far through its schedule the image is
     mix: torch.Tensor | None = None  # (b,) in [0, 1): a share of the images keeps its random mask
     step: torch.Tensor | None = None  # (b,) long, on the CPU: the step that meets this mask, where that is known
-    is_target: torch.Tensor | None = None  # (N,) float 0 or 1: is the row one that the backbone learns? None = all are
+    num_others: int = 0  # the last so many rows are there to be compared by heads, the diffusion loss leaves them out
 
     @property
     def num_targets(self) -> int:
-        """How many rows the diffusion loss is a mean over."""
-        return len(self.rows) if self.is_target is None else int(self.is_target.sum())
+        """How many rows the diffusion loss is a mean over, the first ones."""
+        return len(self.rows) - self.num_others
 
     def to(self, device) -> "TrainingDraws":
         """The same draws with their tensors on a device."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **{**moved, "num_iter": self.num_iter, "step": self.step})
 
-    def with_mask(self, mask, step, targets, rows=None) -> "TrainingDraws":
+    def with_mask(self, mask, step, targets, others=None) -> "TrainingDraws":
         """Draws that were made for every token, narrowed to another mask (b, L) that is met at step (b,).
 
-        targets (b, L) bool: what the backbone learns; rows (b, L) bool: what the diffusion MLP sees, None = targets.
+        targets (b, L) bool: what the backbone learns; others (b, L) bool: what heads compare with it.
         """
-        rows = targets if rows is None else rows
-        chosen = rows.flatten().nonzero().squeeze(1)
+        parts = [targets] if others is None else [targets, others & ~targets]
+        parts = [part.flatten().nonzero().squeeze(1) for part in parts]
+        chosen = torch.cat(parts)
         return replace(
             self,
             mask=mask,
@@ -59,7 +60,7 @@ class TrainingDraws:
             noise=self.noise[:, chosen],
             num_visible=(~mask).sum(dim=1).tolist(),
             step=step,
-            is_target=None if rows is targets else targets.flatten()[chosen].float(),
+            num_others=len(chosen) - len(parts[0]),
         )
 
 

@@ -65,7 +65,7 @@ def test_visited_masks_are_the_states_of_the_schedule(order, group):
         mask, following = trajectory(rules, draws, i)[step]
         assert torch.equal(found.mask[i], mask)
         assert torch.equal(targets.view_as(found.mask)[i], following)
-    assert found.num_visible == (~found.mask).sum(1).tolist() and found.is_target is None
+    assert found.num_visible == (~found.mask).sum(1).tolist() and found.num_others == 0
     assert len(set(found.num_visible)) > 3
 
 
@@ -105,9 +105,9 @@ def test_with_a_pass_for_every_plan_the_learned_states_are_exact():
             mask, following = trajectory(rules, draws, i, encode)[step]
         assert torch.equal(found.mask[i], mask)
         here = found.rows // LENGTH == i  # the order's losses compare all masked tokens, the backbone learns the next
-        positions = found.rows[here] % LENGTH
-        assert torch.equal(positions, mask.nonzero().squeeze(1))
-        assert torch.equal(found.is_target[here].bool(), following[positions])
+        positions, is_target = found.rows[here] % LENGTH, (torch.arange(len(found.rows)) < found.num_targets)[here]
+        assert torch.equal(positions.sort().values, mask.nonzero().squeeze(1))
+        assert torch.equal(is_target, following[positions])
 
 
 def test_one_pass_ranks_everything_on_the_empty_canvas():
@@ -121,7 +121,7 @@ def test_one_pass_ranks_everything_on_the_empty_canvas():
 
 def test_heads_of_another_kind_need_no_pass_and_no_further_rows():
     found, _, _, calls, _ = with_network(passes=2, learn=("tau",))
-    assert not calls and found.is_target is None and len(found.rows) == found.num_targets
+    assert not calls and len(found.rows) == found.num_targets
     assert len(found.rows) < found.mask.sum()
 
 
@@ -169,12 +169,16 @@ def test_the_backbone_learns_the_targets_only():
     mar, tokens = tiny_mar(), torch.rand(12, LENGTH, 1, generator=torch.Generator().manual_seed(3)) * 2 - 1
     draws, labels = draws_of(), torch.arange(12) % 3
     config = MaskConfig(train_masks="visited", train_targets="next")
-    losses = []
+    losses, gradients = [], []
     for heads in (None, random_heads(learn=("order",))):
         found = Visits(config, heads, "halton", None)(draws, no_pass)
+        assert (found.num_others > 0) == (heads is not None)
         weights = HeadLossConfig(lambda_order=0, lambda_size=0, lambda_budget=0, lambda_cfg=0)
         losses.append(TrainingLoss(mar, heads, weights)(tokens, labels, found, float(found.num_targets))["loss"])
+        gradients.append(torch.autograd.grad(losses[-1], list(mar.parameters()), allow_unused=True))
     torch.testing.assert_close(losses[0], losses[1])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

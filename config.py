@@ -112,7 +112,8 @@ PRESETS = {
     "mnist": _GREY_28 | dict(data="mnist"),
     "fashion_mnist": _GREY_28 | dict(data="fashion_mnist"),
     "cifar10": _PIXELS
-    | dict(data="cifar10", img_size=32, patch_size=2, vae_embed_dim=3, epochs=100, warmup_epochs=2, num_images=10000),
+    | dict(data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192)
+    | dict(batch_size=32, diffusion_batch_mul=1, blr=8e-3, epochs=100, warmup_epochs=2, num_images=10000),
     "mar_base": _IMAGENET | dict(model="mar_base", diffloss_d=6, diffloss_w=1024, cfg=2.9),  # published FID 2.31
     "mar_large": _IMAGENET | dict(model="mar_large", diffloss_d=8, diffloss_w=1280, cfg=3.0),  # published FID 1.78
     "mar_huge": _IMAGENET | dict(model="mar_huge", diffloss_d=12, diffloss_w=1536, cfg=3.2),  # published FID 1.55

@@ -223,11 +223,16 @@ def shell_lines(path: Path) -> list[str]:
     return re.sub(r"\\\n\s*", " ", text).splitlines()
 
 
+TEXTS = {"preset": "digits", "mode": "baseline", "range": "2,4"}  # shell variables that stand for no number
+
+
 def commands_in(line: str) -> list[tuple[str, list[str]]]:
     """(program, its arguments) for each call of main_mar.py or sample.py in a line of shell."""
     if not any(name in line for name in PROGRAMS):
         return []
     line = re.sub(r'"?\$(?:@|\{\w+\[@\]\})"?', "", line)  # "$@", "${array[@]}"
+    for name, value in TEXTS.items():
+        line = re.sub(rf'"?\$\{{?{name}\b\}}?"?', value, line)
     line = re.sub(r"\$\([^()]*\)|\$\{\w+[^}]*\}|\$\w+", "1", line)  # $(command), ${NAME}, $NAME: a number fits anywhere
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
@@ -239,7 +244,7 @@ def commands_in(line: str) -> list[tuple[str, list[str]]]:
         while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("do", "then", "if", "time", "exec", "$")):
             del words[0]
         at = next((i for i, w in enumerate(words) if Path(w).name in PROGRAMS), None)
-        if at and re.fullmatch(r"python[\d.]*|torchrun", Path(words[0]).name):
+        if at is not None and re.fullmatch(r"python[\d.]*|torchrun|.*\.py", Path(words[0]).name):  # an array before it
             calls.append((Path(words[at]).name, words[at + 1 :]))
         words = []
     return calls

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from scripts import train_classifier
 from util import metrics
-from util.classifiers import DIGITS_WEIGHTS, DigitClassifier, load_classifier
+from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
 from util.features import check_features
 from util.metrics import compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
 
@@ -163,6 +163,18 @@ def test_committed_classifier(digits):
     assert features.shape == (1797, 64) and logits.shape == (1797, 10)
     assert features.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
     assert train_classifier.accuracy(net, x, y) >= 0.98
+
+
+def test_committed_cifar10_classifier_takes_what_its_script_gives():
+    assert CIFAR10_WEIGHTS.stat().st_size <= 500_000
+    net = load_classifier(Cifar10Classifier, CIFAR10_WEIGHTS)
+    recipe = train_classifier.RECIPES["cifar10"]
+    assert recipe.net is Cifar10Classifier and recipe.weights == CIFAR10_WEIGHTS
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = train_classifier.augment(images, torch.Generator().manual_seed(0), recipe.shift, recipe.flip)
+    features, logits = net(x)
+    assert features.shape == (8, 64) and logits.shape == (8, 10) and features.min() >= 0
+    assert features.dtype == torch.float32 and features.std() > 0 and logits.isfinite().all()
 
 
 def test_training_script(tmp_path, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from util.data import read_rgb
-from util.images import make_grid
+from util.images import GREY, make_grid
 
 MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
 WHITE = 128  # grey levels from here on are to be generated
@@ -46,14 +46,14 @@ class Edit:
         return np.where(self.pixels, images, self.source)
 
     def grid(self, images: np.ndarray, captions: list[str], columns: int) -> np.ndarray:
-        """Images (n, H, W, C) with captions, in rows of `columns`; the source and the mask before the first row."""
+        """Images (n, H, W, C) with captions, in rows of `columns`, after the source and what is kept of it."""
         columns = min(columns, len(images))
-        mask = np.broadcast_to(np.where(self.pixels, 255, 0).astype(np.uint8), self.source.shape)
-        before, names, shown, titles = [self.source, mask], ["source", "mask"], [], []
+        kept = np.where(self.pixels, np.uint8(GREY), self.source)
+        before, names, shown, titles = [self.source, kept], ["source", "kept"], [], []
         for start in range(0, len(images), columns):
             shown += [*before, *images[start : start + columns]]
             titles += [*names, *captions[start : start + columns]]
-            before, names = [np.full_like(mask, 255)] * 2, ["", ""]
+            before, names = [np.full_like(kept, 255)] * 2, ["", ""]
         return make_grid(np.stack(shown), titles, columns + 2)
 
 

@@ -172,21 +172,40 @@ def _draw_noise(generators, rows, num_steps, channels):
 
 @torch.no_grad()
 def sample_images(
-    mar, tokenizer, sampling, labels, seed: int, folder: Path, *, batch_size, device, dtype, num_traced=0, heads=None
+    mar,
+    tokenizer,
+    sampling,
+    labels,
+    seed: int,
+    folder: Path,
+    *,
+    batch_size,
+    device,
+    dtype,
+    num_traced=0,
+    heads=None,
+    edit=None,
 ) -> dict:
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
     Image i depends on (seed, i), its label, the weights and the settings only; these stand in folder/run.json, and
     files of another run are removed. A batch whose files are all there and whole is skipped, any other is made again
     whole. num_traced: the growth of so many images goes to folder/trace.npz (see `util.images.Trace`); where that is
-    missing their batches, which all belong to the first process, are made again. Returns {weights (their hash),
-    num_made, seconds, images_per_second}, summed over processes, and the network evaluations that an image took on
-    average, counted (see `generate`; None where no image was made): mar_evals, mlp_evals.
+    missing their batches, which all belong to the first process, are made again. edit, a `util.editing.Edit`: all
+    images are made of its source, whose known tokens (the mean of the tokenizer's posterior) stay as they are, and so
+    do the pixels that belong to them. Returns {weights (their hash), num_made, seconds, images_per_second}, summed over
+    processes, and the network evaluations that an image took on average, counted (see `generate`; None where no image
+    was made): mar_evals, mlp_evals.
     """
     rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
     run["weights"] = weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})
     run["tokenizer"] = tokenizer.describe()
+    tokens = mask = None
+    if edit is not None:
+        run |= edit.hashes
+        tokens = mar.patchify(tokenizer.encode(edit.images().to(device), sample=False))
+        mask = torch.from_numpy(edit.unknown).reshape(1, -1)
     if dist.is_main():
         prepare_folder(folder, run)
     dist.barrier()
@@ -205,6 +224,10 @@ def sample_images(
             progress.set_postfix_str(f"step {step + 1}/{sampling.num_iter}")
             trace.record(step, *details)
 
+        def pictures(latents):
+            images = to_uint8(tokenizer.decode(latents))
+            return images if edit is None else edit.paste(images)
+
         for batch in mine:
             trace.begin(batch if batch in redo else None)
             with autocast(device, dtype):
@@ -218,10 +241,12 @@ def sample_images(
                     callback=after_step,
                     solver=sampling.solver,
                     clip=tokenizer.clip,
+                    tokens=None if edit is None else tokens.expand(len(batch), -1, -1),
+                    mask=None if edit is None else mask.expand(len(batch), -1),
                     evals=evals,
                 )
-            images = to_uint8(tokenizer.decode(latents))
-            trace.end(lambda tokens: to_uint8(tokenizer.decode(mar.unpatchify(tokens))), images)
+            images = pictures(latents)
+            trace.end(lambda tokens: pictures(mar.unpatchify(tokens)), images)
             for i, image in zip(batch, images):
                 save_png(image_path(folder, i), image)
             num_made += len(batch)

@@ -4,6 +4,8 @@ OUT/<setting>/<index>.png, samples.npz, grid.png     the images, and the first o
 OUT/<setting>/trace.npz                              with --save_trace: how the first of them grew
 OUT/results.jsonl                                    one line a setting: its whole configuration, all figures
 
+With --edit_image and --edit_mask a part of a picture is kept and the rest generated, --num_images times (README).
+
 Comma lists (`--infer_mode baseline,policy --cfg 1,1.5 --seed 0,1,2`) sample every combination, the flag given last
 changing fastest. What results.jsonl has already is skipped.
 """
@@ -22,12 +24,13 @@ from models.mar import MAR_CONFIGS
 from util import dist
 from util.args import check_folder, defaults, flag, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
+from util.editing import read_edit
 from util.evaluation import EvalConfig, build_reference, protocol, protocol_line, reference_hash
 from util.images import PNGFolder, is_whole, num_traced, save_png
 from util.metrics import metrics_line
 from util.rng import seed_of
 
-GRID_ROWS = 5
+GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list
 SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg", "temperature", "num_iter")
 SWEEPS += ("num_sampling_steps", "solver", "order_noise", "order_base", "seed")
@@ -51,6 +54,10 @@ class SampleArgs:
     diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
     diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
+    edit_image: str | None = flag(
+        None, "picture to keep a part of; makes one for each label unless --num_images is given"
+    )
+    edit_mask: str | None = flag(None, "picture of the same size, white where --edit_image is generated anew")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
@@ -73,6 +80,22 @@ def parse_labels(text: str | None, num_classes: int) -> list[int]:
             f"--class_labels must be numbers from -1 to {num_classes - 1} with commas between, got {text!r}"
         )
     return labels
+
+
+def editing_defaults(args: SampleArgs, given: dict, num_labels: int) -> dict:
+    """What editing puts in the place of the checkpoint's settings: no metrics, a picture a label; {} without editing.
+
+    Half of the two flags, or metrics asked for by hand, raise ValueError.
+    """
+    flags = {k: getattr(args, k) for k in ("edit_image", "edit_mask")}
+    missing = [k for k, v in flags.items() if v is None]
+    if len(missing) == 1:
+        raise ValueError(f"--edit_image and --edit_mask go together: --{missing[0]} is missing")
+    if missing:
+        return {}
+    if given.get("metrics", "none") != "none":
+        raise ValueError(f"--metrics {given['metrics']} has no meaning for edited pictures, use none or leave it out")
+    return dict(metrics="none", num_images=num_labels)
 
 
 def git_commit() -> str | None:
@@ -166,13 +189,20 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"]}
-    base |= {k: v for k, v in given.items() if k not in SWEEPS}
-    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
+    base |= editing_defaults(args, given, len(class_labels))
+    base |= {k: v for k, v in given.items() if k not in SWEEPS}
+    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
     suffix = f"_n{evaluation.num_images}" + ("_no_ema" if args.no_ema else "")
     if class_labels != list(range(len(classes))):
         suffix += f"_classes{seed_of(class_labels):08x}"  # a checksum: the list may be too long for a file name
+    edit = None
+    if args.edit_image is not None and not args.dry_run:  # which reads no data
+        cell = mar.config.vae_stride * mar.config.patch_size
+        sizes = dict(img_size=mar.config.img_size, channels=tokenizer.image_channels, cell=cell)
+        edit = read_edit(args.edit_image, args.edit_mask, **sizes)
+        suffix += f"_edit{seed_of(*edit.hashes.values()):08x}"
     name_settings(settings, suffix)
     if args.dry_run:
         show(args, given, settings, evaluation, config)
@@ -189,15 +219,17 @@ def run(args: SampleArgs, given: dict) -> int:
 
     dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
     shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)
+    shared |= edit.hashes if edit else {}
     hashes = {"weights": weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})}
     hashes["reference"] = reference_hash(reference) if reference is not None else None
     hashes["tokenizer"] = tokenizer.describe()
     find_present(settings, Path(args.output_dir) / "results.jsonl", shared, hashes)
     labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
     data = f"{data} {source}" if source else data
-    how = protocol("generation", evaluation, labels, reference, data, ema=not args.no_ema, dtype=dtype_name)
+    kind = "editing" if edit else "generation"
+    how = protocol(kind, evaluation, labels, reference, data, ema=not args.no_ema, dtype=dtype_name)
     model = mar.to(device), tokenizer.to(device)
-    where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None)
+    where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None, edit=edit)
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:
             print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)
@@ -205,10 +237,10 @@ def run(args: SampleArgs, given: dict) -> int:
     return 0
 
 
-def save_grid(folder: Path, labels: list[int], classes: list[str], columns: int) -> None:
-    """grid.png: the first images with the names of their classes."""
+def save_grid(folder: Path, labels: list[int], classes: list[str], columns: int, edit) -> None:
+    """grid.png: the first images with the names of their classes, and what was given to edit."""
     captions = [classes[label] if label >= 0 else "any" for label in labels[: GRID_ROWS * columns]]
-    save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns))
+    save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns, edit and edit.grid))
 
 
 def run_setting(args, setting: Setting, model, evaluation, reference, classes: list[str], how: dict, **where) -> None:
@@ -217,13 +249,15 @@ def run_setting(args, setting: Setting, model, evaluation, reference, classes: l
     folder, results = out / (setting.present or {"name": setting.name})["name"], out / "results.jsonl"
     labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
     to_trace, columns = min(args.save_trace, len(labels)), min(len(class_labels), 10)
+    if edit := where["edit"]:  # the classes below each other, where they fit
+        columns = EDIT_COLUMNS // columns * columns or EDIT_COLUMNS
     if setting.present is not None:
         if num_traced(folder / "trace.npz") < to_trace or not is_whole(folder, setting.row["weights"], len(labels)):
             options = dict(batch_size=evaluation.eval_bsz, num_traced=to_trace, **where)
             sample_images(*model, setting.sampling, labels, setting.seed, folder, **options)
             if dist.is_main():
                 PNGFolder(folder, len(labels)).save_npz(labels)
-                save_grid(folder, labels, classes, columns)
+                save_grid(folder, labels, classes, columns, edit)
         if dist.is_main():
             print(f"{setting.name}: already in {results}")
             report(setting.present, folder)
@@ -231,7 +265,7 @@ def run_setting(args, setting: Setting, model, evaluation, reference, classes: l
     where["num_traced"] = to_trace
     found = evaluate(*model, setting.sampling, evaluation, reference, labels, setting.seed, folder, **where)
     if dist.is_main():
-        save_grid(folder, labels, classes, columns)
+        save_grid(folder, labels, classes, columns, edit)
         row = setting.row | dict(found, kind=how["kind"], protocol=how, name=setting.name)
         row |= dict(checkpoint=str(checkpoint_path(args.checkpoint)))
         row |= dict(device=where["device"].type, world_size=dist.world_size(), git_commit=git_commit())

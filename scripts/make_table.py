@@ -1,10 +1,15 @@
 """Print the results of sample.py as a Markdown table: mean ± standard deviation over seeds, one row a setting.
 
-python scripts/make_table.py OUT/results.jsonl [--csv FILE] [--plot FILE.png] [--metrics fid,is_mean]
+python scripts/make_table.py OUT/results.jsonl [--csv FILE] [--plot FILE.png [--x NAME]] [--metrics fid,is_mean]
+python scripts/make_table.py OUT/run_1/results.jsonl OUT/run_2/results.jsonl ...
 
 Columns: the settings that differ between the rows, the metrics, the network evaluations an image takes (transformer,
 diffusion MLP), images/s. The standard deviation is that of a sample (n − 1); a single seed has none. Figures that must
 not be compared (generation and reconstruction, other references, other features) stand in tables of their own.
+
+Of several files each is a run, named by its folder in the column `run`. Lines of one run that differ in seed and
+checkpoint only are repeats of one setting, trained or sampled with other seeds: they are averaged over, and the weights
+are no column. (In a single file other weights are another setting.)
 """
 
 import csv
@@ -23,7 +28,7 @@ from util.checkpoint import atomic_file
 
 METRICS = ("fid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
 PROTOCOL = ("kind", "features", "reference")  # figures are comparable where these are the same
-FIRST = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
+FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
 COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 HEADINGS = {
     "fid": "FID",
@@ -40,6 +45,9 @@ HEADINGS = {
     "mlp_evals": "MLP evals",
     "images_per_second": "images/s",
 }
+# of the plot's axes, where the name says too little
+AXES = {"mar_evals": "transformer evaluations an image", "mlp_evals": "diffusion MLP evaluations an image"}
+AXES |= {"num_iter": "autoregressive steps", "num_sampling_steps": "diffusion steps", "images_per_second": "images/s"}
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -66,23 +74,36 @@ def figures(row: dict) -> dict[str, float]:
     return found
 
 
-def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], int]]:
-    """(settings without the seed, {figure: one value a seed}, number of seeds) for each setting.
+def read_runs(paths: list[Path]) -> list[dict]:
+    """The lines of all files; of several, `run` is the name of the folder, which two with the same raise ValueError."""
+    names = [path.absolute().parent.name for path in paths]
+    rows = []
+    for path, name in zip(paths, names):
+        if names.count(name) > 1:
+            raise ValueError(f"two of the files are in folders named {name!r}: they would be taken for one run")
+        rows += [row | ({"run": name} if len(paths) > 1 else {}) for row in read_lines(path)]
+    return rows
 
-    Kind, weights and reference count as settings. Of two lines with the same seed the later counts.
+
+def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], int]]:
+    """(settings without the seed, {figure: one value a repeat}, number of repeats) for each setting.
+
+    Kind, reference, and run or else weights count as settings. Of two lines with the same seed (and, in a run, the same
+    checkpoint) the later counts.
     """
     groups = {}
     for row in rows:
         settings = {k: v for k, v in row["settings"].items() if k != "seed"}
-        settings |= {k: row.get(k) for k in ("weights", "reference")}
+        settings |= {k: row.get(k) for k in ("run" if "run" in row else "weights", "reference")}
         settings["kind"] = row.get("kind", "generation")
-        _, seeds = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}))
-        seeds[row["settings"].get("seed")] = figures(row)
+        _, repeats = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}))
+        trained = row.get("checkpoint", row.get("weights"))  # whose file may have been trained on since
+        repeats[row["settings"].get("seed"), trained if "run" in row else None] = figures(row)
     result = []
-    for settings, seeds in groups.values():
-        names = dict.fromkeys(name for found in seeds.values() for name in found)
-        values = {name: [found[name] for found in seeds.values() if name in found] for name in names}
-        result.append((settings, values, len(seeds)))
+    for settings, repeats in groups.values():
+        names = dict.fromkeys(name for found in repeats.values() for name in found)
+        values = {name: [found[name] for found in repeats.values() if name in found] for name in names}
+        result.append((settings, values, len(repeats)))
     return result
 
 
@@ -193,71 +214,109 @@ def write_csv(path: Path, groups, columns: list[str], names: list[str]) -> None:
         file.write(text.getvalue())
 
 
-def draw_plot(path: Path, groups, columns: list[str], metric: str) -> None:
-    """The metric against transformer and against MLP evaluations: a colour a mode, a line style the other settings.
+def point_on(x: str, settings: dict, values: dict):
+    """Where a group stands on the axis x, a setting or a figure; None where it has neither."""
+    found = settings.get(x)
+    return found if found is not None else np.mean(values[x]) if x in values else None
 
-    A line joins the settings that differ in the number of steps only. Without counted evaluations, or where the figures
-    must not be compared: ValueError.
+
+def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, str]]) -> None:
+    """Panels (x, metric) side by side: a colour a run (of a single file: a mode), a line style the other settings.
+
+    x is a setting or a figure. A line joins the groups that differ in x only; with a figure for x, in the number of
+    steps only. Nothing to draw, or figures that must not be compared: ValueError.
     """
-    groups = [group for group in groups if metric in group[1]]
+    groups = [group for group in groups if any(metric in group[1] for _, metric in panels)]
     if len(parts := by_protocol(groups)) > 1:
-        raise ValueError(f"{metric} cannot be in one plot, it was measured in {len(parts)} ways: {'; '.join(parts)}")
+        what = ", ".join(dict.fromkeys(metric for _, metric in panels))
+        raise ValueError(f"{what} cannot be in one plot, measured in {len(parts)} ways: {'; '.join(parts)}")
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    x_name = panels[0][0]
+    color_by = "run" if "run" in columns and x_name != "run" else "infer_mode"
+    moves = "num_iter" if any(x_name in values for _, values, _ in groups) else x_name
     lines = {}
     for settings, values, _ in groups:
-        if metric in values and "mar_evals" in values and "mlp_evals" in values:
-            rest = ", ".join(f"{c} {cell(settings.get(c))}" for c in columns if c not in ("infer_mode", "num_iter"))
-            lines.setdefault((settings.get("infer_mode"), rest), []).append(values)
+        if all(metric in values and point_on(x, settings, values) is not None for x, metric in panels):
+            rest = ", ".join(f"{c} {cell(settings.get(c))}" for c in columns if c not in (color_by, moves))
+            lines.setdefault((settings.get(color_by), rest), []).append((settings, values))
     if not lines:
-        raise ValueError(f"no line has both {metric} and counted network evaluations: there is nothing to plot")
-    modes, rests = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
-    for panel, cost in zip(panels, ("mar_evals", "mlp_evals")):
-        for (mode, rest), points in lines.items():
-            points = sorted(points, key=lambda values: np.mean(values[cost]))
-            stats = [mean_and_spread(values[metric]) for values in points]
-            panel.errorbar(
-                [np.mean(values[cost]) for values in points],
+        needed = ", ".join(dict.fromkeys(name for panel in panels for name in panel))
+        raise ValueError(f"no line has all of {needed}: there is nothing to plot")
+    colors, rests = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
+    for axis, (x, metric) in zip(axes[0], panels):
+        for (color, rest), points in lines.items():
+            where = [point_on(x, *point) for point in points]
+            order = np.argsort(where) if all(map(_is_number, where)) else range(len(points))
+            stats = [mean_and_spread(points[i][1][metric]) for i in order]
+            axis.errorbar(
+                [where[i] for i in order],
                 [mean for mean, _ in stats],
                 yerr=[spread or 0 for _, spread in stats],
-                color=f"C{modes.index(mode) % 10}",
+                color=f"C{colors.index(color) % 10}",
                 linestyle=("-", "--", ":", "-.")[rests.index(rest) % 4],
                 marker="osD^vPX*"[rests.index(rest) % 8],
                 markersize=5,
                 capsize=3,
-                label=f"{mode}, {rest}" if rest else mode,
+                label=", ".join(filter(None, (color, rest))),
             )
-        panel.set_xscale("log", base=2)
-        ticks = sorted({round(np.mean(values[cost])) for points in lines.values() for values in points})
-        while len(ticks) > 8:
-            ticks = ticks[::2]
-        panel.set_xticks(ticks, [f"{t:,}" for t in ticks])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-        panel.set_xlabel(f"{'transformer' if cost == 'mar_evals' else 'diffusion MLP'} evaluations an image")
-    panels[0].set_ylabel(HEADINGS.get(metric, metric))
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        ticks = {point_on(x, *point) for points in lines.values() for point in points}
+        if all(map(_is_number, ticks)):
+            mark_numbers(axis, sorted(ticks), x)
+        axis.grid(alpha=0.3)
+        axis.set_xlabel(AXES.get(x, x))
+        axis.set_ylabel(HEADINGS.get(metric, metric))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
 
 
-def main(argv=None) -> int:
-    """Read, print, write; returns the exit code."""
+def mark_numbers(axis, numbers: list[float], x: str) -> None:
+    """Ticks at the numbers themselves, on a logarithmic axis where they are costs or far apart."""
+    if x in COSTS or (numbers[0] > 0 and numbers[-1] / numbers[0] >= 8):
+        axis.set_xscale("log", base=2)
+    while len(numbers) > 8:
+        numbers = numbers[::2]
+    axis.set_xticks(numbers, [f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in numbers])
+    axis.minorticks_off()
+
+
+def choose_panels(x: str | None, groups, names: list[str]) -> list[tuple[str, str]]:
+    """What to draw: the first metric against network evaluations, or every metric against x, which must be there."""
+    metrics = [n for n in names if n not in COSTS] or ["fid"]
+    if x is None:
+        return [(cost, metrics[0]) for cost in ("mar_evals", "mlp_evals")]
+    there = {*varying(groups), *(n for n in names if n in COSTS)}
+    if x not in there:
+        raise ValueError(f"--x {x!r} is nothing that differs between these results; valid: {', '.join(sorted(there))}")
+    return [(x, metric) for metric in metrics]
+
+
+def parse(argv=None):
+    """The command line."""
     parser = OneLineParser(prog="make_table.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("results", type=Path, help="results.jsonl that sample.py has written")
+    parser.add_argument("results", type=Path, nargs="+", help="results.jsonl that sample.py has written; several: runs")
     parser.add_argument("--csv", type=Path, help="file for the same table as CSV, in full precision")
     parser.add_argument("--plot", type=Path, help="file (.png) for the first metric against network evaluations")
+    parser.add_argument("--x", help="with --plot: all metrics against this setting, or against images_per_second")
     parser.add_argument("--metrics", help=f"comma list of metrics (default: of {','.join(METRICS)} those there are)")
-    args = parser.parse_args(argv)
-    groups = group_seeds(read_lines(args.results))
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    """Read, print, write; returns the exit code."""
+    args = parse(argv)
+    groups = group_seeds(read_runs(args.results))
     columns, names = varying(groups), pick_figures(groups, args.metrics)
     groups = order_groups(groups, columns)
+    panels = choose_panels(args.x, groups, names)
     for path in (args.csv, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {path.parent}")
@@ -265,7 +324,7 @@ def main(argv=None) -> int:
     if args.csv is not None:
         write_csv(args.csv, groups, columns, names)
     if args.plot is not None:
-        draw_plot(args.plot, groups, columns, names[0] if names else "fid")
+        draw_plot(args.plot, groups, columns, panels)
     return 0
 
 

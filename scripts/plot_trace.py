@@ -3,7 +3,8 @@
 python scripts/plot_trace.py OUT/<setting>/trace.npz --out DIR [--images 0,1,2]
 
 DIR/trace_<i>.png: the step at which each token came, tokens a step, τ and guidance scale of each token, the image
-after each step. DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange.
+after each step. DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange. The
+tokens that an edited image had from the start are left blank in the maps.
 """
 
 import math
@@ -59,7 +60,7 @@ def picture(frame: np.ndarray) -> np.ndarray:
 
 
 def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False) -> None:
-    """A heat map of values (side, side) with its colour bar; numbers writes them into the cells."""
+    """A heat map of values (side, side), which may be masked, with its colour bar; numbers writes them into it."""
     low, high = float(values.min()), float(values.max())
     constant = high - low < 1e-6
     if constant:  # one colour needs a range too
@@ -77,7 +78,7 @@ def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False)
     axis.set_yticks([])
     if numbers:
         size = min(9, 110 / len(values) / max(2, len(f"{values.max()}")) * 1.6)
-        for (y, x), value in np.ndenumerate(values):
+        for (y, x), value in np.ma.ndenumerate(values):
             color = "black" if image.norm(value) > 0.55 else "white"
             axis.text(x, y, str(value), ha="center", va="center", fontsize=size, color=color)
 
@@ -105,7 +106,7 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    order = as_grid(trace["order_step"][i]) + 1
+    order = np.ma.masked_less(as_grid(trace["order_step"][i]) + 1, 1)
     taken = int(order.max())  # steps until the image was complete
     shown = np.unique(np.linspace(0, taken - 1, min(taken, FILM_MAX)).round().astype(int))
     rows = math.ceil(len(shown) / FILM_ROW)
@@ -117,8 +118,9 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     draw_map(top, maps[0], order, "step at which a token came", "viridis", numbers=len(order) <= 16)
     draw_bars(maps[1], trace["group_size"][i][:taken])
     maps[1].set_box_aspect(1)
-    draw_map(top, maps[2], as_grid(trace["tau"][i]), "temperature τ", "magma")
-    draw_map(top, maps[3], as_grid(trace["cfg"][i]), "guidance scale w", "cividis")
+    tau, cfg = (np.ma.array(as_grid(trace[key][i]), mask=order.mask) for key in ("tau", "cfg"))
+    draw_map(top, maps[2], tau, "temperature τ", "magma")
+    draw_map(top, maps[3], cfg, "guidance scale w", "cividis")
     panels = film.subplots(rows, FILM_ROW, squeeze=False).ravel()
     for axis in panels:
         axis.axis("off")

@@ -298,6 +298,108 @@ def test_the_plot_is_a_picture_of_both_costs(results, tmp_path, capsys):
         assert all((half == color).all(-1).sum() > 100 for half in halves)
 
 
+# --------------------------------------------------------------------------------------------------------- several runs
+
+
+def run_file(folder, *lines):
+    folder.mkdir(parents=True)
+    return write(folder / "results.jsonl", lines)
+
+
+def test_several_files_are_runs_whose_trainings_are_averaged(tmp_path, capsys):
+    """Seeds of training are other weights in other checkpoints; what one checkpoint gave before it was trained on,
+    with the same seed, is replaced."""
+    narrow = [line("both", 8, s, 1.0 + s, weights=f"w{s}", checkpoint=f"narrow/{s}") for s in (0, 1, 2)]
+    stale = line("both", 8, 2, 99.0, weights="old", checkpoint="narrow/2")
+    wide = [line("both", 8, 0, f, weights=w, checkpoint=w) for f, w in ((4.0, "a"), (6.0, "b"))]  # one sampling seed
+    paths = [run_file(tmp_path / "width_9", stale, *narrow), run_file(tmp_path / "width_10", *wide)]
+    found = table(capsys, *paths, "--csv", tmp_path / "t.csv")
+    assert [row["run"] for row in found] == ["width_9", "width_10"]  # as they were given
+    assert [(row["seeds"], row["FID"]) for row in found] == [("3", "2.000 ± 1.000"), ("2", "5.000 ± 1.414")]
+    assert list(found[0])[:2] == ["run", "seeds"]  # weights are no column
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["width_9", "width_10"]
+    # in one file other weights are another setting, as before
+    assert [row["weights"] for row in table(capsys, paths[1])] == ["a", "b"]
+
+
+def test_settings_that_differ_within_a_run_are_rows_of_it(tmp_path, capsys):
+    paths = [run_file(tmp_path / r, *(line("both", k, 0, k * f) for k in (8, 4))) for r, f in (("b", 1), ("a", 2))]
+    found = table(capsys, *paths, "--metrics", "fid")
+    assert [(row["run"], row["num_iter"], float(row["FID"])) for row in found] == [
+        ("b", "4", 4), ("b", "8", 8), ("a", "4", 8), ("a", "8", 16)
+    ]  # fmt: skip
+
+
+def plotted(monkeypatch, capsys, *argv) -> list[tuple]:
+    """(panel, label, colour, x, y) of every line that the plot has; its picture is written as well."""
+    from matplotlib import pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    assert make_table.main([*map(str, argv)]) == 0
+    capsys.readouterr()
+    figure = plt.gcf()
+    monkeypatch.undo()
+    found = []
+    for axis in figure.axes:
+        for bars in axis.containers:
+            curve = bars[0]
+            x, y = curve.get_xdata(orig=True), curve.get_ydata()
+            where = f"{axis.get_xlabel()}: {axis.get_ylabel()} {axis.get_xscale()}"
+            found.append((where, bars.get_label(), curve.get_color(), list(x), list(y)))
+    plt.close(figure)
+    return found
+
+
+def test_a_plot_of_runs_has_a_colour_for_each(tmp_path, monkeypatch, capsys):
+    paths = [
+        run_file(tmp_path / r, *(line(m, k, 0, k + len(r)) for m in ("both", "policy") for k in (8, 4, 16)))
+        for r in ("b", "aa")
+    ]
+    lines = plotted(monkeypatch, capsys, *paths, "--plot", tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    first = [found for found in lines if found[0].startswith("transformer")]
+    assert [(label, colour) for _, label, colour, *_ in first] == [
+        (f"{r}, infer_mode {m}", c) for r, c in (("b", "C0"), ("aa", "C1")) for m in ("both", "policy")
+    ]
+    assert first[0][3:] == ([8, 16, 32], [5, 9, 17]) and len(lines) == 8
+
+
+@pytest.mark.parametrize("x, far", [("cfg", False), ("num_sampling_steps", True), ("images_per_second", True)])
+def test_a_plot_against_a_setting_or_the_speed(x, far, tmp_path, monkeypatch, capsys):
+    """Every metric has a panel; points that differ in x only are joined, in its order."""
+    values, speeds = (50, 5, 250) if far else (1.5, 1.0, 3.0), (10.0, 40.0, 20.0)
+    setting = "num_iter" if x == "images_per_second" else x
+    lines = []
+    for mode, shift in (("both", 0), ("policy", 100)):
+        for i, (value, speed) in enumerate(zip(values, speeds)):
+            row = line(mode, 8, 0, shift + i, images_per_second=speed)
+            row["settings"][setting] = value
+            lines.append(row)
+    path = write(tmp_path / "r.jsonl", lines)
+    found = plotted(monkeypatch, capsys, path, "--plot", tmp_path / "p.png", "--x", x, "--metrics", "is_mean,fid")
+    along = dict(zip(speeds if x == "images_per_second" else values, range(3)))
+    assert len(found) == 4 and {len(where.split(": ")) for where, *_ in found} == {2}
+    assert [where.split(": ")[1].split()[0] for where, *_ in found] == ["IS", "IS", "FID", "FID"]
+    assert all(where.endswith("log" if far else "linear") for where, *_ in found)
+    for (_, label, colour, at, fid), shift in zip(found[2:], (0, 100)):
+        assert (label, colour) == (("both", "C0") if not shift else ("policy", "C1"))
+        assert at == sorted(along) and fid == [shift + along[value] for value in at]
+
+
+def test_a_plot_against_the_runs_themselves(tmp_path, monkeypatch, capsys):
+    paths = [run_file(tmp_path / r, line("both", 8, 0, f)) for r, f in (("w9", 3.0), ("w10", 2.0))]
+    ((where, _, _, x, y),) = plotted(
+        monkeypatch, capsys, *paths, "--plot", tmp_path / "p.png", "--x", "run", "--metrics", "fid"
+    )
+    assert where.startswith("run: FID") and (x, y) == (["w9", "w10"], [3.0, 2.0])
+
+
+def test_runs_that_cannot_be_told_apart_are_one_line(tmp_path, capsys):
+    paths = [run_file(tmp_path / part / "samples", line("both", 8, 0, 1.0)) for part in ("a", "b")]
+    assert "'samples'" in refused(make_table.main, list(map(str, paths)), capsys)
+
+
 @pytest.mark.parametrize(
     "content, flags, shown",
     [
@@ -308,6 +410,8 @@ def test_the_plot_is_a_picture_of_both_costs(results, tmp_path, capsys):
         (line("both", 4, 0, 1.0), "--csv {}/missing/t.csv", "missing"),
         (line("both", 4, 0, 1.0, num_made=0), "--plot {}/p.png", "nothing to plot"),
         (line("both", 4, 0, 1.0), "--nope", "--nope"),
+        (line("both", 4, 0, 1.0), "--plot {}/p.png --x cfg", "'cfg'"),  # the same everywhere
+        (line("both", 4, 0, 1.0), "--plot {}/p.png --x nope", "'nope'"),
     ],
 )
 def test_a_table_that_cannot_be_made_is_one_line(content, flags, shown, tmp_path, capsys):

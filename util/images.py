@@ -96,9 +96,10 @@ class PNGFolder(Dataset):
     def __getitem__(self, i):
         return torch.from_numpy(read_png(image_path(self.folder, i)).copy()).permute(2, 0, 1)
 
-    def grid(self, captions: list[str], columns: int) -> np.ndarray:
-        """The first images as one picture, as many as there are captions; see `make_grid`."""
-        return make_grid(np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(captions))]), captions, columns)
+    def grid(self, captions: list[str], columns: int, draw=None) -> np.ndarray:
+        """The first images as one picture, as many as there are captions; draw: `make_grid` or a function like it."""
+        images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(captions))])
+        return (draw or make_grid)(images, captions, columns)
 
     def save_npz(self, labels) -> None:
         """Write samples.npz (images (n, H, W, C) uint8, labels (n,)) beside the pictures, if it stays under 1 GB."""
@@ -131,10 +132,10 @@ def make_grid(images: np.ndarray, captions: list[str], columns: int) -> np.ndarr
 class Trace:
     """How the images 0…N−1 of a sampling run grew, for `folder`/trace.npz. L tokens an image, K = num_iter steps.
 
-    order_step (N, L): the step at which each token was revealed; tau, cfg (N, L): the temperature and guidance scale it
-    was drawn with; group_size (N, K): tokens revealed at each step; frames (N, K, H, W, C) uint8: the image after each
-    step, its unknown tokens mid-grey; labels (N,). Use: `begin` a batch, hand `record` to generate() as its callback,
-    `end` the batch.
+    order_step (N, L): the step at which each token was revealed, −1 if it was known from the start; tau, cfg (N, L):
+    the temperature and guidance scale it was drawn with (1 if known); group_size (N, K): tokens revealed at each step;
+    frames (N, K, H, W, C) uint8: the image after each step, its unknown tokens mid-grey; labels (N,). Use: `begin` a
+    batch, hand `record` to generate() as its callback, `end` the batch.
     """
 
     def __init__(self, folder: Path, labels: list[int], seq_len: int, num_iter: int):
@@ -161,7 +162,7 @@ class Trace:
             return
         n, length, steps = self.count, self.seq_len, self.num_iter
         images = images[:n]
-        order, tau, cfg = np.zeros((n, length), np.int64), *np.ones((2, n, length), np.float32)
+        order, tau, cfg = np.full((n, length), -1), *np.ones((2, n, length), np.float32)
         frames = np.repeat(images[:, None], steps, axis=1)  # (n, K, H, W, C): finished images stay as they are
         for step, rows, step_tau, step_cfg, _ in self.steps:
             rows = rows.numpy()

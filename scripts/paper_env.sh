@@ -1,0 +1,29 @@
+# Sourced by the paper_*.sh: the Python environment, what all of them read from the shell's, and how they end.
+#   PRESET=imagenet|digits   ImageNet 256 as published, or the same experiment in small on scikit-learn's digits
+#   OUT=DIR                  where everything goes (output_dir/<script>/<preset>); run again, it continues
+#   SEEDS=0,1,2              seeds to average over; NUM_IMAGES: images a figure; EPOCHS: of the digits
+#   IMAGENET_PATH=DIR GPUS=N for ImageNet; the global batch is the published 2048 on any number of GPUs up to 32
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+
+preset=${PRESET:-imagenet}
+out=${OUT:-output_dir/$(basename "$0" .sh)/$preset}
+case $preset in
+    digits)
+        seeds=${SEEDS:-0,1,2} num_images=${NUM_IMAGES:-600} epochs=${EPOCHS:-45}
+        ;;
+    imagenet)
+        seeds=${SEEDS:-0} num_images=${NUM_IMAGES:-50000} data=${IMAGENET_PATH:-data/imagenet}
+        gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+        accum=$((gpus < 32 ? 32 / gpus : 1)) # of 64 images each
+        ;;
+    *)
+        echo "error: unknown PRESET '$preset'; valid: digits, imagenet" >&2
+        exit 2
+        ;;
+esac
+
+# Arguments: those of make_table.py, the results first.
+finish() {
+    python scripts/make_table.py "$@" --csv "$out/table.csv" --plot "$out/figure.png" | tee "$out/table.md"
+    echo "table: $out/table.md and table.csv, figure: $out/figure.png"
+}

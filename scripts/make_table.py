@@ -307,7 +307,10 @@ def parse(argv=None):
     parser.add_argument("--plot", type=Path, help="file (.png) for the first metric against network evaluations")
     parser.add_argument("--x", help="with --plot: all metrics against this setting, or against images_per_second")
     parser.add_argument("--metrics", help=f"comma list of metrics (default: of {','.join(METRICS)} those there are)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.x and not args.plot:
+        parser.error("--x is the horizontal axis of --plot, which is missing")
+    return args
 
 
 def main(argv=None) -> int:

@@ -5,6 +5,11 @@
 #   IMAGENET_PATH=DIR GPUS=N for ImageNet; the global batch is the published 2048 on any number of GPUs up to 32
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
 preset=${PRESET:-imagenet}
 out=${OUT:-output_dir/$(basename "$0" .sh)/$preset}
 case $preset in
@@ -16,10 +21,7 @@ case $preset in
         gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
         accum=$((gpus < 32 ? 32 / gpus : 1)) # of 64 images each
         ;;
-    *)
-        echo "error: unknown PRESET '$preset'; valid: digits, imagenet" >&2
-        exit 2
-        ;;
+    *) fail "unknown PRESET '$preset'; valid: digits, imagenet" ;;
 esac
 
 # Arguments: those of make_table.py, the results first.

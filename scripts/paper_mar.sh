@@ -13,6 +13,12 @@ models=${MODELS:-mar_base,mar_large,mar_huge}
 if [ "$preset" = digits ]; then
     models=mar_tiny
 fi
+for model in ${models//,/ }; do
+    case $model in
+        mar_tiny | mar_base | mar_large | mar_huge) ;;
+        *) fail "unknown model '$model' in MODELS; valid: mar_base, mar_large, mar_huge" ;;
+    esac
+done
 results=()
 for model in ${models//,/ }; do
     run=$out/$model weights=${WEIGHTS:-$out/weights}/$model
@@ -43,10 +49,6 @@ for model in ${models//,/ }; do
             torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --model mar_huge --output_dir "$run" \
                 --data_path "$data" --cfg 1,3.2 --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \
                 --seed "$seeds" --num_images "$num_images" "$@"
-            ;;
-        *)
-            echo "error: unknown model '$model' in MODELS; valid: mar_base, mar_large, mar_huge" >&2
-            exit 2
             ;;
     esac
 done

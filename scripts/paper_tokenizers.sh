@@ -16,6 +16,13 @@ tokenizers=${TOKENIZERS:-kl16,vq16,kl8,consistency}
 if [ "$preset" = digits ]; then
     tokenizers=pixel_1,pixel_2,pixel_4
 fi
+for name in ${tokenizers//,/ }; do
+    case $name in
+        pixel_[124] | kl16 | kl8 | consistency) ;;
+        vq16) [ -n "${VQ16_SCALE:-}" ] || fail "vq16 needs VQ16_SCALE, see scripts/measure_latents.py" ;;
+        *) fail "unknown tokenizer '$name' in TOKENIZERS; valid: kl16, vq16, kl8, consistency" ;;
+    esac
+done
 results=()
 for name in ${tokenizers//,/ }; do
     run=$out/$name
@@ -23,20 +30,13 @@ for name in ${tokenizers//,/ }; do
     case $name in
         pixel_*) tokenizer=(--patch_size "${name#pixel_}") ;;
         kl16) tokenizer=(--tokenizer kl16 --vae_path "$vae/kl16.ckpt") ;;
-        vq16)
-            scale=${VQ16_SCALE:?is needed for vq16, see scripts/measure_latents.py}
-            tokenizer=(--tokenizer vq16 --vae_path "$vae/vq16.ckpt")
-            ;;
+        vq16) tokenizer=(--tokenizer vq16 --vae_path "$vae/vq16.ckpt") ;;
         kl8) tokenizer=(--tokenizer diffusers:stabilityai/sd-vae-ft-mse) ;;
         consistency) tokenizer=(--tokenizer diffusers:openai/consistency-decoder) ;;
-        *)
-            echo "error: unknown tokenizer '$name' in TOKENIZERS; valid: kl16, vq16, kl8, consistency" >&2
-            exit 2
-            ;;
     esac
     training=("${tokenizer[@]}")
     case $name in
-        vq16) training+=(--vae_scale "$scale") ;;
+        vq16) training+=(--vae_scale "$VQ16_SCALE") ;;
         kl8 | consistency) training+=(--patch_size 2) ;; # of stride 8
     esac
     if [ "$preset" = imagenet ]; then

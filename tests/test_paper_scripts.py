@@ -118,11 +118,11 @@ def test_variables_make_an_experiment_smaller_and_more_arguments_go_on(run):
     "script, variables, shown",
     [
         ("paper_speed", dict(PRESET="nope"), "'nope'"),
-        ("paper_mar", dict(IMAGENET, MODELS="mar_base2"), "'mar_base2'"),
-        ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="vq17"), "'vq17'"),
-        ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="vq16", VQ16_SCALE=""), "VQ16_SCALE"),
+        ("paper_mar", dict(IMAGENET, MODELS="mar_base,mar_big"), "'mar_big'"),
+        ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="kl16,vq17"), "'vq17'"),
+        ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="kl16,vq16", VQ16_SCALE=""), "VQ16_SCALE"),
     ],
 )
 def test_a_wrong_variable_is_one_line_before_any_command(script, variables, shown, run):
     code, errors, commands = run(script, **variables)
-    assert code != 0 and shown in errors and len(errors.splitlines()) == 1 and not commands
+    assert code == 2 and shown in errors and len(errors.splitlines()) == 1 and not commands

@@ -412,6 +412,7 @@ def test_runs_that_cannot_be_told_apart_are_one_line(tmp_path, capsys):
         (line("both", 4, 0, 1.0), "--nope", "--nope"),
         (line("both", 4, 0, 1.0), "--plot {}/p.png --x cfg", "'cfg'"),  # the same everywhere
         (line("both", 4, 0, 1.0), "--plot {}/p.png --x nope", "'nope'"),
+        (line("both", 4, 0, 1.0), "--x cfg", "--plot"),
     ],
 )
 def test_a_table_that_cannot_be_made_is_one_line(content, flags, shown, tmp_path, capsys):

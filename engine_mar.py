@@ -239,7 +239,7 @@ def sample_images(
 def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, folder, *, device, dtype, **more) -> dict:
     """`sample_images`, then (on the first process) samples.npz and the metrics: its figures and {metrics}.
 
-    reference is the data set that the images are compared with, None with --metrics none; more are options of
+    reference is what the images are compared with (a data set, FIDStats, or None with --metrics none); more: options of
     `sample_images`.
     """
     options = dict(batch_size=evaluation.eval_bsz, device=device, dtype=dtype, **more)

@@ -28,17 +28,37 @@ from util import dist
 from util.args import check_folder, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from util.data import EpochSampler, build_dataset
-from util.evaluation import EvalConfig
+from util.evaluation import EvalConfig, build_reference, protocol, protocol_line
 from util.images import PNGFolder, save_png
 from util.metrics import metrics_line
 from util.optim import EMA, make_optimizer
 
 
+def data_place(values: dict):
+    """Where the data set is; None for its own place."""
+    return values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
+
+
 def build_data(values: dict):
     """The data set, downloaded by the first process where it has to be."""
-    path = values["data_path"] or ("./data/imagenet" if values["data"] == "imagefolder" else None)
     with dist.main_first():
-        return build_dataset(values["data"], data_path=path, img_size=values["img_size"])
+        return build_dataset(values["data"], data_path=data_place(values), img_size=values["img_size"])
+
+
+def find_reference(values: dict, dataset):
+    """What the metrics compare with: the data set in use, unless the flags name another split or statistics."""
+    evaluation = pick(EvalConfig, values)
+    if evaluation.metric_names and evaluation.fid_stats is None and evaluation.eval_split == "train":
+        return dataset
+    return build_reference(evaluation, values["data"], data_place(values), values["img_size"])
+
+
+def measured_how(values: dict, state: TrainState, labels, reference) -> str:
+    """The line that says what the figures of the averaged weights are to be quoted with."""
+    data = " ".join(filter(None, (values["data"], data_place(values))))
+    dtype = next(name for name, kind in dist.DTYPES.items() if kind == state.dtype)
+    how = protocol("generation", pick(EvalConfig, values), labels, reference, data, ema=True, dtype=dtype)
+    return protocol_line(how)
 
 
 def build_model(values: dict, dataset, content: dict | None):
@@ -213,15 +233,17 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
             sheet = PNGFolder(folder / "grid", len(labels)).grid([dataset.classes[k] for k in labels], columns)
             writer.add_image("samples", sheet, state.step, dataformats="HWC")
         labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
+        reference = find_reference(values, dataset) if values["online_eval"] and dist.is_main() else None
         for cfg in sorted({1.0, sampling.cfg}) if values["online_eval"] else ():
             now = replace(sampling, cfg=cfg)
             where = folder / now.name()
             found = evaluate(
-                state.mar, state.tokenizer, now, evaluation, dataset, labels, values["seed"], where, **options
+                state.mar, state.tokenizer, now, evaluation, reference, labels, values["seed"], where, **options
             )
             if dist.is_main():
                 for name, value in found["metrics"].items():
                     writer.add_scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
+                tqdm.write(measured_how(values, state, labels, reference))
                 tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(found['metrics'])}")
     if dist.is_main():
         save_png(folder.with_suffix(".png"), sheet)
@@ -258,7 +280,7 @@ def run(values: dict) -> int:
     dataset = build_data(values)
     if values["online_eval"] or values["evaluate"]:
         with dist.main_first():
-            pick(EvalConfig, values).check(len(dataset))
+            pick(EvalConfig, values).check(find_reference(values, dataset), values["img_size"])
     torch.manual_seed(values["seed"])  # the same initial weights on every process
     mar, tokenizer = build_model(values, dataset, content)
     trained_on = content.get("config", {}).get("latents") if resumed else None
@@ -297,11 +319,13 @@ def evaluate_checkpoint(values, state, dataset) -> int:
     folder = Path(values["output_dir"]) / "evaluation" / sampling.name()
     labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
     options = dict(heads=state.heads, device=state.device, dtype=state.dtype)
+    reference = find_reference(values, dataset)
     with state.averaged():
         found = evaluate(
-            state.mar, state.tokenizer, sampling, evaluation, dataset, labels, values["seed"], folder, **options
+            state.mar, state.tokenizer, sampling, evaluation, reference, labels, values["seed"], folder, **options
         )
     if dist.is_main():
+        print(measured_how(values, state, labels, reference))
         print(f"{len(labels)} images in {folder}: {metrics_line(found['metrics']) or 'no metrics asked for'}")
     return 0
 

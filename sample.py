@@ -22,8 +22,7 @@ from models.mar import MAR_CONFIGS
 from util import dist
 from util.args import check_folder, defaults, flag, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
-from util.data import build_dataset
-from util.evaluation import EvalConfig, reference_hash
+from util.evaluation import EvalConfig, build_reference, protocol, protocol_line, reference_hash
 from util.images import PNGFolder, is_whole, num_traced, save_png
 from util.metrics import metrics_line
 from util.rng import seed_of
@@ -104,7 +103,9 @@ def append_result(path: Path, row: dict) -> None:
 
 
 def report(row: dict, folder: Path) -> None:
-    """Print a result for people: how many, how fast, how good, where the picture is."""
+    """Print a result for people: measured how, how many, how fast, how good, where the picture is."""
+    if "protocol" in row:  # older lines have none
+        print(protocol_line(row["protocol"]))
     speed = f", {row['images_per_second']:.1f} images/s" if row["images_per_second"] else " already"
     print(f"{row['settings']['num_images']} images in {folder}{speed}")
     print(metrics_line(row["metrics"]) or "no metrics asked for")
@@ -166,7 +167,7 @@ def run(args: SampleArgs, given: dict) -> int:
     del content  # the optimizer's tensors are large
     base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"]}
     base |= {k: v for k, v in given.items() if k not in SWEEPS}
-    settings, evaluation = span(given, base), pick(EvalConfig, base)
+    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     suffix = f"_n{evaluation.num_images}" + ("_no_ema" if args.no_ema else "")
@@ -179,12 +180,10 @@ def run(args: SampleArgs, given: dict) -> int:
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is found before the work, not after it
     check_folder("output_dir", args.output_dir)
-    reference = None
-    if evaluation.metric_names:
-        source = args.data_path or config["data"]["path"]
-        with dist.main_first():
-            reference = build_dataset(config["data"]["name"], data_path=source, img_size=config["mar"]["img_size"])
-            evaluation.check(len(reference))
+    data, source, img_size = config["data"]["name"], args.data_path or config["data"]["path"], config["mar"]["img_size"]
+    with dist.main_first():
+        reference = build_reference(evaluation, data, source, img_size)
+        evaluation.check(reference, img_size)
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
 
@@ -194,12 +193,15 @@ def run(args: SampleArgs, given: dict) -> int:
     hashes["reference"] = reference_hash(reference) if reference is not None else None
     hashes["tokenizer"] = tokenizer.describe()
     find_present(settings, Path(args.output_dir) / "results.jsonl", shared, hashes)
+    labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
+    data = f"{data} {source}" if source else data
+    how = protocol("generation", evaluation, labels, reference, data, ema=not args.no_ema, dtype=dtype_name)
     model = mar.to(device), tokenizer.to(device)
     where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None)
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:
             print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)
-        run_setting(args, setting, model, evaluation, reference, classes, **where)
+        run_setting(args, setting, model, evaluation, reference, classes, how, **where)
     return 0
 
 
@@ -209,7 +211,7 @@ def save_grid(folder: Path, labels: list[int], classes: list[str], columns: int)
     save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns))
 
 
-def run_setting(args, setting: Setting, model, evaluation, reference, classes: list[str], **where) -> None:
+def run_setting(args, setting: Setting, model, evaluation, reference, classes: list[str], how: dict, **where) -> None:
     """Sample one setting, measure it, append its line; of one that is present make what is missing of its files."""
     out, class_labels = Path(args.output_dir), setting.row["settings"]["class_labels"]
     folder, results = out / (setting.present or {"name": setting.name})["name"], out / "results.jsonl"
@@ -230,7 +232,8 @@ def run_setting(args, setting: Setting, model, evaluation, reference, classes: l
     found = evaluate(*model, setting.sampling, evaluation, reference, labels, setting.seed, folder, **where)
     if dist.is_main():
         save_grid(folder, labels, classes, columns)
-        row = setting.row | dict(found, name=setting.name, checkpoint=str(checkpoint_path(args.checkpoint)))
+        row = setting.row | dict(found, kind=how["kind"], protocol=how, name=setting.name)
+        row |= dict(checkpoint=str(checkpoint_path(args.checkpoint)))
         row |= dict(device=where["device"].type, world_size=dist.world_size(), git_commit=git_commit())
         append_result(results, row)
         report(row, folder)

@@ -3,7 +3,8 @@
 python scripts/make_table.py OUT/results.jsonl [--csv FILE] [--plot FILE.png] [--metrics fid,is_mean]
 
 Columns: the settings that differ between the rows, the metrics, the network evaluations an image takes (transformer,
-diffusion MLP), images/s. The standard deviation is that of a sample (n − 1); a single seed has none.
+diffusion MLP), images/s. The standard deviation is that of a sample (n − 1); a single seed has none. Figures that must
+not be compared (generation and reconstruction, other references, other features) stand in tables of their own.
 """
 
 import csv
@@ -20,11 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from util.args import OneLineParser, run_main
 from util.checkpoint import atomic_file
 
-METRICS = ("fid", "is_mean", "svc_accuracy", "frechet_pixels")
+METRICS = ("fid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
+PROTOCOL = ("kind", "features", "reference")  # figures are comparable where these are the same
 FIRST = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
 COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 HEADINGS = {
     "fid": "FID",
+    "rfid": "rFID",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
     "is_mean": "IS",
     "kid_mean": "KID",
     "precision": "precision",
@@ -64,12 +69,13 @@ def figures(row: dict) -> dict[str, float]:
 def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], int]]:
     """(settings without the seed, {figure: one value a seed}, number of seeds) for each setting.
 
-    Weights and reference count as settings. Of two lines with the same seed the later counts.
+    Kind, weights and reference count as settings. Of two lines with the same seed the later counts.
     """
     groups = {}
     for row in rows:
         settings = {k: v for k, v in row["settings"].items() if k != "seed"}
         settings |= {k: row.get(k) for k in ("weights", "reference")}
+        settings["kind"] = row.get("kind", "generation")
         _, seeds = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}))
         seeds[row["settings"].get("seed")] = figures(row)
     result = []
@@ -78,6 +84,16 @@ def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], in
         values = {name: [found[name] for found in seeds.values() if name in found] for name in names}
         result.append((settings, values, len(seeds)))
     return result
+
+
+def by_protocol(groups) -> dict[str, list]:
+    """The groups whose figures may be compared, under a heading that says what they have in common."""
+    parts = {}
+    for group in groups:
+        kind, features, reference = (group[0].get(k) for k in PROTOCOL)
+        heading = f"{kind}, features {features}, reference {reference}"
+        parts.setdefault(heading, []).append(group)
+    return parts
 
 
 def varying(groups) -> list[str]:
@@ -137,7 +153,7 @@ def markdown(groups, columns: list[str], names: list[str]) -> str:
     many = any(n > 1 for *_, n in groups)
     table = [[*columns, *(["seeds"] if many else []), *(HEADINGS.get(n, n) for n in names)]]
     stats = [{n: mean_and_spread(values[n]) for n in names if n in values} for _, values, _ in groups]
-    digits = {n: decimals([s[n][0] for s in stats if n in s]) for n in names}
+    digits = {n: decimals([x for s in stats if n in s for x in s[n] if x is not None]) for n in names}
     for (settings, _, count), found in zip(groups, stats):
         line = [cell(settings.get(c)).replace("|", "\\|") for c in columns] + ([str(count)] if many else [])
         for n in names:
@@ -153,6 +169,15 @@ def markdown(groups, columns: list[str], names: list[str]) -> str:
         for line in table
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+
+
+def print_tables(groups, names: list[str]) -> None:
+    """The groups in Markdown, a table for each protocol; a heading above each where there are several."""
+    parts = by_protocol(groups)
+    for i, (heading, part) in enumerate(parts.items()):
+        if len(parts) > 1:
+            print(("\n" if i else "") + heading + ":\n")
+        print(markdown(part, varying(part), [n for n in names if any(n in values for _, values, _ in part)]))
 
 
 def write_csv(path: Path, groups, columns: list[str], names: list[str]) -> None:
@@ -171,8 +196,12 @@ def write_csv(path: Path, groups, columns: list[str], names: list[str]) -> None:
 def draw_plot(path: Path, groups, columns: list[str], metric: str) -> None:
     """The metric against transformer and against MLP evaluations: a colour a mode, a line style the other settings.
 
-    A line joins the settings that differ in the number of steps only. Without counted evaluations: ValueError.
+    A line joins the settings that differ in the number of steps only. Without counted evaluations, or where the figures
+    must not be compared: ValueError.
     """
+    groups = [group for group in groups if metric in group[1]]
+    if len(parts := by_protocol(groups)) > 1:
+        raise ValueError(f"{metric} cannot be in one plot, it was measured in {len(parts)} ways: {'; '.join(parts)}")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -232,7 +261,7 @@ def main(argv=None) -> int:
     for path in (args.csv, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {path.parent}")
-    print(markdown(groups, columns, names))
+    print_tables(groups, names)
     if args.csv is not None:
         write_csv(args.csv, groups, columns, names)
     if args.plot is not None:

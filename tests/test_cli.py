@@ -223,7 +223,7 @@ def shell_lines(path: Path) -> list[str]:
 
 def commands_in(line: str) -> list[tuple[str, list[str]]]:
     """(program, its arguments) for each call of main_mar.py or sample.py in a line of shell."""
-    if not re.search(r"(main_mar|sample)\.py", line):
+    if not any(name in line for name in PROGRAMS):
         return []
     line = re.sub(r'"?\$(?:@|\{\w+\[@\]\})"?', "", line)  # "$@", "${array[@]}"
     line = re.sub(r"\$\([^()]*\)|\$\{\w+[^}]*\}|\$\w+", "1", line)  # $(command), ${NAME}, $NAME: a number fits anywhere

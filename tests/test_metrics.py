@@ -18,7 +18,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 from scripts import train_digits_classifier
 from util import metrics
-from util.metrics import check_features, compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
+from util.classifiers import DIGITS_WEIGHTS, DigitClassifier, load_classifier
+from util.features import check_features
+from util.metrics import compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
 
 
 @pytest.fixture(scope="module")
@@ -152,11 +154,11 @@ def test_digit_metrics_refuses_labels_of_another_length(digits):
 
 
 def test_committed_classifier(digits):
-    assert metrics.DIGITS_WEIGHTS.stat().st_size <= 300_000
-    with np.load(metrics.DIGITS_WEIGHTS, allow_pickle=False) as arrays:
+    assert DIGITS_WEIGHTS.stat().st_size <= 300_000
+    with np.load(DIGITS_WEIGHTS, allow_pickle=False) as arrays:
         assert {arrays[name].dtype for name in arrays.files} == {np.dtype(np.float32)}
     x, y = train_digits_classifier.load_images()
-    net = metrics.load_digit_classifier()
+    net = load_classifier()
     features, logits = net(x)
     assert features.shape == (1797, 64) and logits.shape == (1797, 10)
     assert features.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
@@ -169,7 +171,7 @@ def test_training_script(tmp_path, capsys):
     assert "held-out accuracy" in capsys.readouterr().out
     assert list(output.parent.iterdir()) == [output]  # no partial file left
     x, y = train_digits_classifier.load_images()
-    assert train_digits_classifier.accuracy(metrics.load_digit_classifier(output), x, y) > 0.5
+    assert train_digits_classifier.accuracy(load_classifier(DigitClassifier, output), x, y) > 0.5
     first, second = (train_digits_classifier.train(x[:200], y[:200], 2, seed=3).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(before, torch.get_rng_state())
@@ -187,7 +189,7 @@ def test_augmentation_shifts_by_at_most_one_pixel():
 
 
 def digit_features(x):
-    return metrics.load_digit_classifier()(torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1)[0].numpy()
+    return load_classifier()(torch.from_numpy(x).permute(0, 3, 1, 2) / 127.5 - 1)[0].numpy()
 
 
 def test_all_metrics_of_half_the_digits_against_the_rest(digits):
@@ -276,11 +278,15 @@ def images_of(*shape, dtype=np.uint8):
         (images_of(0, 8, 8, 1), {"metrics": ("isc",)}, "isc needs at least 2 of each, got 0 generated"),
         (images_of(3, 8, 8, 1), {}, "prc needs at least 4 of each, got 3 generated"),
         (images_of(9, 8, 8, 1), {"metrics": ("fid", "ppl")}, "unknown metric 'ppl': choose from fid, isc, kid, prc"),
-        (images_of(9, 8, 8, 1), {"features": "vgg"}, "unknown features 'vgg': choose from inception, digits"),
+        (
+            images_of(9, 8, 8, 1),
+            {"features": "vgg"},
+            "unknown features 'vgg': choose from inception, clip, vgg16",
+        ),
         (images_of(9, 8, 8, 2), {}, "generated images must be uint8"),
         (images_of(9, 8, 8), {}, "generated images must be uint8"),
         (images_of(9, 8, 8, 1, dtype=np.float32), {}, "generated images must be uint8"),
-        (images_of(9, 16, 16, 1), {}, "digit features need uint8 images .B, 3, 8, 8., got torch.uint8 .9, 3, 16, 16."),
+        (images_of(9, 16, 16, 1), {}, "digits features need uint8 images .B, 3, 8, 8., got torch.uint8 .9, 3, 16, 16."),
     ],
 )
 def test_compute_metrics_refuses(images, options, message):
@@ -324,7 +330,7 @@ def test_pickles_are_refused_and_not_run(tmp_path, write):
 
 def test_other_weights_are_refused(tmp_path, inception_file):
     file = tmp_path / "weights.pth"
-    with pytest.raises(ValueError, match="no Inception weights at .*weights.pth"):
+    with pytest.raises(ValueError, match="no inception weights at .*weights.pth"):
         check_features("inception", file)
     file.write_bytes(inception_file.read_bytes()[:100_000])
     with pytest.raises(ValueError, match="weights.pth refused"):

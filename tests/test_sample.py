@@ -125,7 +125,7 @@ def test_all_classes_in_turn_by_default(checkpoint, tmp_path):
 
 
 def test_no_metrics_need_neither_images_nor_a_reference(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "build_dataset", lambda *a, **k: pytest.fail("the reference was read"))
+    monkeypatch.setattr("util.evaluation.build_dataset", lambda *a, **k: pytest.fail("the reference was read"))
     assert draw(checkpoint, tmp_path, "--num_images", 1) == 0
     (row,) = rows(tmp_path)
     assert row["metrics"] == {} and row["reference"] is None and len(pngs(folder_of(tmp_path))) == 1

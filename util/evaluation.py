@@ -1,49 +1,83 @@
-"""What is measured on sampled images, against which reference."""
+"""What is measured on sampled images, against which reference, and how a result says so (docs/evaluation.md)."""
 
 import hashlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from util.args import flag
-from util.metrics import FEATURES, METRICS, check_features, compute_metrics, digit_metrics
+from util.data import build_dataset
+from util.features import FEATURES, check_features
+from util.fid_stats import FIDStats, load_fid_stats
+from util.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How many images, which figures, from which features."""
+    """How many images, which figures, from which features, against which reference."""
 
     num_images: int = flag(50000, "images to sample, class-balanced", low=1)
     eval_bsz: int = flag(64, "images a batch when sampling", low=1)
-    metrics: str = flag("fid,isc,kid,prc", "comma list of fid, isc, kid, prc; or none")
+    metrics: str | None = flag(
+        None, "comma list of fid, isc, kid, prc; or none (default: all that features and reference allow)"
+    )
     features: str = flag("inception", "features of the metrics", choices=FEATURES)
-    fid_weights: str | None = flag(None, "file with torch-fidelity's Inception weights, for machines without network")
+    fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
+    eval_split: str = flag("train", "images of the data set to compare with", choices=("train", "val"))
+    fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of images")
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The names in `metrics`; none is an empty tuple. An unknown name raises ValueError."""
-        names = () if self.metrics == "none" else tuple(self.metrics.split(","))
-        for name in names:
+        """The names in `metrics`; none is an empty tuple. An unknown or impossible name raises ValueError."""
+        if self.metrics == "none":
+            return ()
+        names = None if self.metrics is None else tuple(self.metrics.split(","))
+        for name in names or ():
             if name not in METRICS:
                 raise ValueError(f"unknown --metrics {name!r}; valid: {', '.join(METRICS)}, none")
-        return names
+        return possible_metrics(names, self.features, self.fid_stats is not None)
 
-    def check(self, num_reference: int | None = None) -> None:
-        """Raise ValueError, before anything is sampled, where the metrics could not be computed afterwards."""
+    def resolved(self) -> "EvalConfig":
+        """With the metrics named that a default leaves open."""
+        return replace(self, metrics=",".join(self.metric_names) or "none")
+
+    def check(self, reference, img_size: int | None = None) -> None:
+        """Raise ValueError, before anything is sampled, where the metrics could not be computed afterwards.
+
+        reference: as from `build_reference`. img_size: pixels of the images that will be sampled.
+        """
         if not self.metric_names:
             return
         needed = max(METRICS[name][0] for name in self.metric_names)
-        smallest = min(self.num_images, self.num_images if num_reference is None else num_reference)
+        smallest = self.num_images if isinstance(reference, FIDStats) else min(self.num_images, len(reference))
         if smallest < needed:
-            raise ValueError(f"the metrics {self.metrics} need {needed} images, got {smallest}; or use --metrics none")
+            names = ",".join(self.metric_names)
+            raise ValueError(f"the metrics {names} need {needed} images, got {smallest}; or use --metrics none")
+        if isinstance(reference, FIDStats):
+            reference.check(self.features, img_size)
         check_features(self.features, self.fid_weights)
 
 
-def score(images, labels, reference, config: EvalConfig, device) -> dict[str, float]:
-    """The figures that config names for images (a Dataset of uint8 (C, H, W)) against the data set `reference`.
+def build_reference(config: EvalConfig, name: str, data_path, img_size: int):
+    """What the metrics compare with: FIDStats with --fid_stats, else the data set `name` in the split asked for.
 
-    With the digit features also those of `util.metrics.digit_metrics`.
+    None where there are no metrics. What cannot be read raises ValueError.
+    """
+    if not config.metric_names:
+        return None
+    if config.fid_stats is None:
+        return build_dataset(name, data_path=data_path, img_size=img_size, split=config.eval_split)
+    if config.eval_split != "train":
+        raise ValueError(f"--eval_split {config.eval_split} has no meaning with --fid_stats: the file is of one split")
+    return load_fid_stats(config.fid_stats)
+
+
+def score(images, labels, reference, config: EvalConfig, device) -> dict[str, float]:
+    """The figures that config names for images (a Dataset of uint8 (C, H, W)) against a data set or FIDStats.
+
+    With the digit features and reference images also those of `util.metrics.digit_metrics`.
     """
     if not config.metric_names:
         return {}
@@ -56,19 +90,58 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
         device=device,
         verbose=len(images) > 5000,  # torch-fidelity's own progress bars
     )
-    if config.features == "digits":
+    if config.features == "digits" and not isinstance(reference, FIDStats):
         made = np.stack([images[i].numpy()[0] for i in range(len(images))])
         real = [reference[i] for i in range(len(reference))]
         found |= digit_metrics(made, labels, np.stack([r[0].numpy()[0] for r in real]), [r[1] for r in real])
     return found
 
 
-def reference_hash(dataset) -> str:
-    """16 hex digits that change with the reference images: their bytes, or for a folder their names and sizes."""
+def reference_hash(reference) -> str:
+    """16 hex digits that change with the reference: its statistics, bytes, or for a folder names and sizes of files."""
+    if isinstance(reference, FIDStats):
+        return reference.hash()
     digest = hashlib.blake2b(digest_size=8)
-    if hasattr(dataset, "images"):
-        digest.update(dataset.images.numpy().tobytes())
+    if hasattr(reference, "images"):
+        digest.update(reference.images.numpy().tobytes())
     else:
-        for path, label in dataset.samples:
+        for path, label in reference.samples:
             digest.update(f"{Path(path).name}/{Path(path).stat().st_size}/{label}".encode())
     return digest.hexdigest()
+
+
+def class_balance(labels) -> str:
+    """How the labels are spread, in words: "180 of each of 10 classes"; −1 is no class."""
+    counts = Counter(labels)
+    if not counts.keys() - {-1}:
+        return "unconditional"
+    few, many = min(counts.values()), max(counts.values())
+    classes = f"{len(counts)} classes" if len(counts) > 1 else "1 class"
+    classes += " (one of them unconditional)" if -1 in counts else ""
+    return f"{few if few == many else f'{few} to {many}'} of each of {classes}"
+
+
+def protocol(kind: str, config: EvalConfig, labels, reference, data: str, *, ema: bool | None, dtype: str) -> dict:
+    """What a figure must be quoted with, plain values for JSON.
+
+    kind: "generation", or "reconstruction" for a tokenizer's own. data: name and place of the reference's data set.
+    ema: None where there are no weights to average. reference: a data set, FIDStats, or None for no metrics.
+    """
+    found = dict(kind=kind, num_images=len(labels), balance=class_balance(labels), ema=ema, dtype=dtype)
+    if isinstance(reference, FIDStats):
+        found |= dict(reference=f"statistics in {config.fid_stats}", split=reference.split or "unknown")
+        found |= dict(num_reference=reference.num_images, features=config.features)
+    elif reference is not None:
+        found |= dict(reference=data, split=config.eval_split, num_reference=len(reference), features=config.features)
+    return found
+
+
+def protocol_line(found: dict) -> str:
+    """The protocol as one line for people."""
+    weights = {True: ", EMA weights", False: ", raw weights", None: ""}[found["ema"]]
+    line = f"{found['kind']} of {found['num_images']} images ({found['balance']}{weights}, {found['dtype']})"
+    if "reference" not in found:
+        return line
+    count = "an unknown number of" if found["num_reference"] is None else found["num_reference"]
+    against = f"against {count} images of {found['reference']} (split: {found['split']})"
+    return f"{line} {against}" + (f", features: {found['features']}" if found["features"] else "")

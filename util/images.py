@@ -15,6 +15,7 @@ from util.checkpoint import atomic_file
 
 NPZ_LIMIT = 2**30  # bytes of images above which no .npz is written
 GREY = 128  # what is not known yet
+PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -45,12 +46,12 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def is_readable(path: Path) -> bool:
-    """Is there a whole picture at path?"""
+    """Is there a whole picture at path, to the last byte?"""
     try:
         read_png(path)
     except ValueError:
         return False
-    return True
+    return path.read_bytes().endswith(PNG_END)  # PIL does not miss it once it has all pixels
 
 
 def prepare_folder(folder: Path, run: dict) -> None:

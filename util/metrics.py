@@ -3,27 +3,21 @@
 Shapes: n images, H x W pixels, C channels (1 or 3), d features. Images are uint8, 0..255.
 """
 
-import functools
-import os
-import socket
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from http.client import HTTPException
-from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.utils.data import Dataset
 
-DIGITS_WEIGHTS = Path(__file__).with_name("digits_classifier.npz")
+from util.features import FEATURES, RGBImages, check_features, feature_batches
+from util.fid_stats import FIDStats, Moments
 
-# metric -> (images needed of each kind, {our name of the figure: torch-fidelity's})
+# metric -> (images needed of each kind, is it computed from the reference's images?, {our name of the figure:
+#            torch-fidelity's}); FID needs no more than their statistics, IS nothing
 METRICS = {
-    "fid": (2, {"fid": "frechet_inception_distance"}),
-    "isc": (2, {"is_mean": "inception_score_mean", "is_std": "inception_score_std"}),
-    "kid": (2, {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}),
-    "prc": (4, {"precision": "precision", "recall": "recall"}),  # 3rd nearest neighbour, not counting itself
+    "fid": (2, False, {"fid": "frechet_inception_distance"}),
+    "isc": (2, False, {"is_mean": "inception_score_mean", "is_std": "inception_score_std"}),
+    "kid": (2, True, {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}),
+    "prc": (4, True, {"precision": "precision", "recall": "recall"}),  # 3rd nearest neighbour, not counting itself
 }
 
 
@@ -55,145 +49,13 @@ def _psd_sqrt(sigma: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
 
-class DigitClassifier(nn.Module):
-    """Convolutional net for 8 x 8 digits: x (B, 1, 8, 8) in [-1, 1] -> (features (B, 64) >= 0, logits (B, 10))."""
-
-    def __init__(self):
-        super().__init__()
-        blocks = [nn.Conv2d(1, 32, 3, padding=1), nn.ReLU()]  # (B, 32, 8, 8)
-        blocks += [nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]  # (B, 32, 4, 4)
-        blocks += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]  # (B, 64, 2, 2)
-        self.conv = nn.Sequential(*blocks)
-        self.hidden = nn.Linear(64 * 2 * 2, 64)
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x):
-        features = self.hidden(self.conv(x).flatten(1)).relu()  # (B, 64)
-        return features, self.head(features)
-
-
-def load_digit_classifier(path=DIGITS_WEIGHTS) -> DigitClassifier:
-    """The committed digit classifier (or another .npz of its state dict), in eval mode on the CPU."""
-    with np.load(path, allow_pickle=False) as arrays:
-        state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    with torch.device("meta"):  # no initial weights, which would draw random numbers
-        net = DigitClassifier()
-    net.load_state_dict(state, assign=True)
-    return net.eval().requires_grad_(False)
-
-
-def _prepare_inception(weights) -> str:
-    """Path of Inception weights that are safe to hand to torch-fidelity, which unpickles whatever it is given."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-
-    path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", URL_INCEPTION_V3.rsplit("/", 1)[1]))
-    if weights and not path.is_file():
-        raise ValueError(f"no Inception weights at {path}: --fid_weights takes the file {URL_INCEPTION_V3}")
-    if not path.is_file():
-        # The place and the function of torch-fidelity's own download, with a time limit.
-        timeout = socket.getdefaulttimeout()
-        try:
-            socket.setdefaulttimeout(10)  # seconds without a byte
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), progress=False)
-        except (OSError, HTTPException) as error:
-            raise ValueError(
-                f"no Inception weights in {path.parent} and no network ({' '.join(str(error).split())}): give "
-                f"--fid_weights FILE ({URL_INCEPTION_V3}), use --features digits, or turn the metrics off"
-            ) from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)  # first: the next line would run what is in the file
-        with torch.random.fork_rng(devices=[]):  # construction draws initial weights
-            FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
-    except Exception as error:  # torch, pickle and zipfile each raise their own kinds
-        why = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} refused: not the plain tensors of {URL_INCEPTION_V3} ({why} ...)") from None
-    return str(path)
-
-
-@functools.cache  # torch-fidelity refuses to register a name twice
-def _prepare_digits() -> str:
-    import torch_fidelity
-
-    class DigitsFeatureExtractor(torch_fidelity.FeatureExtractorBase):
-        """Layers "64" and "logits" of the digit classifier for uint8 (B, 3, 8, 8); another size raises ValueError."""
-
-        def __init__(self, name, features_list, feature_extractor_weights_path=DIGITS_WEIGHTS, **kwargs):
-            super().__init__(name, features_list)
-            self.net = load_digit_classifier(feature_extractor_weights_path)
-
-        @staticmethod
-        def get_provided_features_list():
-            return "64", "logits"
-
-        def forward(self, x):
-            if x.dtype != torch.uint8 or x.shape[1:] != (3, 8, 8):
-                raise ValueError(f"digit features need uint8 images (B, 3, 8, 8), got {x.dtype} {tuple(x.shape)}")
-            features, logits = self.net(x.float().mean(dim=1, keepdim=True) / 127.5 - 1)
-            return tuple({"64": features, "logits": logits}[name] for name in self.features_list)
-
-    torch_fidelity.register_feature_extractor("digits", DigitsFeatureExtractor)
-    return str(DIGITS_WEIGHTS)
-
-
-# name -> (torch-fidelity's name, layer for FID, KID and precision/recall, layer for IS, function that turns
-#          --fid_weights or None into the path of weights from which torch-fidelity can build it, else ValueError)
-FEATURES = {
-    "inception": ("inception-v3-compat", "2048", "logits_unbiased", _prepare_inception),
-    "digits": ("digits", "64", "logits", lambda weights: _prepare_digits()),
-}
-
-
-def check_features(name, weights=None) -> str:
-    """Make sure, before any sampling, that the features `name` can be computed; returns the path of their weights.
-
-    weights: path of Inception weights; None for torch-fidelity's own, downloaded if absent (90 MB); unused by digits.
-    One-line ValueError for an unknown name, a missing file, one with anything but Inception's tensors (nothing in it is
-    executed), and no file with no network.
-    """
-    if name not in FEATURES:
-        raise ValueError(f"unknown features {name!r}: choose from {', '.join(FEATURES)}")
-    return FEATURES[name][3](weights)
-
-
-class _RGBImages(Dataset):
-    """uint8 images, an array (n, H, W, C) or a Dataset of (C, H, W), as a Dataset of uint8 (3, H, W)."""
-
-    def __init__(self, images, name: str):
-        self.images = images if isinstance(images, Dataset) else torch.as_tensor(images).movedim(-1, 1)  # (n, C, H, W)
-        self.name, self.shape = name, None
-        self.shape = self[0].shape if len(self) else None
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        image = self.images[i]
-        image = image[0] if isinstance(image, tuple | list) else image
-        dtype, shape = getattr(image, "dtype", type(image)), tuple(getattr(image, "shape", ()))
-        if dtype != torch.uint8 or len(shape) != 3 or shape[0] not in (1, 3):
-            raise ValueError(f"{self.name} images must be uint8 (1 or 3, H, W) each, got {dtype} {shape}")
-        image = image.expand(3, -1, -1)  # (3, H, W)
-        if self.shape not in (None, image.shape):
-            raise ValueError(f"{self.name} images must be of one size: 0 has {self.shape}, {i} has {image.shape}")
-        return image
-
-    def __getitems__(self, indices):
-        # A batch at a time from threads (image decoding releases the interpreter): torch-fidelity's worker processes
-        # want a Dataset that can be pickled, and for arrays cost more than they save.
-        with ThreadPoolExecutor(1 if torch.is_tensor(self.images) else min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(self.__getitem__, indices))
-
-
 def compute_metrics(
     images,
     reference,
     *,
     features="inception",
     weights=None,
-    metrics=tuple(METRICS),
+    metrics=None,
     batch_size=64,
     device="cpu",
     verbose=False,
@@ -201,20 +63,25 @@ def compute_metrics(
     """FID, IS, KID, precision and recall of `images` against `reference` by torch-fidelity, keyed as in METRICS.
 
     images, reference: uint8 (n, H, W, C), C 1 or 3, or Datasets (read from threads) of uint8 (C, H, W) tensors or of
-    tuples that start with one. With few images KID's subsets shrink to the smaller set and IS's splits get fewer, of
-    10 images or more. Nothing is cached and the random state is kept. Other types and shapes, too few images, unknown
-    metrics and what check_features refuses raise ValueError.
+    tuples that start with one. reference may be FIDStats, which have FID (and IS) only; None as metrics is all that
+    there are (see `possible_metrics`). With few images KID's subsets shrink to the smaller set and IS's splits get
+    fewer, of 10 images or more. Nothing is cached and the random state is kept. Other types and shapes, too few images,
+    unknown or impossible metrics and what check_features refuses raise ValueError.
     """
-    images, reference = _RGBImages(images, "generated"), _RGBImages(reference, "reference")
-    n = min(len(images), len(reference))
+    from_stats = isinstance(reference, FIDStats)
+    metrics = possible_metrics(metrics, features, from_stats)
+    images = RGBImages(images, "generated")
+    reference = reference if from_stats else RGBImages(reference, "reference")
+    n = len(images) if from_stats else min(len(images), len(reference))
     for name in metrics:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
         if n < METRICS[name][0]:
-            counts = f"{len(images)} generated and {len(reference)} reference images"
+            counts = f"{len(images)} generated" + ("" if from_stats else f" and {len(reference)} reference") + " images"
             raise ValueError(f"{name} needs at least {METRICS[name][0]} of each, got {counts}")
+    if from_stats:
+        options = dict(batch_size=batch_size, device=device, verbose=verbose)
+        return _from_statistics(images, reference, features, weights, metrics, **options)
     path = check_features(features, weights)
-    extractor, layer, logits_layer, _ = FEATURES[features]
+    row = FEATURES[features]
     import torch_fidelity
 
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
@@ -224,10 +91,10 @@ def compute_metrics(
             input1=images,
             input2=reference,
             **{name: name in metrics for name in METRICS},
-            feature_extractor=extractor,  # by name: precision and recall would fall back to VGG-16
-            **{f"feature_layer_{name}": logits_layer if name == "isc" else layer for name in METRICS},
+            feature_extractor=f"mar-{features}",  # by name: precision and recall would fall back to VGG-16
+            **{f"feature_layer_{name}": row.logits if name == "isc" else row.layer for name in METRICS},
             feature_extractor_weights_path=path,
-            isc_splits=max(1, min(10, len(images) // 10)),
+            isc_splits=_num_splits(images),
             kid_subset_size=min(1000, n),
             batch_size=batch_size,
             cuda=cuda,
@@ -235,7 +102,52 @@ def compute_metrics(
             save_cpu_ram=True,  # no worker processes; precision/recall in blocks (50k x 50k distances are 10 GB)
             verbose=verbose,
         )
-    return {ours: float(found[theirs]) for name in metrics for ours, theirs in METRICS[name][1].items()}
+    return {ours: float(found[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
+
+
+def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...]:
+    """The metrics, each of them found possible; for None all that are. Others and unknown names raise ValueError.
+
+    Features of a network that is no classifier have no Inception score; a reference of which there are statistics only
+    (from_stats) has neither KID nor precision and recall.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"unknown features {features!r}: choose from {', '.join(FEATURES)}")
+    obstacles = {}
+    if FEATURES[features].logits is None:
+        obstacles["isc"] = f"{features} features come from no classifier, which the Inception score needs"
+    if from_stats:
+        why = "needs the reference images, of which --fid_stats has the statistics only"
+        obstacles |= {name: f"{name} {why}" for name in METRICS if METRICS[name][1]}
+    possible = tuple(name for name in METRICS if name not in obstacles)
+    for name in metrics or ():
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
+        if name in obstacles:
+            raise ValueError(f"{obstacles[name]}; possible here: --metrics {','.join(possible)}")
+    return possible if metrics is None else tuple(metrics)
+
+
+def _num_splits(images) -> int:
+    return max(1, min(10, len(images) // 10))
+
+
+def _from_statistics(images, stats: FIDStats, features, weights, metrics, **options) -> dict[str, float]:
+    """FID and IS in one pass over the images, whose features are not kept."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    stats.check(features)
+    row, moments, logits = FEATURES[features], Moments(), []
+    layers = [row.layer] + ([row.logits] if "isc" in metrics else [])
+    for found, *rest in feature_batches(images, features, weights, layers=layers, **options):
+        moments.update(found)
+        logits += rest
+    found = {}
+    if "fid" in metrics:
+        found["frechet_inception_distance"] = frechet_distance(*moments.result(), stats.mu, stats.sigma)
+    if "isc" in metrics:
+        found |= isc_features_to_metric(torch.cat(logits), _num_splits(images))
+    return {ours: float(found[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
 
 
 def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
@@ -260,8 +172,11 @@ def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
 
 
 def metrics_line(d) -> str:
-    """One line for people from the figures of compute_metrics and digit_metrics, those that are in `d`."""
+    """One line for people from the figures of this module and of util.reconstruction, those that are in `d`."""
     parts = {
+        "rfid": "rFID {rfid:.3f}",
+        "psnr": "PSNR {psnr:.2f} dB",
+        "ssim": "SSIM {ssim:.4f}",
         "fid": "FID {fid:.3f}",
         "is_mean": "IS {is_mean:.2f}±{is_std:.2f}",
         "kid_mean": "KID {kid_mean:.4f}",

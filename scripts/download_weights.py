@@ -1,0 +1,182 @@
+"""Fetch MAR's published weights: mar_base, mar_large, mar_huge and the KL-16 autoencoder (default: all four).
+
+    python scripts/download_weights.py mar_base kl16
+
+They go where MAR's commands look for them, below pretrained_models/. A download that was cut continues where it was.
+The SHA-256 of a file is compared with --sha256 NAME=HEX, else with the <file>.sha256 that the first download left; a
+file that is there and has it is not fetched again.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from util.args import OneLineParser, check_folder, run_main
+from util.checkpoint import atomic_file
+
+_DROPBOX = "https://www.dropbox.com/scl/fi"
+# name: (file below pretrained_models/, where the README of github.com/LTH14/mar has it published). The addresses are
+# from memory and could not be tried where this was written; their checksums are not known.
+FILES = {
+    "mar_base": (
+        "mar/mar_base/checkpoint-last.pth",
+        f"{_DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
+    ),
+    "mar_large": (
+        "mar/mar_large/checkpoint-last.pth",
+        f"{_DROPBOX}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1",
+    ),
+    "mar_huge": (
+        "mar/mar_huge/checkpoint-last.pth",
+        f"{_DROPBOX}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1",
+    ),
+    "kl16": (
+        "vae/kl16.ckpt",
+        f"{_DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
+    ),
+}
+ATTEMPTS = 5  # in a row, each of which continues where the last was cut
+TIMEOUT = 30  # seconds without a byte
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The file of this name with the ending added."""
+    return path.with_name(path.name + ending)
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """The checksum that <path>.sha256 has; None without such a file, ValueError where it holds something else."""
+    note = beside(path, ".sha256")
+    if not note.is_file():
+        return None
+    found = re.match(r"[0-9a-f]{64}\b", note.read_text())
+    if found is None:
+        raise ValueError(f"{note} holds no SHA-256: remove it, or give --sha256")
+    return found[0]
+
+
+def fetch(name: str, url: str, partial: Path) -> None:
+    """Continue the file `partial` until it is whole; ValueError where the server does not have it or stays away."""
+    why = ""
+    for _ in range(ATTEMPTS):
+        try:
+            if _fetch_rest(name, url, partial):
+                return
+            why = "the connection was cut"
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                raise ValueError(f"{name}: {url} gives HTTP {error.code} {error.reason}") from None
+            why = f"HTTP {error.code} {error.reason}"
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+            why = " ".join(str(error).split())
+    have = partial.stat().st_size if partial.is_file() else 0
+    raise ValueError(f"{name}: {url} failed ({why}); {have} bytes are kept, the same command continues")
+
+
+def _fetch_rest(name: str, url: str, partial: Path) -> bool:
+    """One request for what is missing of the file; is it whole now?"""
+    have = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:  # 416: there is nothing from there on
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return True
+        partial.unlink()  # of another file
+        return False
+    with response:
+        if response.headers.get_content_type() == "text/html":
+            raise ValueError(f"{name}: {url} gives a web page, not a file; is the address still right?")
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            raise ValueError(f"{name}: {url} sends another part of the file than it was asked for")
+        have = have if response.status == 206 else 0  # a server without ranges sends everything
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = dict(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=name)
+        with open(partial, "ab" if have else "wb") as file, tqdm(**bar) as progress:
+            while block := response.read(2**20):
+                file.write(block)
+                progress.update(len(block))
+    return total is None or partial.stat().st_size == total
+
+
+def download(name: str, url: str, path: Path, expected: str | None) -> str:
+    """Make sure that path is the file, fetching what is missing; returns what was done. Errors are ValueErrors."""
+    expected = expected or recorded_sha256(path)
+    partial = beside(path, ".part")
+    there = path.is_file()
+    if not there:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fetch(name, url, partial)
+    found = sha256_of(path if there else partial)
+    if expected not in (None, found):
+        if not there:
+            partial.unlink()
+        what = f"{path} is another file: remove it" if there else f"{url} gave another file, it was removed: try"
+        raise ValueError(f"{name}: SHA-256 {found}, expected {expected}; {what} to fetch it again")
+    if not there:
+        os.replace(partial, path)
+    with atomic_file(beside(path, ".sha256")) as temporary:
+        temporary.write_text(f"{found}  {path.name}\n")
+    known = "as expected" if expected else "not known before, recorded"
+    return f"{path}: {'already there' if there else 'fetched'}, SHA-256 {found} ({known})"
+
+
+def parse_sha256(texts: list[str]) -> dict[str, str]:
+    """{name: checksum} from NAME=HEX; anything else raises ValueError."""
+    found = {}
+    for text in texts:
+        name, _, digest = text.partition("=")
+        if name not in FILES or not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits; names: {', '.join(FILES)}")
+        found[name] = digest.lower()
+    return found
+
+
+def main(argv=None) -> int:
+    """Parse, fetch, check; returns the exit code."""
+    parser = OneLineParser(prog="download_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)} (default: all)")
+    parser.add_argument("--out", default="pretrained_models", help="folder to put them below (default: %(default)s)")
+    parser.add_argument("--base_url", help="a mirror, which has them under the same paths as --out")
+    parser.add_argument("--sha256", action="append", default=[], metavar="NAME=HEX", help="checksum a file must have")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be fetched and stop")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in FILES:
+            raise ValueError(f"unknown weights {name!r}; valid: {', '.join(FILES)}")
+    expected = parse_sha256(args.sha256)
+    base = args.base_url and args.base_url.rstrip("/")
+    wanted = {}
+    for name in dict.fromkeys(args.names or FILES):
+        place, url = FILES[name]
+        wanted[name] = (f"{base}/{place}" if base else url, Path(args.out) / place)
+    if args.dry_run:
+        print(json.dumps({name: {"url": url, "file": str(path)} for name, (url, path) in wanted.items()}, indent=2))
+        return 0
+    check_folder("out", args.out)
+    for name, (url, path) in wanted.items():
+        print(download(name, url, path, expected.get(name)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

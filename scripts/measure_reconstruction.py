@@ -1,0 +1,116 @@
+"""Measure what a tokenizer loses: rFID, PSNR and SSIM of the images that it encodes and decodes.
+
+    python scripts/measure_reconstruction.py --tokenizer kl16 --vae_path pretrained_models/vae/kl16.ckpt \\
+        --data imagefolder --data_path IMAGENET --split val --output_dir OUT
+
+Adds one line of kind "reconstruction" to OUT/results.jsonl. scripts/make_table.py never puts it beside a generation's.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from torch.utils.data import Subset
+
+from models.tokenizers import build_tokenizer
+from sample import append_result, git_commit, read_results
+from util import dist
+from util.args import check_folder, flag, make_parser, pick, run_main
+from util.checkpoint import weights_hash
+from util.data import DATASETS, build_dataset
+from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
+from util.features import FEATURES
+from util.fid_stats import load_fid_stats
+from util.metrics import metrics_line
+from util.reconstruction import score_reconstructions
+
+
+@dataclass(frozen=True)
+class ReconstructionArgs:
+    """Which tokenizer, on which images, by which features, where to."""
+
+    tokenizer: str = flag("kl16", "the tokenizer")
+    vae_path: str | None = flag(None, "weights of the tokenizer, where it takes a file")
+    data: str = flag("imagefolder", "data set", choices=DATASETS)
+    data_path: str | None = flag(None, "folder of the data")
+    img_size: int | None = flag(None, "pixels of a side (default: the data set's own; 256 for imagefolder)", low=1)
+    split: str = flag("train", "images of the data set; published rFIDs are those of val", choices=("train", "val"))
+    num_images: int | None = flag(None, "so many images, spread evenly over the data set (default: all)", low=2)
+    features: str = flag("inception", "features of the rFID", choices=FEATURES)
+    fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
+    fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of the same images")
+    no_rfid: bool = flag(False, "PSNR and SSIM only, which need no features")
+    batch_size: int = flag(64, "images at a time", low=1)
+    num_workers: int = flag(0, "processes that load images", low=0)
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    output_dir: str = flag("output_dir/reconstruction", "folder of results.jsonl")
+    dry_run: bool = flag(False, "print the resolved configuration and stop")
+
+
+def labels_of(images) -> list[int]:
+    """The labels of a data set, without reading its images."""
+    return images.labels.tolist() if hasattr(images, "labels") else [label for _, label in images.samples]
+
+
+def run(args: ReconstructionArgs) -> int:
+    """Check everything, measure unless results.jsonl has it already, append, print."""
+    check_folder("output_dir", args.output_dir)
+    device = dist.pick_device(args.device)
+    dtype = dist.pick_dtype(args.dtype, device)
+    images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size, split=args.split)
+    options = {"channels": images.channels} if args.tokenizer == "pixel" else {}
+    tokenizer = build_tokenizer(args.tokenizer, **options, **({"vae_path": args.vae_path} if args.vae_path else {}))
+    if images.img_size % tokenizer.stride:
+        raise ValueError(f"--img_size {images.img_size} is no multiple of the tokenizer's stride, {tokenizer.stride}")
+    count = args.num_images or len(images)
+    if not 2 <= count <= len(images):
+        raise ValueError(f"--num_images {count} must be from 2 to {len(images)}, the images there are")
+    chosen = Subset(images, [i * len(images) // count for i in range(count)])
+    features, stats = None if args.no_rfid else args.features, None
+    if features and args.fid_stats:
+        stats = load_fid_stats(args.fid_stats)
+        stats.check(features, images.img_size)
+
+    dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
+    evaluation = EvalConfig(num_images=count, features=features, eval_split=args.split, fid_stats=args.fid_stats)
+    settings = dict(tokenizer=args.tokenizer, data=args.data, img_size=images.img_size, dtype=dtype_name)
+    settings |= {k: getattr(evaluation, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
+    row = {"kind": "reconstruction", "settings": settings, "weights": weights_hash(tokenizer.state_dict())}
+    row["reference"] = reference_hash(images if stats is None else stats)
+    results = Path(args.output_dir) / "results.jsonl"
+    present = next((old for old in read_results(results) if all(old.get(k) == v for k, v in row.items())), None)
+    if present is None:
+        options = dict(batch_size=args.batch_size, num_workers=args.num_workers, device=device, dtype=dtype)
+        options |= dict(features=features, weights=args.fid_weights, stats=stats, verbose=True)
+        found = score_reconstructions(tokenizer.eval().to(device), chosen, **options)
+        labels = labels_of(images)
+        data = " ".join(filter(None, (args.data, args.data_path)))
+        reference = chosen if stats is None else stats
+        labels = [labels[i] for i in chosen.indices]
+        how = protocol("reconstruction", evaluation, labels, reference, data, ema=None, dtype=dtype_name)
+        present = row | dict(metrics=found, protocol=how, vae_path=args.vae_path, git_commit=git_commit())
+        results.parent.mkdir(parents=True, exist_ok=True)
+        append_result(results, present)
+    else:
+        print(f"already in {results}")
+    print(protocol_line(present["protocol"]))
+    print(f"{args.tokenizer}: {metrics_line(present['metrics'])}")
+    return 0
+
+
+def main(argv=None) -> int:
+    """Parse, measure; returns the exit code."""
+    parser = make_parser("measure_reconstruction.py", __doc__.splitlines()[0], ReconstructionArgs)
+    args = pick(ReconstructionArgs, vars(parser.parse_args(argv)))
+    if args.dry_run:
+        print(json.dumps(asdict(args), indent=2))
+        return 0
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -51,13 +51,14 @@ class Perceptual(nn.Module):
     def __init__(self, layers: nn.Sequential, mean=(0.0,), std=(1.0,)):
         super().__init__()
         last = max(i for i, layer in enumerate(layers) if not isinstance(layer, nn.MaxPool2d))
-        self.layers = layers[: last + 1].eval().requires_grad_(False)
+        self.layers = layers[: last + 1].requires_grad_(False)
         pools = [i for i, layer in enumerate(self.layers) if isinstance(layer, nn.MaxPool2d)]
         self.taps = {*(i - 1 for i in pools), last}
         self.min_size = 2 ** len(pools)  # pixels that leave one after the last pooling
         self.channels = next(layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d))
         self.register_buffer("mean", torch.tensor(mean).reshape(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).reshape(-1, 1, 1))
+        self.eval()
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Of images (B, C, H, W), grey ones too where the network takes colours, (B, c, h, w) for each layer."""

@@ -9,19 +9,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
+from models.tokenizers.measuring import measure_latents
 from util import dist
 from util.args import flag, make_parser, run_main
 from util.data import DATASETS, build_dataset
-from util.rng import generator, seed_of
 
 
 @dataclass(frozen=True)
@@ -40,25 +35,6 @@ class MeasureArgs:
     device: str = flag("auto", "auto, cuda, mps, cpu")
 
 
-@torch.no_grad()
-def measure(tokenizer, dataset, args: MeasureArgs, device) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each channel of the latents, (c,) float64 each, over images and positions."""
-    order = np.random.default_rng(args.seed).permutation(len(dataset))[: args.num_images].tolist()
-    loader = DataLoader(Subset(dataset, order), batch_size=args.batch_size, num_workers=args.num_workers)
-    count, total, squares = 0, 0.0, 0.0
-    with tqdm(total=len(order), unit="image", desc="measuring") as progress:
-        for images, _, indices in loader:
-            noise = [generator(seed_of("posterior", args.seed, 0, i)) for i in indices.tolist()]
-            latents = tokenizer.encode(images.to(device).float() / 127.5 - 1, generator=noise)
-            values = latents.cpu().double().transpose(0, 1).flatten(1)  # (c, B·h·w)
-            count += values.shape[1]
-            total = total + values.sum(dim=1)
-            squares = squares + values.square().sum(dim=1)
-            progress.update(len(images))
-    mean = total / count
-    return mean.numpy(), (squares / count - mean.square()).clamp(min=0).numpy()
-
-
 def main(argv=None) -> int:
     """Measure and print; returns the exit code."""
     given = make_parser("measure_latents.py", __doc__.splitlines()[0], MeasureArgs).parse_args(argv)
@@ -70,7 +46,15 @@ def main(argv=None) -> int:
     raw = {} if args.tokenizer == "pixel" else dict(vae_scale=1.0, vae_mean=0.0)
     dataset = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size)
     tokenizer = tokenizer_of({**settings, **raw}, dataset.channels).to(device)
-    mean, variance = measure(tokenizer, dataset, args, device)
+    mean, variance = measure_latents(
+        tokenizer,
+        dataset,
+        num_images=args.num_images,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        device=device,
+    )
     if not variance.mean() > 0:
         raise ValueError("the latents of these images are all the same: there is no scale to measure")
     print(f"{'channel':>8} {'mean':>10} {'std':>10}")

@@ -20,7 +20,7 @@ from models.tokenizers.ldm import KL16_PATH
 from sample import append_result, git_commit, read_results
 from util import dist
 from util.args import check_folder, flag, make_parser, pick, run_main
-from util.data import DATASETS, build_dataset
+from util.data import DATASETS, build_dataset, labels_of
 from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
 from util.features import FEATURES
 from util.fid_stats import load_fid_stats
@@ -49,11 +49,6 @@ class ReconstructionArgs:
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
     output_dir: str = flag("output_dir/reconstruction", "folder of results.jsonl")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
-
-
-def labels_of(images) -> list[int]:
-    """The labels of a data set, without reading its images."""
-    return images.labels.tolist() if hasattr(images, "labels") else [label for _, label in images.samples]
 
 
 def run(args: ReconstructionArgs) -> int:

@@ -67,7 +67,7 @@ def _add_flag(parser, field, hint, sweep):
         return
     kind = meta["type"] or _plain_type(hint)
     choices = list(meta["choices"]) if meta["choices"] is not None else None
-    shown = meta["metavar"] or ("{" + ",".join(choices) + "}" if choices else kind.__name__.upper())
+    shown = meta["metavar"] or ("{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper())
     convert = _checked(kind, meta["low"], meta["high"], choices)
     parser.add_argument(
         f"--{field.name}",

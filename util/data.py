@@ -16,8 +16,11 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
+from tqdm import tqdm
+
+MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
 
 
 class ImageDataset(Dataset):
@@ -89,6 +92,28 @@ class FolderDataset(ImageDataset):
     def _load(self, path: str) -> torch.Tensor:
         image = center_crop(read_rgb(path), self.img_size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def labels_of(images: ImageDataset) -> list[int]:
+    """The labels of a data set, without reading its images."""
+    return images.labels.tolist() if hasattr(images, "labels") else [label for _, label in images.samples]
+
+
+def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
+    """The same images read once and for all, where they take up to MEMORY_LIMIT bytes; else, or if they are, as given.
+
+    num_workers: processes that read. Progress is shown.
+    """
+    size = images.channels * images.img_size**2 * len(images)
+    if isinstance(images, MemoryDataset) or size > MEMORY_LIMIT:
+        return images
+    pixels = torch.empty(len(images), images.channels, images.img_size, images.img_size, dtype=torch.uint8)
+    labels = torch.empty(len(images), dtype=torch.long)
+    with tqdm(total=len(images), unit="image", desc="reading", leave=False) as progress:
+        for batch, batch_labels, rows in DataLoader(images, batch_size=64, num_workers=num_workers):
+            pixels[rows], labels[rows] = batch, batch_labels
+            progress.update(len(rows))
+    return MemoryDataset(pixels, labels, images.classes, images.flip)
 
 
 def read_rgb(path: str) -> Image.Image:

@@ -1,0 +1,317 @@
+"""Train a small autoencoder, KL or with --vq a VQModel, for `main_mar.py --tokenizer diffusers:OUT/autoencoder`.
+
+    python scripts/train_tokenizer.py --data_path IMAGES --img_size 32 --stride 4 --latent_channels 8 --output_dir OUT
+
+Every tenth image is held out of training, to measure PSNR, SSIM and (with --features) rFID on. OUT gets autoencoder/
+(diffusers' own format, its latents centred and their scale in its config), reconstructions.png (originals above what
+came back of them), a line of kind "reconstruction" in results.jsonl, and checkpoint-last.pth for --resume.
+
+Loss: mean absolute error + perceptual_weight · perceptual distance + the penalty of the kind, which is kl_weight · KL
+(both summed over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE).
+"""
+
+import copy
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from models.tokenizers import build_tokenizer
+from models.tokenizers.autoencoder import AutoencoderTokenizer
+from models.tokenizers.measuring import measure_latents
+from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, start_codebook
+from sample import append_result, git_commit, read_results
+from util import dist
+from util.args import check_folder, flag, make_parser, pick, run_main
+from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint, weights_hash
+from util.data import DATASETS, EpochSampler, build_dataset, in_memory, labels_of
+from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
+from util.features import FEATURES, build_extractor
+from util.images import make_grid, save_png, to_uint8
+from util.metrics import metrics_line
+from util.optim import lr_at
+from util.perceptual import PERCEPTUAL, build_perceptual
+from util.reconstruction import score_reconstructions
+from util.rng import generator, seed_of
+
+SAVE_EVERY = 500  # steps, besides the end of each epoch
+HOLD_OUT = 10  # every tenth image
+WARMUP = 0.02  # of the run
+NUM_PICTURES = 8
+NUM_MEASURED = 10000  # images for mean and scale of the latents
+# what a run cannot change half-way
+FIXED = "data data_path img_size stride latent_channels width vq codebook_size batch_size seed".split()
+
+
+@dataclass(frozen=True)
+class TokenizerArgs:
+    """Which autoencoder, trained on what, for how long, where to."""
+
+    data: str = flag("imagefolder", "data set", choices=DATASETS)
+    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    img_size: int | None = flag(None, "image height and width in pixels (default: the data's, 256 for a folder)", low=1)
+    stride: int = flag(4, "pixels of a latent's side", choices=(2, 4, 8, 16))
+    latent_channels: int = flag(8, "channels of a latent", low=1)
+    width: int = flag(
+        32, "channels at full resolution, a multiple of 4; deeper levels have up to 4 times as many", low=4
+    )
+    vq: bool = flag(False, "train a VQModel instead of an AutoencoderKL")
+    codebook_size: int = flag(1024, "codes of the VQModel", low=2)
+    epochs: float = flag(10.0, "passes over the images, which may be a fraction", low=0)
+    max_minutes: float | None = flag(None, "stop after so many minutes of training, if the epochs take longer", low=0)
+    batch_size: int = flag(32, "images a step", low=1)
+    lr: float = flag(1e-3, "peak learning rate of Adam; it falls to 0 along a cosine", low=0)
+    kl_weight: float = flag(1e-6, "weight of the KL divergence", low=0)
+    perceptual: str = flag("none", "network of the perceptual distance", choices=PERCEPTUAL)
+    perceptual_weights: str | None = flag(None, "file with the weights of vgg16 (torchvision's, .pth or .safetensors)")
+    perceptual_weight: float = flag(0.1, "weight of the perceptual distance", low=0)
+    features: str | None = flag(None, "features of the rFID (default: PSNR and SSIM only)", choices=FEATURES)
+    fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
+    num_eval: int = flag(5000, "held-out images to measure on, where there are so many", low=2)
+    num_workers: int = flag(0, "processes that load images", low=0)
+    seed: int = flag(0, "seed of weights, order, mirroring and the posterior's noise", low=0, high=2**63 - 1)
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=("fp32", "bf16"))
+    output_dir: str = flag("output_dir/tokenizer", "folder to write to")
+    resume: bool = flag(False, "continue the run in --output_dir, if there is one")
+    dry_run: bool = flag(False, "print the resolved configuration and stop")
+
+    @property
+    def kind(self) -> str:
+        """A row of KINDS."""
+        return "VQModel" if self.vq else "AutoencoderKL"
+
+
+class Run:
+    """What training changes, with what it is trained on."""
+
+    def __init__(self, args: TokenizerArgs, images):
+        self.args, self.images = args, images
+        self.device = dist.pick_device(args.device)
+        self.dtype = dist.pick_dtype(args.dtype, self.device)
+        held_out = range(0, len(images), HOLD_OUT)
+        count = min(args.num_eval, len(held_out))
+        self.held_out = [held_out[i * len(held_out) // count] for i in range(count)]
+        self.kept = Subset(images, [i for i in range(len(images)) if i % HOLD_OUT])
+        self.sampler = EpochSampler(len(self.kept), args.batch_size, args.seed)
+        self.num_steps = max(1, math.ceil(args.epochs * len(self.sampler)))
+        self.perceptual = build_perceptual(args.perceptual, args.perceptual_weights, images.channels, images.img_size)
+        if self.perceptual is not None:
+            self.perceptual.to(self.device)
+        sizes = {name: getattr(args, name) for name in ("stride", "latent_channels", "width", "codebook_size")}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed)
+            sizes |= dict(image_channels=images.channels, img_size=images.img_size)
+            autoencoder = make_autoencoder(args.kind, **sizes)
+        self.autoencoder = autoencoder.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.Adam(self.autoencoder.parameters(), lr=args.lr, betas=(0.9, 0.99))
+        self.step, self.minutes = 0, 0.0  # done so far
+
+    @property
+    def done(self) -> float:
+        """The part of the run that is done, by steps or by time."""
+        return max(self.step / self.num_steps, self.minutes / (self.args.max_minutes or math.inf))
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        content = dict(autoencoder=self.autoencoder.state_dict(), optimizer=self.optimizer.state_dict())
+        content |= dict(step=self.step, minutes=self.minutes, settings=asdict(self.args))
+        save_checkpoint(self.args.output_dir, content)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint; one that is damaged or of another run raises ValueError."""
+        content = read_file(path)
+        keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
+        if not isinstance(content, dict) or not keys <= content.keys():
+            raise ValueError(f"{path} is no checkpoint of train_tokenizer.py")
+        for name in FIXED:
+            there, here = content["settings"].get(name), getattr(self.args, name)
+            if there != here:
+                raise ValueError(f"{path} was trained with --{name} {there}, not {here}: choose another --output_dir")
+        load_weights(self.autoencoder, content["autoencoder"], path)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step, self.minutes = content["step"], content["minutes"]
+
+    def tokenizer(self) -> AutoencoderTokenizer:
+        """A frozen copy of the autoencoder as it is now."""
+        return AutoencoderTokenizer(self.args.kind, copy.deepcopy(self.autoencoder))
+
+    def scores(self, tokenizer, rows, features=None, verbose=False) -> dict[str, float]:
+        """{psnr, ssim} of the tokenizer on the images `rows`, and with features rfid."""
+        options = dict(features=features, weights=self.args.fid_weights, batch_size=self.args.batch_size)
+        options |= dict(device=self.device, dtype=self.dtype, verbose=verbose)
+        return score_reconstructions(tokenizer, Subset(self.images, rows), **options)
+
+    def draw(self, tokenizer) -> None:
+        """Write reconstructions.png: held-out images, and below them what came back."""
+        rows = self.held_out[:: max(1, len(self.held_out) // NUM_PICTURES)][:NUM_PICTURES]
+        batch = torch.stack([self.images[i][0] for i in rows])
+        found = tokenizer.decode(tokenizer.encode(batch.to(self.device).float() / 127.5 - 1, sample=False))
+        pair = np.concatenate([batch.permute(0, 2, 3, 1).numpy(), to_uint8(found)])
+        grid = make_grid(pair, ["original"] * len(rows) + ["decoded"] * len(rows), len(rows))
+        save_png(Path(self.args.output_dir, "reconstructions.png"), grid)
+
+
+def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
+    """One step on uint8 images (B, C, H, W); the loss terms. A loss or gradient that is not finite raises."""
+    args, draws = run.args, generator(seed_of("tokenizer", run.args.seed, run.step))
+    flip = torch.rand(len(pixels), generator=draws) < 0.5 if run.images.flip else torch.zeros(len(pixels), dtype=bool)
+    images = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels).to(run.device).float() / 127.5 - 1
+    images = images.contiguous(memory_format=torch.channels_last)
+    if args.vq and run.step == 0:
+        start_codebook(run.autoencoder, images, draws)
+    terms, penalty = KINDS[args.kind]
+    with dist.autocast(run.device, run.dtype):
+        found, value = terms(run.autoencoder, images, draws)
+        parts = {"l1": F.l1_loss(found.float(), images), penalty: value}
+        if run.perceptual is not None:
+            parts["perceptual"] = run.perceptual(found, images)
+    weights = {"l1": 1.0, "vq": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
+    loss = sum(weights[name] * part for name, part in parts.items())
+    run.optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.autoencoder.parameters(), 1.0)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient is not finite at step {run.step}: lower --lr, or use --dtype fp32")
+    progress = max(run.done, (run.step + 0.5) / run.num_steps)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_at(progress, lr=args.lr, min_lr=0.0, schedule="cosine", warmup_epochs=WARMUP, epochs=1.0)
+    run.optimizer.step()
+    return {name: part.item() for name, part in parts.items()}
+
+
+def train(run: Run) -> None:
+    """Train to the end, saving on the way and reporting after each epoch."""
+    epoch_steps = len(run.sampler)
+    loader = DataLoader(run.kept, batch_sampler=run.sampler, num_workers=run.args.num_workers)
+    bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=1.0, initial=run.done, desc="training", bar_format=bar_format) as progress:
+        while run.done < 1:
+            epoch, batch = divmod(run.step, epoch_steps)
+            run.sampler.set_epoch(epoch, batch)
+            began, totals, count = time.monotonic(), {}, 0
+            for pixels, *_ in loader:
+                parts = optimize(run, pixels)
+                run.step, now = run.step + 1, time.monotonic()
+                run.minutes, began = run.minutes + (now - began) / 60, now
+                totals, count = {name: totals.get(name, 0) + part for name, part in parts.items()}, count + 1
+                progress.set_postfix({name: f"{part:.4f}" for name, part in parts.items()}, refresh=False)
+                progress.update(min(run.done, 1.0) - progress.n)
+                if run.step % SAVE_EVERY == 0:
+                    run.save()
+                if run.done >= 1:
+                    break
+            run.save()
+            tokenizer = run.tokenizer()
+            run.draw(tokenizer)
+            means = ", ".join(f"{name} {total / count:.4f}" for name, total in totals.items())
+            quality = metrics_line(run.scores(tokenizer, run.held_out[:: max(1, len(run.held_out) // 500)]))
+            progress.write(f"epoch {run.step / epoch_steps:.2f}, step {run.step}: {means}; held-out images {quality}")
+
+
+def publish(run: Run) -> AutoencoderTokenizer:
+    """Measure the latents, write OUT/autoencoder with them normalised, and load that."""
+    args, folder = run.args, Path(run.args.output_dir, "autoencoder")
+    tokenizer = run.tokenizer()
+    options = dict(num_images=NUM_MEASURED, seed=args.seed, batch_size=args.batch_size, device=run.device)
+    mean, variance = measure_latents(tokenizer, run.kept, num_workers=args.num_workers, **options)
+    if not variance.mean() > 0:
+        raise ValueError("the latents of these images are all the same: nothing was learned; raise --lr or --epochs")
+    autoencoder = tokenizer.autoencoder.to("cpu", memory_format=torch.contiguous_format)
+    centre_latents(autoencoder, torch.from_numpy(mean).float())
+    autoencoder.register_to_config(scaling_factor=float(variance.mean() ** -0.5))
+    new, old = (folder.with_name(f".autoencoder.{name}.tmp") for name in ("new", "old"))
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
+    autoencoder.save_pretrained(new)
+    if folder.exists():
+        folder.rename(old)  # a folder cannot replace one that has files in it
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return build_tokenizer(f"diffusers:{folder}").to(run.device)
+
+
+def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
+    """Measure on the held-out images, unless results.jsonl has it already, append a line, print it."""
+    args, results = run.args, Path(run.args.output_dir, "results.jsonl")
+    dtype = next(name for name, kind in dist.DTYPES.items() if kind == run.dtype)
+    evaluation = EvalConfig(num_images=len(run.held_out), features=args.features)
+    place = str(Path(args.output_dir, "autoencoder"))
+    settings = dict(tokenizer=f"diffusers:{place}", data=args.data, img_size=run.images.img_size, dtype=dtype)
+    settings |= {k: getattr(evaluation, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
+    row = dict(kind="reconstruction", settings=settings, weights=weights_hash(tokenizer.state_dict()))
+    row["reference"] = reference_hash(run.images)
+    present = next((old for old in read_results(results) if all(old.get(k) == v for k, v in row.items())), None)
+    if present is None:
+        labels = labels_of(run.images)
+        data = " ".join(filter(None, (args.data, args.data_path)))
+        labels = [labels[i] for i in run.held_out]
+        how = protocol("reconstruction", evaluation, labels, run.held_out, data, ema=None, dtype=dtype)
+        how["split"] = f"every {HOLD_OUT}th of train, not trained on"
+        found = run.scores(tokenizer, run.held_out, args.features, verbose=True)
+        training = dict(asdict(args), steps=run.step, minutes=run.minutes)
+        present = row | dict(metrics=found, protocol=how, training=training, git_commit=git_commit())
+        append_result(results, present)
+    print(protocol_line(present["protocol"]))
+    print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(present['metrics'])}")
+    shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}, scale {tokenizer.scale:.4f}"
+    print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its latents:")
+    print(f"    main_mar.py --data {args.data} --img_size {run.images.img_size} --tokenizer diffusers:{place}")
+
+
+def run_training(args: TokenizerArgs) -> int:
+    """Check everything, train, publish, measure."""
+    check_folder("output_dir", args.output_dir)
+    path = checkpoint_path(args.output_dir)
+    if path.exists() and not args.resume:
+        raise ValueError(f"{path} is there already: continue it with --resume, or choose another --output_dir")
+    for name in ("epochs", "max_minutes"):
+        if getattr(args, name) == 0:
+            raise ValueError(f"--{name} must be above 0, got 0")
+    if args.width % 4:
+        raise ValueError(f"--width must be a multiple of 4, got {args.width}")
+    images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size)
+    if images.img_size % args.stride:
+        raise ValueError(f"images of {images.img_size} pixels are not divisible by --stride {args.stride}")
+    if len(images) <= HOLD_OUT:
+        raise ValueError(f"{len(images)} images are too few, expected at least {HOLD_OUT + 1}: one in ten is held out")
+    run = Run(args, images)
+    if args.features:  # what does not fit is found out now
+        extractor, _ = build_extractor(args.features, args.fid_weights, device=run.device)
+        extractor(images[0][0][None].expand(-1, 3, -1, -1).to(run.device))
+    if path.exists():
+        run.load(path)
+        print(f"continuing at step {run.step} of {run.num_steps}")
+    images = in_memory(images, args.num_workers)
+    run.images = run.kept.dataset = images
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    train(run)
+    tokenizer = publish(run)
+    run.draw(tokenizer)
+    report(run, tokenizer)
+    return 0
+
+
+def main(argv=None) -> int:
+    """Parse, train; returns the exit code."""
+    parser = make_parser("train_tokenizer.py", __doc__.splitlines()[0], TokenizerArgs)
+    args = pick(TokenizerArgs, vars(parser.parse_args(argv)))
+    if args.dry_run:
+        print(json.dumps(asdict(args), indent=2))
+        return 0
+    return run_training(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,297 @@
+"""Training a tokenizer: what a run leaves behind, exact resumption, the loss, centred latents, and bad input."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.tokenizers import build_tokenizer
+from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, start_codebook
+from scripts import train_tokenizer
+from util.args import run_main
+from util.checkpoint import FILE_NAME, read_file, save_checkpoint
+from util.data import MemoryDataset, build_dataset, in_memory
+from util.perceptual import Perceptual, build_perceptual
+
+# one epoch is three steps
+TINY = "--data digits --stride 2 --latent_channels 3 --width 4 --codebook_size 16 --batch_size 500 --num_eval 20"
+TINY = f"{TINY} --lr 1e-2 --epochs 0.6 --device cpu".split()
+KIND_FLAGS = {"AutoencoderKL": [], "VQModel": ["--vq"]}
+
+
+def train(folder, *flags) -> dict:
+    """Run the program; its checkpoint."""
+    assert train_tokenizer.main([*TINY, "--output_dir", str(folder), *map(str, flags)]) == 0
+    return read_file(folder / FILE_NAME)
+
+
+def refused(capsys, *flags) -> str:
+    """The one line that a run with these flags ends with."""
+    capsys.readouterr()
+    assert run_main(train_tokenizer.main, [*TINY, *map(str, flags)]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def digits() -> torch.Tensor:
+    return build_dataset("digits").images.float() / 127.5 - 1
+
+
+@pytest.fixture(scope="module", params=KIND_FLAGS)
+def trained(request, tmp_path_factory):
+    """(kind, folder) of a run of two steps."""
+    folder = tmp_path_factory.mktemp(request.param)
+    train(folder, *KIND_FLAGS[request.param], "--features", "digits")
+    return request.param, folder
+
+
+def test_a_run_leaves_a_tokenizer_a_picture_and_a_result(trained):
+    kind, folder = trained
+    names = {"autoencoder", "reconstructions.png", "results.jsonl", FILE_NAME}
+    assert {path.name for path in folder.iterdir()} == names  # and nothing temporary
+    tokenizer = build_tokenizer(f"diffusers:{folder / 'autoencoder'}")
+    assert (tokenizer.kind, tokenizer.stride, tokenizer.channels, tokenizer.image_channels) == (kind, 2, 3, 1)
+    (row,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert (row["kind"], row["protocol"]["num_images"], row["training"]["steps"]) == ("reconstruction", 20, 2)
+    assert row["metrics"].keys() == {"rfid", "psnr", "ssim"}
+    assert np.asarray(Image.open(folder / "reconstructions.png")).std() > 0
+
+
+def test_the_latents_are_normalised(trained):
+    """Of images held out too: mean 0 for each channel, spread 1 over all."""
+    latents = build_tokenizer(f"diffusers:{trained[1] / 'autoencoder'}").encode(digits()).movedim(1, 0).flatten(1)
+    assert latents.mean(dim=1).abs().max() < 0.05
+    assert latents.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+
+
+def test_what_is_saved_decodes_as_what_was_trained(trained):
+    """Centring and scaling the latents changes no image, and the figures are those of the images it makes."""
+    kind, folder = trained
+    sizes = dict(stride=2, latent_channels=3, width=4, codebook_size=16, image_channels=1, img_size=8)
+    raw = make_autoencoder(kind, **sizes).eval()
+    raw.load_state_dict(read_file(folder / FILE_NAME)["autoencoder"])
+    x = digits()[::10]
+    with torch.no_grad():
+        (found,) = raw.encode(x, return_dict=False)
+        wanted = raw.decode(found.mode() if kind == "AutoencoderKL" else found).sample
+    tokenizer = build_tokenizer(f"diffusers:{folder / 'autoencoder'}")
+    made = tokenizer.decode(tokenizer.encode(x, sample=False))
+    # a code may tip over where two are as near
+    assert ((made - wanted).abs().amax(dim=(1, 2, 3)) < 1e-4).float().mean() >= 0.97
+    grey = [((v + 1) * 127.5).round().clamp(0, 255) for v in (made, x)]
+    every = [i * 180 // 20 for i in range(20)]
+    mse = (grey[0] - grey[1])[every].double().square().mean(dim=(1, 2, 3))
+    row = json.loads((folder / "results.jsonl").read_text())
+    assert row["metrics"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_centring_moves_the_mean_and_keeps_the_images(kind):
+    torch.manual_seed(0)
+    sizes = dict(stride=4, latent_channels=3, width=4, codebook_size=8, image_channels=3, img_size=16)
+    autoencoder = make_autoencoder(kind, **sizes).eval()
+    x, shift = torch.randn(4, 3, 16, 16), torch.tensor([3.0, -5.0, 0.5])
+    with torch.no_grad():
+        before = autoencoder.encode(x, return_dict=False)[0]
+        before = before.mode() if kind == "AutoencoderKL" else before
+        images = autoencoder.decode(before).sample
+        centre_latents(autoencoder, shift)
+        after = autoencoder.encode(x, return_dict=False)[0]
+        after = after.mode() if kind == "AutoencoderKL" else after
+        torch.testing.assert_close(after, before - shift[:, None, None])
+        torch.testing.assert_close(autoencoder.decode(after).sample, images, rtol=1e-4, atol=1e-4)
+
+
+def test_a_codebook_starts_at_latents():
+    torch.manual_seed(0)
+    sizes = dict(stride=2, latent_channels=3, width=4, codebook_size=50, image_channels=1, img_size=8)
+    autoencoder = make_autoencoder("VQModel", **sizes)
+    start_codebook(autoencoder, digits()[:8], torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = autoencoder.encode(digits()[:8]).latents.movedim(1, -1).reshape(-1, 3)
+    nearest = torch.cdist(autoencoder.quantize.embedding.weight, latents).min(dim=1).values
+    assert nearest.max() < 1e-3
+    assert len(autoencoder.quantize.embedding.weight.unique(dim=0)) > 25
+
+
+# ------------------------------------------------------------------------------------------------------- resumption
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_is_exact(tmp_path, monkeypatch, kind):
+    """Stopped in the middle of the second epoch, after a step that no checkpoint has."""
+    flags = [*KIND_FLAGS[kind], "--epochs", 1.6]  # five steps of three an epoch
+    whole = train(tmp_path / "whole", *flags)
+    monkeypatch.setattr(train_tokenizer, "SAVE_EVERY", 2)
+    step = train_tokenizer.optimize
+
+    def stop(run, pixels):
+        if run.step == 4 and not (tmp_path / "stopped").exists():
+            (tmp_path / "stopped").touch()
+            raise KeyboardInterrupt
+        return step(run, pixels)
+
+    monkeypatch.setattr(train_tokenizer, "optimize", stop)
+    folder = tmp_path / "parts"
+    args = [*TINY, "--output_dir", str(folder), *map(str, flags), "--resume"]
+    assert run_main(train_tokenizer.main, args) == 130  # --resume with nothing there starts
+    assert read_file(folder / FILE_NAME)["step"] == 4 and not (folder / "autoencoder").exists()
+    parts = train(folder, *flags, "--resume")
+    assert parts["step"] == whole["step"] == 5
+    for name, value in whole["autoencoder"].items():
+        assert torch.equal(value, parts["autoencoder"][name]), name
+    # once more: nothing to train, nothing to append
+    train(folder, *flags, "--resume")
+    assert len((folder / "results.jsonl").read_text().splitlines()) == 1
+
+
+def test_time_limits_a_run(tmp_path):
+    assert train(tmp_path, "--epochs", 1000, "--max_minutes", 1e-6)["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_perceptual_distance_changes_the_training(tmp_path):
+    weights = []
+    for name in ("none", "digits"):
+        found = train(tmp_path / name, "--perceptual", name)["autoencoder"]
+        weights.append(torch.cat([v.flatten() for v in found.values()]))
+    assert not torch.equal(*weights)
+
+
+def test_perceptual_distance():
+    """Zero for the same images, not for others; its gradient reaches the images and no weight."""
+    perceptual = build_perceptual("digits", None, 1, 8)
+    x, y = digits()[:4].requires_grad_(), digits()[4:8]
+    assert perceptual(x, x).item() == 0
+    perceptual(x, y).backward()
+    assert x.grad.abs().sum() > 0
+    assert not any(p.requires_grad for p in perceptual.parameters()) and not perceptual.training
+    far, near = (perceptual(digits()[:4] + d * torch.randn(4, 1, 8, 8), digits()[:4]).item() for d in (0.5, 0.05))
+    assert far > near > 0
+
+
+def test_perceptual_layers_are_those_before_a_pooling_and_the_last():
+    import torchvision
+
+    with torch.device("meta"):
+        vgg = Perceptual(torchvision.models.vgg16().features)
+    assert sorted(vgg.taps) == [3, 8, 15, 22, 29] and vgg.min_size == 16  # relu1_2, 2_2, 3_3, 4_3, 5_3, as in LPIPS
+    small = Perceptual(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.MaxPool2d(2), torch.nn.Conv2d(2, 5, 1)))
+    assert sorted(small.taps) == [0, 2]
+    found = small.activations(torch.randn(1, 1, 4, 4))  # grey images become colours
+    assert [tuple(a.shape) for a in found] == [(1, 2, 4, 4), (1, 5, 2, 2)]
+    torch.testing.assert_close(found[1].norm(dim=1), torch.ones(1, 2, 2))
+
+
+def test_vgg_takes_torchvisions_file(tmp_path, monkeypatch):
+    """A smaller network under its name; the colours of the images are those that torchvision's networks expect."""
+    import torchvision
+    from torchvision.transforms import Normalize
+
+    class Small(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+            self.classifier = torch.nn.Linear(4, 2)
+
+    monkeypatch.setattr(torchvision.models, "vgg16", Small)
+    torch.manual_seed(0)
+    net = Small()
+    file = tmp_path / "vgg.pth"
+    torch.save(net.state_dict(), file)
+    x = torch.rand(2, 3, 8, 8)
+    (found,) = build_perceptual("vgg16", str(file), 3, 8).activations(2 * x - 1)
+    wanted = net.features[0](Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)).relu()
+    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=1), rtol=1e-4, atol=1e-5)
+    torch.save({**net.state_dict(), "extra": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="vgg.pth refused"):
+        build_perceptual("vgg16", str(file), 3, 8)
+    torch.save({"x": torch.nn.Linear(1, 1)}, file)  # not only tensors
+    with pytest.raises(ValueError, match="vgg.pth refused"):
+        build_perceptual("vgg16", str(file), 3, 8)
+
+
+# -------------------------------------------------------------------------------------------------------- in memory
+
+
+def test_images_in_memory_are_those_of_the_folder(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        path = tmp_path / "train" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (9, 9, 3)).astype(np.uint8)).save(path)
+    folder = build_dataset("imagefolder", data_path=str(tmp_path), img_size=8)
+    held = in_memory(folder)
+    assert isinstance(held, MemoryDataset) and (held.classes, held.flip) == (folder.classes, folder.flip)
+    for one, other in zip(folder, held, strict=True):
+        assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
+    assert in_memory(held) is held
+    monkeypatch.setattr("util.data.MEMORY_LIMIT", 5 * 3 * 64 - 1)
+    assert in_memory(folder) is folder
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+BAD = [
+    ("--stride 3", "'3'"),
+    ("--stride 16", "--stride 16"),  # of images of 8 pixels
+    ("--width 6", "6"),
+    ("--epochs 0", "--epochs"),
+    ("--max_minutes 0", "--max_minutes"),
+    ("--batch_size 5000", "5000"),
+    ("--perceptual nope", "'nope'"),
+    ("--perceptual vgg16", "--perceptual_weights"),
+    ("--perceptual vgg16 --perceptual_weights {out}/none.pth", "none.pth"),
+    ("--perceptual digits --perceptual_weights x.pth", "x.pth"),
+    ("--perceptual_weights x.pth", "x.pth"),
+    ("--features inception --fid_weights {out}/none.pth", "none.pth"),
+    ("--data imagefolder --data_path {out}/missing", "missing"),
+    ("--device nope", "'nope'"),
+    ("--dtype fp16", "'fp16'"),
+]
+
+
+@pytest.mark.parametrize("flags, what", BAD, ids=[flags for flags, _ in BAD])
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, what):
+    out = tmp_path / "out"
+    words = [*TINY, *flags.format(out=out).split(), "--output_dir", str(out)]
+    capsys.readouterr()
+    try:
+        code = run_main(train_tokenizer.main, words)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert code == 2 and what in line
+    assert not out.exists()
+
+
+def test_a_run_is_not_overwritten_nor_mixed(tmp_path, capsys):
+    train(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    out = ["--output_dir", tmp_path]
+    assert "--resume" in refused(capsys, *out)
+    assert re.search(r"--width 4, not 8", refused(capsys, *out, "--resume", "--width", 8))
+    assert re.search(r"--vq False, not True", refused(capsys, *out, "--resume", "--vq"))
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    save_checkpoint(tmp_path, {"model": {}})
+    assert "no checkpoint of train_tokenizer.py" in refused(capsys, *out, "--resume")
+    (tmp_path / FILE_NAME).write_bytes(b"garbage")
+    assert FILE_NAME in refused(capsys, *out, "--resume")
+
+
+def test_diverged_training_ends_in_one_line(tmp_path, capsys, monkeypatch):
+    terms, name = KINDS["AutoencoderKL"]
+
+    def diverged(*inputs):
+        found, penalty = terms(*inputs)
+        return found, penalty * float("nan")
+
+    monkeypatch.setitem(KINDS, "AutoencoderKL", (diverged, name))
+    assert run_main(train_tokenizer.main, [*TINY, "--output_dir", str(tmp_path)]) == 1
+    assert "--lr" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

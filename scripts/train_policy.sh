@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Train the backbone on the states that an order visits, by itself or together with heads, and compare: three second
-# stages from one checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
+# Train the backbone on the states that an order visits, by itself or together with heads, and compare: second stages from
+# one checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
 #   random   published masks: the checkpoint trained on
 #   visited  the states and next groups of the best hand-made order, low-discrepancy
 #   policy   the states and next groups of the heads named in LEARN, which are trained together with the backbone
+#   joint    the states of visited, with the same heads trained beside the backbone: no scoring pass
 #   INIT=output_dir/quickstart OUT=output_dir/policy SEEDS="1 2 3" bash scripts/train_policy.sh
 # Digits (default): the base is trained first if it is not there; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS and LEARN choose what is compared. EPOCHS is that of random and visited; policy gets 79 % of it, since its steps
-# cost 1.26 times as much (scripts/bench_training.py). What is made already is reused. About 45 minutes on 2 CPU cores.
+# ARMS chooses what is compared, LEARN the heads of policy. EPOCHS is that of random and visited; policy gets 79 % of it,
+# joint 93 %, since their steps cost more (scripts/bench_training.py). What is made already is reused. About an hour on 2
+# CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
@@ -45,17 +47,20 @@ if [[ $preset != mar_base ]]; then
     "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
 fi
 results=()
-for arm in ${ARMS:-random visited policy}; do
+for arm in ${ARMS:-random visited policy joint}; do
     case $arm in
         random) share=100 masks=(--train_masks random) ;;
         visited) share=100 masks=(--train_masks visited --train_targets next --order halton) ;;
+        joint)
+            share=93 masks=(--train_masks visited --train_targets next --learn group --order halton --order_base halton)
+            ;;
         policy)
             share=79 masks=(--train_masks policy --train_targets next --learn "$learn" --order_base halton)
             [[ ,$learn, == *,order,* ]] || masks+=(--order halton)
             ;;
     esac
     mode=baseline
-    [[ $arm == policy ]] && mode=policy
+    [[ $arm == policy || $arm == joint ]] && mode=policy
     for seed in ${SEEDS:-1 2 3}; do
         model=$out/$arm/seed$seed
         num_epochs=$((epochs * share / 100))

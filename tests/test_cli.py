@@ -10,13 +10,13 @@ import pytest
 import main_mar
 import sample
 from heads.policy import INFER_MODES
-from scripts import bench_training, cache_latents, plot_training, train_classifier
+from scripts import bench_training, cache_latents, plot_training, train_classifier, train_tokenizer
 from tests.test_sample import train_tiny
 from util.args import run_main
 from util.checkpoint import FILE_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (bench_training, cache_latents, plot_training, train_classifier)  # those with --dry_run
+SCRIPTS = (bench_training, cache_latents, plot_training, train_classifier, train_tokenizer)  # those with --dry_run
 PROGRAMS = {Path(module.__file__).name: module.main for module in (main_mar, sample, *SCRIPTS)}
 
 

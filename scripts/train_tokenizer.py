@@ -34,7 +34,7 @@ from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, 
 from sample import append_result, git_commit, read_results
 from util import dist
 from util.args import check_folder, flag, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint, weights_hash
+from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
 from util.data import DATASETS, EpochSampler, build_dataset, in_memory, labels_of
 from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
 from util.features import FEATURES, build_extractor
@@ -250,7 +250,7 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     place = str(Path(args.output_dir, "autoencoder"))
     settings = dict(tokenizer=f"diffusers:{place}", data=args.data, img_size=run.images.img_size, dtype=dtype)
     settings |= {k: getattr(evaluation, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
-    row = dict(kind="reconstruction", settings=settings, weights=weights_hash(tokenizer.state_dict()))
+    row = dict(kind="reconstruction", settings=settings, weights=tokenizer.fingerprint)
     row["reference"] = reference_hash(run.images)
     present = next((old for old in read_results(results) if all(old.get(k) == v for k, v in row.items())), None)
     if present is None:

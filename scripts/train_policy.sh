@@ -6,7 +6,7 @@
 #   policy   the states and next groups of the heads named in LEARN, which are trained together with the backbone
 #   joint    the states of visited, with the same heads trained beside the backbone: no scoring pass
 #   INIT=output_dir/quickstart OUT=output_dir/policy SEEDS="1 2 3" bash scripts/train_policy.sh
-# Digits (default): the base is trained first if it is not there; 3 training seeds, each sampled with a seed of its own.
+# Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
 # ARMS chooses what is compared, LEARN the heads of policy. EPOCHS is that of random and visited; policy gets 79 % of it,
@@ -43,7 +43,7 @@ case $preset in
 esac
 read -ra data <<<"${DATA:-}"
 
-if [[ $preset != mar_base ]]; then
+if [[ -z ${INIT:-} && $preset != mar_base ]]; then
     "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
 fi
 results=()

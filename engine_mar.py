@@ -7,7 +7,6 @@ K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is u
 import time
 from collections import Counter
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,7 +118,10 @@ def generate(
                 at, place = _send(guided[who].nonzero(), device).unbind(dim=1)
                 z_uncond = mar.encode_decode(current[there], state.mask[there], None, visible)[at, place]  # (G, D)
             rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-            draw = noise_fn or partial(_draw_noise, generators, plan.num_steps, config.token_dim)
+            if noise_fn:
+                noise = noise_fn(step, rows)
+            else:
+                noise = _draw_noise(generators, rows, plan.num_steps, config.token_dim)
             drawn = mar.diffloss.sample(
                 state.z[row, column],
                 z_uncond,
@@ -127,7 +129,7 @@ def generate(
                 tau=plan.tau[row, column],
                 num_steps=plan.num_steps,
                 solver=solver,
-                noise=_send(draw(step, rows), device),
+                noise=_send(noise, device),
                 clip=clip,
                 spacing=spacing,
                 guided=None if len(acts) in (0, len(rows)) else _send(acts, device),
@@ -170,7 +172,7 @@ def _check_generate(config, labels, num_iter, seeds, tokens, mask, shape):
         raise ValueError(f"mask must be {shape} and tokens {(*shape, config.token_dim)}")
 
 
-def _draw_noise(generators, num_steps, channels, step, rows):
+def _draw_noise(generators, rows, num_steps, channels):
     """(T + 1, N, C), the part of each image from its own generator."""
     images, counts = rows[:, 0].unique_consecutive(return_counts=True)
     parts = [

@@ -83,7 +83,8 @@ def spaced_timesteps(num_steps: int, spacing: str = "uniform") -> np.ndarray:
         raise ValueError(f"unknown spacing {spacing!r}; valid: {', '.join(SPACINGS)}")
     rounded, place = np.round(SPACINGS[spacing](num_steps)).astype(np.int64), np.arange(num_steps)
     rising = np.maximum.accumulate(rounded - place) + place  # each at least one above the one before
-    return np.minimum(rising, NUM_TRAIN_STEPS - num_steps + place)
+    first = max(rounded[-1], num_steps - 1)  # of sampling, that is the largest
+    return np.minimum(rising, first - num_steps + 1 + place)
 
 
 class Schedule:

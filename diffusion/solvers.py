@@ -8,6 +8,11 @@ predict(x_t (N, C), i) -> (eps, v), both (N, C), at step i; guidance is already 
 starting point, then one draw a step. tau is a float or (N, 1). clip is (lo, hi) for the predicted x₀, or None.
 A new solver is one function and one row of SOLVERS. Nothing here waits for the device.
 
+What τ does: it scales the noise that a solver is given to use, in `ddpm` and `dpmpp_sde` the draws of the steps, in
+`ddim` and `dpmpp`, which have no other, the starting point. Of data N(m, s²) with the exact ε all four make N(m, τ²s²)
+in the limit of many steps. The other reading, ε/τ, makes s·√(τ/(2−τ)) ≈ τ·s with the stochastic ones; with the
+deterministic ones it makes s·(s·√ᾱ)^(1/τ−1) for s ≫ √(1−ᾱ) of the last step, ᾱ being that of the starting point: no
+limit, but a spread that the choice of the first timestep decides. So the noise is scaled everywhere.
 """
 
 from collections.abc import Callable
@@ -69,9 +74,13 @@ class Solver(NamedTuple):
     spacing: str
 
 
+# Spacings: "uniform" is the published one. For the others the digits model decided (12 steps, guidance 2, distance to
+# the ODE's end of the same noise, in standard deviations 0.68 of a token): dpmpp 0.014 with logsnr, 0.059 quadratic,
+# 0.071 uniform; ddim 0.066, 0.067, 0.059. Without clipping x₀ uniform fails altogether, since it starts where ε errors
+# are multiplied by 20000: dpmpp 0.017, 0.18, 2.3; ddim 0.081, 0.19, 2.3. On Gaussian data quadratic is on a par.
 SOLVERS = {
     "ddpm": Solver(ddpm, "uniform"),
-    "ddim": Solver(partial(dpm, order=1, stochastic=False), "uniform"),
+    "ddim": Solver(partial(dpm, order=1, stochastic=False), "logsnr"),
     "dpmpp": Solver(partial(dpm, order=2, stochastic=False), "logsnr"),
     "dpmpp_sde": Solver(partial(dpm, order=2, stochastic=True), "logsnr"),
 }

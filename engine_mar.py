@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from diffusion.schedule import step_range
 from heads.rules import StepState
 from models.mar import MAR
 from train_state import TrainState
@@ -32,7 +33,7 @@ def generate(
     labels: torch.Tensor,
     rules,
     num_iter: int = 64,
-    num_steps: int = 100,
+    num_steps: int | str = 100,
     seeds=None,
     orders=None,
     noise_fn=None,
@@ -42,22 +43,25 @@ def generate(
     tokens=None,
     mask=None,
     evals=None,
+    spacing=None,
 ) -> torch.Tensor:
     """Latents (B, c, h, w) for labels (B,) long, −1 = unconditional (MAR, section 3.4 and Fig. 3).
 
     1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the diffusion
     head draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
 
+    num_steps: diffusion steps T, or "A:B" for A at the first step to B at the last (the plan says which T a step has).
     seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the ranking, its last entries
     are revealed first, as published. noise_fn(step, rows) -> (T + 1, N, C) replaces the draws, rows (N, 2) long on the
     CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each step, plan (B', L)
-    holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. clip bounds
-    the predicted x₀. evals, a Counter, grows by the network evaluations: "mar" by the images that each pass of the
-    transformer computes, "mlp" by the rows that the diffusion MLP does. The model is in eval mode inside and as it was
-    afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError.
+    holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. solver,
+    spacing, clip: see `DiffLoss.sample`. evals, a Counter, grows by the network evaluations: "mar" by the images that
+    each pass of the transformer computes, "mlp" by the rows that the diffusion MLP does. Unconditional ones are made
+    only where guidance acts (w ≠ 1). The model is in eval mode inside and as it was afterwards. Labels out of range,
+    fewer than 1 step, or tokens without mask raise ValueError.
     """
     config, device = mar.config, mar.mask_token.device
-    num_steps = int(num_steps)
+    ends = step_range(num_steps)
     batch_size, shape = len(labels), (len(labels), config.seq_len)
     _check_generate(config, labels, num_iter, seeds, tokens, mask, shape)
     if orders is not None and not torch.equal(torch.sort(torch.as_tensor(orders))[0].cpu(), _all_positions(shape)):
@@ -97,6 +101,7 @@ def generate(
                 gumbel=gumbel[index],
                 z=None,
                 images=index,
+                num_steps=ends,
             )
             num_visible = (config.seq_len - here.sum(dim=1)).tolist()
             current = tokens[index]
@@ -106,26 +111,33 @@ def generate(
 
             rows = select.nonzero()  # (N, 2), row-major
             row, column = _send(rows, device).unbind(dim=1)
-            z_uncond = None
-            if guided.any():
-                z_uncond = mar.encode_decode(current, state.mask, None, num_visible)[row, column]
+            z_uncond, acts = None, guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,): where guidance acts
+            who = guided.any(dim=1).nonzero().squeeze(1)  # and on which images
+            if len(who):
+                there, visible = _send(who, device), [num_visible[i] for i in who.tolist()]
+                at, place = _send(guided[who].nonzero(), device).unbind(dim=1)
+                z_uncond = mar.encode_decode(current[there], state.mask[there], None, visible)[at, place]  # (G, D)
             rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-            noise = noise_fn(step, rows) if noise_fn else _draw_noise(generators, rows, num_steps, config.token_dim)
+            if noise_fn:
+                noise = noise_fn(step, rows)
+            else:
+                noise = _draw_noise(generators, rows, plan.num_steps, config.token_dim)
             drawn = mar.diffloss.sample(
                 state.z[row, column],
                 z_uncond,
-                cfg=plan.cfg[row, column] if guided.any() else 1.0,
+                cfg=plan.cfg[row, column] if len(who) else 1.0,
                 tau=plan.tau[row, column],
-                num_steps=num_steps,
+                num_steps=plan.num_steps,
                 solver=solver,
                 noise=_send(noise, device),
                 clip=clip,
+                spacing=spacing,
+                guided=None if len(acts) in (0, len(rows)) else _send(acts, device),
             )
             tokens[index[row], column] = drawn
             unknown[rows[:, 0], rows[:, 1]] = False
             if evals is not None:
-                passes = 2 if z_uncond is not None else 1
-                evals.update(mar=passes * len(images), mlp=passes * len(rows) * num_steps)
+                evals.update(mar=len(images) + len(who), mlp=(len(rows) + len(acts)) * plan.num_steps)
             if callback:
                 callback(step, rows, plan, tokens)
     finally:
@@ -236,10 +248,11 @@ def sample_images(
                     torch.tensor([labels[i] for i in batch]),
                     rules,
                     num_iter=sampling.num_iter,
-                    num_steps=int(sampling.num_sampling_steps),
+                    num_steps=sampling.num_sampling_steps,
                     seeds=image_seeds(seed, batch),
                     callback=after_step,
                     solver=sampling.solver,
+                    spacing=sampling.spacing,
                     clip=tokenizer.clip,
                     tokens=None if edit is None else tokens.expand(len(batch), -1, -1),
                     mask=None if edit is None else mask.expand(len(batch), -1),

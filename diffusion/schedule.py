@@ -11,6 +11,8 @@ import torch
 
 NUM_TRAIN_STEPS = 1000
 MAX_BETA = 0.999
+# An error of ε becomes one of x₀ that is √(1/ᾱ − 1) times as large: 71 at this timestep, 20000 at the last.
+LAST_STABLE = 990
 
 
 def cosine_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
@@ -23,15 +25,66 @@ def cosine_betas(num_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
     return np.array([min(1 - edges[i + 1] / edges[i], MAX_BETA) for i in range(num_steps)])
 
 
-def spaced_timesteps(num_steps: int, num_train_steps: int = NUM_TRAIN_STEPS) -> np.ndarray:
-    """Evenly spaced training timesteps (num_steps,), ascending, both ends included.
+def step_range(num_steps: int | str) -> tuple[int, int]:
+    """Diffusion steps at the first and at the last autoregressive step: 100 or "100" -> (100, 100), "50:5" -> (50, 5).
 
-    The stride is accumulated in float64 and rounded half to even, so that ties fall where the published code has them.
+    Anything else, or a number outside 1…1000, raises ValueError.
     """
-    if not 1 <= num_steps <= num_train_steps:
-        raise ValueError(f"num_sampling_steps must be between 1 and {num_train_steps}, got {num_steps}")
-    stride = (num_train_steps - 1) / (num_steps - 1) if num_steps > 1 else 0.0
-    return np.round(np.cumsum([0.0] + [stride] * (num_steps - 1))).astype(np.int64)
+    ends = str(num_steps).split(":")
+    numbers = [int(end) for end in ends if end.isdecimal()]
+    if len(numbers) != len(ends) or len(ends) > 2 or not all(1 <= n <= NUM_TRAIN_STEPS for n in numbers):
+        raise ValueError(
+            f"num_sampling_steps must be a whole number between 1 and {NUM_TRAIN_STEPS}, or two with a colon between "
+            f"(50:5), got {num_steps!r}"
+        )
+    return numbers[0], numbers[-1]
+
+
+def num_steps_setting(text: int | str) -> int | str:
+    """The text in its one form, so that equal settings compare equal: 100 for "100" and "100:100", else "50:5"."""
+    first, last = step_range(text)
+    return first if first == last else f"{first}:{last}"
+
+
+# --------------------------------------------------------------------------------------------------------- spacing
+
+
+def _uniform(num_steps):
+    """Both ends included. Accumulated in float64, rounded half to even: ties fall where the published code has them."""
+    stride = (NUM_TRAIN_STEPS - 1) / (num_steps - 1) if num_steps > 1 else 0.0
+    return np.cumsum([0.0] + [stride] * (num_steps - 1))
+
+
+def _logsnr(num_steps):
+    """Even in λ = log(√ᾱ / √(1−ᾱ)), up to LAST_STABLE."""
+    kept = np.cumprod(1.0 - cosine_betas())
+    minus_lambda = 0.5 * np.log((1 - kept) / kept)  # ascending
+    even = np.linspace(minus_lambda[0], minus_lambda[LAST_STABLE], num_steps)
+    return np.interp(even, minus_lambda, np.arange(NUM_TRAIN_STEPS))
+
+
+def _quadratic(num_steps):
+    """Even in √t, up to LAST_STABLE: most steps where little noise is left (DDIM, appendix D.3)."""
+    return np.linspace(0.0, math.sqrt(LAST_STABLE), num_steps) ** 2
+
+
+# From which training timesteps T steps are made: T -> ascending numbers (T,) in [0, 999], rounded afterwards.
+SPACINGS = {"uniform": _uniform, "logsnr": _logsnr, "quadratic": _quadratic}
+
+
+def spaced_timesteps(num_steps: int, spacing: str = "uniform") -> np.ndarray:
+    """Training timesteps (num_steps,) int64, ascending and all different, from 0 on; a row of SPACINGS says which.
+
+    Rounded to whole timesteps, the only ones that the network knows; of two that fall together one is moved.
+    """
+    if not 1 <= num_steps <= NUM_TRAIN_STEPS:
+        raise ValueError(f"num_sampling_steps must be between 1 and {NUM_TRAIN_STEPS}, got {num_steps}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"unknown spacing {spacing!r}; valid: {', '.join(SPACINGS)}")
+    rounded, place = np.round(SPACINGS[spacing](num_steps)).astype(np.int64), np.arange(num_steps)
+    rising = np.maximum.accumulate(rounded - place) + place  # each at least one above the one before
+    first = max(rounded[-1], num_steps - 1)  # of sampling, that is the largest
+    return np.minimum(rising, first - num_steps + 1 + place)
 
 
 class Schedule:
@@ -79,8 +132,8 @@ class Schedule:
 
 
 @functools.lru_cache(maxsize=64)
-def cosine_schedule(num_steps: int = NUM_TRAIN_STEPS) -> Schedule:
+def cosine_schedule(num_steps: int = NUM_TRAIN_STEPS, spacing: str = "uniform") -> Schedule:
     """The cosine schedule over `num_steps` of the 1000 training steps; the betas are rebuilt so that ᾱ is kept."""
-    timesteps = spaced_timesteps(num_steps)
+    timesteps = spaced_timesteps(num_steps, spacing)
     kept = np.cumprod(1.0 - cosine_betas())[timesteps]
     return Schedule(1.0 - kept / np.append(1.0, kept[:-1]), timesteps)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
 from heads.rules import CFGS, GROUPS, ORDERS, TAUS, RuleOptions, Rules, StepState
 from util.args import flag
@@ -235,8 +236,18 @@ class SampleConfig(RuleOptions):
     tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=(*TAUS, "learned"))
     cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=(*CFGS, "learned"))
     num_iter: int = flag(64, "autoregressive steps", low=1)
-    num_sampling_steps: int = flag(100, "diffusion steps when sampling", low=1, high=1000)
+    num_sampling_steps: int | str = flag(
+        100,
+        "diffusion steps when sampling; A:B = from A at the first autoregressive step to B at the last",
+        type=num_steps_setting,
+        metavar="T|A:B",
+    )
     solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)
+    spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "num_sampling_steps", num_steps_setting(self.num_sampling_steps))
 
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""
@@ -245,15 +256,17 @@ class SampleConfig(RuleOptions):
         return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in names}, **options)
 
     def resolved(self) -> "SampleConfig":
-        """The same settings with the names of the four rules filled in, so that equal settings compare equal."""
-        names = ("order", "group", "tau_schedule", "cfg_schedule")
-        rows = zip(names, INFER_MODES[self.infer_mode])
+        """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""
+        names = ("order", "group", "tau_schedule", "cfg_schedule", "spacing")
+        rows = zip(names, (*INFER_MODES[self.infer_mode], SOLVERS[self.solver].spacing))
         return replace(self, **{name: getattr(self, name) or default for name, default in rows})
 
     def name(self) -> str:
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
-        usual = f"{self.infer_mode}_iter{self.num_iter}_steps{self.num_sampling_steps}_cfg{self.cfg:g}"
-        defaults = asdict(SampleConfig(infer_mode=self.infer_mode).resolved())
+        steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
+        usual = f"{self.infer_mode}_iter{self.num_iter}_steps{steps}_cfg{self.cfg:g}"
+        defaults = asdict(SampleConfig(infer_mode=self.infer_mode, solver=self.solver).resolved())
+        defaults["solver"] = SampleConfig.solver
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
         rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())

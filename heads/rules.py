@@ -3,7 +3,8 @@
 Legend: B images, L tokens an image, M tokens unknown at the start (L, fewer when editing), n tokens unknown now,
 K = num_iter, u = (step + 1) / K. `mask` (B, L) bool is True where a token is unknown.
 
-A rule is a function of the `StepState`; a new one is one function and one row of ORDERS, GROUPS, TAUS or CFGS.
+A rule is a function of the `StepState`; a new one is one function and one row of ORDERS, GROUPS, TAUS, CFGS or
+DIFFUSION_STEPS.
 Everything is float32 on the device of the mask, and learned rules start from these same functions.
 """
 
@@ -58,6 +59,7 @@ class StepState:
     gumbel: torch.Tensor  # (B, L), one draw for each token, fixed for the image
     z: torch.Tensor  # (B, L, D), conditional decoder output
     images: torch.Tensor  # (B,) long, where these images stand in the batch given to generate()
+    num_steps: tuple[int, int] = (100, 100)  # diffusion steps asked for at the first and at the last step
 
     def per_image(self, function) -> torch.Tensor:
         """function(u) of the progress u = (step + 1) / num_iter as float64 (B,) on the CPU, for a Python function."""
@@ -75,21 +77,33 @@ class StepState:
 
 @dataclass
 class StepPlan:
-    """What the rules decided: select (B, L) bool, and tau and cfg (B, L) float32, read where select is True."""
+    """What the rules decided: select (B, L) bool, tau and cfg (B, L) float32, read where select is True, and T."""
 
     select: torch.Tensor
     tau: torch.Tensor
     cfg: torch.Tensor
+    num_steps: int  # diffusion steps, for all images alike
+
+
+def annealed_steps(state: StepState) -> int:
+    """Diffusion steps T of this step, by the row of DIFFUSION_STEPS that was asked for: 100 constant, 50:5 linear.
+
+    A function of step and num_iter alone: images share one T, whose value must not depend on which share the batch.
+    """
+    first, last = state.num_steps
+    share = state.step / max(state.num_iter - 1, 1)
+    return DIFFUSION_STEPS["constant" if first == last else "linear"](share, first, last)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Four rules in a row; calling them with a StepState gives the StepPlan."""
+    """Five rules in a row; calling them with a StepState gives the StepPlan."""
 
     order: Callable  # (state) -> scores (B, L): highest first
     group: Callable  # (state) -> how many tokens, (B,)
     tau: Callable  # (state) -> float, (B, 1) or (B, L)
     cfg: Callable  # (state, unknown_after (B,)) -> float, (B, 1) or (B, L)
+    num_steps: Callable = annealed_steps  # (state) -> int, known without waiting for the device
 
     def __call__(self, state: StepState) -> StepPlan:
         n = state.num_unknown
@@ -98,6 +112,7 @@ class Rules:
             select=hard_topk(self.order(state), k, state.mask),
             tau=_per_token(self.tau(state), state.mask),
             cfg=_per_token(self.cfg(state, n - k), state.mask),
+            num_steps=self.num_steps(state),
         )
 
 
@@ -271,4 +286,9 @@ CFGS = {
     "linear": linear_cfg,
     "power_cosine": power_cosine_cfg,
     "interval": interval_cfg,
+}
+# T from 0, where the least is known and tokens vary most, to 1, the last step (DiSA, arXiv 2505.20297)
+DIFFUSION_STEPS = {
+    "constant": lambda share, first, last: first,
+    "linear": lambda share, first, last: round(first + (last - first) * share),
 }

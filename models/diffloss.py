@@ -48,13 +48,27 @@ class DiffLoss(nn.Module):
         return mse + vb
 
     @torch.no_grad()
-    def sample(self, z, z_uncond=None, cfg=1.0, tau=1.0, num_steps=100, solver="ddpm", noise=None, clip=None):
+    def sample(
+        self,
+        z,
+        z_uncond=None,
+        cfg=1.0,
+        tau=1.0,
+        num_steps=100,
+        solver="ddpm",
+        noise=None,
+        clip=None,
+        spacing=None,
+        guided=None,
+    ):
         """Tokens (N, C) drawn from p(token | z), float32.
 
         z, z_uncond (N, D): with z_uncond, eps = eps_u + cfg·(eps_c − eps_u), the variance is the conditional one, N
-        trajectories are carried and the net sees 2N rows. cfg, tau: float or (N,). noise (num_steps + 1, N, C), drawn
-        if None. clip (lo, hi) bounds the predicted x₀. An unknown solver, a wrong shape of noise, or guidance without
-        z_uncond raises ValueError.
+        trajectories are carried and the net sees 2N rows. cfg, tau: float or (N,); what tau does is the solver's, see
+        `diffusion.solvers`. noise (num_steps + 1, N, C), drawn if None. clip (lo, hi) bounds the predicted x₀. spacing
+        names the timesteps (`diffusion.schedule.SPACINGS`; None: the solver's). guided (G,) long: the rows that
+        guidance acts on, those of z_uncond (G, D), where it is not on all; the net sees N + G rows then. An unknown
+        solver or spacing, a wrong shape of noise, or guidance without z_uncond raises ValueError.
         """
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
@@ -69,21 +83,25 @@ class DiffLoss(nn.Module):
                 raise ValueError(f"{name} must be a number or one for each of the {len(z)} rows, got {value.numel()}")
         if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
             raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
-        guided = z_uncond is not None and not (isinstance(cfg, (int, float)) and cfg == 1.0)
-        schedule = cosine_schedule(num_steps)
+        guides = z_uncond is not None and not (isinstance(cfg, (int, float)) and cfg == 1.0)
+        rows = slice(None) if guided is None else guided
+        schedule = cosine_schedule(num_steps, spacing or SOLVERS[solver].spacing)
         timesteps = schedule.table("timesteps", z.device)
-        condition = self.net.cond_embed(torch.cat([z, z_uncond]) if guided else z)  # (N or 2N, W)
-        cfg = _column(cfg)
+        condition = self.net.cond_embed(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
+        lift = _column(cfg) - 1.0
+        if isinstance(lift, torch.Tensor) and lift.dim():
+            lift = lift[rows]  # (G, 1)
 
         def predict(x, i):
-            out = self.net(torch.cat([x, x]) if guided else x, timesteps[i : i + 1], condition).float()
+            out = self.net(torch.cat([x, x[rows]]) if guides else x, timesteps[i : i + 1], condition).float()
             eps, v = out.chunk(2, dim=-1)
-            if guided:
-                (eps, eps_u), (v, _) = eps.chunk(2), v.chunk(2)
-                eps = eps + (cfg - 1.0) * (eps - eps_u)  # = eps_u + cfg·(eps_c − eps_u), exactly eps_c at cfg 1
+            if guides:
+                eps, eps_u, v = eps[: len(x)], eps[len(x) :], v[: len(x)]
+                # = eps_u + cfg·(eps_c − eps_u), exactly eps_c at cfg 1
+                eps[rows] = eps[rows] + lift * (eps[rows] - eps_u)
             return eps, v
 
-        return SOLVERS[solver](predict, schedule, noise.float(), _column(tau), clip)
+        return SOLVERS[solver].run(predict, schedule, noise.float(), _column(tau), clip)
 
 
 def _column(value):

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusion.schedule import step_range
 from models.diffloss import DiffLoss
 from util.args import flag
 
@@ -43,8 +44,7 @@ class MARConfig:
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass")
 
     def __post_init__(self):
-        if not str(self.num_sampling_steps).isdecimal() or int(self.num_sampling_steps) < 1:
-            raise ValueError(f"num_sampling_steps must be a positive whole number, got {self.num_sampling_steps!r}")
+        step_range(self.num_sampling_steps)  # raises ValueError for what is neither a number nor two
         cell = self.vae_stride * self.patch_size
         if self.img_size < cell or self.img_size % cell:
             raise ValueError(f"img_size {self.img_size} must be a multiple of vae_stride·patch_size = {cell}")

@@ -306,6 +306,8 @@ BAD_MAIN = [
     ("--num_sampling_steps 0", "'0'"),
     ("--num_sampling_steps 1001", "'1001'"),
     ("--num_sampling_steps abc", "'abc'"),
+    ("--num_sampling_steps 50:0", "'50:0'"),
+    ("--spacing nope", "'nope'"),
     ("--mask_ratio_min 1.5", "'1.5'"),
     ("--label_drop_prob 2", "'2'"),
     ("--model nope", "'nope'"),
@@ -366,6 +368,7 @@ BAD_SAMPLE = [
     ("--infer_mode policy", "policy"),
     ("--cfg_interval 0.8,0.2", "'0.8,0.2'"),
     ("--num_sampling_steps 1001", "'1001'"),
+    ("--num_sampling_steps 100,5:", "'5:'"),
     ("--num_images 0", "'0'"),
     ("--num_images 3", "3"),  # too few for the metrics
     ("--eval_bsz 0", "'0'"),

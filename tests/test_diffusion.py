@@ -5,12 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import quad
 from torch.distributions import Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import gaussian
-from diffusion.schedule import MAX_BETA, NUM_TRAIN_STEPS, cosine_betas, cosine_schedule, spaced_timesteps
-from diffusion.solvers import SOLVERS
+from diffusion.schedule import (
+    LAST_STABLE,
+    MAX_BETA,
+    NUM_TRAIN_STEPS,
+    SPACINGS,
+    cosine_betas,
+    cosine_schedule,
+    num_steps_setting,
+    spaced_timesteps,
+    step_range,
+)
+from diffusion.solvers import SOLVERS, dpm
 from models.diffloss import DiffLoss
 from models.mar import MAR, MAR_CONFIGS
 from tests.helpers import named_weights
@@ -61,6 +72,40 @@ def test_timesteps_are_ascending_even_and_include_both_ends():
         gaps = np.diff(timesteps)
         if num_steps > 1:
             assert timesteps[-1] == 999 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_timesteps_of_every_spacing_are_different_ones_that_the_network_knows(spacing):
+    for num_steps in (*range(1, 60), 250, 700, 990, 999, 1000):
+        timesteps = spaced_timesteps(num_steps, spacing)
+        assert timesteps.dtype == np.int64 and len(timesteps) == num_steps
+        assert timesteps[0] == 0 and timesteps[-1] <= 999 and (np.diff(timesteps) >= 1).all()
+        if spacing != "uniform" and 1 < num_steps <= LAST_STABLE:
+            assert timesteps[-1] == LAST_STABLE
+    assert (spaced_timesteps(1000, spacing) == np.arange(1000)).all()
+
+
+def test_logsnr_spacing_is_even_in_logsnr_and_quadratic_in_the_root():
+    kept = np.cumprod(1 - cosine_betas())
+    t = spaced_timesteps(12, "logsnr")[1:-1]
+    gaps = np.diff(0.5 * np.log(kept / (1 - kept))[t])
+    assert gaps.std() < 0.05 * abs(gaps.mean())
+    gaps = np.diff(np.sqrt(spaced_timesteps(20, "quadratic")))[1:]
+    assert gaps.std() < 0.05 * gaps.mean()
+
+
+@pytest.mark.parametrize("text, ends", [(100, (100, 100)), ("7", (7, 7)), ("50:5", (50, 5)), ("5:50", (5, 50))])
+def test_texts_of_diffusion_steps(text, ends):
+    assert step_range(text) == ends
+    assert step_range(num_steps_setting(text)) == ends
+    assert num_steps_setting("05:5") == num_steps_setting("5") == 5  # one form
+
+
+@pytest.mark.parametrize("text", ["", ":", "5:", "1:2:3", "0:5", "50:1001", "5.0", "-1", 0, "a:b", "5;4", "٥0:x"])
+def test_texts_that_are_no_diffusion_steps(text):
+    with pytest.raises(ValueError, match="num_sampling_steps must be a whole number between 1 and 1000, or two") as e:
+        step_range(text)
+    assert repr(text) in str(e.value)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
@@ -218,48 +263,134 @@ def test_vb_trains_the_variance_only_and_mse_the_mean_only():
 # -------------------------------------------------------------------------------------------------------- solvers
 
 
-def moments(solver, num_steps, mean, std, tau=1.0):
-    """Mean and standard deviation that a solver gives for data N(mean, std²) with the exact ε and exact v.
+def moments(solver, num_steps, parts, tau=1.0, divide_eps=1.0, spacing=None):
+    """Mean and standard deviation that a solver gives for exact ε's: parts [(weight, mean, std)] of Gaussian data.
 
-    Everything is affine in the noise, so a row without noise and one with each unit of noise tell both exactly.
+    One part of weight 1 is the data's own ε (and exact v); several are guidance between them. Everything is affine in
+    the noise, so a row without noise and one with each unit of noise tell both exactly; the noise is float64.
     """
-    schedule = cosine_schedule(num_steps)
+    solver = SOLVERS.get(solver, solver)
+    schedule = cosine_schedule(num_steps, spacing or solver.spacing)
 
     def predict(x, i):
         signal, noise = schedule.alphas_cumprod[i], 1 - schedule.alphas_cumprod[i]
-        total = signal * std**2 + noise
-        eps = math.sqrt(noise) * (x - math.sqrt(signal) * mean) / total
+        eps = sum(w * math.sqrt(noise) * (x - math.sqrt(signal) * m) / (signal * s**2 + noise) for w, m, s in parts)
         # the reverse step's variance: the posterior's, and what x_t leaves open about x₀
-        variance = schedule.posterior_variance[i] + schedule.posterior_mean_coef_x0[i] ** 2 * std**2 * noise / total
+        std = parts[0][2]
+        open_x0 = std**2 * noise / (signal * std**2 + noise)
+        variance = schedule.posterior_variance[i] + schedule.posterior_mean_coef_x0[i] ** 2 * open_x0
         low, high = schedule.posterior_log_variance_clipped[i], math.log(schedule.betas[i])
         v = 2 * (math.log(variance) - low) / (high - low) - 1
-        return eps, torch.full_like(x, v)
+        return eps / divide_eps, torch.full_like(x, v)
 
-    noise = torch.zeros(num_steps + 1, num_steps + 2, 1)
+    noise = torch.zeros(num_steps + 1, num_steps + 2, 1, dtype=torch.float64)
     draws = torch.arange(num_steps + 1)
     noise[draws, draws + 1] = 1.0
-    out = solver(predict, schedule, noise, tau, None)[:, 0].double()
+    out = solver.run(predict, schedule, noise, tau, None)[:, 0].double()
     return out[0].item(), (out[1:] - out[0]).square().sum().sqrt().item()
+
+
+def limit(parts, stochastic, schedule, tau=1.0):
+    """What `moments` tend to as steps grow: the linear SDE or ODE in u = σ²/ᾱ solved by quadrature, then ε -> x₀.
+
+    With y = x/√ᾱ the ODE is dy/du = Σ w(y − m)/(s² + u)/2; the SDE has twice that drift, and noise of variance du.
+    """
+    start, end = 1 / schedule.alphas_cumprod[[-1, 0]] - 1
+    drift = 1.0 if stochastic else 0.5
+
+    def left(u, power):  # of a deviation at u, when u has fallen to end
+        return math.prod(((s**2 + end) / (s**2 + u)) ** (power * w) for w, _, s in parts)
+
+    def integral(f):
+        return quad(lambda log_u: f(math.exp(log_u)) * math.exp(log_u), math.log(end), math.log(start), limit=200)[0]
+
+    mean = integral(lambda u: drift * left(u, drift) * sum(w * m / (s**2 + u) for w, m, s in parts))
+    variance = left(start, 2 * drift) * (1 + start) * (1 if stochastic else tau**2)
+    if stochastic:
+        variance += tau**2 * integral(lambda u: left(u, 2.0))
+    keep = 1 - sum(w * end / (s**2 + end) for w, _, s in parts)
+    return keep * mean + sum(w * m * end / (s**2 + end) for w, m, s in parts), keep * math.sqrt(variance)
+
+
+STOCHASTIC = {"ddpm": True, "ddim": False, "dpmpp": False, "dpmpp_sde": True}
+ORDER = {"ddim": 1, "dpmpp": 2, "dpmpp_sde": 2}
+GUIDED = [(2.0, 0.7, 0.5), (-1.0, 0.2, 0.8)]  # w = 2 between two Gaussians
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("mean, std", [(0.7, 0.5), (-2.0, 0.2), (0.0, 1.0), (1.5, 2.0)])
 def test_every_solver_recovers_gaussian_data(solver, mean, std):
-    got_mean, got_std = moments(SOLVERS[solver], 250, mean, std)
-    assert got_mean == pytest.approx(mean, abs=0.01 * std)
+    got_mean, got_std = moments(solver, 250, [(1.0, mean, std)])
+    # x_t at the start of a deterministic solver is noise alone, though the data's still has √ᾱ·mean in it
+    assert got_mean == pytest.approx(mean, abs=0.01 * std if STOCHASTIC[solver] else 0.02 * abs(mean) * max(std, 1))
     assert got_std == pytest.approx(std, rel=0.03)
+
+
+@pytest.mark.parametrize("spacing", ["logsnr", "quadratic"])
+@pytest.mark.parametrize("parts", [[(1.0, 0.7, 0.5)], GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("solver", ORDER)
+def test_order_of_convergence(solver, parts, spacing):
+    """Twice as many steps leave 1/2 of the error at order 1, 1/4 at order 2; the limit is known in closed form."""
+    errors = []
+    for num_steps in (24, 48, 96):
+        expected = limit(parts, STOCHASTIC[solver], cosine_schedule(num_steps, spacing))
+        errors.append(math.dist(moments(solver, num_steps, parts, spacing=spacing), expected))
+    assert errors[-1] < (0.02 if ORDER[solver] == 1 else 0.002)
+    ratios = [errors[0] / errors[1], errors[1] / errors[2]]
+    low, high = {1: (1.7, 2.4), 2: (3.2, 12.0)}[ORDER[solver]]  # the last, tiny one is partly rounding of timesteps
+    assert all(low < ratio < high for ratio in ratios), ratios
+
+
+def test_few_steps_of_second_order_beat_first_order():
+    for parts in ([(1.0, 0.7, 0.5)], [(1.0, 0.7, 0.1)], GUIDED):
+        errors = {}
+        for solver in ("ddim", "dpmpp"):
+            expected = limit(parts, False, cosine_schedule(12, SOLVERS[solver].spacing))
+            errors[solver] = math.dist(moments(solver, 12, parts), expected)
+        assert errors["dpmpp"] < 0.5 * errors["ddim"]
+
+
+@pytest.mark.parametrize("tau", [0.8, 0.9, 1.05])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_two_readings_of_tau(solver, tau):
+    """Scaling the noise gives τ·s with every solver. ε/τ gives s·√(τ/(2−τ)) with a stochastic one, else no limit."""
+    mean, std = 0.7, 0.5
+    scaled = moments(solver, 250, [(1.0, mean, std)], tau, spacing="logsnr")
+    assert scaled[0] == pytest.approx(mean, abs=0.01) and scaled[1] == pytest.approx(tau * std, rel=0.02)
+    divided = [moments(solver, 250, [(1.0, mean, std)], 1.0, tau, spacing=name)[1] / std for name in SPACINGS]
+    if STOCHASTIC[solver]:
+        assert divided[1:] == pytest.approx([math.sqrt(tau / (2 - tau))] * 2, rel=0.02)
+    else:
+        assert max(divided) / min(divided) > 1.5  # it depends on the timestep where the solver starts
 
 
 def test_ancestral_sampling_of_gaussian_data_is_exact_at_any_number_of_steps():
     """Only the last step, which draws nothing, loses the spread that the first noise level had hidden."""
+    data = [(1.0, 0.7, 0.5)]
     for num_steps in (3, 10, 100):
-        mean, std = moments(SOLVERS["ddpm"], num_steps, 0.7, 0.5)
+        mean, std = moments("ddpm", num_steps, data)
         assert mean == pytest.approx(0.7, abs=1e-5) and std == pytest.approx(0.5, rel=1e-3)
-    assert (
-        moments(SOLVERS["ddpm"], 100, 0.7, 0.5, tau=0.8)[1]
-        < 0.47
-        < 0.53
-        < moments(SOLVERS["ddpm"], 100, 0.7, 0.5, tau=1.2)[1]
+    assert moments("ddpm", 100, data, tau=0.8)[1] < 0.47 < 0.53 < moments("ddpm", 100, data, tau=1.2)[1]
+
+
+def test_the_family_contains_ddim_and_ancestral_sampling():
+    """Order 1: DDIM's formula (Eq. 12 with σ = 0), and DDPM's with the posterior's variance."""
+    schedule = cosine_schedule(7, "quadratic")
+    noise = randn(8, 5, 2)
+
+    def predict(x, i):
+        return torch.tanh(x + i), torch.full_like(x, -1.0)
+
+    x = noise[0].double()
+    for i in reversed(range(7)):
+        signal, before = schedule.alphas_cumprod[i], schedule.alphas_cumprod[i - 1] if i else 1.0
+        eps = torch.tanh(x + i)
+        x = math.sqrt(before) * (x - math.sqrt(1 - signal) * eps) / math.sqrt(signal) + math.sqrt(1 - before) * eps
+    ddim = SOLVERS["ddim"].run(predict, schedule, noise, 1.0, None)
+    torch.testing.assert_close(ddim, x.float(), rtol=1e-4, atol=1e-4)
+    ancestral = dpm(predict, schedule, noise, 0.9, (-2, 2), order=1, stochastic=True)
+    torch.testing.assert_close(
+        ancestral, SOLVERS["ddpm"].run(predict, schedule, noise, 0.9, (-2, 2)), rtol=1e-4, atol=1e-4
     )
 
 
@@ -304,6 +435,42 @@ def naive_sample(diffloss, z, z_uncond, cfg, tau, noise):
     return x.float()
 
 
+@pytest.mark.parametrize("solver", [name for name in SOLVERS if name != "ddpm"])
+def test_rows_are_as_alone(solver, diffloss):
+    z, z_uncond, noise = inputs()
+    cfg, tau = torch.tensor([1.0, 3.0, 0.0, 0.5, 2.0]), torch.tensor([1.0, 0.9, 1.1, 0.0, 1.0])
+    common = dict(num_steps=NUM_STEPS, solver=solver, clip=CLIP)
+    out = diffloss.sample(z, z_uncond, cfg, tau, noise=noise, **common)
+    assert (out.abs() < 2.99).float().mean() > 0.5
+    for i in range(N):
+        rows = (z[i : i + 1], z_uncond[i : i + 1], cfg[i].item(), tau[i].item())
+        alone = diffloss.sample(*rows, noise=noise[:, i : i + 1], **common)
+        torch.testing.assert_close(out[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_unconditional_rows_only_where_guidance_acts(solver, diffloss):
+    z, z_uncond, noise = inputs()
+    cfg, acts = torch.tensor([1.0, 3.0, 1.0, 1.0, 0.5]), torch.tensor([1, 4])
+    common = dict(cfg=cfg, num_steps=NUM_STEPS, noise=noise, solver=solver, clip=CLIP)
+    rows = []
+    hook = diffloss.net.register_forward_hook(lambda net, args, out: rows.append(len(out)))
+    try:
+        some = diffloss.sample(z, z_uncond[acts], guided=acts, **common)
+    finally:
+        hook.remove()
+    assert rows == [N + 2] * NUM_STEPS
+    torch.testing.assert_close(some, diffloss.sample(z, z_uncond, **common), rtol=1e-5, atol=1e-5)
+
+
+def test_a_spacing_is_used_where_it_is_named(diffloss):
+    z, _, noise = inputs()
+    common = dict(num_steps=NUM_STEPS, noise=noise, solver="dpmpp", clip=CLIP)
+    usual = diffloss.sample(z, **common)
+    assert torch.equal(diffloss.sample(z, spacing=SOLVERS["dpmpp"].spacing, **common), usual)
+    assert not torch.allclose(diffloss.sample(z, spacing="uniform", **common), usual, atol=1e-2)
+
+
 def test_guided_sampling_against_the_textbook_row_by_row(diffloss):
     z, z_uncond, noise = inputs()
     cfg, tau = torch.tensor([1.0, 3.0, 0.0, 0.5, 2.0]), torch.tensor([1.0, 0.9, 1.1, 0.0, 1.0])
@@ -323,7 +490,7 @@ def test_cfg_of_1_is_the_plain_path(solver, diffloss):
     common = dict(num_steps=NUM_STEPS, noise=noise, solver=solver, clip=CLIP)
     plain = diffloss.sample(z, **common)
     assert torch.equal(diffloss.sample(z, z_uncond, cfg=1.0, **common), plain)
-    assert torch.equal(diffloss.sample(z, cfg=torch.ones(N), **common), plain)
+    assert torch.equal(diffloss.sample(z, cfg=torch.ones(N), tau=torch.ones(N), **common), plain)
     ones = diffloss.sample(z, z_uncond, cfg=torch.ones(N), **common)
     torch.testing.assert_close(ones, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(ones, diffloss.sample(z, -z_uncond, cfg=torch.ones(N), **common))  # exactly eps_c at cfg 1
@@ -353,8 +520,7 @@ def test_cfg_and_tau_of_a_row_act_on_that_row_only(solver, diffloss):
     out = diffloss.sample(z, z_uncond, cfg=other_cfg, tau=other_tau, **common)
     assert torch.equal(out[[0, 2, 4]], base[[0, 2, 4]])
     assert not torch.allclose(out[1], base[1], atol=1e-2)
-    if solver == "ddpm":
-        assert not torch.allclose(out[3], base[3], atol=1e-2)
+    assert not torch.allclose(out[3], base[3], atol=1e-2)
 
 
 def test_floats_and_tensors_of_tau_agree(diffloss):
@@ -399,6 +565,8 @@ def test_noise_is_drawn_where_none_is_given(diffloss):
 
 def test_sampling_errors(diffloss):
     z, z_uncond, noise = inputs()
+    with pytest.raises(ValueError, match=rf"unknown spacing 'karras'.*{', '.join(SPACINGS)}"):
+        diffloss.sample(z, num_steps=NUM_STEPS, noise=noise, spacing="karras")
     with pytest.raises(ValueError, match=rf"unknown solver 'euler'.*{', '.join(SOLVERS)}"):
         diffloss.sample(z, solver="euler", num_steps=NUM_STEPS, noise=noise)
     for wrong in (noise[1:], noise[:, 1:], noise[..., 1:]):
@@ -437,6 +605,7 @@ def test_nothing_waits_for_the_device_inside_sample(solver, diffloss):
     cfg, tau = torch.linspace(0, 2, N), torch.linspace(0.9, 1, N)
     with HostReads() as reads:
         diffloss.sample(z, z_uncond, cfg, tau, NUM_STEPS, solver, noise, clip=(-1, 1))
+        diffloss.sample(z, z_uncond[:2], cfg, tau, NUM_STEPS, solver, noise, (-1, 1), guided=torch.tensor([1, 3]))
     assert reads.seen == []
     # there is nothing to read on the meta device: copying to the host raises there
     on_meta = DiffLoss(CHANNELS, WIDTH, depth=2, width=16).to("meta")

@@ -334,6 +334,65 @@ def test_unconditional_half_is_skipped_where_all_cfg_are_1(mar, monkeypatch):
         hook.remove()
 
 
+def test_guided_rows_are_as_where_all_are_guided(mar):
+    """Leaving out the unconditional half of other images and tokens changes nothing; here counts are ragged as well."""
+    sizes, w = torch.tensor([2.0, 4.0, 1.0]), torch.tensor([2.0, 1.0, 3.0])
+
+    def sample(unguided):
+        def cfg(state, unknown_after):
+            scale = w[state.images].unsqueeze(1).repeat(1, LENGTH)
+            scale[:, 4] = 1.0
+            return torch.where(scale == 1.0, unguided, scale)
+
+        return run(mar, replace(ragged_rules(sizes), cfg=cfg), 4)
+
+    some, all_rows = sample(1.0), sample(1.0 + 1e-7)  # guided in name only
+    torch.testing.assert_close(some, all_rows, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_iter, expected", [(1, [6]), (2, [6, 2]), (4, [6, 5, 3, 2])])
+def test_annealed_diffusion_steps(mar, num_iter, expected):
+    """6:2 asks for that many draws; the result is that of constant runs where T is theirs."""
+    asked, states = [], []
+
+    def noise_fn(step, rows, given=None):
+        asked.append(given or expected[step])
+        return randn(7, len(rows), 1, seed=step)[: asked[-1] + 1]
+
+    plans = []
+    annealed = run(
+        mar,
+        rules_of(cfg=2.0),
+        num_iter,
+        num_steps="6:2",
+        noise_fn=noise_fn,
+        callback=lambda step, rows, plan, tokens: plans.append(plan.num_steps) or states.append((rows, tokens.clone())),
+    )
+    assert plans == asked == expected and annealed.isfinite().all()
+    first = []
+    run(
+        mar,
+        rules_of(cfg=2.0),
+        num_iter,
+        num_steps="6",
+        noise_fn=lambda step, rows: noise_fn(step, rows, 6),
+        callback=lambda step, rows, plan, tokens: first.append(tokens.clone()),
+    )
+    assert torch.equal(states[0][1], first[0])  # the first step has 6 in both
+    drawn = run(mar, rules_of(cfg=2.0), num_iter, num_steps="6:2")
+    if num_iter == 1:
+        assert torch.equal(drawn, run(mar, rules_of(cfg=2.0), 1, num_steps=6))
+    with pytest.raises(ValueError, match="'6:0'"):
+        run(mar, rules_of(), 2, num_steps="6:0")
+
+
+def test_a_rule_for_diffusion_steps_replaces_the_hand_made_one(mar):
+    rules = replace(rules_of(), num_steps=lambda state: 2 + state.step)
+    plans = []
+    run(mar, rules, 3, callback=lambda step, rows, plan, tokens: plans.append(plan.num_steps))
+    assert plans == [2, 3, 4]
+
+
 def test_rows_without_guidance_are_as_in_an_unguided_run(mar):
     """A batch in which one image has w = 1 and another w = 3: the first is what it is alone."""
     w = torch.tensor([[1.0], [3.0]])

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 
 import main_mar
 import sample
+from diffusion.solvers import SOLVERS
 from engine_mar import generate, sample_images
 from heads.policy import PolicyHeads, SampleConfig, build_rules
 from models.tokenizers import build_tokenizer
@@ -169,6 +171,41 @@ def test_evaluations_said_are_those_made(schedule, num_iter, num_steps, cfg):
     rules = build_rules("baseline", cfg=cfg, cfg_schedule=schedule, cfg_interval="0.2,0.7")
     said, seen = counted(tiny_mar(), rules=rules, num_iter=num_iter, num_steps=num_steps)
     assert said == seen and seen["mlp"] >= num_steps * 89  # 64 + 5 + 20 tokens at least
+
+
+def test_guidance_is_computed_for_the_images_and_tokens_it_acts_on():
+    """Image 0 has w = 1, in image 1 one token alone has another; the counts are those in closed form."""
+
+    def cfg(state, unknown_after):
+        w = torch.tensor([1.0, 1.0, 2.0, 3.0])[state.images].unsqueeze(1).repeat(1, state.mask.shape[1])
+        w[state.images == 1, 3] = 2.0
+        return w
+
+    def group(state):  # all at the second step
+        return torch.full_like(state.num_unknown, 2.0)
+
+    rules = replace(build_rules("baseline", order="raster", cfg=2.0), cfg=cfg, group=group)
+    said, seen = counted(tiny_mar(), rules=rules, num_iter=2, num_steps="4:3")
+    assert said == seen
+    # unknown: 64, 5, 20 and 64 tokens; token 3 of image 1 comes at the second step
+    assert seen["mar"] == (4 + 2) + (4 + 3)
+    assert seen["mlp"] == 4 * (8 + 4) + 3 * (62 + 3 + 18 + 62 + 1 + 18 + 62)
+
+
+def test_annealed_steps_are_counted():
+    said, seen = counted(tiny_mar(), rules=build_rules("baseline", cfg=2.0), num_iter=4, num_steps="5:2")
+    assert said == seen
+
+
+def test_settings_tell_annealed_steps_and_spacings_apart():
+    sampling = SampleConfig(num_sampling_steps="50:5", solver="dpmpp")
+    assert sampling.name() == "baseline_iter64_steps50-5_cfg1_solver-dpmpp"
+    assert replace(sampling, spacing=SOLVERS["dpmpp"].spacing).resolved() == sampling.resolved()
+    assert replace(sampling, spacing="uniform").name() == f"{sampling.name()}_spacing-uniform"
+    assert SampleConfig(num_sampling_steps="25").num_sampling_steps == 25  # as older lines of results.jsonl have it
+    assert SampleConfig().name() == "baseline_iter64_steps100_cfg1"
+    with pytest.raises(ValueError, match="'50:x'"):
+        SampleConfig(num_sampling_steps="50:x")
 
 
 @pytest.mark.parametrize("mode", ["policy", "guidance", "both"])

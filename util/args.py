@@ -92,8 +92,9 @@ def _checked(kind, low, high, choices):
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be {names[kind]}{lower}{upper}") from None
+        except ValueError as error:
+            wrong = f"invalid value {text!r}: must be {names[kind]}{lower}{upper}" if kind in names else str(error)
+            raise argparse.ArgumentTypeError(wrong) from None
         if choices is not None and value not in choices:
             raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be one of {', '.join(map(str, choices))}")
         bad = isinstance(value, float) and not math.isfinite(value)

@@ -272,7 +272,14 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
         axis.set_ylabel(HEADINGS.get(metric, metric))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=max(1, min(4, 150 // max(map(len, labels)))),
+            fontsize=9,
+            frameon=False,
+        )
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)

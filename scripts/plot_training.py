@@ -96,7 +96,7 @@ def main(argv=None) -> int:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
     if args.dry_run:
         return 0
-    runs = {folder.name if len(args.runs) > 1 else str(folder): read_run(folder) for folder in args.runs}
+    runs = {"/".join(folder.resolve().parts[-2:]): read_run(folder) for folder in args.runs}
     there = set().union(*runs.values())
     tags = [tag for tag in args.tags.split(",") if tag in there]
     if not tags:

@@ -182,7 +182,7 @@ def learned_cfg(heads, base, options):
 
 # kind: (hand-made rules, the learned one, the rule that the learned one moves)
 RULES = {
-    "order": (ORDERS, learned_order, "random"),
+    "order": (ORDERS, learned_order, "random"),  # or RuleOptions.order_base
     "group": (GROUPS, learned_group, "cosine"),
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from diffusion.schedule import step_range
 from heads.rules import StepState
+from models.feature_cache import FeatureCache
 from models.mar import MAR
 from train_state import TrainState
 from train_step import forward_backward, optimizer_step
@@ -44,6 +45,7 @@ def generate(
     mask=None,
     evals=None,
     spacing=None,
+    refresh_every=1,
 ) -> torch.Tensor:
     """Latents (B, c, h, w) for labels (B,) long, −1 = unconditional (MAR, section 3.4 and Fig. 3).
 
@@ -57,13 +59,15 @@ def generate(
     holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. solver,
     spacing, clip: see `DiffLoss.sample`. evals, a Counter, grows by the network evaluations: "mar" by the images that
     each pass of the transformer computes, "mlp" by the rows that the diffusion MLP does. Unconditional ones are made
-    only where guidance acts (w ≠ 1). The model is in eval mode inside and as it was afterwards. Labels out of range,
-    fewer than 1 step, or tokens without mask raise ValueError.
+    only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart are all tokens computed, between them
+    those that changed and those that are drawn, and learned rules see the z of the last time (`models.feature_cache`).
+    The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or tokens without
+    mask raise ValueError.
     """
     config, device = mar.config, mar.mask_token.device
     ends = step_range(num_steps)
     batch_size, shape = len(labels), (len(labels), config.seq_len)
-    _check_generate(config, labels, num_iter, seeds, tokens, mask, shape)
+    _check_generate(config, labels, num_iter, refresh_every, seeds, tokens, mask, shape)
     if orders is not None and not torch.equal(torch.sort(torch.as_tensor(orders))[0].cpu(), _all_positions(shape)):
         raise ValueError(f"orders must be {shape}, each row a permutation of the positions")
     labels = torch.as_tensor(labels).to(device)
@@ -81,6 +85,8 @@ def generate(
     else:
         tokens, unknown = tokens.to(device, torch.float32, copy=True), mask.to("cpu", torch.bool, copy=True)
 
+    conditional = FeatureCache(mar, labels, batch_size, refresh_every)
+    unconditional = FeatureCache(mar, None, batch_size, refresh_every)
     # The mask lives on the host, so that shapes are known there; one copy a step, of the plan, keeps it current.
     num_start = unknown.sum(dim=1).float()
     was_training = {module: module.training for module in mar.modules()}  # a frozen part may be in eval mode already
@@ -99,33 +105,29 @@ def generate(
                 num_unknown=_send(here.sum(dim=1).float(), device),
                 num_start=_send(num_start[images], device),
                 gumbel=gumbel[index],
-                z=None,
+                z=conditional.look(step, tokens, unknown, images),
                 images=index,
                 num_steps=ends,
             )
-            num_visible = (config.seq_len - here.sum(dim=1)).tolist()
-            current = tokens[index]
-            state.z = mar.encode_decode(current, state.mask, labels[index], num_visible)
             plan = rules(state)
             select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()  # the one wait
 
             rows = select.nonzero()  # (N, 2), row-major
             row, column = _send(rows, device).unbind(dim=1)
-            z_uncond, acts = None, guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,): where guidance acts
-            who = guided.any(dim=1).nonzero().squeeze(1)  # and on which images
-            if len(who):
-                there, visible = _send(who, device), [num_visible[i] for i in who.tolist()]
-                at, place = _send(guided[who].nonzero(), device).unbind(dim=1)
-                z_uncond = mar.encode_decode(current[there], state.mask[there], None, visible)[at, place]  # (G, D)
+            acts = guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,): where guidance acts
             rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
+            z, z_uncond = conditional.at(step, tokens, unknown, rows), None  # (N, D), (G, D)
+            if len(acts):
+                unconditional.look(step, tokens, unknown, images[guided.any(dim=1)])
+                z_uncond = unconditional.at(step, tokens, unknown, rows[acts])
             if noise_fn:
                 noise = noise_fn(step, rows)
             else:
                 noise = _draw_noise(generators, rows, plan.num_steps, config.token_dim)
             drawn = mar.diffloss.sample(
-                state.z[row, column],
+                z,
                 z_uncond,
-                cfg=plan.cfg[row, column] if len(who) else 1.0,
+                cfg=plan.cfg[row, column] if len(acts) else 1.0,
                 tau=plan.tau[row, column],
                 num_steps=plan.num_steps,
                 solver=solver,
@@ -137,12 +139,14 @@ def generate(
             tokens[index[row], column] = drawn
             unknown[rows[:, 0], rows[:, 1]] = False
             if evals is not None:
-                evals.update(mar=len(images) + len(who), mlp=(len(rows) + len(acts)) * plan.num_steps)
+                evals.update(mlp=(len(rows) + len(acts)) * plan.num_steps)
             if callback:
                 callback(step, rows, plan, tokens)
     finally:
         for module, mode in was_training.items():
             module.training = mode
+    if evals is not None:
+        evals.update(mar=conditional.passes + unconditional.passes)
     return mar.unpatchify(tokens)
 
 
@@ -155,15 +159,16 @@ def _send(tensor, device):
     return tensor.to(device, non_blocking=True)
 
 
-def _check_generate(config, labels, num_iter, seeds, tokens, mask, shape):
+def _check_generate(config, labels, num_iter, refresh_every, seeds, tokens, mask, shape):
     labels = torch.as_tensor(labels)
     if labels.dim() != 1 or not len(labels):
         raise ValueError(f"labels must be one number for each image, at least one, got shape {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= config.class_num:
         raise ValueError(f"labels must be between -1 and {config.class_num - 1}, got {low if low < -1 else high}")
-    if num_iter < 1:
-        raise ValueError(f"num_iter must be at least 1, got {num_iter}")
+    for name, value in (("num_iter", num_iter), ("refresh_every", refresh_every)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if seeds is not None and len(seeds) != len(labels):
         raise ValueError(f"seeds must be one int for each of the {len(labels)} labels, got {len(seeds)}")
     if (tokens is None) != (mask is None):
@@ -253,6 +258,7 @@ def sample_images(
                     callback=after_step,
                     solver=sampling.solver,
                     spacing=sampling.spacing,
+                    refresh_every=sampling.refresh_every,
                     clip=tokenizer.clip,
                     tokens=None if edit is None else tokens.expand(len(batch), -1, -1),
                     mask=None if edit is None else mask.expand(len(batch), -1),
@@ -266,12 +272,15 @@ def sample_images(
             progress.update(len(batch))
     seconds = time.perf_counter() - began
     rate = dist.all_sum(torch.tensor(num_made / seconds, device=device)).item()
-    counts = torch.tensor([num_made, evals["mar"], evals["mlp"]], device=device)  # whole numbers, too large for float32
-    num_made, *counts = dist.all_sum(counts).tolist()
+    # whole numbers, since they are too large for float32; parts of a pass as thousandths
+    counts = torch.tensor([num_made, round(1000 * evals["mar"]), evals["mlp"]], device=device)
+    num_made, mar_evals, mlp_evals = dist.all_sum(counts).tolist()
     dist.barrier()
     found = {"weights": run["weights"], "num_made": num_made, "seconds": round(seconds, 3)}
     found["images_per_second"] = round(rate, 3) if num_made else None
-    return found | {k: round(n / num_made, 3) if num_made else None for k, n in zip(("mar_evals", "mlp_evals"), counts)}
+    for name, count in (("mar_evals", mar_evals / 1000), ("mlp_evals", mlp_evals)):
+        found[name] = round(count / num_made, 3) if num_made else None
+    return found
 
 
 def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, folder, *, device, dtype, **more) -> dict:

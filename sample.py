@@ -33,7 +33,7 @@ from util.rng import seed_of
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list
 SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg", "temperature", "num_iter")
-SWEEPS += ("num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "seed")
+SWEEPS += ("num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "refresh_every", "seed")
 
 
 @dataclass(frozen=True)

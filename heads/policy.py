@@ -245,6 +245,10 @@ class SampleConfig(RuleOptions):
     solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)
     spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
 
+    refresh_every: int = flag(
+        1, "steps between passes over all tokens; between them only those that changed or are drawn", low=1
+    )
+
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "num_sampling_steps", num_steps_setting(self.num_sampling_steps))

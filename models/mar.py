@@ -156,28 +156,38 @@ class MAR(nn.Module):
         """
         if num_visible is None:
             num_visible = (~mask).sum(dim=1).tolist()
-        # visible positions first, in order; rows with fewer than the maximum are padded with hidden ones
-        visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, : max(num_visible)]  # (B, V)
-        padding = None
-        if min(num_visible) != max(num_visible):
-            padding = mask.gather(1, visible)  # (B, V)
+        visible, padding = self.visible_positions(mask, num_visible)
         return self.decode(self.encode(tokens, visible, padding, labels), visible, padding)
 
-    def encode(self, tokens, visible, padding, labels) -> torch.Tensor:
-        """Encoder output (B, S + V, D) for the tokens at positions visible (B, V); padding (B, V) bool or None."""
+    def visible_positions(self, mask, num_visible):
+        """(visible (B, V) long, padding (B, V) bool or None) of a mask (B, L) with so many visible tokens, B ints.
+
+        Visible positions come first, in order; rows with fewer than the maximum are padded with hidden ones.
+        """
+        visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, : max(num_visible)]
+        return visible, mask.gather(1, visible) if min(num_visible) != max(num_visible) else None
+
+    def encode(self, tokens, visible, padding, labels, run=None) -> torch.Tensor:
+        """Encoder output (B, S + V, D) for the tokens at positions visible (B, V); padding (B, V) bool or None.
+
+        run(blocks, x, attention_mask) -> x, where something else than this module shall lead through the blocks.
+        """
         size = self.config.buffer_size
-        x = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, V, C)
+        x = self.embed_tokens(tokens, visible, padding)
+        buffer = self._class_embedding(labels, tokens.shape[0]).unsqueeze(1) + self.encoder_pos_embed_learned[:, :size]
+        x = torch.cat([self.z_proj_ln(buffer.to(x.dtype)), x], dim=1)  # (B, S + V, D)
+        return self.encoder_norm((run or self._run)(self.encoder_blocks, x, self._attention_mask(padding)))
+
+    def embed_tokens(self, tokens, positions, padding=None) -> torch.Tensor:
+        """What the encoder sees (B, V, D) of the tokens (B, L, C) at positions (B, V); padding as in `encode`."""
+        x = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, V, C)
         if padding is not None:  # attention leaves the padding out, but 0 · NaN is NaN
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-        pos = self.encoder_pos_embed_learned
         x = self.z_proj(x)
-        x = x + pos[0, size:][visible].to(x.dtype)
-        buffer = self._class_embedding(labels, tokens.shape[0]).unsqueeze(1) + pos[:, :size]  # (B, S, D)
-        x = self.z_proj_ln(torch.cat([buffer.to(x.dtype), x], dim=1))
-        return self.encoder_norm(self._run(self.encoder_blocks, x, self._attention_mask(padding)))
+        return self.z_proj_ln(x + self.encoder_pos_embed_learned[0, self.config.buffer_size :][positions].to(x.dtype))
 
-    def decode(self, encoded, visible, padding) -> torch.Tensor:
-        """Decoder output z (B, L, D): mask tokens stand wherever no encoded token (B, S + V, D) does."""
+    def decode(self, encoded, visible, padding, run=None) -> torch.Tensor:
+        """Decoder output z (B, L, D): mask tokens stand wherever no encoded token (B, S + V, D) does; run as above."""
         c = self.config
         x = self.decoder_embed(encoded)  # (B, S + V, D)
         rows = visible.unsqueeze(-1).expand(-1, -1, x.shape[-1])
@@ -187,7 +197,7 @@ class MAR(nn.Module):
             seen = torch.where(padding.unsqueeze(-1), mask_token[:, : seen.shape[1]], seen)
         x = torch.cat([x[:, : c.buffer_size], mask_token.scatter(1, rows, seen)], dim=1)  # (B, S + L, D)
         x = x + self.decoder_pos_embed_learned.to(x.dtype)
-        x = self.decoder_norm(self._run(self.decoder_blocks, x, None))
+        x = self.decoder_norm((run or self._run)(self.decoder_blocks, x, None))
         return x[:, c.buffer_size :] + self.diffusion_pos_embed_learned
 
     def _class_embedding(self, labels, batch_size):

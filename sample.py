@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from engine_mar import evaluate, sample_images
-from heads.policy import SampleConfig, load_heads
+from heads.policy import FAST, FAST_DTYPE, SampleConfig, load_heads
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
@@ -46,6 +46,10 @@ class SampleArgs:
         None, "comma list of class numbers, −1 = unconditional (default: all classes in turn)"
     )
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
+    fast: bool = flag(
+        False,
+        f"--dtype {FAST_DTYPE} " + " ".join(f"--{k} {v}" for k, v in FAST.items()) + ", where not given otherwise",
+    )
     seed: int = flag(0, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
     model: str | None = flag(
@@ -192,6 +196,8 @@ def run(args: SampleArgs, given: dict) -> int:
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     base |= editing_defaults(args, given, len(class_labels))
+    if args.fast:
+        base |= FAST
     base |= {k: v for k, v in given.items() if k not in SWEEPS}
     settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
     suffix = f"_n{evaluation.num_images}" + ("_no_ema" if args.no_ema else "")
@@ -215,7 +221,7 @@ def run(args: SampleArgs, given: dict) -> int:
         reference = build_reference(evaluation, data, source, img_size)
         evaluation.check(reference, img_size)
     device = dist.pick_device(args.device)
-    dtype = dist.pick_dtype(args.dtype, device)
+    dtype = dist.pick_dtype(args.dtype or (FAST_DTYPE if args.fast else None), device)
 
     dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
     shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)

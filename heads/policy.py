@@ -274,3 +274,8 @@ class SampleConfig(RuleOptions):
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
         rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
+
+
+# What --fast stands for. The quality of each of these, and their speed: docs/speed.md
+FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:6", refresh_every=3)
+FAST_DTYPE = "bf16"

@@ -1,0 +1,376 @@
+"""Speed on this device: published settings in float32, then each lever added in turn, for sampling and for training.
+
+    python scripts/bench.py                 # MAR-B, random weights, batch 8, 16 steps: under 20 minutes on 2 CPU cores
+    python scripts/bench.py --quick         # batch 1, one repeat: under 3 minutes
+    python scripts/bench.py --only heads --preset digits       # what heads and training masks cost
+
+Seconds are medians of the repeats, ratios compare rows of this run. FLOPs are counted on the meta device; "of peak" is
+their rate as a share of that of large matrix products of the same dtype, timed in the same run. 100 diffusion steps are
+timed as 5 and multiplied: every step is the same work. Where only diffusion settings differ from the row above, the
+transformer is not run again and its seconds are that row's.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from build import new_state
+from config import PRESETS, TrainConfig, mar_config, resolve
+from diffusion.schedule import step_range
+from engine_mar import generate
+from heads.policy import FAST, FAST_DTYPE, HEADS, PolicyHeads, build_rules
+from heads.training import TrainingLoss
+from models.diffloss import DiffLoss
+from models.feature_cache import FeatureCache
+from models.mar import MAR
+from models.tokenizers import build_tokenizer
+from train_state import TrainState
+from train_step import _prepare, forward_backward, optimizer_step
+from util import dist
+from util.args import flag, make_parser, pick, run_main
+from util.timing import PeakMemory, Stopwatch, matmul_rate
+
+TIMED_STEPS = 5  # of a row with many more diffusion steps
+PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1)
+FEW = dict(solver=FAST["solver"], num_sampling_steps=str(step_range(FAST["num_sampling_steps"])[0]))
+# name: what it changes in the row above
+SAMPLING = {
+    "published settings, fp32": {},
+    f"+ {FAST_DTYPE}": dict(dtype=FAST_DTYPE),
+    f"+ solver {FEW['solver']}, {FEW['num_sampling_steps']} steps": FEW,
+    f"+ annealing, {FAST['num_sampling_steps']} steps": dict(num_sampling_steps=FAST["num_sampling_steps"]),
+    f"+ feature cache, a whole pass in {FAST['refresh_every']}: --fast": dict(refresh_every=FAST["refresh_every"]),
+    "--fast, heads in mode both": dict(mode="both"),
+}
+FASTEST = PUBLISHED | FAST | dict(dtype=FAST_DTYPE)
+# name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
+TRAINING = {
+    "all rows, fp32": (dict(dtype="fp32"), True),
+    "masked rows, fp32": (dict(dtype="fp32"), False),
+    "masked rows, bf16": (dict(dtype="bf16"), False),
+}
+STAGE = dict(mask_ratio_min=0.0, mask_ratio_per_image=True)  # the masks that heads are trained on
+NEXT = dict(order="halton", train_targets="next")
+POLICY = dict(train_masks="policy", train_targets="next", learn="order,group")
+HEAD_COSTS = {
+    "random masks": {},
+    "random masks of every ratio": STAGE,
+    **{f"+ {kind} head": STAGE | dict(learn=kind) for kind in HEADS},
+    "+ all four": STAGE | dict(learn=",".join(HEADS)),
+    "all four, all else frozen": STAGE | dict(learn=",".join(HEADS), freeze_backbone=True, train_diffloss=False),
+    "visited masks": dict(train_masks="visited", order="halton"),
+    "visited masks, next targets": dict(train_masks="visited", **NEXT),
+    "policy masks, 1 pass, order and group": POLICY,
+    "policy masks, 4 passes, order and group": POLICY | dict(policy_passes=4),
+}
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """What is timed."""
+
+    preset: str = flag("mar_base", "model and settings", choices=PRESETS)
+    batch_size: int = flag(8, "images sampled together", low=1)
+    train_batch_size: int = flag(4, "images a training step", low=1)
+    num_iter: int = flag(16, "autoregressive steps", low=1)
+    cfg: float = flag(2.9, "guidance scale, linear schedule", low=0)
+    repeats: int = flag(3, "repeats, their median counts", low=1)
+    only: str = flag("sampling,training,scaling", "comma list of sampling, training, scaling, heads, fast")
+    quick: bool = flag(False, "batch 1, one repeat, sampling and training")
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+    dry_run: bool = flag(False, "print the rows and stop")
+
+
+class Bench:
+    """A model with random weights, and what all rows are compared with."""
+
+    def __init__(self, args: BenchArgs):
+        self.args, self.device = args, dist.pick_device(args.device)
+        self.config = mar_config(resolve({"preset": args.preset}))
+        self.peak = PeakMemory(self.device)
+        self.rates, self.mar = {}, None
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s of large matrix products of this dtype, measured once."""
+        if dtype not in self.rates:
+            self.rates[dtype] = matmul_rate(self.device, dist.DTYPES[dtype])
+        return self.rates[dtype]
+
+    def build(self) -> None:
+        """The model that is sampled from, and its twin without memory."""
+        torch.manual_seed(0)
+        self.mar = MAR(self.config).to(self.device).eval().requires_grad_(False)
+        self.heads = PolicyHeads(self.config.decoder_embed_dim).to(self.device).eval()
+        self.meta = MAR(self.config).to("meta").eval()
+
+    def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
+        """({transformer, diffusion, total}: seconds of a batch, [(step, rows)]); stub: leave the transformer out."""
+        if self.mar is None:
+            self.build()
+        batch_size, asked = batch_size or self.args.batch_size, row["num_sampling_steps"]
+        shortened = ":" not in asked and int(asked) > 4 * TIMED_STEPS
+        rules = build_rules(row["mode"], self.heads, cfg=self.args.cfg)
+        watch, steps, dim = Stopwatch(self.device), [], self.config.decoder_embed_dim
+        with ExitStack() as stack:
+            stack.enter_context(dist.autocast(self.device, dist.DTYPES[row["dtype"]]))
+            if stub:
+                empty = torch.zeros(batch_size, self.config.seq_len, dim, device=self.device)
+                stack.enter_context(patch.object(FeatureCache, "look", lambda *args: empty[: len(args[-1])]))
+                at = patch.object(FeatureCache, "at", lambda *args: empty.flatten(0, 1)[: len(args[-1])])
+                stack.enter_context(at)
+            stack.enter_context(watch.watch(FeatureCache, "look", "transformer"))
+            stack.enter_context(watch.watch(FeatureCache, "at", "transformer"))
+            stack.enter_context(watch.watch(DiffLoss, "sample", "diffusion"))
+            began = watch.now()
+            generate(
+                self.mar,
+                torch.arange(batch_size) % self.config.class_num,
+                rules,
+                num_iter or self.args.num_iter,
+                TIMED_STEPS if shortened else asked,
+                seeds=range(batch_size),
+                solver=row["solver"],
+                refresh_every=row["refresh_every"],
+                callback=lambda step, rows, *_: steps.append((step, rows)),
+            )
+            total = watch.now() - began
+        found = dict(watch.seconds, total=total)
+        if shortened:
+            more = found["diffusion"] * (int(asked) / TIMED_STEPS - 1)
+            found = found | {k: found[k] + more for k in ("diffusion", "total")}
+        return found, steps
+
+    def sampling_flops(self, row: dict, steps: list) -> dict:
+        """FLOPs of {transformer, diffusion} for a batch, counted while its shapes pass through the twin, guided."""
+        size, length = self.args.batch_size, self.config.seq_len
+        tokens = torch.zeros(size, length, self.config.token_dim, device="meta")
+        unknown, flops = torch.ones(size, length, dtype=torch.bool), {}
+        halves = [FeatureCache(self.meta, None, size, row["refresh_every"]) for _ in range(2)]
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for step, rows in steps:
+                for half in halves:
+                    half.look(step, tokens, unknown, rows[:, 0].unique())
+                    half.at(step, tokens, unknown, rows)
+                unknown[rows[:, 0], rows[:, 1]] = False
+        flops["transformer"] = counter.get_total_flops()
+        first, last = step_range(row["num_sampling_steps"])
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for step, rows in steps:
+                num_steps = round(first + (last - first) * step / max(len(steps) - 1, 1))
+                z = torch.zeros(len(rows), self.config.decoder_embed_dim, device="meta")
+                self.meta.diffloss.sample(z, z, cfg=2.0, num_steps=num_steps)
+        flops["diffusion"] = counter.get_total_flops()
+        return flops
+
+
+def sampling(bench: Bench) -> None:
+    """The levers of sampling, one added after the other."""
+    args, settings, first, before, above = bench.args, PUBLISHED, None, None, None
+    table = []
+    for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
+        settings = settings | change
+        stub = above is not None and bool(change) and change.keys() <= FEW.keys()
+        bench.peak.reset()
+        runs = [bench.sample(settings, stub=stub) for _ in range(args.repeats)]
+        found = {k: statistics.median(run[k] for run, _ in runs) for k in runs[0][0]}
+        memory = "=" if stub else f"{bench.peak.read() / 1e9:.1f}"
+        if stub:
+            rest = above["total"] - above["diffusion"]
+            found |= dict(transformer=above["transformer"], total=rest + found["diffusion"])
+        flops = bench.sampling_flops(settings, runs[0][1])
+        peak = {k: flops[k] / found[k] / bench.rate(settings["dtype"]) for k in flops}
+        first, above = first or found["total"], found
+        each = args.batch_size
+        table.append(
+            [name, f"{found['total'] / each:.2f}", f"{found['transformer'] / each:.2f}"]
+            + [
+                f"{found['diffusion'] / each:.2f}",
+                f"{first / found['total']:.2f}",
+                f"{sum(flops.values()) / each / 1e12:.2f}",
+            ]
+            + [f"{peak['transformer']:.0%}", f"{peak['diffusion']:.0%}", memory]
+        )
+        if "both" in name:
+            table[-1][0] += f" ({found['total'] / before['total'] - 1:+.1%})"
+        before = found
+    print(f"\nSampling: {args.preset}, {args.num_iter} steps, batch {each}, cfg {args.cfg:g}, seconds an image\n")
+    head = [
+        "",
+        "seconds",
+        "transformer",
+        "diffusion",
+        "faster by",
+        "TFLOPs",
+        "transformer, of peak",
+        "diffusion, of peak",
+    ]
+    print_table([*head, "peak memory, GB"], table)
+
+
+def training_state(bench: Bench, flags: dict, batch_size=None) -> tuple[TrainState, TrainConfig]:
+    """A state that trains with these flags of main_mar.py."""
+    size = {} if batch_size is None else {"batch_size": batch_size}
+    values = resolve({"preset": bench.args.preset, **size, **flags})
+    args = pick(TrainConfig, values)
+    torch.manual_seed(0)
+    mar = MAR(mar_config(values)).to(bench.device)
+    heads = args.heads(mar.config.decoder_embed_dim)
+    heads = heads.to(bench.device) if heads is not None else None
+    tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
+    dtype = dist.pick_dtype(args.dtype, bench.device)
+    state = new_state(values, mar, tokenizer, heads, bench.device, dtype)
+    state.module.train()
+    return state, args
+
+
+def random_batch(config, batch_size):
+    """(images or latents of the model's size, labels, indices)."""
+    side = config.img_size // config.vae_stride
+    shape = (batch_size, config.vae_embed_dim, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(batch_size) % config.class_num, torch.arange(batch_size)
+
+
+def training_seconds(bench: Bench, state: TrainState, args: TrainConfig, num_steps: int = 1) -> float:
+    """Time of some steps on random images."""
+    batch, watch = random_batch(state.mar.config, args.batch_size), Stopwatch(bench.device)
+    began = watch.now()
+    for _ in range(num_steps):
+        terms = forward_backward(state, *batch, args, False)
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip)
+        _ = terms["loss"].item()
+        optimizer_step(state, norm.item())
+    return watch.now() - began
+
+
+def all_rows(draws, encode, device):
+    """In the place of `heads.visiting.Visits`: the published masks, with every token in the diffusion MLP."""
+    return draws.with_mask(draws.mask, draws.step, torch.ones_like(draws.mask))
+
+
+def training_flops(state: TrainState, args: TrainConfig) -> int:
+    """FLOPs of forward and backward pass, counted on the meta device."""
+    tokens, labels, draws = _prepare(state, *random_batch(state.mar.config, args.batch_size), args, False)
+    twin = TrainingLoss(MAR(state.mar.config).to("meta")).train()
+    with FlopCounterMode(display=False) as counter:
+        num_targets = torch.ones((), device="meta")
+        twin(tokens.to("meta"), labels.to("meta"), draws.to("meta"), num_targets)["loss"].backward()
+    return counter.get_total_flops()
+
+
+def training(bench: Bench) -> None:
+    """A training step: the rows that the diffusion MLP computes, then bf16."""
+    bench.mar, table, first = None, [], None  # several large models do not fit
+    size = bench.args.train_batch_size
+    for name, (flags, whole) in tqdm(TRAINING.items(), desc="training", leave=False):
+        state, args = training_state(bench, flags, size)
+        state.visits = all_rows if whole else None
+        bench.peak.reset()
+        times = [training_seconds(bench, state, args) for _ in range(bench.args.repeats + 1)]
+        middle, memory = statistics.median(times[1:]), bench.peak.read() / 1e9  # the first warms up
+        flops, first = training_flops(state, args), first or middle
+        share = flops / middle / bench.rate(flags["dtype"])
+        table.append(
+            [name, f"{middle:.2f}", f"{first / middle:.2f}", f"{flops / 1e12:.2f}", f"{share:.0%}", f"{memory:.1f}"]
+        )
+        del state
+    print(f"\nTraining: {bench.args.preset}, batch {size}, seconds a step\n")
+    print_table(["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB"], table)
+
+
+def heads(bench: Bench) -> None:
+    """What each head and each kind of mask costs in training, at the preset's batch size."""
+    table, first = [], None
+    for name, flags in tqdm(HEAD_COSTS.items(), desc="heads", leave=False):
+        state, args = training_state(bench, flags)
+        training_seconds(bench, state, args)  # warm up
+        middle = statistics.median(training_seconds(bench, state, args, 8) for _ in range(bench.args.repeats)) / 8
+        first = first or middle
+        table.append([name, f"{args.batch_size / middle:.1f}", f"{middle / first:.2f}"])
+        del state
+    print(f"\nTraining: {bench.args.preset}, batch {args.batch_size}\n")
+    print_table(["training step", "images/s", "time against random masks"], table)
+
+
+def scaling(bench: Bench) -> None:
+    """--fast at other batch sizes and numbers of steps, and in two processes; once each."""
+    args, table = bench.args, []
+    points = [(b, args.num_iter) for b in (1, 2, 4, 8, 16, 32)] + [(args.batch_size, k) for k in (8, 32, 64)]
+    for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
+        seconds = bench.sample(FASTEST, batch_size, num_iter)[0]["total"]
+        table.append([batch_size, num_iter, 1, f"{seconds / batch_size:.2f}"])
+    bench.mar = None
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+    command += [
+        "--only",
+        "fast",
+        "--device",
+        args.device,
+        "--preset",
+        args.preset,
+        "--batch_size",
+        str(args.batch_size),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = max(json.loads(line)["seconds"] for line in done.stdout.splitlines() if line.startswith("{"))
+    table.append([f"{args.batch_size} each", 16, 2, f"{seconds / args.batch_size / 2:.2f}"])
+    print(f"\n--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each\n")
+    print_table(["batch", "steps", "processes", "seconds"], table)
+
+
+def fast(bench: Bench) -> None:
+    """--fast alone, as a line of JSON; what `scaling` starts twice."""
+    bench.sample(FASTEST, batch_size=1, num_iter=1)  # warm up
+    dist.barrier()
+    print(json.dumps(bench.sample(FASTEST)[0] | {"rank": dist.rank()}), flush=True)
+
+
+SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "heads": heads, "fast": fast}
+
+
+def print_table(head: list, rows: list[list]) -> None:
+    """As Markdown, the first column to the left."""
+    print("| " + " | ".join(head) + " |")
+    print("| --- |" + " ---: |" * (len(head) - 1))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def main(argv=None) -> int:
+    """Run the sections asked for, print their tables; returns the exit code."""
+    given = vars(make_parser("bench.py", __doc__.splitlines()[0], BenchArgs).parse_args(argv))
+    quick = dict(batch_size=1, train_batch_size=1, repeats=1, only="sampling,training") if given.get("quick") else {}
+    args = BenchArgs(**{**quick, **given})
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise ValueError(f"--only {unknown[0]!r} is not a section; valid: {', '.join(SECTIONS)}")
+    if args.dry_run:
+        print("\n".join([*SAMPLING, *TRAINING, *HEAD_COSTS]))
+        return 0
+    try:
+        dist.init(dist.pick_device(args.device))
+        bench = Bench(args)
+        if "fast" not in names:
+            rates = ", ".join(f"{bench.rate(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in ("fp32", "bf16"))
+            print(f"{bench.device.type}, {torch.get_num_threads()} threads; large matrix products: {rates}")
+        for name in names:
+            SECTIONS[name](bench)
+    finally:
+        dist.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -90,7 +90,9 @@ class FeatureCache:
         share = (2 * new.sum(dim=1) + wanted.sum(dim=1)) / (2 * size + length + known.sum(dim=1))
         self.passes += share.sum().item()
 
-        there, new_at, wanted_at = (_send(x, device) for x in (images, _positions(new), _positions(wanted)))
+        new_at, wanted_at = _positions(new), _positions(wanted)
+        real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; known here without waiting
+        there, new_at, wanted_at, real = (_send(x, device) for x in (images, new_at, wanted_at, real))
         # new tokens look at the buffer and at all that is known; padding reads any token, and writes where nobody looks
         keys = torch.cat([known.new_ones(len(images), size), known], dim=1)
         keys = _send(keys, device)[:, None, None, :]
@@ -104,7 +106,7 @@ class FeatureCache:
         x = torch.cat([x, mask_token], dim=1) + pos.to(x.dtype)
         x = mar.decoder_norm(self._run(mar.decoder_blocks, x, None, there, size + at))[:, new_at.shape[1] :]
         z = x + mar.diffusion_pos_embed_learned[0][wanted_at.clamp(max=length - 1)]
-        return z[wanted_at < length]
+        return z.flatten(0, 1)[real]
 
     def _run(self, blocks, x, mask, images, slots, whole=False):
         """x (B', ·, D) through the blocks; keys and values are written to slots (B', ·) of the images (B',).

@@ -115,7 +115,7 @@ class Bench:
         self.meta = MAR(self.config).to("meta").eval()
 
     def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
-        """({transformer, diffusion, total}: seconds of a batch, [(step, rows)]); stub: leave the transformer out."""
+        """({transformer, diffusion, total}: seconds of a batch, [(rows, T) of each step]); stub: no transformer."""
         if self.mar is None:
             self.build()
         batch_size, asked = batch_size or self.args.batch_size, row["num_sampling_steps"]
@@ -142,7 +142,7 @@ class Bench:
                 seeds=range(batch_size),
                 solver=row["solver"],
                 refresh_every=row["refresh_every"],
-                callback=lambda step, rows, *_: steps.append((step, rows)),
+                callback=lambda step, rows, plan, _: steps.append((rows, asked if shortened else plan.num_steps)),
             )
             total = watch.now() - began
         found = dict(watch.seconds, total=total)
@@ -151,27 +151,30 @@ class Bench:
             found = found | {k: found[k] + more for k in ("diffusion", "total")}
         return found, steps
 
-    def sampling_flops(self, row: dict, steps: list) -> dict:
+    def sampling_flops(self, steps: list, refresh_every: int) -> dict:
         """FLOPs of {transformer, diffusion} for a batch, counted while its shapes pass through the twin, guided."""
         size, length = self.args.batch_size, self.config.seq_len
         tokens = torch.zeros(size, length, self.config.token_dim, device="meta")
         unknown, flops = torch.ones(size, length, dtype=torch.bool), {}
-        halves = [FeatureCache(self.meta, None, size, row["refresh_every"]) for _ in range(2)]
+        halves = [FeatureCache(self.meta, None, size, refresh_every) for _ in range(2)]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            for step, rows in steps:
+            for step, (rows, _) in enumerate(steps):
                 for half in halves:
                     half.look(step, tokens, unknown, rows[:, 0].unique())
                     half.at(step, tokens, unknown, rows)
                 unknown[rows[:, 0], rows[:, 1]] = False
         flops["transformer"] = counter.get_total_flops()
-        first, last = step_range(row["num_sampling_steps"])
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            for step, rows in steps:
-                num_steps = round(first + (last - first) * step / max(len(steps) - 1, 1))
-                z = torch.zeros(len(rows), self.config.decoder_embed_dim, device="meta")
-                self.meta.diffloss.sample(z, z, cfg=2.0, num_steps=num_steps)
-        flops["diffusion"] = counter.get_total_flops()
+        flops["diffusion"] = 0
+        for rows, num_steps in steps:
+            one, two = (self._diffusion_flops(len(rows), few) for few in (1, 2))
+            flops["diffusion"] += one + (int(num_steps) - 1) * (two - one)
         return flops
+
+    def _diffusion_flops(self, num_rows: int, num_steps: int) -> int:
+        z = torch.zeros(num_rows, self.config.decoder_embed_dim, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.meta.diffloss.sample(z, z, cfg=2.0, num_steps=num_steps)
+        return counter.get_total_flops()
 
 
 def sampling(bench: Bench) -> None:
@@ -188,7 +191,7 @@ def sampling(bench: Bench) -> None:
         if stub:
             rest = above["total"] - above["diffusion"]
             found |= dict(transformer=above["transformer"], total=rest + found["diffusion"])
-        flops = bench.sampling_flops(settings, runs[0][1])
+        flops = bench.sampling_flops(runs[0][1], settings["refresh_every"])
         peak = {k: flops[k] / found[k] / bench.rate(settings["dtype"]) for k in flops}
         first, above = first or found["total"], found
         each = args.batch_size

@@ -1,0 +1,81 @@
+"""The benchmark: its tables have their rows, its FLOPs are those of the formula, its stopwatch sees what it watches."""
+
+import pytest
+import torch
+
+from scripts import bench
+from scripts.bench import PUBLISHED, SAMPLING, SECTIONS, TRAINING, Bench, BenchArgs, main
+from util.timing import PeakMemory, Stopwatch, matmul_rate
+
+
+@pytest.fixture(autouse=True)
+def small_products(monkeypatch):
+    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: matmul_rate(device, dtype, size=64))
+
+
+SMALL = ("--preset", "digits", "--batch_size", "2", "--train_batch_size", "2", "--num_iter", "2", "--repeats", "1")
+
+
+def rows_of(text):
+    """{first cell: the others} of all Markdown tables."""
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {first: rest for first, *rest in cells}
+
+
+def test_every_lever_has_a_row(capsys):
+    assert main([*SMALL, "--only", "sampling,training"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    first = list(SAMPLING)[0]
+    assert rows[first][3] == "1.00"
+    for name in (*SAMPLING, *TRAINING):
+        found = next(rest for row, rest in rows.items() if row.startswith(name))
+        assert float(found[0]) > 0
+    steps = [rest for row, rest in rows.items() if row in SAMPLING]
+    assert [row[-1] == "=" for row in steps] == [False, False, True, True, False]  # these run no transformer
+
+
+def test_unknown_section(capsys):
+    with pytest.raises(ValueError, match="'speed' is not a section; valid: sampling"):
+        main(["--only", "speed"])
+    assert set(SECTIONS) == {"sampling", "training", "scaling", "heads", "fast"}
+
+
+def test_flops_are_those_of_the_formula():
+    run = Bench(BenchArgs(preset="digits", batch_size=2, num_iter=3, cfg=2.0, device="cpu"))
+    _, steps = run.sample(PUBLISHED)
+    found = run.sampling_flops(steps, 1)
+    c, size, width = run.config, 2, run.config.encoder_embed_dim
+    slots = c.buffer_size + c.seq_len
+
+    def blocks(depth, tokens):  # 12·D² weights a block, scores and their use
+        return depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
+
+    transformer, known = 0, 0
+    for rows, _ in steps:
+        seen = c.buffer_size + known
+        embed = 2 * known * c.token_dim * width + 2 * seen * width**2  # z_proj, decoder_embed
+        transformer += 2 * size * (blocks(c.encoder_depth, seen) + embed + blocks(c.decoder_depth, slots))
+        known += len(rows) // size
+    assert known == c.seq_len and found["transformer"] == transformer
+    w, num_rows = c.diffloss_w, 2 * size * c.seq_len
+    a_row = 2 * (c.token_dim * w + c.diffloss_d * 5 * w**2 + 2 * w**2 + 2 * w * c.token_dim)
+    a_step = 2 * (256 * w + w**2)  # the embedding of the time, one for all rows
+    condition = 2 * num_rows * width * w
+    assert found["diffusion"] == 100 * (num_rows * a_row + len(steps) * a_step) + condition
+
+
+def test_stopwatch_and_memory():
+    class Work:
+        def run(self, x):
+            return torch.ones(1000, x).sum().item()
+
+    watch, original = Stopwatch(torch.device("cpu")), Work.run
+    with watch.watch(Work, "run", "work"):
+        assert Work().run(3) == Work().run(3) == 3000
+    assert watch.seconds["work"] > 0 and Work.run is original
+    peak = PeakMemory(torch.device("cpu"))
+    peak.reset()
+    before = peak.read()
+    block = torch.ones(64, 2**20)  # 256 MiB
+    after = peak.read()
+    assert before != before or after - before > 0.8 * block.nbytes

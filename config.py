@@ -47,6 +47,7 @@ class TrainConfig:
     freeze_backbone: bool = flag(False, "do not train the transformer")
     train_diffloss: bool = flag(True, "train the diffusion MLP")
     learn: str = flag("", "comma list of heads to train: order, group, tau, cfg")
+    heads_from: float = flag(0.0, "epoch from which they are trained; until then hand-made rules make the masks", low=0)
     tau_mode: str = flag("global", "one temperature an image, or one a token", choices=SCOPES)
     cfg_mode: str = flag("global", "one guidance scale an image, or one a token", choices=SCOPES)
     rho_min: float = flag(0.0, "smallest share of the unknown tokens that the group head takes", low=0, high=1)

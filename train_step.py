@@ -53,6 +53,7 @@ def _prepare(state, batch, labels, indices, args, flip):
         cfg_max=args.cfg_train_max,
         every_token=state.visits is not None,
     )
+    draws.heads_rest = state.step < args.heads_from * state.steps_per_epoch
     flips = draws.flip.to(state.device) if flip else None
     seeds = [seed_of("posterior", args.seed, state.step, sample) for sample in samples]
     tokens = state.tokens(batch.to(state.device, non_blocking=True), flips, seeds)
@@ -60,9 +61,18 @@ def _prepare(state, batch, labels, indices, args, flip):
     if state.visits is not None:
         state.module.eval()  # no dropout in the scores
         with autocast(state.device, state.dtype):
-            draws = state.visits(draws, lambda mask, n: state.mar.encode_decode(tokens, mask, labels, n), state.device)
+            draws = state.visits(draws, lambda mask, n: _score(state.mar, tokens, mask, labels, n), state.device)
         state.module.train()
     return tokens, labels, draws
+
+
+def _score(mar, tokens, mask, labels, num_visible):
+    """`encode_decode`; where nothing is visible yet, once for each class instead of for each image."""
+    if any(num_visible):
+        return mar.encode_decode(tokens, mask, labels, num_visible)
+    classes, which = labels.cpu().unique(return_inverse=True)  # scoring waits for the device anyway
+    classes, which = (x.to(labels.device, non_blocking=True) for x in (classes, which))
+    return mar.encode_decode(tokens[: len(classes)], mask[: len(classes)], classes, num_visible[: len(classes)])[which]
 
 
 def _split(items, parts):

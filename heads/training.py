@@ -156,7 +156,9 @@ class TrainingLoss(nn.Module):
         def to_rows(x):  # (b, L, …) -> (m·N, …), the rows
             return x.flatten(0, 1)[draws.rows].repeat(repeats, *[1] * (x.dim() - 2))
 
-        plan = HeadPlan(self.heads, self.config, self.options, draws, z) if self.heads is not None else None
+        plan = None
+        if self.heads is not None and not draws.heads_rest:
+            plan = HeadPlan(self.heads, self.config, self.options, draws, z)
         tau = to_rows(plan.tau.expand(draws.mask.shape)) if plan and plan.tau is not None else None
         target, noise, t = to_rows(tokens), draws.noise.flatten(0, 1), draws.t.flatten()
         x_t = self.mar.diffloss.noised(target, t, noise, tau)
@@ -174,6 +176,8 @@ class TrainingLoss(nn.Module):
                 found["cfg"] = guidance_loss(w, eps.detach(), eps_u, noise, keep)
             loss = loss + sum(getattr(self.config, f"lambda_{name}") * value for name, value in found.items())
             terms |= found | plan.statistics()
+        elif self.heads is not None:  # DistributedDataParallel waits for a gradient of every parameter
+            loss = loss + 0.0 * sum(p.sum() for p in self.heads.parameters())
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def _predict(self, x_t, t, z, repeats, num_targets):

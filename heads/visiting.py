@@ -64,14 +64,19 @@ class Visits:
         Where learned rules are scored, a pass waits for the device once.
         """
         options = self.options | {"cfg": draws.cfg.unsqueeze(1)}
-        rules = build_rules("baseline", self.heads, **self.names, **options)
+        heads, names, num_passes = self.heads, self.names, self.num_passes
+        if draws.heads_rest:  # the rules that untrained heads reproduce
+            bases = {"order": options.get("order_base", "random"), "group": "cosine"}
+            heads, num_passes = None, 0
+            names = {kind: bases[kind] if name == "learned" else name for kind, name in names.items()}
+        rules = build_rules("baseline", heads, **names, **options)
         goal = (draws.place * draws.num_iter).long()  # (b,), s
         plan, mask, following, z = torch.zeros_like(goal), torch.ones_like(draws.mask), None, None
-        for number in range(max(self.num_passes, 1)):
-            if self.num_passes:
+        for number in range(max(num_passes, 1)):
+            if num_passes:
                 z = encode(mask.to(device, non_blocking=True), (~mask).sum(dim=1).tolist())
             # this pass serves the plans below `until`; the last plan, at the goal, says what comes next
-            until = (number + 1) * (goal + 1) // max(self.num_passes, 1)
+            until = (number + 1) * (goal + 1) // max(num_passes, 1)
             while (active := (plan < until) & (plan <= goal)).any():
                 selected = self._select(rules, draws, plan, mask, z, device)
                 following = torch.where(active.unsqueeze(1), selected, mask if following is None else following)
@@ -93,4 +98,5 @@ class Visits:
             keep = draws.mix < self.config.mix_random
             mask, targets = (torch.where(keep.unsqueeze(1), draws.mask, new) for new in (mask, targets))
             step = torch.where(keep, training_state(replace(draws, step=None)).step, step)
-        return draws.with_mask(mask, step, targets, others=mask if needs_every_loss(self.heads) else None)
+        compared = needs_every_loss(self.heads) and not draws.heads_rest
+        return draws.with_mask(mask, step, targets, others=mask if compared else None)

@@ -33,6 +33,7 @@ class TrainingDraws:
     mix: torch.Tensor | None = None  # (b,) in [0, 1): a share of the images keeps its random mask
     step: torch.Tensor | None = None  # (b,) long, on the CPU: the step that meets this mask, where that is known
     num_others: int = 0  # the last so many rows are there to be compared by heads, the diffusion loss leaves them out
+    heads_rest: bool = False  # heads say nothing yet, hand-made rules decide
 
     @property
     def num_targets(self) -> int:

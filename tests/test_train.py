@@ -120,6 +120,21 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, masks):
         torch.testing.assert_close(four["model"][name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("masks", ["visited", "mix"])
+def test_heads_that_rest_change_nothing_and_learn_afterwards(tmp_path, masks):
+    """Until --heads_from the run is the one without heads, on the states of the rules that the heads start from."""
+    usual = ("--train_targets", "next", "--order", "halton", "--mask_ratio_per_image", "--lr", 1e-3)
+    alone = train(tmp_path / "alone", "--epochs", 1, "--train_masks", masks, *usual)
+    policy = "policy" if masks == "visited" else masks
+    learn = ("--train_masks", policy, "--learn", "group,tau", "--order_base", "halton", "--heads_from", 1, *usual)
+    first = train(tmp_path / "heads", "--epochs", 1, *learn)
+    assert_same(first["model"], alone["model"])
+    assert_same(first["model_ema"], alone["model_ema"])
+    outputs = [name for name in first["heads"] if not first["heads"][name].any()]
+    then = train(tmp_path / "heads", "--epochs", 2, "--lr_schedule", "constant", *learn)
+    assert len(outputs) >= 2 and all(then["heads"][name].any() for name in outputs)
+
+
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
     one = train(tmp_path / "one", "--epochs", 2, "--lr", 1e-3, *NEXT)

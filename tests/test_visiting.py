@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import train_step
 from config import resolve, visits
 from heads.losses import HeadLossConfig
 from heads.policy import PolicyHeads, build_rules
@@ -215,3 +216,18 @@ def test_which_rules_are_visited(given, names):
     visit = visits(values, heads)
     assert tuple(visit.names.values()) == names and visit.num_passes == int("learned" in names)
     assert visits(resolve(dict(preset="digits")), None) is None
+
+
+@pytest.mark.parametrize("labels", [[0, 2, 1, 0, -1, 2, 2], [1] * 7])
+def test_the_empty_canvas_is_scored_once_a_class(monkeypatch, labels):
+    mar, labels = tiny_mar(), torch.tensor(labels)
+    tokens, mask = torch.randn(7, LENGTH, 1), torch.ones(7, LENGTH, dtype=torch.bool)
+    expected = mar.encode_decode(tokens, mask, labels)
+    encode_decode, sizes = mar.encode_decode, []
+    monkeypatch.setattr(mar, "encode_decode", lambda *args: sizes.append(len(args[0])) or encode_decode(*args))
+    torch.testing.assert_close(train_step._score(mar, tokens, mask, labels, [0] * 7), expected)
+    mask[:, 0] = False
+    torch.testing.assert_close(
+        train_step._score(mar, tokens, mask, labels, [1] * 7), encode_decode(tokens, mask, labels)
+    )
+    assert sizes == [len(labels.unique()), 7]

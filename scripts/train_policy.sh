@@ -3,15 +3,17 @@
 # one checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
 #   random   published masks: the checkpoint trained on
 #   visited  the states and next groups of the best hand-made order, low-discrepancy
-#   policy   the states and next groups of the heads named in LEARN, which are trained together with the backbone
+#   policy   as visited for 80 % of the epochs, then the states and next groups of the heads named in LEARN, which are
+#            trained together with the backbone from there on (--heads_from)
+#   early    the same with heads from the start
 #   joint    the states of visited, with the same heads trained beside the backbone: no scoring pass
 #   INIT=output_dir/quickstart OUT=output_dir/policy SEEDS="1 2 3" bash scripts/train_policy.sh
 # Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS chooses what is compared, LEARN the heads of policy. EPOCHS is that of random and visited; policy gets 79 % of it,
-# joint 93 %, since their steps cost more (scripts/bench_training.py). What is made already is reused. About an hour on 2
-# CPU cores.
+# ARMS chooses what is compared, LEARN the heads of policy and early. EPOCHS is that of random, visited and policy; early
+# gets 79 % of it, joint 93 %, since their steps cost more (scripts/bench.py --only heads). What is made already is reused.
+# About an hour and a half on 2 CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
@@ -47,20 +49,22 @@ if [[ -z ${INIT:-} && $preset != mar_base ]]; then
     "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
 fi
 results=()
-for arm in ${ARMS:-random visited policy joint}; do
+for arm in ${ARMS:-random visited policy early joint}; do
     case $arm in
         random) share=100 masks=(--train_masks random) ;;
         visited) share=100 masks=(--train_masks visited --train_targets next --order halton) ;;
         joint)
             share=93 masks=(--train_masks visited --train_targets next --learn group --order halton --order_base halton)
             ;;
-        policy)
-            share=79 masks=(--train_masks policy --train_targets next --learn "$learn" --order_base halton)
+        policy | early)
+            share=100 masks=(--train_masks policy --train_targets next --learn "$learn" --order_base halton)
+            [[ $arm == policy ]] && masks+=(--heads_from $((epochs * 80 / 100)))
+            [[ $arm == early ]] && share=79
             [[ ,$learn, == *,order,* ]] || masks+=(--order halton)
             ;;
     esac
-    mode=baseline
-    [[ $arm == policy || $arm == joint ]] && mode=policy
+    mode=policy
+    [[ $arm == random || $arm == visited ]] && mode=baseline
     for seed in ${SEEDS:-1 2 3}; do
         model=$out/$arm/seed$seed
         num_epochs=$((epochs * share / 100))

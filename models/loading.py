@@ -34,6 +34,9 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
     tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
+    if config.get("latents") not in (None, tokenizer.describe()):  # of the same shape, yet it would decode noise
+        trained, here = config["latents"], tokenizer.describe()
+        raise ValueError(f"the model in {checkpoint} was trained on other latents: those of {trained}, not {here}")
     return mar.eval(), tokenizer, config
 
 

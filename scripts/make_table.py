@@ -163,10 +163,16 @@ def decimals(numbers: list[float]) -> int:
     return min(max(3 - math.floor(math.log10(largest)), 0), 4) if largest else 0
 
 
-def cell(value) -> str:
-    """A setting as text; a long one is shortened in the middle."""
-    text = "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else f"{text[:10]}…{text[-10:]}"
+def told(groups, columns: list[str]) -> list[dict[str, str]]:
+    """{setting: text} of each group; long ones are shortened in the middle, unless two would look the same."""
+    found = [{} for _ in groups]
+    for c in columns:
+        values = [settings.get(c) for settings, *_ in groups]
+        texts = ["–" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        short = [text if len(text) <= 24 else f"{text[:10]}…{text[-10:]}" for text in texts]
+        for group, text in zip(found, short if len({*short}) == len({*texts}) else texts):
+            group[c] = text
+    return found
 
 
 def markdown(groups, columns: list[str], names: list[str]) -> str:
@@ -175,8 +181,8 @@ def markdown(groups, columns: list[str], names: list[str]) -> str:
     table = [[*columns, *(["seeds"] if many else []), *(HEADINGS.get(n, n) for n in names)]]
     stats = [{n: mean_and_spread(values[n]) for n in names if n in values} for _, values, _ in groups]
     digits = {n: decimals([x for s in stats if n in s for x in s[n] if x is not None]) for n in names}
-    for (settings, _, count), found in zip(groups, stats):
-        line = [cell(settings.get(c)).replace("|", "\\|") for c in columns] + ([str(count)] if many else [])
+    for (*_, count), texts, found in zip(groups, told(groups, columns), stats):
+        line = [texts[c].replace("|", "\\|") for c in columns] + ([str(count)] if many else [])
         for n in names:
             mean, spread = found.get(n, (None, None))
             text = "–" if mean is None else f"{mean:.{digits[n]}f}"
@@ -239,9 +245,9 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
     color_by = "run" if "run" in columns and x_name != "run" else "infer_mode"
     moves = "num_iter" if any(x_name in values for _, values, _ in groups) else x_name
     lines = {}
-    for settings, values, _ in groups:
+    for (settings, values, _), texts in zip(groups, told(groups, columns)):
         if all(metric in values and point_on(x, settings, values) is not None for x, metric in panels):
-            rest = ", ".join(f"{c} {cell(settings.get(c))}" for c in columns if c not in (color_by, moves))
+            rest = ", ".join(f"{c} {texts[c]}" for c in columns if c not in (color_by, moves))
             lines.setdefault((settings.get(color_by), rest), []).append((settings, values))
     if not lines:
         needed = ", ".join(dict.fromkeys(name for panel in panels for name in panel))

@@ -24,6 +24,16 @@ case $preset in
     *) fail "unknown PRESET '$preset'; valid: digits, imagenet" ;;
 esac
 
+# The guidance scale of a published model.
+cfg_of() {
+    case $1 in
+        mar_base) echo 2.9 ;;  # published: FID 2.31, IS 281.7; FID 3.48 without guidance
+        mar_large) echo 3.0 ;; # published: FID 1.78, IS 296.0
+        mar_huge) echo 3.2 ;;  # published: FID 1.55, IS 303.7
+        *) fail "unknown model '$1'; valid: mar_base, mar_large, mar_huge" ;;
+    esac
+}
+
 # Arguments: those of make_table.py, the results first.
 finish() {
     python scripts/make_table.py "$@" --csv "$out/table.csv" --plot "$out/figure.png" | tee "$out/table.md"

@@ -16,16 +16,13 @@ if [ "$preset" = digits ]; then
         --seed "$seeds" --num_images "$num_images" "$@"
     results=("$out/results.jsonl")
 else
-    weights=${WEIGHTS:-pretrained_models/mar} steps=${NUM_ITERS:-8,16,32,64,128}
-    torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights/mar_base" --model mar_base \
-        --output_dir "$out/mar_base" --data_path "$data" --cfg 2.9 --num_iter "$steps" --num_sampling_steps 100 \
-        --eval_bsz 256 --seed "$seeds" --num_images "$num_images" "$@"
-    torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights/mar_large" --model mar_large \
-        --output_dir "$out/mar_large" --data_path "$data" --cfg 3.0 --num_iter "$steps" --num_sampling_steps 100 \
-        --eval_bsz 256 --seed "$seeds" --num_images "$num_images" "$@"
-    torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights/mar_huge" --model mar_huge \
-        --output_dir "$out/mar_huge" --data_path "$data" --cfg 3.2 --num_iter "$steps" --num_sampling_steps 100 \
-        --eval_bsz 256 --seed "$seeds" --num_images "$num_images" "$@"
-    results=("$out"/mar_{base,large,huge}/results.jsonl)
+    weights=${WEIGHTS:-pretrained_models/mar} results=()
+    for model in mar_base mar_large mar_huge; do
+        torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights/$model" --model "$model" \
+            --output_dir "$out/$model" --data_path "$data" --cfg "$(cfg_of $model)" \
+            --num_iter "${NUM_ITERS:-8,16,32,64,128}" --num_sampling_steps 100 --eval_bsz 256 --seed "$seeds" \
+            --num_images "$num_images" "$@"
+        results+=("$out/$model/results.jsonl")
+    done
 fi
 finish "${results[@]}" --metrics fid,is_mean --x images_per_second

@@ -22,6 +22,7 @@ from scripts import bench_loader, cache_latents
 from util import dist, latent_files
 from util.args import run_main
 from util.data import MemoryDataset, build_dataset
+from util.fid_stats import FIDStats, save_fid_stats
 from util.latent_files import WRITERS, image_names
 from util.latents import npz_path, open_latents
 
@@ -170,6 +171,12 @@ def test_a_cache_that_mar_wrote_is_read(pictures, tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     assert len(losses(monkeypatch, tmp_path / "out", "--use_cached", "--cached_path", mars)) == 2 * (NUM // 4)
     assert "only their shape is checked" in capsys.readouterr().out
+    damaged = mars / f"{NAMES[3]}.npz"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(bytes(300))
+    told = refused(cache_latents.main, capsys, "--cached_path", mars, "--verify")
+    assert f"{NAMES[3]}.npz is damaged" in told and "main_cache.py" in told and "pickle" not in told
+    damaged.write_bytes(whole)
     assert "(3, 8, 8)" in refused(main_mar.main, capsys, *SMALL, *TRAIN, "--use_cached", "--cached_path", mars,
                                   "--img_size", 16, "--output_dir", tmp_path / "no")  # fmt: skip
 
@@ -488,6 +495,19 @@ def test_metrics_need_the_images_that_the_cache_was_made_of(some, tmp_path, caps
     assert not (tmp_path / "out").exists()
     assert losses(monkeypatch, tmp_path / "out", "--use_cached", "--cached_path", folder, "--online_eval", "--metrics",
                   "none", "--num_images", 2)  # fmt: skip
+
+
+def test_metrics_against_statistics_need_no_images(pictures, tmp_path, capsys, monkeypatch):
+    """--use_cached with --online_eval and --fid_stats, where the images are no longer."""
+    folder, stats = cache(pictures, tmp_path / "c"), tmp_path / "stats.npz"
+    save_fid_stats(stats, FIDStats(np.zeros(64), np.eye(64), num_images=9, features="digits", split="val"))
+    flags = ["--use_cached", "--cached_path", folder, "--data_path", tmp_path / "gone", "--online_eval", "--features"]
+    capsys.readouterr()
+    losses(monkeypatch, tmp_path / "out", *flags, "digits", "--fid_stats", stats, "--num_images", 6, "--cfg", 1)
+    told = (
+        f"6 images (2 of each of 3 classes, EMA weights, fp32) against 9 images of statistics in {stats} (split: val)"
+    )
+    assert f"generation of {told}, features: digits\nepoch 2, cfg 1: FID " in capsys.readouterr().out.replace("\r", "")
 
 
 # --------------------------------------------------------------------------------------------------------- command line

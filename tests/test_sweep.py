@@ -284,6 +284,17 @@ def table(capsys, *argv) -> list[dict[str, str]]:
     return [dict(zip(head, cells)) for cells in body]
 
 
+def test_long_settings_are_shortened_but_stay_different(capsys, tmp_path):
+    """Of two autoencoders it may be the middle of the name that differs."""
+    place = "diffusers:output_dir/{}/autoencoder"
+    for names, shown in (
+        ([place.format("kl"), place.format("vq")],) * 2,
+        ([place.format("kl"), "pixel"], ["diffusers:…utoencoder", "pixel"]),
+    ):
+        path = write(tmp_path / "r.jsonl", [line(name, 4, 0, 1.0) for name in names])
+        assert [row["infer_mode"] for row in table(capsys, path)] == shown
+
+
 def test_the_table_is_mean_and_deviation_over_seeds(results, capsys, tmp_path):
     path, lines = results
     found = table(capsys, path, "--csv", tmp_path / "t.csv")

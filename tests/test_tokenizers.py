@@ -507,6 +507,16 @@ def test_sampling_with_another_tokenizer_is_one_line(saved, trained, tmp_path, c
     assert shown in line and not (tmp_path / "out").exists()
 
 
+def test_sampling_with_other_weights_of_the_tokenizer_is_one_line(trained, tmp_path, capsys):
+    """Latents of the same shape, which the decoder would make noise of."""
+    torch.manual_seed(99)
+    diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")
+    flags = ["--checkpoint", trained, "--output_dir", tmp_path / "out", "--vae_path", tmp_path / "vae"]
+    assert run_main(sample.main, [*map(str, flags), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "was trained on other latents: those of AutoencoderKL" in line and not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_says_what_is_left_to_the_tokenizer(capsys):
     assert main_mar.main("--data_path X --tokenizer diffusers:owner/name --img_size 24 --dry_run".split()) == 0
     values = json.loads(capsys.readouterr().out)

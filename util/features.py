@@ -107,8 +107,10 @@ def _dinov2():
             FeatureExtractorBase.__init__(self, name, features_list)
             self.feature_extractor_internal_dtype = torch.float32
             state = plain_tensors(feature_extractor_weights_path)
-            self.model = timm.create_model(DINOV2_MODEL, img_size=self.INPUT_IMAGE_SIZE, num_classes=0)
-            self.model.load_state_dict(checkpoint_filter_fn(state, self.model))  # resamples the position embedding
+            with torch.device("meta"):
+                self.model = timm.create_model(DINOV2_MODEL, img_size=self.INPUT_IMAGE_SIZE, num_classes=0)
+            state = checkpoint_filter_fn(state, self.model)  # resamples the position embedding
+            self.model.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
 
     return DINOv2, timm.get_pretrained_cfg(DINOV2_MODEL).url
 

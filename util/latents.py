@@ -63,7 +63,11 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def read_npz(path, shape=None) -> np.ndarray:
     """(2, c, h, w) from a file of MAR's layout, every byte checked (CRC). Raises whatever is wrong with the file."""
-    with np.load(path) as file:
+    try:
+        file = np.load(path)
+    except ValueError:  # numpy takes anything else for a pickle, and says how to run it
+        raise ValueError("it is no .npz file") from None
+    with file:
         pair = np.stack([file["moments"], file["moments_flip"]])
     if pair.ndim != 4 or pair.dtype.kind != "f" or (shape is not None and pair.shape[1:] != tuple(shape)):
         raise ValueError(f"moments are {pair.dtype} {pair.shape[1:]}, expected floats {shape or '(c, h, w)'}")
@@ -193,7 +197,8 @@ class NpzLatents(Latents, FolderDataset):
                 try:
                     self._load(path)
                 except Exception as error:  # as for images: zipfile and numpy raise many kinds
-                    raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+                    again = "run MAR's main_cache.py again to make it anew" if self.fingerprint is None else AGAIN
+                    raise ValueError(f"{path} is damaged ({error}): {again}") from None
 
 
 def find_npz(folder: Path) -> list[str]:

@@ -282,7 +282,7 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
             handles,
             labels,
             loc="outside lower center",
-            ncols=max(1, min(4, 150 // max(map(len, labels)))),
+            ncols=max(1, min(4, 75 * len(panels) // (max(map(len, labels)) + 6))),
             fontsize=9,
             frameon=False,
         )

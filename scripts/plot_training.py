@@ -59,16 +59,17 @@ def draw(runs: dict[str, dict], tags: list[str], width: int, path: Path) -> None
     rows = math.ceil(len(tags) / columns)
     figure, panels = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
     for panel, tag in zip(panels.flat, tags):
-        for name, found in runs.items():
+        for number, (name, found) in enumerate(runs.items()):
             if tag not in found:
                 continue
             steps, values = found[tag]
             values = smoothed(values, width)
-            (line,) = panel.plot(steps, values, linewidth=1.2, label=name)
+            color = f"C{number % 10}"
+            panel.plot(steps, values, linewidth=1.2, label=name, color=color)
             spread = found.get(tag.removesuffix("_mean") + "_std") if tag.endswith("_mean") else None
             if spread is not None:
                 half = smoothed(spread[1], width)
-                panel.fill_between(steps, values - half, values + half, color=line.get_color(), alpha=0.15, linewidth=0)
+                panel.fill_between(steps, values - half, values + half, color=color, alpha=0.15, linewidth=0)
         panel.set_title(tag)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
@@ -96,7 +97,7 @@ def main(argv=None) -> int:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
     if args.dry_run:
         return 0
-    runs = {"/".join(folder.resolve().parts[-2:]): read_run(folder) for folder in args.runs}
+    runs = {"/".join(folder.absolute().parts[-2:]): read_run(folder) for folder in args.runs}
     there = set().union(*runs.values())
     tags = [tag for tag in args.tags.split(",") if tag in there]
     if not tags:

@@ -98,6 +98,12 @@ def editing_defaults(args: SampleArgs, given: dict, num_labels: int) -> dict:
     return dict(metrics="none", num_images=num_labels)
 
 
+def stored_evaluation(config: dict, given: dict) -> dict:
+    """The evaluation settings in a checkpoint's config, but for its reference where flags name another one."""
+    named = given.keys() & {"data_path", "eval_split", "fid_stats"}
+    return {k: v for k, v in config["eval"].items() if not named or k not in ("eval_split", "fid_stats")}
+
+
 def git_commit() -> str | None:
     """The commit of this repository, None outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -188,7 +194,7 @@ def run(args: SampleArgs, given: dict) -> int:
     mar, tokenizer, config = load_mar(content, ema=not args.no_ema, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
-    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"]}
+    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     base |= editing_defaults(args, given, len(class_labels))

@@ -124,6 +124,11 @@ def read_results(path: Path) -> list[dict]:
     return rows
 
 
+def find_result(rows: list[dict], wanted: dict) -> dict | None:
+    """The first of the rows that has all that is wanted."""
+    return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
+
+
 def append_result(path: Path, row: dict) -> None:
     """Add one line; where a crash cut the last one short, after a new line."""
     text = path.read_text() if path.is_file() else ""
@@ -176,8 +181,7 @@ def find_present(settings: list[Setting], results: Path, shared: dict, hashes: d
     done = read_results(results)  # once, before anything is sampled: so all processes see the same
     for setting in settings:
         setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-        wanted = setting.row.items()
-        setting.present = next((row for row in done if all(row.get(k) == v for k, v in wanted)), None)
+        setting.present = find_result(done, setting.row)
 
 
 def show(args: SampleArgs, given: dict, settings: list[Setting], evaluation: EvalConfig, config: dict) -> None:

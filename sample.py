@@ -102,6 +102,12 @@ def editing_defaults(args: SampleArgs, given: dict, num_labels: int) -> dict:
     return dict(metrics="none", num_images=num_labels)
 
 
+def stored_evaluation(config: dict, given: dict) -> dict:
+    """The evaluation settings in a checkpoint's config, but for its reference where flags name another one."""
+    named = given.keys() & {"data_path", "eval_split", "fid_stats"}
+    return {k: v for k, v in config["eval"].items() if not named or k not in ("eval_split", "fid_stats")}
+
+
 def git_commit() -> str | None:
     """The commit of this repository, None outside of one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -120,6 +126,11 @@ def read_results(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def find_result(rows: list[dict], wanted: dict) -> dict | None:
+    """The first of the rows that has all that is wanted."""
+    return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
 
 
 def append_result(path: Path, row: dict) -> None:
@@ -174,8 +185,7 @@ def find_present(settings: list[Setting], results: Path, shared: dict, hashes: d
     done = read_results(results)  # once, before anything is sampled: so all processes see the same
     for setting in settings:
         setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-        wanted = setting.row.items()
-        setting.present = next((row for row in done if all(row.get(k) == v for k, v in wanted)), None)
+        setting.present = find_result(done, setting.row)
 
 
 def show(args: SampleArgs, given: dict, settings: list[Setting], evaluation: EvalConfig, config: dict) -> None:
@@ -192,7 +202,7 @@ def run(args: SampleArgs, given: dict) -> int:
     mar, tokenizer, config = load_mar(content, ema=not args.no_ema, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
-    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"]}
+    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     base |= editing_defaults(args, given, len(class_labels))

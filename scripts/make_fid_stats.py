@@ -5,47 +5,37 @@
 The images are cropped as in training. One batch of them is in memory at a time.
 """
 
-import json
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from util import dist
-from util.args import check_folder, flag, make_parser, pick, run_main
-from util.data import DATASETS, build_dataset
+from util.args import check_folder, flag, run_main, run_with
+from util.data import ImagesArgs
 from util.features import FEATURES
 from util.fid_stats import compute_fid_stats, save_fid_stats
 
 
 @dataclass(frozen=True)
-class StatsArgs:
+class StatsArgs(ImagesArgs):
     """Of which images, by which features, where to."""
 
-    data: str = flag("imagefolder", "data set", choices=DATASETS)
-    data_path: str | None = flag(None, "folder of the data")
-    img_size: int | None = flag(None, "pixels of a side (default: the data set's own; 256 for imagefolder)", low=1)
     split: str = flag("train", "images of the data set", choices=("train", "val"))
     features: str = flag("inception", "features", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
-    batch_size: int = flag(64, "images at a time", low=1)
-    device: str = flag("auto", "auto, cuda, mps, cpu")
     out: str = flag("fid_stats.npz", "file to write, an .npz")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
 
-def main(argv=None) -> int:
-    """Parse, compute, write; returns the exit code."""
-    args = pick(StatsArgs, vars(make_parser("make_fid_stats.py", __doc__.splitlines()[0], StatsArgs).parse_args(argv)))
+def run(args: StatsArgs) -> int:
+    """Check everything, compute, write."""
     if not args.out.endswith(".npz") or Path(args.out).is_dir():
         raise ValueError(f"--out must be a file whose name ends in .npz, got {args.out}")
-    if args.dry_run:
-        print(json.dumps(asdict(args), indent=2))
-        return 0
     check_folder("out", str(Path(args.out).parent))
     device = dist.pick_device(args.device)
-    images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size, split=args.split)
+    images = args.images(args.split)
     options = dict(weights=args.fid_weights, batch_size=args.batch_size, device=device, verbose=True)
     stats = compute_fid_stats(images, args.features, **options)
     save_fid_stats(args.out, replace(stats, img_size=images.img_size, split=args.split))
@@ -54,6 +44,11 @@ def main(argv=None) -> int:
     size = f"{images.img_size}x{images.img_size}"
     print(f"{args.out}: {args.features} features of {len(images)} {args.split} images of {args.data} at {size}")
     return 0
+
+
+def main(argv=None) -> int:
+    """Parse, compute, write; returns the exit code."""
+    return run_with(run, StatsArgs, "make_fid_stats.py", __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":

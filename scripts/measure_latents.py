@@ -11,28 +11,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from models.tokenizers import tokenizer_of
-from models.tokenizers.ldm import KL16_PATH
-from models.tokenizers.measuring import measure_latents
+from models.tokenizers.measuring import MeasuringArgs, measure_latents
 from util import dist
 from util.args import flag, make_parser, run_main
-from util.data import DATASETS, build_dataset
 
 
 @dataclass(frozen=True)
-class MeasureArgs:
+class MeasureArgs(MeasuringArgs):
     """Which tokenizer, on which images."""
 
-    tokenizer: str = flag("kl16", "pixel, kl16, vq16, diffusers:PATH_OR_REPO")
-    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
-    data: str = flag("imagefolder", "data set", choices=DATASETS)
-    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
-    img_size: int | None = flag(None, "image height and width in pixels (default: the data's, 256 for a folder)", low=1)
     num_images: int = flag(10000, "images to measure, drawn at random; all where there are fewer", low=1)
-    batch_size: int = flag(64, "images at a time", low=1)
     num_workers: int = flag(4, "processes that load images", low=0)
     seed: int = flag(0, "seed of the choice of images and of the posterior's noise", low=0, high=2**63 - 1)
-    device: str = flag("auto", "auto, cuda, mps, cpu")
 
 
 def main(argv=None) -> int:
@@ -40,12 +30,9 @@ def main(argv=None) -> int:
     given = make_parser("measure_latents.py", __doc__.splitlines()[0], MeasureArgs).parse_args(argv)
     args = MeasureArgs(**vars(given))
     device = dist.pick_device(args.device)
-    settings = dict(tokenizer=args.tokenizer, vae_path=args.vae_path)
-    if args.tokenizer == "kl16":
-        settings["vae_path"] = args.vae_path or KL16_PATH
     raw = {} if args.tokenizer == "pixel" else dict(vae_scale=1.0, vae_mean=0.0)
-    dataset = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size)
-    tokenizer = tokenizer_of({**settings, **raw}, dataset.channels).to(device)
+    dataset = args.images()
+    tokenizer = args.build(dataset.channels, **raw).to(device)
     mean, variance = measure_latents(
         tokenizer,
         dataset,

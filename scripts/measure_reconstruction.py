@@ -6,22 +6,20 @@
 Adds one line of kind "reconstruction" to OUT/results.jsonl. scripts/make_table.py never puts it beside a generation's.
 """
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from torch.utils.data import Subset
 
-from models.tokenizers import tokenizer_of
-from models.tokenizers.ldm import KL16_PATH
-from sample import append_result, git_commit, read_results
+from models.tokenizers.measuring import MeasuringArgs
+from sample import append_result, find_result, git_commit, read_results
 from util import dist
-from util.args import check_folder, flag, make_parser, pick, run_main
-from util.data import DATASETS, build_dataset, labels_of
-from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
+from util.args import check_folder, flag, run_main, run_with
+from util.data import labels_of
+from util.evaluation import EvalConfig, protocol, protocol_line, reconstruction_row
 from util.features import FEATURES
 from util.fid_stats import load_fid_stats
 from util.metrics import metrics_line
@@ -29,23 +27,15 @@ from util.reconstruction import score_reconstructions
 
 
 @dataclass(frozen=True)
-class ReconstructionArgs:
+class ReconstructionArgs(MeasuringArgs):
     """Which tokenizer, on which images, by which features, where to."""
 
-    tokenizer: str = flag("kl16", "pixel, kl16, vq16, diffusers:PATH_OR_REPO")
-    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
-    data: str = flag("imagefolder", "data set", choices=DATASETS)
-    data_path: str | None = flag(None, "folder of the data")
-    img_size: int | None = flag(None, "pixels of a side (default: the data set's own; 256 for imagefolder)", low=1)
     split: str = flag("train", "images of the data set; published rFIDs are those of val", choices=("train", "val"))
     num_images: int | None = flag(None, "so many images, spread evenly over the data set (default: all)", low=2)
     features: str = flag("inception", "features of the rFID", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
     fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of the same images")
     no_rfid: bool = flag(False, "PSNR and SSIM only, which need no features")
-    batch_size: int = flag(64, "images at a time", low=1)
-    num_workers: int = flag(0, "processes that load images", low=0)
-    device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
     output_dir: str = flag("output_dir/reconstruction", "folder of results.jsonl")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
@@ -56,9 +46,8 @@ def run(args: ReconstructionArgs) -> int:
     check_folder("output_dir", args.output_dir)
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
-    images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size, split=args.split)
-    vae_path = args.vae_path or (KL16_PATH if args.tokenizer == "kl16" else None)
-    tokenizer = tokenizer_of(dict(tokenizer=args.tokenizer, vae_path=vae_path), images.channels)
+    images = args.images(args.split)
+    tokenizer = args.build(images.channels)
     if images.img_size % tokenizer.stride:
         raise ValueError(f"--img_size {images.img_size} is no multiple of the tokenizer's stride, {tokenizer.stride}")
     count = args.num_images or len(images)
@@ -73,21 +62,18 @@ def run(args: ReconstructionArgs) -> int:
     dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
     evaluation = EvalConfig(num_images=count, features=features, eval_split=args.split, fid_stats=args.fid_stats)
     settings = dict(tokenizer=args.tokenizer, data=args.data, img_size=images.img_size, dtype=dtype_name)
-    settings |= {k: getattr(evaluation, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
-    row = {"kind": "reconstruction", "settings": settings, "weights": tokenizer.fingerprint}
-    row["reference"] = reference_hash(images if stats is None else stats)
+    row = reconstruction_row(tokenizer.fingerprint, settings, evaluation, images if stats is None else stats)
     results = Path(args.output_dir) / "results.jsonl"
-    present = next((old for old in read_results(results) if all(old.get(k) == v for k, v in row.items())), None)
+    present = find_result(read_results(results), row)
     if present is None:
         options = dict(batch_size=args.batch_size, num_workers=args.num_workers, device=device, dtype=dtype)
         options |= dict(features=features, weights=args.fid_weights, stats=stats, verbose=True)
         found = score_reconstructions(tokenizer.eval().to(device), chosen, **options)
         labels = labels_of(images)
-        data = " ".join(filter(None, (args.data, args.data_path)))
         reference = chosen if stats is None else stats
         labels = [labels[i] for i in chosen.indices]
-        how = protocol("reconstruction", evaluation, labels, reference, data, ema=None, dtype=dtype_name)
-        present = row | dict(metrics=found, protocol=how, vae_path=vae_path, git_commit=git_commit())
+        how = protocol("reconstruction", evaluation, labels, reference, args.place, ema=None, dtype=dtype_name)
+        present = row | dict(metrics=found, protocol=how, vae_path=args.weights_path, git_commit=git_commit())
         results.parent.mkdir(parents=True, exist_ok=True)
         append_result(results, present)
     else:
@@ -99,12 +85,7 @@ def run(args: ReconstructionArgs) -> int:
 
 def main(argv=None) -> int:
     """Parse, measure; returns the exit code."""
-    parser = make_parser("measure_reconstruction.py", __doc__.splitlines()[0], ReconstructionArgs)
-    args = pick(ReconstructionArgs, vars(parser.parse_args(argv)))
-    if args.dry_run:
-        print(json.dumps(asdict(args), indent=2))
-        return 0
-    return run(args)
+    return run_with(run, ReconstructionArgs, "measure_reconstruction.py", __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ Loss: mean absolute error + perceptual_weight · perceptual distance + the penal
 """
 
 import copy
-import json
 import math
+import shlex
 import shutil
 import sys
 import time
@@ -31,12 +31,12 @@ from models.tokenizers import build_tokenizer
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from models.tokenizers.measuring import measure_latents
 from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, start_codebook
-from sample import append_result, git_commit, read_results
+from sample import append_result, find_result, git_commit, read_results
 from util import dist
-from util.args import check_folder, flag, make_parser, pick, run_main
+from util.args import check_folder, flag, run_main, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
-from util.data import DATASETS, EpochSampler, build_dataset, in_memory, labels_of
-from util.evaluation import EvalConfig, protocol, protocol_line, reference_hash
+from util.data import EpochSampler, ImagesArgs, in_memory, labels_of
+from util.evaluation import EvalConfig, protocol, protocol_line, reconstruction_row
 from util.features import FEATURES, build_extractor
 from util.images import make_grid, save_png, to_uint8
 from util.metrics import metrics_line
@@ -55,12 +55,9 @@ FIXED = "data data_path img_size stride latent_channels width vq codebook_size b
 
 
 @dataclass(frozen=True)
-class TokenizerArgs:
+class TokenizerArgs(ImagesArgs):
     """Which autoencoder, trained on what, for how long, where to."""
 
-    data: str = flag("imagefolder", "data set", choices=DATASETS)
-    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
-    img_size: int | None = flag(None, "image height and width in pixels (default: the data's, 256 for a folder)", low=1)
     stride: int = flag(4, "pixels of a latent's side", choices=(2, 4, 8, 16))
     latent_channels: int = flag(8, "channels of a latent", low=1)
     width: int = flag(
@@ -81,7 +78,6 @@ class TokenizerArgs:
     num_eval: int = flag(5000, "held-out images to measure on, where there are so many", low=2)
     num_workers: int = flag(0, "processes that load images", low=0)
     seed: int = flag(0, "seed of weights, order, mirroring and the posterior's noise", low=0, high=2**63 - 1)
-    device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=("fp32", "bf16"))
     output_dir: str = flag("output_dir/tokenizer", "folder to write to")
     resume: bool = flag(False, "continue the run in --output_dir, if there is one")
@@ -249,15 +245,12 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     evaluation = EvalConfig(num_images=len(run.held_out), features=args.features)
     place = str(Path(args.output_dir, "autoencoder"))
     settings = dict(tokenizer=f"diffusers:{place}", data=args.data, img_size=run.images.img_size, dtype=dtype)
-    settings |= {k: getattr(evaluation, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
-    row = dict(kind="reconstruction", settings=settings, weights=tokenizer.fingerprint)
-    row["reference"] = reference_hash(run.images)
-    present = next((old for old in read_results(results) if all(old.get(k) == v for k, v in row.items())), None)
+    row = reconstruction_row(tokenizer.fingerprint, settings, evaluation, run.images)
+    present = find_result(read_results(results), row)
     if present is None:
         labels = labels_of(run.images)
-        data = " ".join(filter(None, (args.data, args.data_path)))
         labels = [labels[i] for i in run.held_out]
-        how = protocol("reconstruction", evaluation, labels, run.held_out, data, ema=None, dtype=dtype)
+        how = protocol("reconstruction", evaluation, labels, run.held_out, args.place, ema=None, dtype=dtype)
         how["split"] = f"every {HOLD_OUT}th of train, not trained on"
         found = run.scores(tokenizer, run.held_out, args.features, verbose=True)
         training = dict(asdict(args), steps=run.step, minutes=run.minutes)
@@ -267,7 +260,9 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(present['metrics'])}")
     shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}, scale {tokenizer.scale:.4f}"
     print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its latents:")
-    print(f"    main_mar.py --data {args.data} --img_size {run.images.img_size} --tokenizer diffusers:{place}")
+    command = ["--data", args.data, *(["--data_path", args.data_path] if args.data_path else [])]
+    command += ["--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{place}"]
+    print(f"    main_mar.py {shlex.join(command)}")
 
 
 def run_training(args: TokenizerArgs) -> int:
@@ -281,7 +276,7 @@ def run_training(args: TokenizerArgs) -> int:
             raise ValueError(f"--{name} must be above 0, got 0")
     if args.width % 4:
         raise ValueError(f"--width must be a multiple of 4, got {args.width}")
-    images = build_dataset(args.data, data_path=args.data_path, img_size=args.img_size)
+    images = args.images()
     if images.img_size % args.stride:
         raise ValueError(f"images of {images.img_size} pixels are not divisible by --stride {args.stride}")
     if len(images) <= HOLD_OUT:
@@ -305,12 +300,7 @@ def run_training(args: TokenizerArgs) -> int:
 
 def main(argv=None) -> int:
     """Parse, train; returns the exit code."""
-    parser = make_parser("train_tokenizer.py", __doc__.splitlines()[0], TokenizerArgs)
-    args = pick(TokenizerArgs, vars(parser.parse_args(argv)))
-    if args.dry_run:
-        print(json.dumps(asdict(args), indent=2))
-        return 0
-    return run_training(args)
+    return run_with(run_training, TokenizerArgs, "train_tokenizer.py", __doc__.splitlines()[0], argv)
 
 
 if __name__ == "__main__":

@@ -223,12 +223,8 @@ def shell_lines(path: Path) -> list[str]:
     return re.sub(r"\\\n\s*", " ", text).splitlines()
 
 
-TEXTS = {
-    "preset": "digits",
-    "model": "mar_base",
-    "mode": "baseline",
-    "range": "2,4",
-}  # shell variables that stand for no number
+# shell variables that stand for no number
+TEXTS = {"preset": "digits", "model": "mar_base", "mode": "baseline", "range": "2,4"}
 
 
 def commands_in(line: str) -> list[tuple[str, list[str]]]:

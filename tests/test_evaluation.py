@@ -17,11 +17,13 @@ from scipy.ndimage import correlate1d
 import engine_mar
 import main_mar
 import sample
+from models.tokenizers import measuring
 from scripts import download_weights, make_fid_stats, make_table, measure_reconstruction
 from tests.test_cli import ROOT, commands_in, refused, shell_lines
 from tests.test_sample import SMALL, draw, folder_of, rows, train_tiny
 from tests.test_sweep import line, write
 from util import features
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.data import build_dataset
 from util.evaluation import EvalConfig, build_reference, class_balance, protocol, protocol_line, reference_hash
 from util.features import FEATURES, RGBImages, build_extractor, check_features, feature_batches, plain_tensors
@@ -439,6 +441,25 @@ def test_the_default_metrics_follow_the_reference(checkpoint, stats_file, tmp_pa
     assert row["settings"]["metrics"] == "fid,isc" and row["metrics"].keys() == {"fid", "is_mean", "is_std"}
 
 
+def test_a_reference_by_hand_replaces_the_checkpoints(checkpoint, tmp_path, capsys):
+    """Trained with --fid_stats, then compared with images, and trained with --eval_split val, then with statistics."""
+    stored = load_checkpoint(checkpoint)
+
+    def reference(evaluation, *flags):
+        stored["config"]["eval"] = {"features": "digits", "metrics": None, **evaluation}
+        save_checkpoint(tmp_path, stored)
+        assert sample.main(["--checkpoint", str(tmp_path), "--dry_run", *flags]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        return shown["fid_stats"], shown["eval_split"], shown["metrics"]
+
+    capsys.readouterr()
+    assert reference({"fid_stats": "a.npz"}) == ("a.npz", "train", "fid,isc")
+    for flags in (["--eval_split", "train"], ["--data_path", "images"]):
+        assert reference({"fid_stats": "a.npz"}, *flags) == (None, "train", "fid,isc,kid,prc")
+    assert reference({"eval_split": "val"}) == (None, "val", "fid,isc,kid,prc")
+    assert reference({"eval_split": "val"}, "--fid_stats", "b.npz") == ("b.npz", "train", "fid,isc")
+
+
 def test_the_split_is_the_reference(tmp_path, capsys):
     """Against train and against val images: other references, each found again, each said."""
     folder = image_folder(tmp_path / "images", {"train": 12, "val": 5})
@@ -695,7 +716,7 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
     assert measure_reconstruction.main([*base, "--num_images", "50"]) == 0
     assert len(rows(tmp_path)) == 1 and "already in" in capsys.readouterr().out
     monkeypatch.undo()
-    monkeypatch.setattr(measure_reconstruction, "tokenizer_of", lambda settings, channels: Rounding())
+    monkeypatch.setattr(measuring, "tokenizer_of", lambda settings, channels: Rounding())
     assert measure_reconstruction.main([*base, "--num_images", "50", "--no_rfid"]) == 0
     second = rows(tmp_path)[1]
     assert second["metrics"].keys() == {"psnr", "ssim"} and second["weights"] != row["weights"]

@@ -2,18 +2,21 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import main_mar
 from models.tokenizers import build_tokenizer
 from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, start_codebook
 from scripts import train_tokenizer
 from util.args import run_main
 from util.checkpoint import FILE_NAME, read_file, save_checkpoint
 from util.data import MemoryDataset, build_dataset, in_memory
+from util.images import save_png
 from util.perceptual import Perceptual, build_perceptual
 
 # one epoch is three steps
@@ -26,6 +29,19 @@ def train(folder, *flags) -> dict:
     """Run the program; its checkpoint."""
     assert train_tokenizer.main([*TINY, "--output_dir", str(folder), *map(str, flags)]) == 0
     return read_file(folder / FILE_NAME)
+
+
+def test_the_command_for_training_on_it_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "my images"
+    (folder / "train" / "a").mkdir(parents=True)
+    for i in range(12):
+        save_png(folder / "train" / "a" / f"{i}.png", np.full((8, 8, 3), 20 * i, np.uint8))
+    train(tmp_path / "out", "--data", "imagefolder", "--data_path", folder, "--img_size", 8, "--batch_size", 5)
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    main_mar.py ")]
+    assert main_mar.main([*shlex.split(told)[1:], "--dry_run"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["data"], values["data_path"], values["img_size"]) == ("imagefolder", str(folder), 8)
+    assert values["tokenizer"] == f"diffusers:{tmp_path / 'out' / 'autoencoder'}"
 
 
 def refused(capsys, *flags) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 import re
@@ -135,6 +136,15 @@ def defaults(*configs) -> dict:
             if "help" in field.metadata:
                 result.setdefault(field.name, field.default)
     return result
+
+
+def run_with(run, config_class, prog: str, description: str, argv=None) -> int:
+    """Exit code of run(args), args being the config_class of a command line; --dry_run only prints them."""
+    args = pick(config_class, vars(make_parser(prog, description, config_class).parse_args(argv)))
+    if args.dry_run:
+        print(json.dumps(dataclasses.asdict(args), indent=2))
+        return 0
+    return run(args)
 
 
 def check_folder(name: str, path: str) -> None:

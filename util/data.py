@@ -9,6 +9,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 from tqdm import tqdm
+
+from util.args import flag
 
 MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
 
@@ -236,6 +239,26 @@ def build_dataset(name: str, *, data_path=None, img_size=None, split="train", do
     if split not in ("train", "val"):
         raise ValueError(f"unknown split {split!r}, expected train or val")
     return DATASETS[name](data_path=data_path, img_size=img_size, split=split, download=download)
+
+
+@dataclass(frozen=True)
+class ImagesArgs:
+    """Flags of the scripts that look at the images of a data set in their order."""
+
+    data: str = flag("imagefolder", "data set", choices=DATASETS)
+    data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    img_size: int | None = flag(None, "pixels of a side (default: the data set's own; 256 for imagefolder)", low=1)
+    batch_size: int = flag(64, "images at a time", low=1)
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+
+    def images(self, split: str = "train") -> ImageDataset:
+        """The data set; errors as in `build_dataset`."""
+        return build_dataset(self.data, data_path=self.data_path, img_size=self.img_size, split=split)
+
+    @property
+    def place(self) -> str:
+        """Name and folder of the data set, for people."""
+        return " ".join(filter(None, (self.data, self.data_path)))
 
 
 class EpochSampler(Sampler):

@@ -110,6 +110,12 @@ def reference_hash(reference) -> str:
     return digest.hexdigest()
 
 
+def reconstruction_row(weights: str, settings: dict, config: EvalConfig, reference) -> dict:
+    """What identifies a tokenizer's result in results.jsonl: its fingerprint, how it is measured, on what."""
+    settings = settings | {k: getattr(config, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
+    return dict(kind="reconstruction", settings=settings, weights=weights, reference=reference_hash(reference))
+
+
 def class_balance(labels) -> str:
     """How the labels are spread, in words: "180 of each of 10 classes"; −1 is no class."""
     counts = Counter(labels)

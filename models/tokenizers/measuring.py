@@ -1,11 +1,35 @@
-"""Mean and variance of a tokenizer's latents on images: what --vae_scale and --vae_mean should undo."""
+"""Measuring a tokenizer on images: mean and variance of its latents, which --vae_scale and --vae_mean should undo."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from models.tokenizers import Tokenizer, tokenizer_of
+from models.tokenizers.ldm import KL16_PATH
+from util.args import flag
+from util.data import ImagesArgs
 from util.rng import generator, seed_of
+
+
+@dataclass(frozen=True)
+class MeasuringArgs(ImagesArgs):
+    """Flags of the scripts that measure a tokenizer on the images of a data set."""
+
+    tokenizer: str = flag("kl16", "pixel, kl16, vq16, diffusers:PATH_OR_REPO")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
+    num_workers: int = flag(0, "processes that load images", low=0)
+
+    @property
+    def weights_path(self) -> str | None:
+        """Where the weights of the autoencoder are; None where the tokenizer's name says it."""
+        return self.vae_path or (KL16_PATH if self.tokenizer == "kl16" else None)
+
+    def build(self, image_channels: int, **normalisation) -> Tokenizer:
+        """The tokenizer for images of so many channels; normalisation: vae_scale, vae_mean. As `tokenizer_of`."""
+        return tokenizer_of(dict(tokenizer=self.tokenizer, vae_path=self.weights_path, **normalisation), image_channels)
 
 
 @torch.no_grad()

@@ -157,6 +157,10 @@ def sample_during_training(values, state, dataset, epoch, log) -> None:
         sample_epoch(values, state, dataset, epoch, log)
     except KeyboardInterrupt:
         state.stopping = state.interrupted = True
+    except OSError as error:  # a full disk, say; the next --resume makes them
+        if dist.world_size() > 1:  # the others wait for this process
+            raise
+        tqdm.write(f"warning: the samples of epoch {epoch + 1} could not be made ({error})")
     finally:
         state.interruptible = False
 

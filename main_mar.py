@@ -65,7 +65,7 @@ def train(values: dict, state: TrainState, dataset, first: int) -> int:
     began, first_step = time.perf_counter(), state.step
     if dist.is_main():
         forget_best_after(args.output_dir, state.step)
-    with signals_noted(state):
+    with progress, signals_noted(state):
         if state.batch == 0 and samples_missing(values, state, first - 1):  # the last run was stopped while sampling
             sample_during_training(values, state, dataset, first - 1, log)
         for epoch in range(first, args.epochs):
@@ -85,7 +85,6 @@ def train(values: dict, state: TrainState, dataset, first: int) -> int:
                 dist.barrier()
             if to_sample and not state.stopping:
                 sample_during_training(values, state, dataset, epoch, log)
-    progress.close()
     if log is not None:
         log.close()
     broken = dataset.broken.float().to(state.device)

@@ -35,17 +35,18 @@ def keep_checkpoint(folder: str | Path, content: dict, keep_last: int) -> Path:
     with atomic_file(last) as temporary:
         digest = write_content(temporary, content)
         sums = [(old, name) for old, name in read_sums(folder) if name != named.name]
-        write_sums(folder, [*sums, (digest, FILE_NAME)])  # until the renaming is done, either sum is right
-    sums = {name: old for old, name in sums} | {FILE_NAME: digest}
-    if keep_last > 1:
-        link(last, named)
-        sums[named.name] = digest
+        new = [(digest, FILE_NAME)] + [(digest, named.name)] * (keep_last > 1)
+        named.unlink(missing_ok=True)  # of a run that was here before
+        write_sums(folder, [*sums, *new])  # until the renaming is done, checkpoint-last.pth may have either sum
+        if keep_last > 1:
+            link(temporary, named)
     numbered = {int(file.stem[11:]): file for file in folder.iterdir() if re.fullmatch(NUMBERED, file.name)}
     past = sorted(number for number in numbered if number <= step)  # what is later was left behind on a resume
     kept = past[-keep_last:] if keep_last > 1 else []
     for number in numbered.keys() - set(kept):
         numbered[number].unlink()
-    write_sums(folder, [(digest, name) for name, digest in sums.items() if (folder / name).is_file()])
+    sums = [(old, name) for old, name in sums if name != FILE_NAME and (folder / name).is_file()]
+    write_sums(folder, [*sums, *new])
     return last
 
 
@@ -57,12 +58,12 @@ def keep_best(folder: str | Path, fid: float, step: int) -> bool:
         return False
     with atomic_file(folder / "checkpoint-best.json") as temporary:  # first: an interruption now repeats the step's FID
         temporary.write_text(json.dumps({"fid": fid, "step": step}) + "\n")
-    digests = [digest for digest, name in read_sums(folder) if name == FILE_NAME]
-    sums = [(digest, name) for digest, name in read_sums(folder) if name != BEST_NAME]
-    # while the link is made neither the old nor the new sum would be right: there is none
-    write_sums(folder, sums)
+    there = read_sums(folder)
+    others = [(digest, name) for digest, name in there if name != BEST_NAME]
+    new = [(digest, BEST_NAME) for digest, name in there if name == FILE_NAME]
+    write_sums(folder, [*there, *new])  # until the link is made it may have either sum
     link(folder / FILE_NAME, folder / BEST_NAME)
-    write_sums(folder, [*sums, *((digest, BEST_NAME) for digest in digests)])
+    write_sums(folder, [*others, *new])
     return True
 
 

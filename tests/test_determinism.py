@@ -11,7 +11,7 @@ import torch
 
 import main_mar
 import sample
-from tests.test_sample import train_tiny
+from tests.test_keeping import TRAIN, pictures  # noqa: F401, a fixture
 from util import dist
 from util.checkpoint import load_checkpoint
 
@@ -29,39 +29,25 @@ def shuffled(pairs, seed):
     return [str(word) for pair in pairs for word in pair]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return train_tiny(tmp_path_factory.mktemp("checkpoint"))
-
-
-def test_the_order_of_flags_changes_no_image(checkpoint, tmp_path):
-    flags = {"checkpoint": checkpoint, "num_images": 6, "cfg": 2, "order": "random", "temperature": 0.9, "seed": 3}
-    flags |= {"num_iter": 2, "metrics": "none", "eval_bsz": 3, "device": "cpu"}
-    found = []
-    for seed in (0, 1):
-        pairs = [(f"--{name}", value) for name, value in flags.items()]
-        out = tmp_path / str(seed)
-        assert sample.main([*shuffled(pairs, seed), "--output_dir", str(out), *["--deterministic"] * seed]) == 0
-        found.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")})
-    assert found[0] == found[1] and len(found[0]) == 7  # with the grid; also: nothing here needs --deterministic
-
-
-def test_the_order_of_flags_and_deterministic_change_no_training(tmp_path, monkeypatch):
-    flags = "--preset digits --epochs 1 --batch_size 600 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1"
-    flags += " --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --learn order,group,tau,cfg --device cpu"
-    words = flags.split()
-    seen = []
-    make = main_mar.new_state
+def test_the_order_of_flags_and_deterministic_change_nothing(pictures, tmp_path, monkeypatch):  # noqa: F811
+    """Of what is trained, and of the images that come of it."""
+    words = [*TRAIN, "--data_path", str(pictures), "--learn", "order,group,tau,cfg", "--epochs", "2"]
+    seen, make = [], main_mar.new_state
     monkeypatch.setattr(
         main_mar, "new_state", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or make(*a)
     )
-    found = []
+    found, images = [], []
     for seed in (0, 1):
-        pairs = zip(words[::2], words[1::2])
-        out = ["--output_dir", str(tmp_path / str(seed)), *["--deterministic"] * seed]
-        assert main_mar.main([*shuffled(pairs, seed), *out]) == 0
-        found.append(load_checkpoint(tmp_path / str(seed)))
-    assert seen == [False, True]
+        run, out, more = tmp_path / f"run{seed}", tmp_path / f"out{seed}", ["--deterministic"] * seed
+        assert main_mar.main([*shuffled(zip(words[::2], words[1::2]), seed), "--output_dir", str(run), *more]) == 0
+        found.append(load_checkpoint(run))
+        flags = {"num_images": 6, "cfg": 2, "infer_mode": "both", "temperature": 0.9, "seed": 3, "num_iter": 2}
+        flags |= {"checkpoint": run, "metrics": "none", "eval_bsz": 3, "device": "cpu", "output_dir": out}
+        pairs = [(f"--{name}", value) for name, value in flags.items()]
+        assert sample.main([*shuffled(pairs, seed), *more]) == 0
+        images.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")})
+    assert seen == [False, True] and torch.are_deterministic_algorithms_enabled()
     for key in ("model", "model_ema", "heads"):
         assert all(torch.equal(found[0][key][name], found[1][key][name]) for name in found[0][key])
-    assert (tmp_path / "0" / "log.jsonl").read_bytes() == (tmp_path / "1" / "log.jsonl").read_bytes()
+    assert (tmp_path / "run0" / "log.jsonl").read_bytes() == (tmp_path / "run1" / "log.jsonl").read_bytes()
+    assert images[0] == images[1] and len(images[0]) == 7  # with the grid

@@ -228,7 +228,7 @@ def _endless_run(folder):
 
 def test_a_kill_at_any_moment_leaves_whole_checkpoints_and_their_log(tmp_path):
     draws, at = random.Random(1), 0
-    for _ in range(8):
+    for _ in range(6):
         process = multiprocessing.get_context("fork").Process(target=_endless_run, args=(tmp_path,))
         process.start()
         while process.is_alive() and not any(f.stat().st_mtime_ns > at for f in tmp_path.glob(FILE_NAME)):

@@ -1,6 +1,7 @@
 """Slow: long runs do not grow, and killed ones lose nothing (`pytest -m slow tests/test_long_runs.py`)."""
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from heads.policy import SampleConfig
 from models.tokenizers import build_tokenizer
 from scripts import torture
 from tests.helpers import tiny_mar
+from tests.test_keeping import TRAIN, pictures  # noqa: F401, a fixture
+from util.args import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES = 8  # a leak of one image or one set of gradients a step would be hundreds
@@ -38,7 +41,7 @@ def assert_flat(measured, what):
 
 
 @pytest.mark.slow
-def test_2000_training_steps_stay_in_their_memory(tmp_path, monkeypatch):
+def test_2000_training_steps_stay_in_their_memory(pictures, tmp_path, monkeypatch):  # noqa: F811
     step, measured = engine_mar.optimizer_step, []
 
     def measuring(state, grad_norm):
@@ -47,9 +50,8 @@ def test_2000_training_steps_stay_in_their_memory(tmp_path, monkeypatch):
             measured.append(usage())
 
     monkeypatch.setattr(engine_mar, "optimizer_step", measuring)
-    flags = "--preset digits --batch_size 16 --epochs 18 --warmup_epochs 1 --eval_freq 3 --save_last_freq 1".split()
-    flags += "--diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --num_iter 2 --num_sampling_steps 2".split()
-    assert main_mar.main([*flags, "--device", "cpu", "--output_dir", str(tmp_path)]) == 0
+    flags = ("--epochs", "667", "--eval_freq", "100", "--save_last_freq", "20")  # three steps an epoch
+    assert main_mar.main([*TRAIN, "--data_path", str(pictures), "--output_dir", str(tmp_path), *flags]) == 0
     assert len(measured) == 10
     assert_flat(measured, "2,000 training steps")
 
@@ -85,6 +87,12 @@ def test_torture(tmp_path):
 
 
 # ------------------------------------------------------------------------------ not slow: the judge can say no
+
+
+def test_a_dry_run_shows_the_commands(capsys):
+    assert torture.main(["--what", "train,cache", "--dry_run"]) == 0
+    assert json.loads(capsys.readouterr().out)["commands"].keys() == {"train", "cache"}
+    assert run_main(torture.main, ["--what", "train,nope"]) == 2 and "'nope'" in capsys.readouterr().err
 
 
 def test_what_differs_by_one_bit_differs():

@@ -78,13 +78,14 @@ def train(values: dict, state: TrainState, dataset, first: int) -> int:
             due = state.stopping or to_sample or (epoch + 1) % args.save_last_freq == 0
             if dist.is_main() and (due or state.unsaved):
                 log.sync()
-                content = checkpoint_content(state, values, epoch if whole else epoch - 1, dataset.classes)
-                save(state, content, args, may_fail=not state.stopping and epoch + 1 < args.epochs)
-                del content
+                last = state.stopping or epoch + 1 == args.epochs
+                save(state, values, epoch if whole else epoch - 1, dataset.classes, may_fail=not last)
             if due:
                 dist.barrier()
             if to_sample and not state.stopping:
                 sample_during_training(values, state, dataset, epoch, log)
+                if state.stopping and state.unsaved:
+                    save(state, values, epoch, dataset.classes, may_fail=False)
     if log is not None:
         log.close()
     broken = dataset.broken.float().to(state.device)
@@ -109,16 +110,18 @@ def train(values: dict, state: TrainState, dataset, first: int) -> int:
     return 0
 
 
-def save(state: TrainState, content: dict, args: TrainConfig, may_fail: bool) -> None:
-    """Save a checkpoint; a full disk is a warning where the run can go on and try again after the next epoch."""
+def save(state: TrainState, values: dict, epoch: int, classes: list[str], may_fail: bool) -> None:
+    """Save a checkpoint, `epoch` being the last finished one.
+
+    With may_fail a full disk is a warning: the run goes on, and tries again after the next epoch.
+    """
+    folder = values["output_dir"]
     try:
-        keep_checkpoint(args.output_dir, content, args.keep_last)
+        keep_checkpoint(folder, checkpoint_content(state, values, epoch, classes), values["keep_last"])
         state.unsaved = False
     except OSError as error:
         state.unsaved = True
-        what = (
-            f"the checkpoint of step {state.step} could not be saved in {args.output_dir} ({error.strerror or error})"
-        )
+        what = f"the checkpoint of step {state.step} could not be saved in {folder} ({error.strerror or error})"
         if not may_fail:
             raise OSError(f"{what}; the one before it is whole") from None
         tqdm.write(f"warning: {what}; the one before it is whole, the next try is after the next epoch")

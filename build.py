@@ -1,6 +1,6 @@
 """From settings to the parts of a run: data, tokenizer, model, checkpoint, state."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
@@ -19,6 +19,13 @@ from util.data import build_dataset
 from util.evaluation import EvalConfig, build_reference
 from util.latents import open_latents
 from util.optim import EMA, make_optimizer
+
+# fields of MARConfig that may change within a run
+FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "num_sampling_steps"}
+FREE |= {"diffusion_batch_mul", "grad_checkpointing"}
+# settings that say where and how a run runs, not what it computes
+PLACES = {"resume", "init_from", "output_dir", "log_dir", "allow_mismatch", "device", "num_workers", "pin_mem"}
+PLACES |= {"world_size", "local_rank", "dist_url", "dist_on_itp", "keep_last", "preset", "class_num", "deterministic"}
 
 
 def data_place(values: dict):
@@ -97,6 +104,33 @@ def find_checkpoint(values: dict) -> tuple[dict | None, bool]:
     if source and dist.is_main():
         print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
     return (load_checkpoint(first) if first else None), False
+
+
+def check_resume(values: dict, content: dict, mar: MAR, tokenizer, dataset) -> None:
+    """Say which settings are not those of the checkpoint that --resume continues.
+
+    Where sizes of the model, tokenizer or classes are others ValueError, unless --allow_mismatch is given. (Sizes that
+    change the shape of a weight are refused in any case, when the weights are loaded.)
+    """
+    config, before = content.get("config", {}), content.get("args")
+    sizes, there = asdict(mar.config), config.get("mar", {})
+    wrong = [f"{k} {there[k]}, not {sizes[k]}" for k in sizes.keys() & there.keys() - FREE if there[k] != sizes[k]]
+    wrong = sorted(wrong)
+    if config.get("latents") not in (None, tokenizer.describe()):
+        wrong.append(f"latents of {config['latents']}, not {tokenizer.describe()}")
+    if config.get("data", {}).get("classes", dataset.classes) != dataset.classes:
+        pairs = zip(config["data"]["classes"], dataset.classes)
+        first = next(((a, b) for a, b in pairs if a != b), ("another number", "of them"))
+        wrong.append(f"other classes, the first is {first[0]!r}, not {first[1]!r}")
+    if wrong and not values["allow_mismatch"]:
+        raise ValueError(
+            f"{values['resume']} was trained on {'; '.join(wrong)}: --init_from starts a new run from its weights, "
+            "--allow_mismatch continues it all the same"
+        )
+    if isinstance(before, dict) and not values["evaluate"] and dist.is_main():
+        keys = [k for k in values if k in before and k not in PLACES and before[k] != values[k]]
+        if keys:
+            print("changed since the checkpoint: " + ", ".join(f"--{k} {before[k]} -> {values[k]}" for k in keys))
 
 
 def new_state(values: dict, mar, tokenizer, heads, device, dtype) -> TrainState:

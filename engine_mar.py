@@ -300,12 +300,13 @@ def evaluate(mar, tokenizer, sampling, evaluation, reference, labels, seed, fold
     return found
 
 
-def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress, writer) -> bool:
+def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress, log) -> bool:
     """Run the epoch's batches from state.batch on; False if it ended early, on a signal, with its step finished.
 
     args is config.TrainConfig. loader yields (batch, labels (b,), indices (b,)) with b = batch_size·accum_iter, batch
-    being images uint8 (b, c, H, W) or cached moments (b, 2, c', h, w), see `util.latents`. Raises FloatingPointError
-    after 20 steps in a row without a finite gradient.
+    being images uint8 (b, c, H, W) or cached moments (b, 2, c', h, w), see `util.latents`. log: a `util.run_log.RunLog`
+    on the first process, None on the others. Raises FloatingPointError after 20 steps in a row without a finite
+    gradient.
     """
     began = time.perf_counter()
     for batch, labels, indices in loader:
@@ -330,11 +331,10 @@ def train_one_epoch(state: TrainState, loader, epoch, args, flip: bool, progress
         state.batch += 1
 
         record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
-        record["images_per_second"] = len(batch) * dist.world_size() / (time.perf_counter() - began)
+        speed = len(batch) * dist.world_size() / (time.perf_counter() - began)
         began = time.perf_counter()
-        if writer is not None:
-            for name, value in record.items():
-                writer.add_scalar(f"train/{name}", value, state.step)
+        if log is not None:
+            log.step(state.step, record, images_per_second=speed)
         progress.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
         progress.update()
         if stop:

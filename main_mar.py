@@ -15,18 +15,20 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from build import build_data, build_model, data_place, find_checkpoint, find_reference, new_state
+from build import build_data, build_model, check_resume, data_place, find_checkpoint, find_reference, new_state
 from config import CONFIGS, TrainConfig, mar_config, resolve
 from engine_mar import evaluate, sample_images, train_one_epoch
 from heads.policy import SampleConfig, load_heads
 from train_state import TrainState, checkpoint_content, restore, restore_weights
 from util import dist
 from util.args import check_folder, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, save_checkpoint
+from util.checkpoint import checkpoint_path
 from util.data import EpochSampler
 from util.evaluation import EvalConfig, protocol, protocol_line
 from util.images import PNGFolder, save_png
+from util.keeping import forget_best_after, keep_best, keep_checkpoint
 from util.metrics import metrics_line
+from util.run_log import RunLog
 
 
 def measured_how(values: dict, state: TrainState, labels, reference) -> str:
@@ -54,35 +56,38 @@ def train(values: dict, state: TrainState, dataset, first: int) -> int:
         persistent_workers=args.num_workers > 0,
         worker_init_fn=_leave_signals_to_the_main_process,
     )
-    writer = None
-    if dist.is_main():
-        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
-
-        writer = SummaryWriter(args.log_dir, purge_step=state.step)
-    # Closing the bar late keeps one estimate of the time left for the whole run.
-    progress = tqdm(total=args.epochs * len(sampler), initial=state.step, unit="step", disable=not dist.is_main())
+    log = RunLog(args.output_dir, args.log_dir, state.step) if dist.is_main() else None
+    # Steps done and to do: another batch size on resume makes other epochs than those behind. Closing the bar late
+    # keeps one estimate of the time left for the whole run.
+    total = state.step + (args.epochs - first) * len(sampler) - state.batch
+    progress = tqdm(total=total, initial=state.step, unit="step", disable=not dist.is_main())
     progress.set_description("training")
     began, first_step = time.perf_counter(), state.step
-    with signals_noted(state):
+    if dist.is_main():
+        forget_best_after(args.output_dir, state.step)
+    with progress, signals_noted(state):
         if state.batch == 0 and samples_missing(values, state, first - 1):  # the last run was stopped while sampling
-            sample_during_training(values, state, dataset, first - 1, writer)
+            sample_during_training(values, state, dataset, first - 1, log)
         for epoch in range(first, args.epochs):
             if state.stopping:
                 break
             sampler.set_epoch(epoch, state.batch)
             state.module.train()
-            whole = train_one_epoch(state, loader, epoch, args, dataset.flip, progress, writer)
+            whole = train_one_epoch(state, loader, epoch, args, dataset.flip, progress, log)
             to_sample = due_for_samples(epoch, args)
-            if state.stopping or to_sample or (epoch + 1) % args.save_last_freq == 0:
-                if dist.is_main():
-                    done = epoch if whole else epoch - 1
-                    save_checkpoint(args.output_dir, checkpoint_content(state, values, done, dataset.classes))
+            due = state.stopping or to_sample or (epoch + 1) % args.save_last_freq == 0
+            if dist.is_main() and (due or state.unsaved):
+                log.sync()
+                last = state.stopping or epoch + 1 == args.epochs
+                save(state, values, epoch if whole else epoch - 1, dataset.classes, may_fail=not last)
+            if due:
                 dist.barrier()
             if to_sample and not state.stopping:
-                sample_during_training(values, state, dataset, epoch, writer)
-    progress.close()
-    if writer is not None:
-        writer.close()
+                sample_during_training(values, state, dataset, epoch, log)
+                if state.stopping and state.unsaved:
+                    save(state, values, epoch, dataset.classes, may_fail=False)
+    if log is not None:
+        log.close()
     broken = dataset.broken.float().to(state.device)
     if not state.interrupted:  # then the other processes may be anywhere
         dist.all_sum(broken)  # each process has met its own broken files
@@ -103,6 +108,23 @@ def train(values: dict, state: TrainState, dataset, first: int) -> int:
         return code
     print("\n".join([*notes, f"trained to step {state.step} at {rate:.0f} images/s: {where}"]))
     return 0
+
+
+def save(state: TrainState, values: dict, epoch: int, classes: list[str], may_fail: bool) -> None:
+    """Save a checkpoint, `epoch` being the last finished one.
+
+    With may_fail a full disk is a warning: the run goes on, and tries again after the next epoch.
+    """
+    folder = values["output_dir"]
+    try:
+        keep_checkpoint(folder, checkpoint_content(state, values, epoch, classes), values["keep_last"])
+        state.unsaved = False
+    except OSError as error:
+        state.unsaved = True
+        what = f"the checkpoint of step {state.step} could not be saved in {folder} ({error.strerror or error})"
+        if not may_fail:
+            raise OSError(f"{what}; the one before it is whole") from None
+        tqdm.write(f"warning: {what}; the one before it is whole, the next try is after the next epoch")
 
 
 def _leave_signals_to_the_main_process(worker) -> None:
@@ -128,15 +150,19 @@ def signals_noted(state: TrainState):
             signal.signal(number, handler)
 
 
-def sample_during_training(values, state, dataset, epoch, writer) -> None:
+def sample_during_training(values, state, dataset, epoch, log) -> None:
     """`sample_epoch`, which a signal may interrupt: all that is trained is saved."""
     state.interruptible = True
     try:
         if state.stop_signal:  # it came since the last step
             raise KeyboardInterrupt
-        sample_epoch(values, state, dataset, epoch, writer)
+        sample_epoch(values, state, dataset, epoch, log)
     except KeyboardInterrupt:
         state.stopping = state.interrupted = True
+    except OSError as error:  # a full disk, say; the next --resume makes them
+        if dist.world_size() > 1:  # the others wait for this process
+            raise
+        tqdm.write(f"warning: the samples of epoch {epoch + 1} could not be made ({error})")
     finally:
         state.interruptible = False
 
@@ -158,12 +184,13 @@ def samples_folder(values, epoch) -> Path:
     return Path(values["output_dir"]) / "samples" / f"epoch{epoch + 1:04d}"
 
 
-def sample_epoch(values, state, dataset, epoch, writer) -> None:
+def sample_epoch(values, state, dataset, epoch, log) -> None:
     """A grid of samples with the averaged weights and, with --online_eval, the metrics at cfg 1 and at --cfg."""
     sampling, evaluation = pick(SampleConfig, values), pick(EvalConfig, values)
     folder = samples_folder(values, epoch)
     options = dict(heads=state.heads, device=state.device, dtype=state.dtype)
     columns = min(dataset.num_classes, 10)
+    fids = []
     with state.averaged():
         labels = [i % columns for i in range(4 * columns)]
         sample_images(
@@ -171,7 +198,7 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
         )
         if dist.is_main():
             sheet = PNGFolder(folder / "grid", len(labels)).grid([dataset.classes[k] for k in labels], columns)
-            writer.add_image("samples", sheet, state.step, dataformats="HWC")
+            log.image("samples", sheet, state.step)
         labels = [i % dataset.num_classes for i in range(evaluation.num_images)]
         reference = find_reference(values, dataset) if values["online_eval"] and dist.is_main() else None
         for cfg in sorted({1.0, sampling.cfg}) if values["online_eval"] else ():
@@ -182,10 +209,13 @@ def sample_epoch(values, state, dataset, epoch, writer) -> None:
             )
             if dist.is_main():
                 for name, value in found["metrics"].items():
-                    writer.add_scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
+                    log.scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
+                fids += [found["metrics"][name] for name in ("fid",) if name in found["metrics"]]
                 tqdm.write(measured_how(values, state, labels, reference))
                 tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(found['metrics'])}")
     if dist.is_main():
+        if fids and not state.unsaved:
+            keep_best(values["output_dir"], min(fids), state.step)
         save_png(folder.with_suffix(".png"), sheet)
 
 
@@ -202,9 +232,8 @@ def run(values: dict) -> int:
             pick(EvalConfig, values).check(find_reference(values, dataset), values["img_size"])
     torch.manual_seed(values["seed"])  # the same initial weights on every process
     mar, tokenizer = build_model(values, dataset, content)
-    trained_on = content.get("config", {}).get("latents") if resumed else None
-    if trained_on not in (None, tokenizer.describe()):
-        raise ValueError(f"{values['resume']} was trained on latents of {trained_on}, not {tokenizer.describe()}")
+    if resumed:
+        check_resume(values, content, mar, tokenizer, dataset)
     mar, tokenizer = mar.to(device), tokenizer.to(device)
     if values["compile"]:
         for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
@@ -255,6 +284,7 @@ def main(argv=None) -> int:
     dry = given.get("dry_run", False)
     try:
         if not dry:
+            dist.set_deterministic(given.get("deterministic", False))
             device = dist.pick_device(given.get("device", "auto"))
             dist.init(device, given.get("dist_url", "env://"), given.get("dist_on_itp", False))
         values = resolve(given)

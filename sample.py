@@ -64,6 +64,7 @@ class SampleArgs:
     edit_mask: str | None = flag(None, "picture of the same size, white where --edit_image is generated anew")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
@@ -298,6 +299,7 @@ def main(argv=None) -> int:
             raise ValueError(f"--{name} is needed")
     try:
         if not args.dry_run:
+            dist.set_deterministic(args.deterministic)
             dist.init(dist.pick_device(args.device))
         return run(args, given)
     finally:

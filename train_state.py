@@ -35,6 +35,7 @@ class TrainState:
     step: int = 0  # optimizer steps done
     steps_per_epoch: int = 1
     batch: int = 0  # steps done of the epoch under way
+    unsaved: bool = False  # has the last try to save failed?
     bad_steps: int = 0  # of these, skipped for non-finite gradients
     bad_in_a_row: int = 0
     stop_signal: int = 0  # number of the signal that asked this process to stop, or 0

@@ -10,13 +10,20 @@ import pytest
 import main_mar
 import sample
 from heads.policy import INFER_MODES
-from scripts import bench_training, cache_latents, plot_training, train_classifier, train_tokenizer
+from scripts import bench_training, cache_latents, plot_training, torture, train_classifier, train_tokenizer
 from tests.test_sample import train_tiny
 from util.args import run_main
 from util.checkpoint import FILE_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (bench_training, cache_latents, plot_training, train_classifier, train_tokenizer)  # those with --dry_run
+SCRIPTS = (
+    bench_training,
+    cache_latents,
+    plot_training,
+    torture,
+    train_classifier,
+    train_tokenizer,
+)  # those with --dry_run
 PROGRAMS = {Path(module.__file__).name: module.main for module in (main_mar, sample, *SCRIPTS)}
 
 
@@ -352,6 +359,7 @@ BAD_MAIN = [
     ("--output_dir {file}", "{file}"),
     ("--log_dir {file}", "{file}"),
     ("--dist_on_itp", "--dist_on_itp"),
+    ("--keep_last 0", "'0'"),
     ("--nope 3", "--nope"),
     ("--batch 3", "--batch"),  # no abbreviations: a later flag would change what they mean
     ("stray", "stray"),

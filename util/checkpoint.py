@@ -1,19 +1,22 @@
-"""Checkpoints: one file, `checkpoint-last.pth`, in the published layout with a few keys of our own.
+"""Checkpoints: `checkpoint-last.pth`, in the published layout with a few keys of our own.
 
     model, model_ema, optimizer, epoch, scaler, args     as in MAR (args a plain dict; published files have a Namespace)
     heads, heads_ema, config, rng, step                  ours; a published file has none of them
 
-Files are read with weights_only=True, so nothing in them is executed, and written to a temporary name first.
+Files are read with weights_only=True, so nothing in them is executed, and written to a temporary name first. Those that
+`util.keeping` writes are listed in `checkpoints.sha256` beside them.
 """
 
 import argparse
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 
 import torch
 
 FILE_NAME = "checkpoint-last.pth"
+SUMS_NAME = "checkpoints.sha256"  # lines "<sha256>  <file>", for `sha256sum -c`
 
 
 def checkpoint_path(place: str | Path) -> Path:
@@ -26,11 +29,43 @@ def save_checkpoint(place: str | Path, content: dict) -> Path:
     """Write atomically: temporary file, fsync, rename. An interrupted save leaves the old file whole."""
     path = checkpoint_path(place)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with atomic_file(path) as temporary:
+        write_content(temporary, content)
     return path
+
+
+def write_content(path: Path, content: dict) -> str:
+    """torch.save and fsync; the sha256 of the file. What the disk has against it is raised as OSError."""
+    with open(path, "wb") as raw:
+        file = _HashedFile(raw)
+        try:
+            torch.save(content, file)
+        except RuntimeError:  # torch's own words about a write that failed
+            if file.error is None:
+                raise
+            raise file.error from None
+        raw.flush()
+        os.fsync(raw.fileno())
+    return file.digest.hexdigest()
+
+
+class _HashedFile:
+    """What torch.save needs of a file; hashes what goes through it, and remembers why a write failed."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, data) -> int:
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 class atomic_file:
@@ -51,11 +86,17 @@ class atomic_file:
 
 
 def load_checkpoint(place: str | Path) -> dict:
-    """The content, on the CPU. A missing, damaged or unsafe file, or one without `model`, raises ValueError."""
+    """The content, on the CPU. A missing, damaged or unsafe file, or one without `model`, raises ValueError.
+
+    Of a damaged one the message names the newest whole one beside it.
+    """
     path = checkpoint_path(place)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
-    content = read_file(path)
+    try:
+        content = read_file(path)
+    except ValueError as error:
+        raise ValueError(f"{error}{_newest_whole_one(path)}") from None
     weights = content.get("model") if isinstance(content, dict) else None
     if not isinstance(weights, dict) or "class_emb.weight" not in weights:
         raise ValueError(f"{path} is not a MAR checkpoint: it has no 'model' with a class embedding")
@@ -66,12 +107,61 @@ def load_checkpoint(place: str | Path) -> dict:
 
 def read_file(path: str | Path):
     """What torch.save wrote, on the CPU; a damaged file, or one with more than data in it, raises ValueError."""
+    check_whole(Path(path))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile each raise their own kinds, for garbage even IndexError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read {path}: {reason[:200]}") from None
+
+
+def read_sums(folder: Path) -> list[tuple[str, str]]:
+    """(sha256, file name) of the lines of checkpoints.sha256; [] without one."""
+    try:
+        lines = (folder / SUMS_NAME).read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    return [(digest, name) for digest, _, name in (line.partition("  ") for line in lines) if name]
+
+
+def check_whole(path: Path) -> None:
+    """Raise ValueError unless a file has its checksum: the one in checkpoints.sha256, else those inside of the file."""
+    known = [digest for digest, name in read_sums(path.parent) if name == path.name]
+    if known:
+        with open(path, "rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() in known
+        why = f"its checksum is not the one in {SUMS_NAME}"
+    else:
+        whole, why = _crcs_are_right(path), "a checksum in it is wrong"
+    if not whole:
+        raise ValueError(f"{path} is damaged: {why}")
+
+
+def _crcs_are_right(path: Path) -> bool:
+    """Does every part of a zip file (torch.save's format since 1.6) have its CRC? torch.load does not look at them."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # another format, without checksums
+                return True
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except FileNotFoundError:  # for torch to complain about
+        return True
+    except Exception:  # zipfile raises many kinds
+        return False
+
+
+def _newest_whole_one(path: Path) -> str:
+    """Words about the newest other checkpoint in the folder that is whole, if there is one."""
+    others = [other for other in path.parent.glob("checkpoint-*.pth") if other.name != path.name]
+    for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            check_whole(other)
+        except (ValueError, OSError):
+            continue
+        return f"; the newest whole one is {other}"
+    return ""
 
 
 def load_weights(model: torch.nn.Module, weights: dict, source) -> None:

@@ -114,6 +114,17 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def set_deterministic(on: bool) -> None:
+    """Let torch compute the same bits every time on the same machine, or, switched off, as fast as it can.
+
+    Has to come before anything runs on a GPU. An operation that torch cannot do so raises RuntimeError, naming itself.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it starts
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """Autocast at this dtype; float32 means none."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -57,6 +57,8 @@ def is_readable(path: Path) -> bool:
 def prepare_folder(folder: Path, run: dict) -> None:
     """Make the folder of a sampling run; where its run.json says something else, remove what an earlier run left."""
     folder.mkdir(parents=True, exist_ok=True)
+    for file in folder.glob(".*.tmp"):  # of a process that was killed
+        file.unlink()
     note = folder / "run.json"
     text = json.dumps(run)
     if not note.is_file() or note.read_text() != text:

@@ -1,0 +1,53 @@
+"""What must not change image i: the order of the flags, and what other tests of this list say.
+
+Data workers: test_train.py. Batch size when sampling: test_generate.py (the draws, bit for bit), test_sample.py. World
+size: test_sample.py, test_train.py. Two runs of one command: test_train.py, tests of resuming.
+"""
+
+import random
+
+import pytest
+import torch
+
+import main_mar
+import sample
+from tests.test_keeping import TRAIN, pictures  # noqa: F401, a fixture
+from util import dist
+from util.checkpoint import load_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    yield
+    dist.set_deterministic(False)
+
+
+def shuffled(pairs, seed):
+    """The words of (flag, value) pairs in another order of the flags."""
+    pairs = list(pairs)
+    random.Random(seed).shuffle(pairs)
+    return [str(word) for pair in pairs for word in pair]
+
+
+def test_the_order_of_flags_and_deterministic_change_nothing(pictures, tmp_path, monkeypatch):  # noqa: F811
+    """Of what is trained, and of the images that come of it."""
+    words = [*TRAIN, "--data_path", str(pictures), "--learn", "order,group,tau,cfg", "--epochs", "2"]
+    seen, make = [], main_mar.new_state
+    monkeypatch.setattr(
+        main_mar, "new_state", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or make(*a)
+    )
+    found, images = [], []
+    for seed in (0, 1):
+        run, out, more = tmp_path / f"run{seed}", tmp_path / f"out{seed}", ["--deterministic"] * seed
+        assert main_mar.main([*shuffled(zip(words[::2], words[1::2]), seed), "--output_dir", str(run), *more]) == 0
+        found.append(load_checkpoint(run))
+        flags = {"num_images": 6, "cfg": 2, "infer_mode": "both", "temperature": 0.9, "seed": 3, "num_iter": 2}
+        flags |= {"checkpoint": run, "metrics": "none", "eval_bsz": 3, "device": "cpu", "output_dir": out}
+        pairs = [(f"--{name}", value) for name, value in flags.items()]
+        assert sample.main([*shuffled(pairs, seed), *more]) == 0
+        images.append({str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")})
+    assert seen == [False, True] and torch.are_deterministic_algorithms_enabled()
+    for key in ("model", "model_ema", "heads"):
+        assert all(torch.equal(found[0][key][name], found[1][key][name]) for name in found[0][key])
+    assert (tmp_path / "run0" / "log.jsonl").read_bytes() == (tmp_path / "run1" / "log.jsonl").read_bytes()
+    assert images[0] == images[1] and len(images[0]) == 7  # with the grid

@@ -1,0 +1,102 @@
+"""What a training run notes step by step: log.jsonl, exact and cut back on resume, and TensorBoard's files."""
+
+import json
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+FILE_NAME = "log.jsonl"
+
+
+class StepLog:
+    """One JSON line a training step in folder/log.jsonl; a kill at any moment costs at most the line being written.
+
+    Opening it at a step drops the lines of later steps (and of a line cut short), so that a run which continues from
+    its checkpoint ends with the file of a run that was never stopped. Where the disk is full, lines wait in memory.
+    """
+
+    def __init__(self, folder: str | Path, step: int):
+        self.path = Path(folder) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b", buffering=0)
+        self.file.seek(0)
+        self.file.truncate(_end_of_step(self.file, step))
+        self.pending, self.complained = b"", False
+
+    def write(self, step: int, record: dict[str, float]) -> None:
+        """Add the line of a step."""
+        self.pending += json.dumps({"step": step, **record}).encode() + b"\n"
+        try:
+            while self.pending:  # a nearly full disk takes a part
+                self.pending = self.pending[self.file.write(self.pending) :]
+        except OSError as error:
+            if not self.complained:
+                tqdm.write(f"warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory")
+            self.complained = True
+        else:
+            self.complained = False
+
+    def sync(self) -> None:
+        """Make the lines survive a crash of the machine; called before a checkpoint that relies on them."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError:  # a full network disk; the checkpoint will meet it too, and say so
+            pass
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _end_of_step(file, step: int) -> int:
+    """Bytes of the whole lines up to this step."""
+    end = 0
+    for line in file:
+        try:
+            later = json.loads(line)["step"] > step
+        except (ValueError, KeyError, TypeError):
+            break
+        if later or not line.endswith(b"\n"):
+            break
+        end += len(line)
+    return end
+
+
+class RunLog:
+    """The step log and TensorBoard's files of a run that is at this step. Only the first process has one."""
+
+    def __init__(self, output_dir: str | Path, log_dir: str | Path, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+        self.steps = StepLog(output_dir, step)
+        self.board = SummaryWriter(log_dir, purge_step=step)
+
+    def step(self, step: int, record: dict[str, float], **speed: float) -> None:
+        """Note a training step; speed, which is another one in every run, is for TensorBoard alone."""
+        self.steps.write(step, record)
+        for name, value in {**record, **speed}.items():
+            self.scalar(f"train/{name}", value, step)
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._to_board(lambda board: board.add_scalar(name, value, step))
+
+    def image(self, name: str, image, step: int) -> None:
+        """uint8 (H, W, C)."""
+        self._to_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
+
+    def sync(self) -> None:
+        self.steps.sync()
+
+    def close(self) -> None:
+        self.steps.close()
+        self._to_board(lambda board: board.close())
+
+    def _to_board(self, act) -> None:
+        """TensorBoard's thread dies of a full disk; the run goes on without it."""
+        if self.board is None:
+            return
+        try:
+            act(self.board)
+        except OSError as error:
+            self.board = None
+            tqdm.write(f"warning: TensorBoard's files end here ({error.strerror}); log.jsonl goes on")

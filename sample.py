@@ -22,7 +22,7 @@ from heads.policy import SampleConfig, load_heads
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
-from util.args import check_folder, defaults, flag, make_parser, pick, run_main
+from util.args import check_folder, check_values, defaults, flag, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
 from util.editing import read_edit
 from util.evaluation import EvalConfig, build_reference, protocol, protocol_line, reference_hash
@@ -108,14 +108,19 @@ def git_commit() -> str | None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; a last line cut short by a crash is left out."""
+    """The dicts in the lines of a results file; a last line cut short by a crash is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def is_folder_name(name) -> bool:
+    """Is it the name of a folder inside another one, whoever wrote the file that has it?"""
+    return isinstance(name, str) and name == Path(name).name and name != ".."
 
 
 def append_result(path: Path, row: dict) -> None:
@@ -171,7 +176,8 @@ def find_present(settings: list[Setting], results: Path, shared: dict, hashes: d
     for setting in settings:
         setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
         wanted = setting.row.items()
-        setting.present = next((row for row in done if all(row.get(k) == v for k, v in wanted)), None)
+        matches = (row for row in done if all(row.get(k) == v for k, v in wanted))
+        setting.present = next((row for row in matches if is_folder_name(row.get("name"))), None)
 
 
 def show(args: SampleArgs, given: dict, settings: list[Setting], evaluation: EvalConfig, config: dict) -> None:
@@ -188,6 +194,8 @@ def run(args: SampleArgs, given: dict) -> int:
     mar, tokenizer, config = load_mar(content, ema=not args.no_ema, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
+    for kind, key in ((SampleConfig, "sample"), (EvalConfig, "eval")):
+        check_values(kind, config[key], f"the checkpoint {args.checkpoint}")  # names of folders are made of them
     base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **config["eval"]}
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from models.mar import MAR, MAR_CONFIGS, MARConfig
 from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
-from util.args import pick
+from util.args import check_values, pick
 from util.checkpoint import load_checkpoint, load_weights
 
 
@@ -22,6 +22,7 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if "config" in content:
         config = content["config"]
+        check_config(config, checkpoint)
     elif model is None:
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
@@ -35,6 +36,19 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
     return mar.eval(), tokenizer, config
+
+
+def check_config(config: dict, source) -> None:
+    """Raise ValueError unless the config of a checkpoint has what a model is made of (whoever made the file)."""
+    for key, kind in (("mar", dict), ("tokenizer", str), ("data", dict), ("sample", dict), ("eval", dict)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{source} is damaged: its config has no {key!r}")
+    classes = config["data"].get("classes")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{source} is damaged: its config has no names of classes")
+    if not isinstance(config["data"].get("name"), str) or not isinstance(config["data"].get("path"), str | None):
+        raise ValueError(f"{source} is damaged: its config does not name the data")
+    check_values(MARConfig, config["mar"], source)
 
 
 def check_latents(tokenizer, config: MARConfig, what: str) -> None:

@@ -31,7 +31,7 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in KEYS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None

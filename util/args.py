@@ -137,6 +137,26 @@ def defaults(*configs) -> dict:
     return result
 
 
+def check_values(config_class, values: dict, source) -> None:
+    """Raise ValueError unless the values, read from a file that source names, are what fields of the dataclass may be.
+
+    Flags must be what the command line would let through, other fields of their type. Fields that are absent are fine.
+    """
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name not in values:
+            continue
+        value, meta, kinds = values[field.name], field.metadata, hints[field.name]
+        if not isinstance(value, kinds | int if float in (kinds, *typing.get_args(kinds)) else kinds):
+            raise ValueError(f"{source} is damaged: its {field.name} is {value!r}")
+        if "help" not in meta or value is None or isinstance(value, bool):
+            continue
+        try:
+            _checked(meta["type"] or _plain_type(kinds), meta["low"], meta["high"], meta["choices"])(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{source} is damaged: {field.name}: {error}") from None
+
+
 def check_folder(name: str, path: str) -> None:
     """Raise ValueError if --name cannot be a folder to write to; nothing is made yet."""
     there = Path(path).absolute()

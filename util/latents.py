@@ -63,7 +63,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def read_npz(path, shape=None) -> np.ndarray:
     """(2, c, h, w) from a file of MAR's layout, every byte checked (CRC). Raises whatever is wrong with the file."""
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         pair = np.stack([file["moments"], file["moments_flip"]])
     if pair.ndim != 4 or pair.dtype.kind != "f" or (shape is not None and pair.shape[1:] != tuple(shape)):
         raise ValueError(f"moments are {pair.dtype} {pair.shape[1:]}, expected floats {shape or '(c, h, w)'}")
@@ -73,7 +73,7 @@ def read_npz(path, shape=None) -> np.ndarray:
 def open_shard(path: Path, count: int, shape, dtype) -> np.ndarray:
     """Memory-map (count, 2, c, h, w). A missing, truncated or different file raises ValueError."""
     try:
-        shard = np.load(path, mmap_mode="r")
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise ValueError(f"cannot read {path} ({error}): {AGAIN}") from None
     expected = (count, 2, *shape)

@@ -136,6 +136,9 @@ def report(row: dict, folder: Path) -> None:
         print(protocol_line(row["protocol"]))
     speed = f", {row['images_per_second']:.1f} images/s" if row["images_per_second"] else " already"
     print(f"{row['settings']['num_images']} images in {folder}{speed}")
+    for name in ("redone_fp32", "not_finite", "one_colour"):
+        if row.get(name):
+            print(f"{name}: {row[name]} of the {row['num_made']} images made")
     print(metrics_line(row["metrics"]) or "no metrics asked for")
     print(f"picture: {folder / 'grid.png'}")
 

@@ -8,6 +8,8 @@ from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
 from util.checkpoint import load_checkpoint, load_weights
 
+_SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
+
 
 def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
     """(mar, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
@@ -23,6 +25,7 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     if "config" in content:
         config = content["config"]
         check_config(config, checkpoint)
+        _check_sizes(config["mar"], checkpoint, model=model, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
     elif model is None:
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
@@ -32,6 +35,8 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
         raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
     mar = MAR(pick(MARConfig, config["mar"]))
     load_weights(mar, weights, checkpoint)
+    if vae_path and config["tokenizer"] == "pixel":
+        raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
     tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
@@ -49,6 +54,18 @@ def check_config(config: dict, source) -> None:
     if not isinstance(config["data"].get("name"), str) or not isinstance(config["data"].get("path"), str | None):
         raise ValueError(f"{source} is damaged: its config does not name the data")
     check_values(MARConfig, config["mar"], source)
+
+
+def _check_sizes(mar: dict, source, *, model, **given) -> None:
+    """Raise ValueError where what was given contradicts the sizes that the checkpoint has."""
+    for name, value in given.items():
+        if value not in (None, mar[name]):
+            raise ValueError(
+                f"--{name} {value} does not fit {source}, which has {mar[name]} (the flag can be left out)"
+            )
+    if model is not None and any(getattr(MAR_CONFIGS[model], key) != mar[key] for key in _SIZES):
+        sizes = ", ".join(f"{key} {mar[key]}" for key in _SIZES)
+        raise ValueError(f"--model {model} does not fit {source}, which has {sizes} (the flag can be left out)")
 
 
 def check_latents(tokenizer, config: MARConfig, what: str) -> None:

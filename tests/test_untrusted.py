@@ -15,9 +15,9 @@ from PIL import Image
 import main_mar
 import sample
 from scripts import cache_latents, make_fid_stats, plot_trace, train_tokenizer
+from tests.helpers import untrained
 from tests.test_architecture import ROOT, SOURCES, tree_of
 from tests.test_cli import TINY, files, refused
-from tests.test_sample import train_tiny
 from util.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from util.classifiers import DIGITS_WEIGHTS, load_classifier
 from util.data import build_dataset
@@ -56,7 +56,7 @@ def pickled(thing):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return train_tiny(tmp_path_factory.mktemp("checkpoint"), "--batch_size", 600)
+    return untrained(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture

@@ -159,6 +159,8 @@ def build_digits(*, data_path=None, img_size=None, split="train", download=True)
     from sklearn.datasets import load_digits
 
     _check_native_size("digits", img_size, 8)
+    if data_path:
+        raise ValueError(f"--data_path {data_path} has no meaning for the data set digits, which needs no folder")
     if split != "train":
         raise ValueError(f"digits has no {split!r} split, only 'train'")
     digits = load_digits()

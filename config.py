@@ -155,6 +155,12 @@ def resolve(given: dict) -> dict:
     values["log_dir"] = values["log_dir"] or values["output_dir"]
     if values["min_lr"] > values["lr"]:
         raise ValueError(f"--min_lr {values['min_lr']:g} must be at most the learning rate {values['lr']:g}")
+    for name in ("rho", "tau", "cfg"):
+        low, high = values[f"{name}_min"], values[f"{name}_max"]
+        if low > high:
+            raise ValueError(f"--{name}_min {low:g} must be at most --{name}_max {high:g}")
+    if values["start_epoch"] >= values["epochs"] and not values["evaluate"]:
+        raise ValueError(f"--start_epoch {values['start_epoch']} must be below --epochs {values['epochs']}")
     if values["evaluate"] and not values["resume"]:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
     if given.get("data_path") and values["data"] == "digits":

@@ -7,6 +7,7 @@ K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is u
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from util import dist
 from util.checkpoint import weights_hash
 from util.dist import autocast
 from util.evaluation import score
+from util.guards import complain, draw_finite, is_plain
 from util.images import PNGFolder, Trace, image_path, is_readable, prepare_folder, save_png, to_uint8
 from util.optim import lr_at
 from util.rng import generator, image_seeds
@@ -212,7 +214,9 @@ def sample_images(
     images are made of its source, whose known tokens (the mean of the tokenizer's posterior) stay as they are, and so
     do the pixels that belong to them. Returns {weights (their hash), num_made, seconds, images_per_second}, summed over
     processes, and the network evaluations that an image took on average, counted (see `generate`; None where no image
-    was made): mar_evals, mlp_evals.
+    was made): mar_evals, mlp_evals. Of the images made it also counts redone_fp32, those drawn twice (`draw_finite`;
+    a trace shows the first time), not_finite, those in vain, which are black, and one_colour, as a model that has
+    learned little makes them; the last two are named on stderr.
     """
     rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
@@ -234,6 +238,7 @@ def sample_images(
     mine = mine + batches[len(to_trace) :][dist.rank() :: dist.world_size()]
     mine = [batch for batch in mine if batch in redo or not all(is_readable(image_path(folder, i)) for i in batch)]
     num_made, evals, began = 0, Counter(), time.perf_counter()
+    redone, broken, plain = [], [], []  # numbers of images
     quiet = not (mine and dist.is_main())
     with tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False) as progress:
 
@@ -245,26 +250,34 @@ def sample_images(
             images = to_uint8(tokenizer.decode(latents))
             return images if edit is None else edit.paste(images)
 
-        for batch in mine:
-            trace.begin(batch if batch in redo else None)
+        def draw(batch, rows, dtype):
+            images = [batch[row] for row in rows]
             with autocast(device, dtype):
-                latents = generate(
+                return generate(
                     mar,
-                    torch.tensor([labels[i] for i in batch]),
+                    torch.tensor([labels[i] for i in images]),
                     rules,
                     num_iter=sampling.num_iter,
                     num_steps=sampling.num_sampling_steps,
-                    seeds=image_seeds(seed, batch),
-                    callback=after_step,
+                    seeds=image_seeds(seed, images),
+                    callback=None if trace.steps else after_step,  # a second time it would be traced twice
                     solver=sampling.solver,
                     spacing=sampling.spacing,
                     refresh_every=sampling.refresh_every,
                     clip=tokenizer.clip,
-                    tokens=None if edit is None else tokens.expand(len(batch), -1, -1),
-                    mask=None if edit is None else mask.expand(len(batch), -1),
+                    tokens=None if edit is None else tokens.expand(len(images), -1, -1),
+                    mask=None if edit is None else mask.expand(len(images), -1),
                     evals=evals,
                 )
+
+        for batch in mine:
+            trace.begin(batch if batch in redo else None)
+            latents, twice, lost = draw_finite(partial(draw, batch), len(batch), dtype)
             images = pictures(latents)
+            images[lost] = 0
+            redone += [batch[row] for row in twice]
+            broken += [batch[row] for row in lost]
+            plain += [i for i, image in zip(batch, images) if is_plain(image)]
             trace.end(lambda tokens: pictures(mar.unpatchify(tokens)), images)
             for i, image in zip(batch, images):
                 save_png(image_path(folder, i), image)
@@ -272,12 +285,16 @@ def sample_images(
             progress.update(len(batch))
     seconds = time.perf_counter() - began
     rate = dist.all_sum(torch.tensor(num_made / seconds, device=device)).item()
+    complain("have numbers that are not finite, in float32 too, and are left black", broken, num_made)
+    complain("are of one colour, which a model makes that has learned little", plain, num_made)
+    notes = {"redone_fp32": len(redone), "not_finite": len(broken), "one_colour": len(plain)}
     # whole numbers, since they are too large for float32; parts of a pass as thousandths
-    counts = torch.tensor([num_made, round(1000 * evals["mar"]), evals["mlp"]], device=device)
-    num_made, mar_evals, mlp_evals = dist.all_sum(counts).tolist()
+    counts = [num_made, *notes.values(), round(1000 * evals["mar"]), evals["mlp"]]
+    num_made, *counts, mar_evals, mlp_evals = dist.all_sum(torch.tensor(counts, device=device)).tolist()
     dist.barrier()
     found = {"weights": run["weights"], "num_made": num_made, "seconds": round(seconds, 3)}
     found["images_per_second"] = round(rate, 3) if num_made else None
+    found |= dict(zip(notes, counts))
     for name, count in (("mar_evals", mar_evals / 1000), ("mlp_evals", mlp_evals)):
         found[name] = round(count / num_made, 3) if num_made else None
     return found

@@ -22,7 +22,7 @@ from heads.policy import FAST, FAST_DTYPE, SampleConfig, load_heads
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
-from util.args import check_folder, defaults, flag, make_parser, pick, run_main
+from util.args import check_folder, check_values, defaults, flag, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
 from util.editing import read_edit
 from util.evaluation import EvalConfig, build_reference, protocol, protocol_line, reference_hash
@@ -119,14 +119,19 @@ def git_commit() -> str | None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The lines of a results file; a last line cut short by a crash is left out."""
+    """The dicts in the lines of a results file; a last line cut short by a crash is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return rows
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def is_folder_name(name) -> bool:
+    """Is it the name of a folder inside another one, whoever wrote the file that has it?"""
+    return isinstance(name, str) and name == Path(name).name and name != ".."
 
 
 def find_result(rows: list[dict], wanted: dict) -> dict | None:
@@ -147,6 +152,9 @@ def report(row: dict, folder: Path) -> None:
         print(protocol_line(row["protocol"]))
     speed = f", {row['images_per_second']:.1f} images/s" if row["images_per_second"] else " already"
     print(f"{row['settings']['num_images']} images in {folder}{speed}")
+    for name in ("redone_fp32", "not_finite", "one_colour"):
+        if row.get(name):
+            print(f"{name}: {row[name]} of the {row['num_made']} images made")
     print(metrics_line(row["metrics"]) or "no metrics asked for")
     print(f"picture: {folder / 'grid.png'}")
 
@@ -183,7 +191,8 @@ def name_settings(settings: list[Setting], suffix: str) -> None:
 
 def find_present(settings: list[Setting], results: Path, shared: dict, hashes: dict) -> None:
     """Make the row of each setting, and find it in the results file if it is there."""
-    done = read_results(results)  # once, before anything is sampled: so all processes see the same
+    # read once, before anything is sampled: so all processes see the same
+    done = [row for row in read_results(results) if is_folder_name(row.get("name"))]
     for setting in settings:
         setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
         setting.present = find_result(done, setting.row)
@@ -203,6 +212,8 @@ def run(args: SampleArgs, given: dict) -> int:
     mar, tokenizer, config = load_mar(content, ema=not args.no_ema, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
+    for kind, key in ((SampleConfig, "sample"), (EvalConfig, "eval")):
+        check_values(kind, config[key], f"the checkpoint {args.checkpoint}")  # names of folders are made of them
     base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))

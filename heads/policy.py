@@ -139,8 +139,11 @@ def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
     config = content.get("config", {})
     if not config.get("heads"):
         return None
-    heads = PolicyHeads(config["mar"]["decoder_embed_dim"], **config["heads"])
-    load_weights(heads, content["heads_ema" if ema else "heads"], "the checkpoint's heads")
+    try:
+        heads = PolicyHeads(config["mar"]["decoder_embed_dim"], **config["heads"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the checkpoint is damaged: its heads cannot be made ({error})") from None
+    load_weights(heads, content.get("heads_ema" if ema else "heads") or {}, "the checkpoint's heads")
     return heads.eval()
 
 

@@ -5,8 +5,10 @@ from dataclasses import asdict, replace
 from models.mar import MAR, MAR_CONFIGS, MARConfig
 from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
-from util.args import pick
+from util.args import check_values, pick
 from util.checkpoint import load_checkpoint, load_weights
+
+_SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
 
 
 def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
@@ -22,6 +24,8 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if "config" in content:
         config = content["config"]
+        check_config(config, checkpoint)
+        _check_sizes(config["mar"], checkpoint, model=model, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
     elif model is None:
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
@@ -31,6 +35,8 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
         raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
     mar = MAR(pick(MARConfig, config["mar"]))
     load_weights(mar, weights, checkpoint)
+    if vae_path and config["tokenizer"] == "pixel":
+        raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
     tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
@@ -38,6 +44,31 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
         trained, here = config["latents"], tokenizer.describe()
         raise ValueError(f"the model in {checkpoint} was trained on other latents: those of {trained}, not {here}")
     return mar.eval(), tokenizer, config
+
+
+def check_config(config: dict, source) -> None:
+    """Raise ValueError unless the config of a checkpoint has what a model is made of (whoever made the file)."""
+    for key, kind in (("mar", dict), ("tokenizer", str), ("data", dict), ("sample", dict), ("eval", dict)):
+        if not isinstance(config.get(key), kind):
+            raise ValueError(f"{source} is damaged: its config has no {key!r}")
+    classes = config["data"].get("classes")
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{source} is damaged: its config has no names of classes")
+    if not isinstance(config["data"].get("name"), str) or not isinstance(config["data"].get("path"), str | None):
+        raise ValueError(f"{source} is damaged: its config does not name the data")
+    check_values(MARConfig, config["mar"], source)
+
+
+def _check_sizes(mar: dict, source, *, model, **given) -> None:
+    """Raise ValueError where what was given contradicts the sizes that the checkpoint has."""
+    for name, value in given.items():
+        if value not in (None, mar[name]):
+            raise ValueError(
+                f"--{name} {value} does not fit {source}, which has {mar[name]} (the flag can be left out)"
+            )
+    if model is not None and any(getattr(MAR_CONFIGS[model], key) != mar[key] for key in _SIZES):
+        sizes = ", ".join(f"{key} {mar[key]}" for key in _SIZES)
+        raise ValueError(f"--model {model} does not fit {source}, which has {sizes} (the flag can be left out)")
 
 
 def check_latents(tokenizer, config: MARConfig, what: str) -> None:

@@ -165,6 +165,8 @@ def main(argv=None) -> int:
             raise ValueError(f"unknown weights {name!r}; valid: {', '.join(FILES)}")
     expected = parse_sha256(args.sha256)
     base = args.base_url and args.base_url.rstrip("/")
+    if base and not re.match(r"https?://\w", base):
+        raise ValueError(f"--base_url {base!r} must start with http:// or https://")
     wanted = {}
     for name in dict.fromkeys(args.names or FILES):
         place, url = FILES[name]

@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, run_main
+from util.args import OneLineParser, check_folder, run_main
 from util.checkpoint import atomic_file
 
 KEYS = ("order_step", "tau", "cfg", "group_size", "frames", "labels")
@@ -31,7 +31,7 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             return {key: file[key] for key in KEYS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
@@ -160,8 +160,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     trace = load_trace(args.trace)
     images = parse_images(args.images, len(trace["labels"]))
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file, not a folder")
+    check_folder("out", str(args.out))
     args.out.mkdir(parents=True, exist_ok=True)
     for i in images:
         draw_image(args.out / f"trace_{i}.png", trace, i)

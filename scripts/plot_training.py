@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, run_main
+from util.args import OneLineParser, check_folder, run_main
 from util.checkpoint import atomic_file
 
 TAGS = ("mse", "order", "rho_mean", "k_over_cosine_mean", "tau_mean", "w_mean")
@@ -95,6 +95,9 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.smooth < 1:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
+    if args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a folder, expected the name of a PNG")
+    check_folder("out", str(args.out.parent))
     if args.dry_run:
         return 0
     runs = {"/".join(folder.absolute().parts[-2:]): read_run(folder) for folder in args.runs}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import flag, make_parser, run_main
+from util.args import check_folder, flag, make_parser, run_main
 from util.checkpoint import atomic_file
 from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier
 from util.data import build_dataset
@@ -139,6 +139,9 @@ def main(argv=None) -> int:
         print(recipe)
         return 0
     epochs, output = args.epochs or recipe.epochs, Path(args.output or recipe.weights)
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder, expected the name of a file")
+    check_folder("output", str(output.parent))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in a fixed order
     try:

@@ -1,12 +1,22 @@
 """What several tests need: a tiny model, and weights rebuilt from their names as the fixtures define them."""
 
+import re
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+import main_mar
+from build import new_state
+from config import CONFIGS, TrainConfig, mar_config, resolve
 from models.mar import MAR, MARConfig
+from models.tokenizers import build_tokenizer
+from train_state import checkpoint_content
+from util.args import pick
+from util.checkpoint import save_checkpoint
 
+SMALLEST = "--preset digits --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2 --num_iter 2"
 TINY = dict(
     img_size=8, vae_stride=1, vae_embed_dim=1, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2,
     decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, class_num=3, buffer_size=2, diffloss_d=1,
@@ -29,3 +39,20 @@ def named_weights(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Modul
 def tiny_mar(**overrides) -> MAR:
     """A MAR of a few thousand parameters, no two of them alike."""
     return named_weights(MAR(MARConfig(**{**TINY, **overrides})), scale=0.2).eval()
+
+
+def untrained(folder, *flags):
+    """The folder, with the checkpoint that main_mar.py would start from with these flags, for the digits."""
+    given = vars(main_mar.make_parser("", "", *CONFIGS).parse_args([*map(str, (*SMALLEST.split(), *flags))]))
+    values = resolve(given)
+    classes = [str(digit) for digit in range(10)]
+    mar = MAR(replace(mar_config(values), class_num=len(classes)))
+    heads = pick(TrainConfig, values).heads(mar.config.decoder_embed_dim)
+    parts = mar, build_tokenizer("pixel", channels=1), heads, torch.device("cpu"), torch.float32
+    save_checkpoint(folder, checkpoint_content(new_state(values, *parts), values, 0, classes))
+    return folder
+
+
+def shows(line: str, text: str) -> bool:
+    """Does text stand in the line, on its own: 9 is not in 19, nor in 0.9?"""
+    return re.search(rf"(?<![\w.]){re.escape(text)}(?!\.?\w)", line) is not None

@@ -167,24 +167,6 @@ def test_what_a_server_may_say_instead(server, tmp_path, capsys, monkeypatch):
     assert "refused" in refused(download_weights.main, closed, capsys)
 
 
-@pytest.mark.parametrize(
-    "flags, shown",
-    [
-        ("nope", "'nope'"),
-        ("--sha256 mar_base=12", "'mar_base=12'"),
-        (f"--sha256 vae={'0' * 64}", "vae="),
-        ("--base_url nonsense", "nonsense"),
-        ("--out {file}", "{file}"),
-    ],
-)
-def test_bad_input_is_one_line(flags, shown, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    argv = ["--base_url", "http://127.0.0.1:9", "--out", str(tmp_path / "out"), "mar_base"]
-    argv += flags.format(file=tmp_path / "file").split()
-    assert shown.format(file=tmp_path / "file") in refused(download_weights.main, argv, capsys)
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
-
-
 def test_a_damaged_note_is_refused(server, get, tmp_path, capsys):
     note = tmp_path / "out" / f"{BASE}.sha256"
     note.parent.mkdir(parents=True)

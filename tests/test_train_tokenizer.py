@@ -253,38 +253,6 @@ def test_images_in_memory_are_those_of_the_folder(tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------- bad input
 
-BAD = [
-    ("--stride 3", "'3'"),
-    ("--stride 16", "--stride 16"),  # of images of 8 pixels
-    ("--width 6", "6"),
-    ("--epochs 0", "--epochs"),
-    ("--max_minutes 0", "--max_minutes"),
-    ("--batch_size 5000", "5000"),
-    ("--perceptual nope", "'nope'"),
-    ("--perceptual vgg16", "--perceptual_weights"),
-    ("--perceptual vgg16 --perceptual_weights {out}/none.pth", "none.pth"),
-    ("--perceptual digits --perceptual_weights x.pth", "x.pth"),
-    ("--perceptual_weights x.pth", "x.pth"),
-    ("--features inception --fid_weights {out}/none.pth", "none.pth"),
-    ("--data imagefolder --data_path {out}/missing", "missing"),
-    ("--device nope", "'nope'"),
-    ("--dtype fp16", "'fp16'"),
-]
-
-
-@pytest.mark.parametrize("flags, what", BAD, ids=[flags for flags, _ in BAD])
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, what):
-    out = tmp_path / "out"
-    words = [*TINY, *flags.format(out=out).split(), "--output_dir", str(out)]
-    capsys.readouterr()
-    try:
-        code = run_main(train_tokenizer.main, words)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert code == 2 and what in line
-    assert not out.exists()
-
 
 def test_a_run_is_not_overwritten_nor_mixed(tmp_path, capsys):
     train(tmp_path)

@@ -22,9 +22,11 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse, with errors of one line and exit code 2 instead of a page of usage."""
 
     def parse_known_args(self, args=None, namespace=None):
-        # argparse takes the value in `--class_labels -1,3` for a flag
+        # argparse takes the value in `--class_labels -1,3` for a flag, and that in `--lr=--` (before 3.12) for none
         joined = []
         for word in sys.argv[1:] if args is None else args:
+            if re.fullmatch(r"--\w+=--", word):
+                self.error(f"argument {word[:-3]}: invalid value '--'")
             if re.fullmatch(r"-\d[-\d.,e]*", word) and joined and re.fullmatch(r"--\w+", joined[-1]):
                 joined[-1] += "=" + word
             else:
@@ -95,7 +97,9 @@ def _checked(kind, low, high, choices):
             value = kind(text)
         except ValueError as error:
             wrong = f"invalid value {text!r}: must be {names[kind]}{lower}{upper}" if kind in names else str(error)
-            raise argparse.ArgumentTypeError(wrong) from None
+            if choices is None:
+                raise argparse.ArgumentTypeError(wrong) from None
+            value = None
         if choices is not None and value not in choices:
             raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be one of {', '.join(map(str, choices))}")
         bad = isinstance(value, float) and not math.isfinite(value)
@@ -147,14 +151,37 @@ def run_with(run, config_class, prog: str, description: str, argv=None) -> int:
     return run(args)
 
 
+def check_values(config_class, values: dict, source) -> None:
+    """Raise ValueError unless the values, read from a file that source names, are what fields of the dataclass may be.
+
+    Flags must be what the command line would let through, other fields of their type. Fields that are absent are fine.
+    """
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if field.name not in values:
+            continue
+        value, meta, kinds = values[field.name], field.metadata, hints[field.name]
+        if not isinstance(value, kinds | int if float in (kinds, *typing.get_args(kinds)) else kinds):
+            raise ValueError(f"{source} is damaged: its {field.name} is {value!r}")
+        if "help" not in meta or value is None or isinstance(value, bool):
+            continue
+        try:
+            _checked(meta["type"] or _plain_type(kinds), meta["low"], meta["high"], meta["choices"])(str(value))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{source} is damaged: {field.name}: {error}") from None
+
+
 def check_folder(name: str, path: str) -> None:
     """Raise ValueError if --name cannot be a folder to write to; nothing is made yet."""
     there = Path(path).absolute()
+    if any(len(os.fsencode(part)) > 255 for part in there.parts):
+        raise ValueError(f"--{name} {path[:20]}...: a name in it has more than 255 bytes")
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"--{name} {path}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
+    # a root user may write anywhere by the permissions, but not into what the kernel shows there
+    if not os.access(there, os.W_OK) or there.is_relative_to("/proc"):
         raise ValueError(f"--{name} {path}: {there} cannot be written to")
 
 

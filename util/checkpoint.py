@@ -73,7 +73,8 @@ class atomic_file:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        # 60 characters: with what is added they stay below the 255 bytes that a name may have
+        self.temporary = self.path.with_name(f".{self.path.name[:60]}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
         return self.temporary

@@ -123,9 +123,13 @@ def read_rgb(path: str) -> Image.Image:
     """Read an image file of any mode as 8-bit RGB; 16-bit values are divided by 256, float ones span 0..1 or 0..255.
 
     EXIF orientation is not applied (as in ADM and MAR). Raises whatever PIL raises on damaged files, and ValueError on
-    float images out of range.
+    float images out of range and on a decompression bomb, more than twice Image.MAX_IMAGE_PIXELS (179 million pixels).
     """
-    with Image.open(path) as image:
+    try:
+        image = Image.open(path)  # reads the header only
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error).rstrip(".")) from None
+    with image:
         image.load()
         if image.mode.startswith("I"):  # I;16, I;16B, I: PIL's own conversion clips at 255 instead of scaling
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
@@ -158,6 +162,8 @@ def build_digits(*, data_path=None, img_size=None, split="train", download=True)
     from sklearn.datasets import load_digits
 
     _check_native_size("digits", img_size, 8)
+    if data_path:
+        raise ValueError(f"--data_path {data_path} has no meaning for the data set digits, which needs no folder")
     if split != "train":
         raise ValueError(f"digits has no {split!r} split, only 'train'")
     digits = load_digits()
@@ -170,7 +176,9 @@ def build_torchvision(
 ) -> MemoryDataset:
     """torchvision's data set `source` of native `size`, from `data_path` (./data), downloaded there when missing.
 
-    ValueError when it can neither be read nor downloaded.
+    ValueError when it can neither be read nor downloaded. CIFAR-10's own files are pickles, the only ones that this
+    repository lets anyone load: torchvision does so after it has found the published MD5 of each, so that what is in
+    them is known. Any other file of these names is refused unread.
     """
     _check_native_size(source, img_size, size)
     root = Path(data_path or "./data").expanduser()

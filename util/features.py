@@ -48,7 +48,11 @@ def _inception():
 
     class Inception(FeatureExtractorInceptionV3):
         def __init__(self, name, features_list, feature_extractor_weights_path=None, **options):
-            plain_tensors(feature_extractor_weights_path)  # first: the next line would run what is in the file
+            # first: the next line would run what is in the file. Both must read the same: a .safetensors file, which
+            # it cannot take, may be a pickle as well.
+            if Path(feature_extractor_weights_path).suffix == ".safetensors":
+                raise ValueError("Inception's weights are a .pth file")
+            plain_tensors(feature_extractor_weights_path)
             super().__init__(name, features_list, feature_extractor_weights_path, **options)
 
     return Inception, URL_INCEPTION_V3

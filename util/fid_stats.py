@@ -73,6 +73,8 @@ def compute_fid_stats(images, features="inception", *, weights=None, batch_size=
     weights: as in `check_features`. Unsuitable images, features and weights raise ValueError.
     """
     images, moments = RGBImages(images, "reference"), Moments()
+    if len(images) < 2:
+        raise ValueError(f"statistics need at least 2 images, got {len(images)}")
     options = dict(batch_size=batch_size, device=device, verbose=verbose)
     for (found,) in feature_batches(images, features, weights, **options):
         moments.update(found)

@@ -40,7 +40,7 @@ def read_png(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             array = np.asarray(image)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     return array[:, :, None] if array.ndim == 2 else array
 
@@ -191,7 +191,7 @@ class Trace:
 def num_traced(path: Path) -> int:
     """How many images the trace file holds; 0 for no file or a broken one."""
     try:
-        with np.load(path) as file:
+        with np.load(path, allow_pickle=False) as file:
             return len(file["labels"])
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return 0

@@ -4,6 +4,7 @@ The images are cut into units, runs of images that are written whole; what a uni
 the others, or when.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -22,9 +23,17 @@ def image_names(dataset: ImageDataset) -> list[str]:
     """A different name for each image: its path below the data set's folder, else <class>/<number>."""
     if isinstance(dataset, FolderDataset):
         prefix = len(os.path.join(dataset.folder, ""))
-        return [path[prefix:].replace(os.sep, "/") for path, _ in dataset.samples]
+        return [_short(path[prefix:].replace(os.sep, "/")) for path, _ in dataset.samples]
     folders = [quote(name, safe=" ") for name in dataset.classes]  # one class of Fashion-MNIST is "T-shirt/top"
     return [f"{folders[label]}/{i:06d}" for i, label in enumerate(image_labels(dataset))]
+
+
+def _short(name: str) -> str:
+    """The name, its last part replaced by a beginning and a checksum where `.npz` would make it too long for a file."""
+    folder, slash, file = name.rpartition("/")
+    if len(os.fsencode(file)) <= 255 - len(".npz"):
+        return name
+    return f"{folder}{slash}{file[:50]}-{hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()}"
 
 
 def image_labels(dataset: ImageDataset) -> list[int]:

@@ -64,7 +64,7 @@ def shard_path(folder: Path, number: int) -> Path:
 def read_npz(path, shape=None) -> np.ndarray:
     """(2, c, h, w) from a file of MAR's layout, every byte checked (CRC). Raises whatever is wrong with the file."""
     try:
-        file = np.load(path)
+        file = np.load(path, allow_pickle=False)
     except ValueError:  # numpy takes anything else for a pickle, and says how to run it
         raise ValueError("it is no .npz file") from None
     with file:
@@ -77,7 +77,7 @@ def read_npz(path, shape=None) -> np.ndarray:
 def open_shard(path: Path, count: int, shape, dtype) -> np.ndarray:
     """Memory-map (count, 2, c, h, w). A missing, truncated or different file raises ValueError."""
     try:
-        shard = np.load(path, mmap_mode="r")
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise ValueError(f"cannot read {path} ({error}): {AGAIN}") from None
     expected = (count, 2, *shape)

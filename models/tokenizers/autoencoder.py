@@ -82,9 +82,15 @@ def load_diffusers(place: str, *, vae_path=None, vae_scale=None, vae_mean=None) 
 
 
 def _attempt(place: str, load, **options):
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it reports, over several lines, what is checked or refused here
     try:
         return load(place, **options)
     except Exception as error:  # diffusers, safetensors, json and the hub each raise their own kinds
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         where = place if Path(place).is_dir() else f"{place} (no such folder here, so it was looked for on the hub)"
         raise ValueError(f"cannot load an autoencoder from {where}: {reason}") from None
+    finally:
+        logging.set_verbosity(before)

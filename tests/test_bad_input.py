@@ -1,0 +1,467 @@
+"""The catalogue of bad input: every flag of every program, and what contradicts what.
+
+Each case ends with code 2 and one line on stderr that names the flag or the value and says what is valid; nothing is
+made or changed on disk, and no training or sampling starts. The cases of numbers, choices and switches are made from
+the fields of the programs' dataclasses, so that a new flag is in here without anybody thinking of it; a flag that takes
+a text needs a row of TEXTS below.
+"""
+
+import dataclasses
+import json
+import typing
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main_mar
+import sample
+from scripts import (
+    bench,
+    bench_loader,
+    cache_latents,
+    download_weights,
+    make_fid_stats,
+    make_table,
+    measure_latents,
+    measure_reconstruction,
+    plot_trace,
+    plot_training,
+    train_classifier,
+    train_tokenizer,
+)  # fmt: skip
+from tests.helpers import shows, untrained
+from tests.test_cli import TINY, files, refused
+from util.args import make_parser
+from util.checkpoint import FILE_NAME
+from util.fid_stats import FIDStats, save_fid_stats
+
+# --------------------------------------------------------------------------------------------------- every flag alone
+
+
+# program -> the dataclasses that its flags are made from
+CONFIGS = {
+    main_mar: main_mar.CONFIGS,
+    sample: sample.CONFIGS,
+    bench_loader: [bench_loader.BenchArgs],
+    bench: [bench.BenchArgs],
+    cache_latents: [cache_latents.CacheArgs],
+    make_fid_stats: [make_fid_stats.StatsArgs],
+    measure_latents: [measure_latents.MeasureArgs],
+    measure_reconstruction: [measure_reconstruction.ReconstructionArgs],
+    train_classifier: [train_classifier.ClassifierArgs],
+    train_tokenizer: [train_tokenizer.TokenizerArgs],
+}
+
+
+def flags_of(program) -> dict[str, tuple[dataclasses.Field, type]]:
+    """name -> (field, type of its values) for every flag of a program."""
+    found = {}
+    for config in CONFIGS[program]:
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            if "help" in field.metadata:
+                kinds = [k for k in typing.get_args(hints[field.name]) if k is not type(None)]
+                found.setdefault(field.name, (field, (kinds or [hints[field.name]])[0]))
+    return found
+
+
+def wrong_values(field, kind) -> list[tuple[str, list[str]]]:
+    """(what stands after the flag, what the line must say) for a flag of this kind."""
+    meta = field.metadata
+    if kind is bool:
+        return [("=1", []), ("=false", [])]
+    if meta["choices"] is not None:
+        valid = [", ".join(map(str, meta["choices"]))]
+        return [("=nope", ["'nope'", *valid]), ("=", ["''", *valid]), ("", [])]
+    if kind is str:
+        return [("", [])]
+    bounds = [f"at {word} {meta[end]}" for word, end in (("least", "low"), ("most", "high")) if meta[end] is not None]
+    if meta["type"] is not None:  # a function that says itself what is valid
+        return [
+            (f"={text}", [f"'{text}'", "between 1 and 1000"])
+            for text in ("nan", "x", "0", "1001", "50:0", "1.5", "1:2:3", "5:")
+        ]
+    texts = ["", "x", "nan", "inf", "-inf", "1e999", "1;2", "0x10"] + (["1.5", "1e2"] if kind is int else [])
+    if meta["low"] is not None:
+        texts += [str(meta["low"] - 1), str(-(10**30))]
+    if meta["high"] is not None:
+        texts += [str(meta["high"] + 1), str(10**30)]
+    what = {int: "a whole number", float: "a number"}[kind]
+    return [
+        ("", []),
+        ("=--", ["'--'"]),
+        *((f"={text}", [what, *bounds, *([f"'{text}'"] if text else [])]) for text in texts),
+    ]
+
+
+ALONE = [(program, name, *flag) for program in CONFIGS for name, flag in flags_of(program).items()]
+NUM_ALONE = sum(len(wrong_values(field, kind)) for *_, field, kind in ALONE)
+
+
+def id_of(value) -> str:
+    return getattr(value, "__name__", str(value)).removeprefix("scripts.")
+
+
+@pytest.fixture(scope="module")
+def parsers_made_once():
+    """Making main_mar.py's parser takes longer than the rest of a case, and it does not change."""
+    made = {}
+
+    def once(prog, *rest, **options):
+        return made.setdefault(prog, made.get(prog) or make_parser(prog, *rest, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for program in CONFIGS:
+            patch.setattr(program, "make_parser", once)
+        yield
+
+
+@pytest.mark.parametrize("program", CONFIGS, ids=id_of)
+def test_every_flag_refuses_what_it_cannot_be(program, parsers_made_once, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, (field, kind) in flags_of(program).items():
+        for text, words in wrong_values(field, kind):
+            line = refused(program.main, [f"--{name}{text}"], capsys)
+            assert all(word in line for word in [f"--{name}", *words]), (text, line)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- texts, places, contradictions
+
+
+HERE = "{tmp}/missing"
+TRAIN = [*TINY]
+DRAW = "--checkpoint {good} --output_dir {out} --device cpu".split()
+FOLDER = "--data imagefolder --tokenizer pixel --img_size 8 --batch_size 1 --data_path"
+# flags after those of a run that would work -> what the line must say besides; {names}: see `places`
+TRAINING = [
+    ("--preset nope", "'nope'", "digits, mnist"),
+    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16, diffusers:PATH_OR_REPO"),
+    ("--tokenizer diffusers:", "'diffusers:'", "diffusers:PATH_OR_REPO"),
+    ("--tokenizer diffusers:{empty}", "{empty}", "config.json"),
+    ("--tokenizer diffusers:{tmp}/missing", "{tmp}/missing", "OWNER/NAME"),
+    ("--tokenizer kl16:x", "'kl16:x'"),
+    ("--tokenizer vq16", "--vae_path"),
+    ("--tokenizer kl16 --vae_stride 16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
+    ("--tokenizer kl16 --vae_stride 16 --vae_path {file}", "{file}"),
+    ("--tokenizer kl16 --vae_stride 16 --vae_path {empty}", "{empty}", "--vae_path"),
+    ("--tokenizer pixel --vae_scale 2", "--vae_scale", "pixel"),
+    ("--tokenizer pixel --vae_mean 0", "--vae_mean", "pixel"),
+    ("--vae_stride 2", "--vae_stride 2", "has 1"),
+    ("--vae_embed_dim 3", "--vae_embed_dim 3", "has 1"),
+    ("--class_num 12", "--class_num 12", "10 classes"),
+    ("--img_size 9", "9", "8"),
+    ("--patch_size 3", "3", "multiple"),
+    ("--batch_size 5000", "--batch_size", "5000", "1797"),
+    ("--accum_iter 1000", "--batch_size", "1797"),
+    ("--min_lr 3", "--min_lr 3", "at most the learning rate"),
+    ("--start_epoch 1", "--start_epoch 1", "below --epochs 1"),
+    ("--learn nope", "'nope'", "order, group, tau, cfg"),
+    ("--learn order,", "''", "order, group, tau, cfg"),
+    ("--rho_min 0.9 --rho_max 0.1", "--rho_min 0.9", "--rho_max 0.1"),
+    ("--tau_min 2", "--tau_min 2", "--tau_max 1.05"),
+    ("--cfg_min 5 --learn cfg", "--cfg_min 5", "--cfg_max 4"),
+    *(
+        (f"--train_num_iter {text}", "--train_num_iter", f"'{text}'", "1 <= lo <= hi")
+        for text in ("x", "0,3", "5,2", "4")
+    ),
+    ("--train_num_iter 1.5,2", "--train_num_iter", "'1.5,2'", "1 <= lo <= hi"),
+    *(
+        (f"--cfg_interval {text}", "--cfg_interval", f"'{text}'", "0 <= lo <= hi <= 1")
+        for text in ("0.8,0.2", "x", "nan,1")
+    ),
+    ("--cfg_interval 0,2", "--cfg_interval", "'0,2'", "0 <= lo <= hi <= 1"),
+    ("--order_base nope", "'nope'", "random, raster, halton"),
+    ("--order_base learned", "'learned'", "random, raster, halton"),
+    ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),
+    ("--train_masks visited --order learned --learn order", "--order learned", "policy"),
+    ("--infer_mode policy", "policy", "--learn order"),
+    ("--order learned", "order head", "--learn order"),
+    ("--freeze_backbone --no_train_diffloss", "--freeze_backbone --no-train_diffloss", "--learn"),
+    ("--metrics nope", "'nope'", "fid, isc, kid, prc, none"),
+    ("--metrics fid,,kid", "''", "fid, isc, kid, prc, none"),
+    ("--features clip --metrics isc", "clip", "--metrics fid,kid,prc"),
+    ("--online_eval --fid_stats {stats} --metrics kid", "kid", "--fid_stats", "--metrics fid,isc"),
+    ("--online_eval --fid_stats {stats} --eval_split val", "--eval_split val", "--fid_stats"),
+    ("--online_eval --eval_split val", "'val'", "'train'"),
+    ("--online_eval --fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
+    ("--online_eval --fid_stats {file}", "{file}", "mu and sigma"),
+    ("--online_eval --fid_stats {wide}", "{wide}", "99 features", "64"),
+    ("--online_eval --features inception --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
+    ("--online_eval --features inception --fid_weights {file}", "{file}"),
+    ("--online_eval --num_images 2", "2"),
+    ("--use_cached", "--cached_path"),
+    ("--use_cached --cached_path {tmp}/missing", "{tmp}/missing", "--cached_path"),
+    ("--use_cached --cached_path {file}", "{file}", "--cached_path"),
+    ("--use_cached --cached_path {empty}", "{empty}", "index.json"),
+    ("--data_path {empty}", "--data_path {empty}", "digits"),
+    (f"{FOLDER} {HERE}", HERE),
+    (f"{FOLDER} {{file}}", "{file}"),
+    (f"{FOLDER} {{empty}}", "{empty}", "<class>/*"),
+    (f"{FOLDER} {{texts}}", "{texts}", "<class>/*"),
+    (f"{FOLDER} {{classes}}", "{classes}", "<class>/*"),
+    (f"{FOLDER} {{broken}}", "{broken}", "broken"),
+    ("--resume {good} --diffloss_w 32", "{good}", "32"),
+    ("--resume {good} --learn order", "{good}", "--learn", "--init_from"),
+    ("--resume {truncated}", "{truncated}"),
+    ("--resume {file}.pth", "{file}.pth"),
+    ("--init_from {empty}", "{empty}"),
+    ("--init_from {tmp}/missing", "{tmp}/missing"),
+    ("--init_from {truncated}", "{truncated}"),
+    ("--evaluate", "--evaluate", "--resume"),
+    ("--evaluate --resume {empty}", "{empty}"),
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--output_dir {file}/below", "--output_dir", "{file}"),
+    ("--output_dir {long}", "--output_dir", "name"),
+    ("--output_dir /proc/x", "--output_dir /proc/x"),
+    ("--log_dir {file}", "--log_dir {file}", "not a folder"),
+    ("--log_dir /proc/x", "--log_dir /proc/x"),
+    ("--device nope", "'nope'", "cpu"),
+    ("--device cpu:x", "'cpu:x'", "cpu"),
+    ("--device tpu", "'tpu'", "cpu"),
+    ("--dtype fp16", "fp16", "fp32, bf16"),
+    ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
+    ("--nope 3", "--nope"),
+    ("--batch 3", "--batch"),  # no abbreviations: a later flag would change what they mean
+    ("stray", "stray"),
+]
+SAMPLING = [
+    ("--checkpoint {tmp}/missing", "{tmp}/missing"),
+    ("--checkpoint {empty}", "{empty}"),
+    ("--checkpoint {file}.pth", "{file}.pth"),
+    ("--checkpoint {truncated}", "{truncated}"),
+    *(
+        (f"--class_labels {text}", "--class_labels", f"'{text}'", "from -1 to 9")
+        for text in ("10", "a,b", "-2", "3,,4", "-1,10")
+    ),
+    *((f"--class_labels={text}", "--class_labels", f"'{text}'", "from -1 to 9") for text in ("", "1.5", "nan", "0:9")),
+    ("--infer_mode policy", "policy", "--learn order"),
+    ("--infer_mode baseline,policy", "policy", "--learn order"),
+    ("--order_base nope", "'nope'", "random, raster, halton"),
+    ("--cfg_interval 0.8,0.2", "--cfg_interval", "'0.8,0.2'", "0 <= lo <= hi <= 1"),
+    ("--num_sampling_steps 100,5:", "'5:'", "between 1 and 1000"),
+    ("--cfg 1,-2", "'-2'", "at least 0"),
+    ("--cfg 1.5,1.50000001", "too close"),
+    ("--num_images 5,6", "'5,6'", "at least 1"),
+    ("--num_images 3", "3"),  # too few for the metrics
+    ("--metrics fid,nope", "'nope'", "fid, isc, kid, prc, none"),
+    ("--features inception --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
+    ("--fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
+    ("--fid_stats {stats} --metrics prc", "prc", "--fid_stats"),
+    ("--eval_split val", "'val'", "'train'"),
+    ("--model mar_base", "--model mar_base", "encoder_depth 2"),
+    ("--diffloss_w 32", "--diffloss_w 32", "16"),
+    ("--diffloss_d 2", "--diffloss_d 2", "1"),
+    ("--vae_path {tmp}/missing", "--vae_path", "pixel"),
+    ("--data_path {empty}", "{empty}", "digits"),
+    ("--edit_image {empty}", "--edit_mask"),
+    ("--edit_mask {empty}", "--edit_image"),
+    ("--edit_image {empty} --edit_mask {empty}", "--edit_image", "{empty}"),
+    ("--device cuda:x", "cuda:x", "cpu"),
+    ("--dtype fp16", "fp16", "fp32, bf16"),
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--output_dir /proc/x", "--output_dir /proc/x"),
+    ("--nope 3", "--nope"),
+]
+CACHING = [
+    ("--cached_path=", "--cached_path"),
+    ("--cached_path {file}", "--cached_path {file}", "not a folder"),
+    ("--cached_path {texts}", "{texts}", "not empty"),
+    ("--cached_path /proc/x", "--cached_path /proc/x"),
+    ("--verify --cached_path {tmp}/missing", "{tmp}/missing"),
+    ("--verify --cached_path {empty}", "{empty}"),
+    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
+    ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
+    ("--img_size 9", "9", "8"),
+    ("--vae_stride 2", "--vae_stride 2", "has 1"),
+    ("--vae_embed_dim 3", "--vae_embed_dim 3", "has 1"),
+    ("--data_path {empty}", "--data_path {empty}", "digits"),
+    ("--device nope", "'nope'", "cpu"),
+    ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
+]
+STATISTICS = [
+    ("--out x.txt", "--out", "x.txt", ".npz"),
+    ("--out {file}/x.npz", "--out", "{file}"),
+    ("--out /proc/x/y.npz", "--out /proc/x"),
+    ("--img_size 9", "9", "8"),
+    ("--split val", "'val'", "'train'"),
+    ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
+    ("--data imagefolder --data_path {texts}", "{texts}", "<class>/*"),
+    ("--data imagefolder --img_size 8", "data_path"),
+    ("--data imagefolder --data_path {one} --img_size 8", "2 images"),
+    ("--features clip --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
+    ("--device nope", "'nope'", "cpu"),
+]
+RECONSTRUCTION = [
+    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
+    ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
+    ("--img_size 9", "9", "8"),
+    ("--num_images 1798", "--num_images 1798", "2 to 1797"),
+    ("--split val", "'val'", "'train'"),
+    ("--data imagefolder --data_path {empty}", "{empty}", "<class>/*"),
+    ("--fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
+    ("--fid_stats {wide}", "{wide}", "99 features", "64"),
+    ("--features clip --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--device nope", "'nope'", "cpu"),
+]
+MEASURING = [
+    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
+    ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
+    ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
+    ("--img_size 9", "9", "8"),
+    ("--device nope", "'nope'", "cpu"),
+]
+AUTOENCODER = [
+    ("--stride 16", "--stride 16", "8"),
+    ("--width 6", "--width", "6", "multiple of 4"),
+    ("--epochs 0", "--epochs", "above 0"),
+    ("--max_minutes 0", "--max_minutes", "above 0"),
+    ("--batch_size 5000", "--batch_size", "5000"),
+    ("--img_size 9", "9", "8"),
+    ("--perceptual vgg16", "--perceptual_weights"),
+    ("--perceptual vgg16 --perceptual_weights {tmp}/missing", "{tmp}/missing"),
+    ("--perceptual digits --perceptual_weights x.pth", "--perceptual_weights x.pth", "digits"),
+    ("--perceptual_weights x.pth", "--perceptual_weights x.pth", "none"),
+    ("--features inception --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
+    ("--features cifar10", "32"),  # of images of 8 pixels
+    ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
+    ("--data imagefolder --data_path {one} --img_size 8", "1 images", "11"),
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--device nope", "'nope'", "cpu"),
+]
+CLASSIFIER = [
+    ("--data_path {tmp}/missing --classifier cifar10", "{tmp}/missing"),
+    ("--data_path {empty} --classifier cifar10", "{empty}"),
+    ("--data_path {classes}", "{classes}"),
+    ("--output {empty}", "--output", "{empty}"),
+    ("--output {file}/x.npz", "--output", "{file}"),
+    ("--output /proc/x/y.npz", "--output /proc/x"),
+]
+BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
+BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
+DOWNLOAD = [
+    ("nope", "'nope'", "mar_base, mar_large, mar_huge, kl16"),
+    ("--sha256 mar_base=12", "'mar_base=12'", "NAME=HEX"),
+    ("--sha256 vae=" + "0" * 64, "NAME=HEX", "mar_base, mar_large, mar_huge, kl16"),
+    ("--base_url nonsense", "--base_url", "'nonsense'", "http"),
+    ("--out {file}", "--out {file}", "not a folder"),
+    ("--out", "--out"),
+    ("--nope", "--nope"),
+]
+TABLE = [
+    ("{tmp}/missing", "{tmp}/missing"),
+    ("{file}", "{file}"),
+    ("{empty}", "{empty}"),
+    ("{results} --metrics nope", "'nope'", "fid"),
+    ("{results} --csv {tmp}/missing/t.csv", "{tmp}/missing"),
+    ("{results} --plot {tmp}/missing/t.png", "{tmp}/missing"),
+    ("{results} --plot {tmp}/t.png --x nope", "'nope'"),
+    ("{results} --x cfg", "--plot"),
+    ("{results} {results}", "one run"),
+]
+TRACE = [
+    ("{file}", "--out"),
+    ("{file} --out {out}", "{file}", "--save_trace"),
+    ("{tmp}/missing --out {out}", "{tmp}/missing", "--save_trace"),
+    ("{stats} --out {out}", "{stats}", "--save_trace"),
+    ("{trace} --out {file}", "--out {file}", "not a folder"),
+    ("{trace} --out /proc/x", "--out /proc/x"),
+    *(
+        (f"{{trace}} --out {{out}} --images={text}", "--images", f"'{text}'", "from 0 to 0")
+        for text in ("1", "-1", "x", "0,,0", "")
+    ),
+]
+CURVES = [
+    ("{empty}", "--out"),
+    ("{empty} --out {out}", "{empty}", "TensorBoard"),
+    ("{tmp}/missing --out {out}", "{tmp}/missing", "TensorBoard"),
+    ("{empty} --smooth 0 --out {out}", "--smooth", "at least 1"),
+    ("{empty} --smooth x --out {out}", "--smooth", "'x'"),
+    ("{empty} --out {empty}", "--out", "{empty}"),
+    ("{empty} --out {file}/x.png", "--out", "{file}"),
+]
+DIGITS = "--data digits --tokenizer pixel --img_size 8 --device cpu"
+STATS = "--data digits --features digits --device cpu"
+SMALL = "--data digits --stride 2 --latent_channels 2 --width 4 --device cpu --output_dir {out}"
+# program -> (flags of a run that would work, its cases)
+CATALOGUE = {
+    main_mar: (TRAIN, TRAINING),
+    sample: (DRAW, SAMPLING),
+    cache_latents: (f"{DIGITS} --num_workers 0 --cached_path {{out}}".split(), CACHING),
+    make_fid_stats: (f"{STATS} --out {{out}}.npz".split(), STATISTICS),
+    measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
+    measure_latents: (f"{DIGITS} --num_workers 0".split(), MEASURING),
+    train_tokenizer: (SMALL.split(), AUTOENCODER),
+    train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
+    bench: ("--device cpu".split(), BENCH),
+    bench_loader: ([], BENCH_LOADER),
+    download_weights: ("--base_url http://127.0.0.1:9 --out {out} mar_base".split(), DOWNLOAD),
+    make_table: ([], TABLE),
+    plot_trace: ([], TRACE),
+    plot_training: ([], CURVES),
+}
+CASES = [(program, *case) for program, (_, cases) in CATALOGUE.items() for case in cases]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint."""
+    return untrained(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture
+def places(good, tmp_path):
+    """The paths that the tables above name; `out` and `missing` are not there."""
+    names = "out empty texts classes broken one file truncated stats wide trace results".split()
+    paths = {name: tmp_path / name for name in names} | {"good": good, "tmp": tmp_path, "long": tmp_path / ("x" * 300)}
+    for name in ("empty", "texts", "classes/a", "classes/b", "broken/a", "one"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("file", "file.pth", "texts/a.txt", "broken/a/0.png"):
+        (tmp_path / name).write_text("this is no checkpoint, no picture and no array")
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
+    whole = (good / FILE_NAME).read_bytes()
+    (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
+    for name, width in (("stats", 64), ("wide", 99)):
+        save_fid_stats(paths[name], FIDStats(np.zeros(width), np.eye(width)))
+    arrays = dict.fromkeys(plot_trace.KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    with open(paths["trace"], "wb") as file:
+        np.savez(file, **arrays)
+    row = dict(settings=dict(seed=0, cfg=1.0), metrics=dict(fid=1.0), weights="a", reference="b", images_per_second=1.0)
+    paths["results"].write_text(json.dumps(row))
+    return {name: str(path) for name, path in paths.items()}
+
+
+@pytest.mark.filterwarnings("ignore:broken image skipped", "ignore:class folders without")
+@pytest.mark.parametrize("program, flags, shown", [(p, f, w) for p, f, *w in CASES], ids=id_of)
+def test_what_cannot_be_is_one_line_before_anything_happens(
+    program, flags, shown, places, tmp_path, monkeypatch, capsys
+):
+    for name in ("OMPI_COMM_WORLD_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("main_mar.train_one_epoch", "engine_mar.generate", "scripts.train_tokenizer.train"):
+        monkeypatch.setattr(name, lambda *a, **k: pytest.fail("it had started"))
+    monkeypatch.setattr("scripts.train_classifier.train", lambda *a, **k: pytest.fail("it had started"))
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path) | files(places["good"])
+    words = [*CATALOGUE[program][0], *flags.split()]
+    line = refused(program.main, [word.format(**places) for word in words], capsys)
+    shown = [word.format(**places).replace(str(tmp_path), "{tmp}") for word in shown]
+    line = line.replace(str(tmp_path), "{tmp}")
+    assert all(shows(line, word) for word in shown), line
+    assert len(line) < 400 and files(tmp_path) | files(places["good"]) == before
+
+
+def test_every_flag_that_takes_a_text_is_in_the_catalogue():
+    """dist_url is read where a launcher is, resume and init_from also by name of the folder."""
+    for program in CONFIGS:
+        flags = " ".join(case[0] for case in CATALOGUE[program][1])
+        texts = [
+            name for name, (field, kind) in flags_of(program).items() if kind is str and not field.metadata["choices"]
+        ]
+        assert not [name for name in texts if f"--{name}" not in flags and name != "dist_url"], program
+
+
+def test_the_catalogue_is_large():
+    assert NUM_ALONE > 1700 and len(CASES) > 200

@@ -8,19 +8,21 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 out=${OUT:-output_dir/speed}
 read -ra sampling <<<"${SAMPLING:---num_iter 16 --cfg 1.5 --num_images 1800}"
-levers() {
-    python sample.py --checkpoint "${CHECKPOINT:-output_dir/quickstart}" --output_dir "$out/$1" "${sampling[@]}" \
-        --seed 0,1,2 --metrics fid,isc "${@:2}"
+sweep() { # TABLE [flags of sample.py]
+    local table=$1
+    shift
+    python sample.py --checkpoint "${CHECKPOINT:-output_dir/quickstart}" --output_dir "$out/$table" "${sampling[@]}" \
+        --seed 0,1,2 --metrics fid,isc "$@"
 }
 
-levers levers --dtype fp32 --solver ddpm --num_sampling_steps 100
-levers levers --dtype bf16 --solver ddpm --num_sampling_steps 100
-levers levers --fast --num_sampling_steps 12 --refresh_every 1
-levers levers --fast --refresh_every 1
-levers levers --fast
-levers cache --fast --refresh_every 1,2,3,4,16
-levers steps --dtype bf16 --solver ddim,dpmpp,dpmpp_sde --num_sampling_steps 4,8,12,16
-levers steps --dtype bf16 --solver ddpm --num_sampling_steps 12,25,50
+sweep levers --dtype fp32 --solver ddpm --num_sampling_steps 100
+sweep levers --dtype bf16 --solver ddpm --num_sampling_steps 100
+sweep levers --fast --num_sampling_steps 12 --refresh_every 1
+sweep levers --fast --refresh_every 1
+sweep levers --fast
+sweep cache --fast --refresh_every 1,2,3,4,16
+sweep steps --dtype bf16 --solver ddim,dpmpp,dpmpp_sde --num_sampling_steps 4,8,12,16
+sweep steps --dtype bf16 --solver ddpm --num_sampling_steps 12,25,50
 for table in levers cache steps; do
     python scripts/make_table.py "$out/$table/results.jsonl" --csv "$out/$table.csv" | tee "$out/$table.md"
 done

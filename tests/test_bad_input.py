@@ -16,6 +16,7 @@ from PIL import Image
 
 import main_mar
 import sample
+import util.args
 from scripts import (
     bench,
     bench_loader,
@@ -112,8 +113,9 @@ def parsers_made_once():
         return made.setdefault(prog, made.get(prog) or make_parser(prog, *rest, **options))
 
     with pytest.MonkeyPatch.context() as patch:
-        for program in CONFIGS:
-            patch.setattr(program, "make_parser", once)
+        for program in (util.args, *CONFIGS):
+            if hasattr(program, "make_parser"):  # or it leaves that to util.args.run_with
+                patch.setattr(program, "make_parser", once)
         yield
 
 

@@ -243,13 +243,14 @@ def torture(name: str, args: TortureArgs, work: Path) -> bool:
     began = time.perf_counter()
     run_through(start_all(name, args, work, whole), f"the uninterrupted {name}")
     seconds = time.perf_counter() - began
+    longest_life = seconds * min(1, 2 / args.epochs)  # two epochs of training: the run gets on
     kills, writing, longest, wrong, folders = 0, 0, 0.0, [], [work / name / "run0"]
     while True:
         processes = start_all(name, args, work, folders[-1])
         if kills == args.kills:
             run_through(processes, str(folders[-1]))
             break
-        alive, inside, waited = kill_one(processes, folders[-1], draws, seconds / 3)
+        alive, inside, waited = kill_one(processes, folders[-1], draws, longest_life)
         kills, writing, longest = kills + alive, writing + inside, max(longest, waited)
         if not alive:  # it was faster: compare it, and kill another run
             run_through(processes, str(folders[-1]))

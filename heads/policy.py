@@ -280,5 +280,5 @@ class SampleConfig(RuleOptions):
 
 
 # What --fast stands for. The quality of each of these, and their speed: docs/speed.md
-FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:6", refresh_every=3)
+FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:6", refresh_every=4)
 FAST_DTYPE = "bf16"

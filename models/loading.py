@@ -25,7 +25,7 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     if "config" in content:
         config = content["config"]
         check_config(config, checkpoint)
-        _check_sizes(config["mar"], checkpoint, model=model, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
+        _check_given(config, checkpoint, model, vae_path, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
     elif model is None:
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
@@ -35,8 +35,6 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
         raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
     mar = MAR(pick(MARConfig, config["mar"]))
     load_weights(mar, weights, checkpoint)
-    if vae_path and config["tokenizer"] == "pixel":
-        raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
     tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
@@ -59,8 +57,11 @@ def check_config(config: dict, source) -> None:
     check_values(MARConfig, config["mar"], source)
 
 
-def _check_sizes(mar: dict, source, *, model, **given) -> None:
-    """Raise ValueError where what was given contradicts the sizes that the checkpoint has."""
+def _check_given(config: dict, source, model, vae_path, **given) -> None:
+    """Raise ValueError where what was given contradicts what the checkpoint says."""
+    mar = config["mar"]
+    if vae_path and config["tokenizer"] == "pixel":
+        raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
     for name, value in given.items():
         if value not in (None, mar[name]):
             raise ValueError(

@@ -283,10 +283,10 @@ def test_the_quickstarts_commands_were_found():
 @pytest.mark.parametrize("path, program, arguments", COMMANDS, ids=[f"{c[0]}:{c[1]}" for c in COMMANDS])
 def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if program == "sample.py":
-        for name in ("--checkpoint", "--model", "--diffloss_d", "--diffloss_w", "--vae_path"):  # all of another file
-            at = next((i for i, word in enumerate(arguments) if word.split("=")[0] == name), len(arguments))
-            arguments = [*arguments[:at], *arguments[at + (1 if "=" in "".join(arguments[at : at + 1]) else 2) :]]
+    if program == "sample.py":  # a tiny checkpoint stands in for the one that is named, whose sizes do not fit it
+        monkeypatch.setattr("models.loading._check_given", lambda *a, **k: None)
+        at = next(i for i, word in enumerate(arguments) if word.startswith("--checkpoint"))
+        arguments = [*arguments[:at], *arguments[at + (2 if arguments[at] == "--checkpoint" else 1) :]]
         arguments += ["--checkpoint", str(checkpoint)]
     capsys.readouterr()
     assert PROGRAMS[program]([*arguments, "--dry_run"]) == 0

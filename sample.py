@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from engine_mar import evaluate, sample_images
-from heads.policy import FAST, FAST_DTYPE, SampleConfig, load_heads
+from heads.policy import FAST, SampleConfig, load_heads
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
@@ -29,6 +29,7 @@ from util.evaluation import EvalConfig, build_reference, protocol, protocol_line
 from util.images import PNGFolder, is_whole, num_traced, save_png
 from util.metrics import metrics_line
 from util.rng import seed_of
+from util.timing import fast_dtype
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list
@@ -48,7 +49,7 @@ class SampleArgs:
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     fast: bool = flag(
         False,
-        f"--dtype {FAST_DTYPE} " + " ".join(f"--{k} {v}" for k, v in FAST.items()) + ", where not given otherwise",
+        " ".join(f"--{k} {v}" for k, v in FAST.items()) + ", --dtype bf16 where it is fast; flags given by hand win",
     )
     seed: int = flag(0, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
@@ -243,7 +244,7 @@ def run(args: SampleArgs, given: dict) -> int:
         reference = build_reference(evaluation, data, source, img_size)
         evaluation.check(reference, img_size)
     device = dist.pick_device(args.device)
-    dtype = dist.pick_dtype(args.dtype or (FAST_DTYPE if args.fast else None), device)
+    dtype = dist.pick_dtype(args.dtype or (fast_dtype(device) if args.fast else None), device)
 
     dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
     shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)

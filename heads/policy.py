@@ -279,6 +279,5 @@ class SampleConfig(RuleOptions):
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
 
 
-# What --fast stands for. The quality of each of these, and their speed: docs/speed.md
-FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:6", refresh_every=4)
-FAST_DTYPE = "bf16"
+# What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md
+FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:6", refresh_every=8)

@@ -4,18 +4,20 @@
     python scripts/bench.py --quick         # batch 1, one repeat: under 3 minutes
     python scripts/bench.py --only heads --preset digits       # what heads and training masks cost
 
-Seconds are medians of the repeats, ratios compare rows of this run. FLOPs are counted on the meta device; "of peak" is
-their rate as a share of that of large matrix products of the same dtype, timed in the same run. 100 diffusion steps are
-timed as 5 and multiplied: every step is the same work. Where only diffusion settings differ from the row above, the
-transformer is not run again and its seconds are that row's.
+Seconds are medians of up to --repeats runs (no further one after ROW_SECONDS), ratios compare rows of this run. FLOPs
+are counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype,
+timed in the same run. 100 diffusion steps are timed as 5 and multiplied: every step is the same work. Where only
+diffusion settings differ from a row before, the transformer is not run again and its seconds are that row's.
 """
 
 import json
 import statistics
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,7 +31,7 @@ from build import new_state
 from config import PRESETS, TrainConfig, mar_config, resolve
 from diffusion.schedule import step_range
 from engine_mar import generate
-from heads.policy import FAST, FAST_DTYPE, HEADS, PolicyHeads, build_rules
+from heads.policy import FAST, HEADS, PolicyHeads, build_rules
 from heads.training import TrainingLoss
 from models.diffloss import DiffLoss
 from models.feature_cache import FeatureCache
@@ -39,21 +41,21 @@ from train_state import TrainState
 from train_step import _prepare, forward_backward, optimizer_step
 from util import dist
 from util.args import flag, make_parser, pick, run_main
-from util.timing import PeakMemory, Stopwatch, matmul_rate
+from util.timing import PeakMemory, Stopwatch, fast_dtype, matmul_rate
 
 TIMED_STEPS = 5  # of a row with many more diffusion steps
+ROW_SECONDS = 100
 PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1)
 FEW = dict(solver=FAST["solver"], num_sampling_steps=str(step_range(FAST["num_sampling_steps"])[0]))
-# name: what it changes in the row above
+# name: what it changes in the row above; a dtype of None is the faster one
 SAMPLING = {
     "published settings, fp32": {},
-    f"+ {FAST_DTYPE}": dict(dtype=FAST_DTYPE),
-    f"+ solver {FEW['solver']}, {FEW['num_sampling_steps']} steps": FEW,
+    "the same, bf16": dict(dtype="bf16"),
+    f"solver {FEW['solver']}, {FEW['num_sampling_steps']} steps, faster dtype": dict(FEW, dtype=None),
     f"+ annealing, {FAST['num_sampling_steps']} steps": dict(num_sampling_steps=FAST["num_sampling_steps"]),
     f"+ feature cache, a whole pass in {FAST['refresh_every']}: --fast": dict(refresh_every=FAST["refresh_every"]),
     "--fast, heads in mode both": dict(mode="both"),
 }
-FASTEST = PUBLISHED | FAST | dict(dtype=FAST_DTYPE)
 # name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
 TRAINING = {
     "all rows, fp32": (dict(dtype="fp32"), True),
@@ -100,6 +102,11 @@ class Bench:
         self.config = mar_config(resolve({"preset": args.preset}))
         self.peak = PeakMemory(self.device)
         self.rates, self.mar = {}, None
+
+    @cached_property
+    def fast(self) -> dict:
+        """The settings of --fast."""
+        return PUBLISHED | FAST | dict(dtype=fast_dtype(self.device))
 
     def rate(self, dtype: str) -> float:
         """FLOP/s of large matrix products of this dtype, measured once."""
@@ -179,46 +186,36 @@ class Bench:
 
 def sampling(bench: Bench) -> None:
     """The levers of sampling, one added after the other."""
-    args, settings, first, before, above = bench.args, PUBLISHED, None, None, None
-    table = []
+    args, settings, table, known, totals = bench.args, PUBLISHED, [], {}, []
     for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
         settings = settings | change
-        stub = above is not None and bool(change) and change.keys() <= FEW.keys()
+        settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
+        passes = (settings["dtype"], settings["mode"], settings["refresh_every"])  # what the transformer depends on
+        stub = passes in known
         bench.peak.reset()
-        runs = [bench.sample(settings, stub=stub) for _ in range(args.repeats)]
+        runs, began = [], time.perf_counter()
+        while len(runs) < args.repeats and time.perf_counter() - began < ROW_SECONDS:
+            runs.append(bench.sample(settings, stub=stub))
         found = {k: statistics.median(run[k] for run, _ in runs) for k in runs[0][0]}
         memory = "=" if stub else f"{bench.peak.read() / 1e9:.1f}"
         if stub:
-            rest = above["total"] - above["diffusion"]
-            found |= dict(transformer=above["transformer"], total=rest + found["diffusion"])
+            found |= dict(transformer=known[passes][0], total=known[passes][1] + found["diffusion"])
+        known[passes] = found["transformer"], found["total"] - found["diffusion"]
         flops = bench.sampling_flops(runs[0][1], settings["refresh_every"])
         peak = {k: flops[k] / found[k] / bench.rate(settings["dtype"]) for k in flops}
-        first, above = first or found["total"], found
+        totals.append(found["total"])
         each = args.batch_size
-        table.append(
-            [name, f"{found['total'] / each:.2f}", f"{found['transformer'] / each:.2f}"]
-            + [
-                f"{found['diffusion'] / each:.2f}",
-                f"{first / found['total']:.2f}",
-                f"{sum(flops.values()) / each / 1e12:.2f}",
-            ]
-            + [f"{peak['transformer']:.0%}", f"{peak['diffusion']:.0%}", memory]
-        )
         if "both" in name:
-            table[-1][0] += f" ({found['total'] / before['total'] - 1:+.1%})"
-        before = found
+            name += f" ({totals[-1] / totals[-2] - 1:+.1%})"
+        seconds = [f"{found[k] / each:.2f}" for k in ("total", "transformer", "diffusion")]
+        share = [f"{peak[k]:.0%}" for k in ("transformer", "diffusion")]
+        work = f"{sum(flops.values()) / each / 1e12:.2f}"
+        table.append([name, *seconds, f"{totals[0] / totals[-1]:.2f}", work, *share, memory, len(runs)])
     print(f"\nSampling: {args.preset}, {args.num_iter} steps, batch {each}, cfg {args.cfg:g}, seconds an image\n")
-    head = [
-        "",
-        "seconds",
-        "transformer",
-        "diffusion",
-        "faster by",
-        "TFLOPs",
-        "transformer, of peak",
-        "diffusion, of peak",
-    ]
-    print_table([*head, "peak memory, GB"], table)
+    head = (
+        "|seconds|transformer|diffusion|faster by|TFLOPs|transformer, of peak|diffusion, of peak|peak memory, GB|runs"
+    )
+    print_table(head.split("|"), table)
 
 
 def training_state(bench: Bench, flags: dict, batch_size=None) -> tuple[TrainState, TrainConfig]:
@@ -310,34 +307,26 @@ def heads(bench: Bench) -> None:
 def scaling(bench: Bench) -> None:
     """--fast at other batch sizes and numbers of steps, and in two processes; once each."""
     args, table = bench.args, []
-    points = [(b, args.num_iter) for b in (1, 2, 4, 8, 16, 32)] + [(args.batch_size, k) for k in (8, 32, 64)]
+    points = [(b, args.num_iter) for b in (1, 2, 4, 8, 16, 32)] + [(4, k) for k in (8, 32, 64)]
     for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
-        seconds = bench.sample(FASTEST, batch_size, num_iter)[0]["total"]
+        seconds = bench.sample(bench.fast, batch_size, num_iter)[0]["total"]
         table.append([batch_size, num_iter, 1, f"{seconds / batch_size:.2f}"])
     bench.mar = None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    command += [
-        "--only",
-        "fast",
-        "--device",
-        args.device,
-        "--preset",
-        args.preset,
-        "--batch_size",
-        str(args.batch_size),
-    ]
+    same = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
+    command += ["--only=fast", *(f"--{name}={value}" for name, value in same.items())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    seconds = max(json.loads(line)["seconds"] for line in done.stdout.splitlines() if line.startswith("{"))
-    table.append([f"{args.batch_size} each", 16, 2, f"{seconds / args.batch_size / 2:.2f}"])
+    seconds = max(json.loads(line)["total"] for line in done.stdout.splitlines() if line.startswith("{"))
+    table.append([f"{args.batch_size} each", args.num_iter, 2, f"{seconds / args.batch_size / 2:.2f}"])
     print(f"\n--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each\n")
     print_table(["batch", "steps", "processes", "seconds"], table)
 
 
 def fast(bench: Bench) -> None:
     """--fast alone, as a line of JSON; what `scaling` starts twice."""
-    bench.sample(FASTEST, batch_size=1, num_iter=1)  # warm up
+    bench.sample(bench.fast, batch_size=1, num_iter=1)  # warm up
     dist.barrier()
-    print(json.dumps(bench.sample(FASTEST)[0] | {"rank": dist.rank()}), flush=True)
+    print(json.dumps(bench.sample(bench.fast)[0] | {"rank": dist.rank()}), flush=True)
 
 
 SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "heads": heads, "fast": fast}

@@ -5,12 +5,20 @@ import torch
 
 from scripts import bench
 from scripts.bench import PUBLISHED, SAMPLING, SECTIONS, TRAINING, Bench, BenchArgs, main
+from util import timing
 from util.timing import PeakMemory, Stopwatch, matmul_rate
 
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: matmul_rate(device, dtype, size=64))
+
+
+@pytest.mark.parametrize("rates, expected", [((3.0, 1.0), "bf16"), ((1.1, 1.0), "fp32"), ((0.5, 1.0), "fp32")])
+def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, rates, expected):
+    found = dict(zip((torch.bfloat16, torch.float32), rates))
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype, size: found[dtype])
+    assert timing.fast_dtype(torch.device("cpu")) == expected
 
 
 SMALL = ("--preset", "digits", "--batch_size", "2", "--train_batch_size", "2", "--num_iter", "2", "--repeats", "1")
@@ -30,8 +38,8 @@ def test_every_lever_has_a_row(capsys):
     for name in (*SAMPLING, *TRAINING):
         found = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(found[0]) > 0
-    steps = [rest for row, rest in rows.items() if row in SAMPLING]
-    assert [row[-1] == "=" for row in steps] == [False, False, True, True, False]  # these run no transformer
+    marks = [rest[-2] == "=" for row, rest in rows.items() if row in SAMPLING]
+    assert marks == [False, False, True, True, False]  # the third and the fourth run no transformer
 
 
 def test_unknown_section(capsys):

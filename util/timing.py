@@ -8,6 +8,8 @@ from unittest.mock import patch
 
 import torch
 
+from util import dist
+
 
 class Stopwatch:
     """Seconds spent in methods of classes, while they are watched."""
@@ -57,6 +59,20 @@ class PeakMemory:
         status = Path("/proc/self/status")
         lines = status.read_text().splitlines() if status.is_file() else []
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
+
+
+def fast_dtype(device: torch.device) -> str:
+    """bf16 or fp32, whichever this device multiplies matrices faster in; all processes get the first one's answer.
+
+    Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32.
+    """
+    if device.type != "cpu":
+        return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"
+    faster = torch.zeros(())
+    if dist.is_main():
+        rates = [matmul_rate(device, dtype, size=1024) for dtype in (torch.bfloat16, torch.float32)]
+        faster += rates[0] > 1.2 * rates[1]
+    return "bf16" if dist.all_sum(faster) else "fp32"
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:

@@ -236,8 +236,7 @@ def run(values: dict) -> int:
         check_resume(values, content, mar, tokenizer, dataset)
     mar, tokenizer = mar.to(device), tokenizer.to(device)
     if values["compile"]:
-        for block in [*mar.encoder_blocks, *mar.decoder_blocks, mar.diffloss.net]:
-            block.compile(dynamic=True)
+        mar.compile_parts()
     args = pick(TrainConfig, values)
     heads = load_heads(content) if args.evaluate else args.heads(mar.config.decoder_embed_dim)
     pick(SampleConfig, values).rules(heads)

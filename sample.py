@@ -66,6 +66,7 @@ class SampleArgs:
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
+    compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
@@ -258,6 +259,8 @@ def run(args: SampleArgs, given: dict) -> int:
     kind = "editing" if edit else "generation"
     how = protocol(kind, evaluation, labels, reference, data, ema=not args.no_ema, dtype=dtype_name)
     model = mar.to(device), tokenizer.to(device)
+    if args.compile:
+        mar.compile_parts()
     where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None, edit=edit)
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:

@@ -200,6 +200,11 @@ class MAR(nn.Module):
         x = self.decoder_norm((run or self._run)(self.decoder_blocks, x, None))
         return x[:, c.buffer_size :] + self.diffusion_pos_embed_learned
 
+    def compile_parts(self) -> None:
+        """Compile the transformer's blocks and the diffusion MLP, in place, for batches of any size."""
+        for part in (*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net):
+            part.compile(dynamic=True)
+
     def _class_embedding(self, labels, batch_size):
         if labels is None:
             return self.fake_latent.expand(batch_size, -1)

@@ -132,7 +132,7 @@ def check_whole(path: Path) -> None:
     if known:
         with open(path, "rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest() in known
-        why = f"its checksum is not the one in {SUMS_NAME}"
+        why = f"its checksum is not the one in {SUMS_NAME} (remove that file if you changed it yourself)"
     else:
         whole, why = _crcs_are_right(path), "a checksum in it is wrong"
     if not whole:

@@ -25,7 +25,8 @@ class FeatureCache:
         self.known = torch.zeros(batch_size, mar.config.seq_len, dtype=torch.bool)  # to keys and values, on the host
         self.z = None  # (B, L, D) of the last whole pass
         self.stores = {}  # block: its keys and values (2, B, S + L + 1, H, D / H)
-        self.passes = 0.0  # images that went through the transformer; a partial pass counts by its share of the tokens
+        self.passes = 0.0  # images that went through the transformer; a partial pass counts by its share of the tokens,
+        # one that images share for each of them
 
     def look(self, step: int, tokens, unknown, images) -> torch.Tensor:
         """z (B', L, D) of images (B',) long on the host; where no whole pass is due, as it was at the last one.
@@ -59,23 +60,28 @@ class FeatureCache:
         mar, size, hidden = self.mar, self.mar.config.buffer_size, unknown[images]
         self.passes += len(images)
         there = _send(images, tokens.device)
-        labels = None if self.labels is None else self.labels[there]
         num_visible = (~hidden).sum(dim=1).tolist()
-        mask = _send(hidden, tokens.device)
+        # without a label and before anything is known all images are the same: one stands for them
+        shared = self.labels is None and not any(num_visible)
+        some = slice(0, 1) if shared else slice(None)
+        labels = None if self.labels is None else self.labels[there]
+        mask, num_visible, content = _send(hidden, tokens.device)[some], num_visible[some], tokens[there[some]]
         if self.refresh_every == 1:
-            return mar.encode_decode(tokens[there], mask, labels, num_visible)
+            z = mar.encode_decode(content, mask, labels, num_visible)
+            return z.repeat(len(images), 1, 1) if shared else z
 
         self.known[images] = ~hidden
         visible, padding = mar.visible_positions(mask, num_visible)
-        slots = torch.arange(size + mar.config.seq_len, device=tokens.device).expand(len(images), -1)
+        slots = torch.arange(size + mar.config.seq_len, device=tokens.device).expand(len(content), -1)
         places = visible if padding is None else visible.masked_fill(padding, mar.config.seq_len)
         seen = torch.cat([slots[:, :size], size + places], dim=1)
 
         def keeping(slots):
             return lambda blocks, x, mask: self._run(blocks, x, mask, there, slots, whole=True)
 
-        encoded = mar.encode(tokens[there], visible, padding, labels, keeping(seen))
-        return mar.decode(encoded, visible, padding, keeping(slots))
+        encoded = mar.encode(content, visible, padding, labels, keeping(seen))
+        z = mar.decode(encoded, visible, padding, keeping(slots))
+        return z.repeat(len(images), 1, 1) if shared else z
 
     def _partial_pass(self, tokens, unknown, rows):
         """z (N, D) at rows (N, 2), new tokens and wanted ones computed."""
@@ -111,6 +117,7 @@ class FeatureCache:
     def _run(self, blocks, x, mask, images, slots, whole=False):
         """x (B', ·, D) through the blocks; keys and values are written to slots (B', ·) of the images (B',).
 
+        Of x (1, ·, D) and slots (1, ·), which stand for all images, they are written to each.
         whole: x looks at itself, else at all slots but the last; both where the bool mask allows.
         """
         rows = images[:, None]

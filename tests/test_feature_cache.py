@@ -139,3 +139,23 @@ def test_close_to_the_exact_images_at_first(deep, order):
     assert torch.equal(plain[0], cached[0])
     assert not torch.equal(plain[-1], cached[-1])
     assert (plain[-1] - cached[-1]).abs().mean() < 0.5 * plain[-1].abs().mean()
+
+
+@pytest.mark.parametrize("refresh_every", (1, 3))
+def test_images_without_label_share_the_empty_canvas(deep, refresh_every, monkeypatch):
+    """One image goes through the transformer for all of them, and nothing else changes."""
+    encode, sizes = deep.encode, []
+    monkeypatch.setattr(deep, "encode", lambda *args: sizes.append(len(args[0])) or encode(*args))
+    tokens, images = torch.zeros(4, LENGTH, 1), torch.arange(4)
+    shared, alone = (
+        FeatureCache(deep, None, 4, refresh_every),
+        FeatureCache(deep, torch.full((4,), -1), 4, refresh_every),
+    )
+    for step, known in enumerate((0, 3, 5)):
+        unknown = torch.arange(LENGTH).expand(4, -1) >= known
+        z = [cache.look(step, tokens, unknown, images) for cache in (shared, alone)]
+        torch.testing.assert_close(*z, rtol=1e-5, atol=1e-6)
+        rows = unknown.nonzero()
+        torch.testing.assert_close(*(c.at(step, tokens, unknown, rows) for c in (shared, alone)), rtol=1e-5, atol=1e-6)
+        tokens = tokens + 1
+    assert sizes[:2] == [1, 4] and set(sizes[2:]) <= {4}

@@ -280,4 +280,4 @@ class SampleConfig(RuleOptions):
 
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md
-FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:6", refresh_every=8)
+FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:5", refresh_every=8)

@@ -163,7 +163,8 @@ class Bench:
         size, length = self.args.batch_size, self.config.seq_len
         tokens = torch.zeros(size, length, self.config.token_dim, device="meta")
         unknown, flops = torch.ones(size, length, dtype=torch.bool), {}
-        halves = [FeatureCache(self.meta, None, size, refresh_every) for _ in range(2)]
+        labels = torch.zeros(size, dtype=torch.long, device="meta")
+        halves = [FeatureCache(self.meta, which, size, refresh_every) for which in (labels, None)]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             for step, (rows, _) in enumerate(steps):
                 for half in halves:

@@ -62,7 +62,10 @@ def test_flops_are_those_of_the_formula():
     for rows, _ in steps:
         seen = c.buffer_size + known
         embed = 2 * known * c.token_dim * width + 2 * seen * width**2  # z_proj, decoder_embed
-        transformer += 2 * size * (blocks(c.encoder_depth, seen) + embed + blocks(c.decoder_depth, slots))
+        images = (
+            2 * size if known else size + 1
+        )  # without a label one image stands for all, as long as nothing is known
+        transformer += images * (blocks(c.encoder_depth, seen) + embed + blocks(c.decoder_depth, slots))
         known += len(rows) // size
     assert known == c.seq_len and found["transformer"] == transformer
     w, num_rows = c.diffloss_w, 2 * size * c.seq_len

@@ -1,7 +1,7 @@
 """Speed on this device: published settings in float32, then each lever added in turn, for sampling and for training.
 
     python scripts/bench.py                 # MAR-B, random weights, batch 8, 16 steps: under 20 minutes on 2 CPU cores
-    python scripts/bench.py --quick         # batch 1, one repeat: under 3 minutes
+    python scripts/bench.py --quick         # batch 1, 8 steps, one repeat: under 3 minutes
     python scripts/bench.py --only heads --preset digits       # what heads and training masks cost
 
 Seconds are medians of up to --repeats runs (no further one after ROW_SECONDS), ratios compare rows of this run. FLOPs
@@ -89,7 +89,7 @@ class BenchArgs:
     cfg: float = flag(2.9, "guidance scale, linear schedule", low=0)
     repeats: int = flag(3, "repeats, their median counts", low=1)
     only: str = flag("sampling,training,scaling", "comma list of sampling, training, scaling, heads, fast")
-    quick: bool = flag(False, "batch 1, one repeat, sampling and training")
+    quick: bool = flag(False, "batch 1, 8 steps, one repeat, sampling and training")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dry_run: bool = flag(False, "print the rows and stop")
 
@@ -344,7 +344,11 @@ def print_table(head: list, rows: list[list]) -> None:
 def main(argv=None) -> int:
     """Run the sections asked for, print their tables; returns the exit code."""
     given = vars(make_parser("bench.py", __doc__.splitlines()[0], BenchArgs).parse_args(argv))
-    quick = dict(batch_size=1, train_batch_size=1, repeats=1, only="sampling,training") if given.get("quick") else {}
+    quick = (
+        dict(batch_size=1, train_batch_size=1, num_iter=8, repeats=1, only="sampling,training")
+        if given.get("quick")
+        else {}
+    )
     args = BenchArgs(**{**quick, **given})
     names = args.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:

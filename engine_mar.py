@@ -22,7 +22,7 @@ from train_state import TrainState
 from train_step import forward_backward, optimizer_step
 from util import dist
 from util.checkpoint import weights_hash
-from util.dist import autocast
+from util.dist import autocast, send
 from util.evaluation import score
 from util.guards import complain, draw_finite, is_plain
 from util.images import PNGFolder, Trace, image_path, is_readable, prepare_folder, save_png, to_uint8
@@ -99,13 +99,13 @@ def generate(
             if not len(images):
                 break
             here = unknown[images]
-            index = _send(images, device)
+            index = send(images, device)
             state = StepState(
                 step=step,
                 num_iter=num_iter,
-                mask=_send(here, device),
-                num_unknown=_send(here.sum(dim=1).float(), device),
-                num_start=_send(num_start[images], device),
+                mask=send(here, device),
+                num_unknown=send(here.sum(dim=1).float(), device),
+                num_start=send(num_start[images], device),
                 gumbel=gumbel[index],
                 z=conditional.look(step, tokens, unknown, images),
                 images=index,
@@ -115,7 +115,7 @@ def generate(
             select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()  # the one wait
 
             rows = select.nonzero()  # (N, 2), row-major
-            row, column = _send(rows, device).unbind(dim=1)
+            row, column = send(rows, device).unbind(dim=1)
             acts = guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,): where guidance acts
             rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
             z, z_uncond = conditional.at(step, tokens, unknown, rows), None  # (N, D), (G, D)
@@ -133,10 +133,10 @@ def generate(
                 tau=plan.tau[row, column],
                 num_steps=plan.num_steps,
                 solver=solver,
-                noise=_send(noise, device),
+                noise=send(noise, device),
                 clip=clip,
                 spacing=spacing,
-                guided=None if len(acts) in (0, len(rows)) else _send(acts, device),
+                guided=None if len(acts) in (0, len(rows)) else send(acts, device),
             )
             tokens[index[row], column] = drawn
             unknown[rows[:, 0], rows[:, 1]] = False
@@ -154,11 +154,6 @@ def generate(
 
 def _all_positions(shape):
     return torch.arange(shape[1]).expand(shape)
-
-
-def _send(tensor, device):
-    """To the device without waiting for what it is doing; the CPU side is not written to afterwards."""
-    return tensor.to(device, non_blocking=True)
 
 
 def _check_generate(config, labels, num_iter, refresh_every, seeds, tokens, mask, shape):

@@ -8,7 +8,7 @@ from torch import nn
 from models.masking import training_draws
 from train_state import TrainState
 from util import dist
-from util.dist import autocast
+from util.dist import autocast, send
 from util.rng import seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
@@ -17,7 +17,7 @@ MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
 def forward_backward(state: TrainState, batch, labels, indices, args, flip):
     """Accumulate the gradient of the whole step, micro-batch by micro-batch; returns the loss terms."""
     parts = zip(*(_split(x, args.accum_iter) for x in (batch, labels, indices)))
-    parts = [_prepare(state, *part, args, flip) for part in parts]
+    parts = [prepare(state, *part, args, flip) for part in parts]
     # A mean over all target tokens of the global batch. DDP averages gradients over processes: hence the division.
     num_targets = torch.full((), float(sum(draws.num_targets for *_, draws in parts)), device=state.device)
     num_targets = dist.all_sum(num_targets) / dist.world_size()
@@ -35,7 +35,7 @@ def forward_backward(state: TrainState, batch, labels, indices, args, flip):
 
 
 @torch.no_grad()
-def _prepare(state, batch, labels, indices, args, flip):
+def prepare(state, batch, labels, indices, args, flip):
     """(tokens (b, L, C), labels with −1 where dropped, both on the device, and the draws) of one micro-batch."""
     config, heads_or_masks = state.mar.config, state.heads is not None or state.visits is not None
     samples = indices.tolist()
@@ -57,21 +57,20 @@ def _prepare(state, batch, labels, indices, args, flip):
     flips = draws.flip.to(state.device) if flip else None
     seeds = [seed_of("posterior", args.seed, state.step, sample) for sample in samples]
     tokens = state.tokens(batch.to(state.device, non_blocking=True), flips, seeds)
-    labels = torch.where(draws.drop, -1, labels).to(state.device, non_blocking=True)
+    labels = torch.where(draws.drop, -1, labels)
     if state.visits is not None:
         state.module.eval()  # no dropout in the scores
         with autocast(state.device, state.dtype):
             draws = state.visits(draws, lambda mask, n: _score(state.mar, tokens, mask, labels, n), state.device)
         state.module.train()
-    return tokens, labels, draws
+    return tokens, send(labels, state.device), draws
 
 
 def _score(mar, tokens, mask, labels, num_visible):
-    """`encode_decode`; where nothing is visible yet, once for each class instead of for each image."""
+    """`encode_decode` for labels on the host; where nothing is visible yet, once for each class, not for each image."""
     if any(num_visible):
-        return mar.encode_decode(tokens, mask, labels, num_visible)
-    classes, which = labels.cpu().unique(return_inverse=True)  # scoring waits for the device anyway
-    classes, which = (x.to(labels.device, non_blocking=True) for x in (classes, which))
+        return mar.encode_decode(tokens, mask, send(labels, mask.device), num_visible)
+    classes, which = (send(x, mask.device) for x in labels.unique(return_inverse=True))
     return mar.encode_decode(tokens[: len(classes)], mask[: len(classes)], classes, num_visible[: len(classes)])[which]
 
 

@@ -247,7 +247,6 @@ class SampleConfig(RuleOptions):
     )
     solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)
     spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
-
     refresh_every: int = flag(
         1, "steps between passes over all tokens; between them only those that changed or are drawn", low=1
     )

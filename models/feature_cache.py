@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from models.mar import MAR
+from util.dist import send
 
 
 class FeatureCache:
@@ -42,30 +43,30 @@ class FeatureCache:
                 self.z = z
             else:
                 self.z = z.new_zeros(len(tokens), *z.shape[1:]) if self.z is None else self.z
-                self.z[_send(due, z.device)] = z
-        return self.z if len(images) == len(tokens) else self.z[_send(images, self.z.device)]
+                self.z[send(due, z.device)] = z
+        return self.z if len(images) == len(tokens) else self.z[send(images, self.z.device)]
 
     def at(self, step: int, tokens, unknown, rows) -> torch.Tensor:
         """z (N, D) at rows (N, 2) long on the host, (image, position) in row-major order, of images that `look` saw."""
-        image, position = _send(rows, self.z.device).unbind(dim=1)
+        image, position = send(rows, self.z.device).unbind(dim=1)
         z = self.z[image, position]
         stale = self.refreshed[rows[:, 0]] < step
         if stale.any():
             part = self._partial_pass(tokens, unknown, rows[stale])
-            z[_send(stale.nonzero().squeeze(1), z.device)] = part.to(z.dtype)
+            z[send(stale.nonzero().squeeze(1), z.device)] = part.to(z.dtype)
         return z
 
     def _whole_pass(self, tokens, unknown, images):
         """z (B', L, D), all tokens computed."""
         mar, size, hidden = self.mar, self.mar.config.buffer_size, unknown[images]
         self.passes += len(images)
-        there = _send(images, tokens.device)
+        there = send(images, tokens.device)
         num_visible = (~hidden).sum(dim=1).tolist()
         # without a label and before anything is known all images are the same: one stands for them
         shared = self.labels is None and not any(num_visible)
         some = slice(0, 1) if shared else slice(None)
         labels = None if self.labels is None else self.labels[there]
-        mask, num_visible, content = _send(hidden, tokens.device)[some], num_visible[some], tokens[there[some]]
+        mask, num_visible, content = send(hidden, tokens.device)[some], num_visible[some], tokens[there[some]]
         if self.refresh_every == 1:
             z = mar.encode_decode(content, mask, labels, num_visible)
             return z.repeat(len(images), 1, 1) if shared else z
@@ -98,10 +99,10 @@ class FeatureCache:
 
         new_at, wanted_at = _positions(new), _positions(wanted)
         real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; known here without waiting
-        there, new_at, wanted_at, real = (_send(x, device) for x in (images, new_at, wanted_at, real))
+        there, new_at, wanted_at, real = (send(x, device) for x in (images, new_at, wanted_at, real))
         # new tokens look at the buffer and at all that is known; padding reads any token, and writes where nobody looks
         keys = torch.cat([known.new_ones(len(images), size), known], dim=1)
-        keys = _send(keys, device)[:, None, None, :]
+        keys = send(keys, device)[:, None, None, :]
         x = mar.embed_tokens(tokens[there], new_at.clamp(max=length - 1))  # (B', n, D)
         x = mar.encoder_norm(self._run(mar.encoder_blocks, x, keys, there, size + new_at))
         # new and wanted tokens look at everything
@@ -144,8 +145,3 @@ def _positions(chosen):
     length = chosen.shape[1]
     places = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
     return places[:, : int(chosen.sum(dim=1).max())]
-
-
-def _send(tensor, device):
-    """To the device without waiting for what it is doing."""
-    return tensor.to(device, non_blocking=True)

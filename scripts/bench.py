@@ -38,13 +38,14 @@ from models.feature_cache import FeatureCache
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
 from train_state import TrainState
-from train_step import _prepare, forward_backward, optimizer_step
+from train_step import forward_backward, optimizer_step, prepare
 from util import dist
 from util.args import flag, make_parser, pick, run_main
 from util.timing import PeakMemory, Stopwatch, fast_dtype, matmul_rate
 
 TIMED_STEPS = 5  # of a row with many more diffusion steps
 ROW_SECONDS = 60
+QUICK = dict(batch_size=1, train_batch_size=1, num_iter=8, repeats=1, only="sampling,training")
 PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1)
 FEW = dict(solver=FAST["solver"], num_sampling_steps=str(step_range(FAST["num_sampling_steps"])[0]))
 # name: what it changes in the row above; a dtype of None is the faster one
@@ -73,6 +74,7 @@ HEAD_COSTS = {
     "all four, all else frozen": STAGE | dict(learn=",".join(HEADS), freeze_backbone=True, train_diffloss=False),
     "visited masks": dict(train_masks="visited", order="halton"),
     "visited masks, next targets": dict(train_masks="visited", **NEXT),
+    "policy masks, 1 pass, group on halton": dict(train_masks="policy", learn="group", order_base="halton", **NEXT),
     "policy masks, 1 pass, order and group": POLICY,
     "policy masks, 4 passes, order and group": POLICY | dict(policy_passes=4),
 }
@@ -263,7 +265,7 @@ def all_rows(draws, encode, device):
 
 def training_flops(state: TrainState, args: TrainConfig) -> int:
     """FLOPs of forward and backward pass, counted on the meta device."""
-    tokens, labels, draws = _prepare(state, *random_batch(state.mar.config, args.batch_size), args, False)
+    tokens, labels, draws = prepare(state, *random_batch(state.mar.config, args.batch_size), args, False)
     twin = TrainingLoss(MAR(state.mar.config).to("meta")).train()
     with FlopCounterMode(display=False) as counter:
         num_targets = torch.ones((), device="meta")
@@ -292,17 +294,22 @@ def training(bench: Bench) -> None:
 
 
 def heads(bench: Bench) -> None:
-    """What each head and each kind of mask costs in training, at the preset's batch size."""
-    table, first = [], None
+    """What each head and each kind of mask costs in training, at the preset's batch size.
+
+    Each row takes turns with the first one, and the ratio is the median of the turns: the machine's speed drifts.
+    """
+    first, table = training_state(bench, HEAD_COSTS["random masks"]), []
     for name, flags in tqdm(HEAD_COSTS.items(), desc="heads", leave=False):
-        state, args = training_state(bench, flags)
-        training_seconds(bench, state, args)  # warm up
-        middle = statistics.median(training_seconds(bench, state, args, 8) for _ in range(bench.args.repeats)) / 8
-        first = first or middle
-        table.append([name, f"{args.batch_size / middle:.1f}", f"{middle / first:.2f}"])
-        del state
-    print(f"\nTraining: {bench.args.preset}, batch {args.batch_size}\n")
-    print_table(["training step", "images/s", "time against random masks"], table)
+        here = training_state(bench, flags)
+        turns = [[training_seconds(bench, *run, 8) for run in (first, here)] for _ in range(bench.args.repeats + 1)][1:]
+        rate = 8 * here[1].batch_size / statistics.median(own for _, own in turns)
+        ratios = [own / plain for plain, own in turns]
+        table.append(
+            [name, f"{rate:.1f}", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        )
+        del here
+    print(f"\nTraining: {bench.args.preset}, batch {first[1].batch_size}\n")
+    print_table(["training step", "images/s", "time against random masks", "lowest to highest"], table)
 
 
 def scaling(bench: Bench) -> None:
@@ -316,7 +323,10 @@ def scaling(bench: Bench) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     same = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
     command += ["--only=fast", *(f"--{name}={value}" for name, value in same.items())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["see --only fast"]
+        raise ValueError(f"the run in two processes ended with code {done.returncode}: {said[0]}")
     seconds = max(json.loads(line)["total"] for line in done.stdout.splitlines() if line.startswith("{"))
     table.append([f"{args.batch_size} each", args.num_iter, 2, f"{seconds / args.batch_size / 2:.2f}"])
     print(f"\n--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each\n")
@@ -344,12 +354,7 @@ def print_table(head: list, rows: list[list]) -> None:
 def main(argv=None) -> int:
     """Run the sections asked for, print their tables; returns the exit code."""
     given = vars(make_parser("bench.py", __doc__.splitlines()[0], BenchArgs).parse_args(argv))
-    quick = (
-        dict(batch_size=1, train_batch_size=1, num_iter=8, repeats=1, only="sampling,training")
-        if given.get("quick")
-        else {}
-    )
-    args = BenchArgs(**{**quick, **given})
+    args = BenchArgs(**{**(QUICK if given.get("quick") else {}), **given})
     names = args.only.split(",")
     if unknown := [name for name in names if name not in SECTIONS]:
         raise ValueError(f"--only {unknown[0]!r} is not a section; valid: {', '.join(SECTIONS)}")

@@ -125,6 +125,11 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.deterministic = on
 
 
+def send(tensor: torch.Tensor, device) -> torch.Tensor:
+    """To the device without waiting for what it is doing; the CPU side must not be written to afterwards."""
+    return tensor.to(device, non_blocking=True)
+
+
 def autocast(device: torch.device, dtype: torch.dtype):
     """Autocast at this dtype; float32 means none."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

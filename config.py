@@ -73,7 +73,7 @@ class TrainConfig:
     start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
     seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
     device: str = flag("auto", "auto, cuda, mps, cpu")
-    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.FLOATS)
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     dry_run: bool = flag(False, "print the resolved configuration and stop")

@@ -87,8 +87,7 @@ def generate(
     else:
         tokens, unknown = tokens.to(device, torch.float32, copy=True), mask.to("cpu", torch.bool, copy=True)
 
-    conditional = FeatureCache(mar, labels, batch_size, refresh_every)
-    unconditional = FeatureCache(mar, None, batch_size, refresh_every)
+    features = FeatureCache(mar, labels, refresh_every)
     # The mask lives on the host, so that shapes are known there; one copy a step, of the plan, keeps it current.
     num_start = unknown.sum(dim=1).float()
     was_training = {module: module.training for module in mar.modules()}  # a frozen part may be in eval mode already
@@ -107,7 +106,7 @@ def generate(
                 num_unknown=send(here.sum(dim=1).float(), device),
                 num_start=send(num_start[images], device),
                 gumbel=gumbel[index],
-                z=conditional.look(step, tokens, unknown, images),
+                z=features.look(step, tokens, unknown, images),
                 images=index,
                 num_steps=ends,
             )
@@ -118,10 +117,7 @@ def generate(
             row, column = send(rows, device).unbind(dim=1)
             acts = guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,): where guidance acts
             rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-            z, z_uncond = conditional.at(step, tokens, unknown, rows), None  # (N, D), (G, D)
-            if len(acts):
-                unconditional.look(step, tokens, unknown, images[guided.any(dim=1)])
-                z_uncond = unconditional.at(step, tokens, unknown, rows[acts])
+            z, z_uncond = features.at(step, tokens, unknown, rows, acts)  # (N, D), (G, D)
             if noise_fn:
                 noise = noise_fn(step, rows)
             else:
@@ -148,7 +144,7 @@ def generate(
         for module, mode in was_training.items():
             module.training = mode
     if evals is not None:
-        evals.update(mar=conditional.passes + unconditional.passes)
+        evals.update(mar=features.passes)
     return mar.unpatchify(tokens)
 
 

@@ -34,8 +34,9 @@ from util.run_log import RunLog
 def measured_how(values: dict, state: TrainState, labels, reference) -> str:
     """The line that says what the figures of the averaged weights are to be quoted with."""
     data = " ".join(filter(None, (values["data"], data_place(values))))
-    dtype = next(name for name, kind in dist.DTYPES.items() if kind == state.dtype)
-    how = protocol("generation", pick(EvalConfig, values), labels, reference, data, ema=True, dtype=dtype)
+    how = protocol(
+        "generation", pick(EvalConfig, values), labels, reference, data, ema=True, dtype=dist.dtype_name(state.dtype)
+    )
     return protocol_line(how)
 
 

@@ -17,8 +17,11 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
+
 from engine_mar import evaluate, sample_images
 from heads.policy import FAST, SampleConfig, load_heads
+from models.int8 import quantize
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
@@ -49,7 +52,8 @@ class SampleArgs:
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     fast: bool = flag(
         False,
-        " ".join(f"--{k} {v}" for k, v in FAST.items()) + ", --dtype bf16 where it is fast; flags given by hand win",
+        " ".join(f"--{k} {v}" for k, v in FAST.items())
+        + ", and the --dtype that is fastest here; flags given by hand win",
     )
     seed: int = flag(0, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
@@ -64,7 +68,9 @@ class SampleArgs:
     )
     edit_mask: str | None = flag(None, "picture of the same size, white where --edit_image is generated anew")
     device: str = flag("auto", "auto, cuda, mps, cpu")
-    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    dtype: str | None = flag(
+        None, "arithmetic (default: bf16 where CUDA has it, else fp32); int8: on CPUs", choices=dist.DTYPES
+    )
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
@@ -245,9 +251,11 @@ def run(args: SampleArgs, given: dict) -> int:
         reference = build_reference(evaluation, data, source, img_size)
         evaluation.check(reference, img_size)
     device = dist.pick_device(args.device)
-    dtype = dist.pick_dtype(args.dtype or (fast_dtype(device) if args.fast else None), device)
-
-    dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
+    width = mar.config.decoder_embed_dim
+    dtype = dist.pick_dtype(args.dtype or (fast_dtype(device, width) if args.fast else None), device)
+    if dtype == torch.int8:
+        quantize(mar)
+    dtype_name = dist.dtype_name(dtype)
     shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)
     shared |= edit.hashes if edit else {}
     hashes = {"weights": weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})}

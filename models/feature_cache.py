@@ -17,111 +17,128 @@ from util.dist import send
 
 
 class FeatureCache:
-    """Conditions z of the tokens of a batch, conditional on labels (B,) long, or unconditional (labels None)."""
+    """Conditions z of the tokens of a batch, each image with its label (B,) long and, where guided, without one.
 
-    def __init__(self, mar: MAR, labels: torch.Tensor | None, batch_size: int, refresh_every: int = 1):
+    The two of them are sequences i and B + i: between whole passes both go through the transformer in one batch.
+    """
+
+    def __init__(self, mar: MAR, labels: torch.Tensor, refresh_every: int = 1):
         """refresh_every: so many autoregressive steps apart are the passes over everything."""
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
-        self.refreshed = torch.full((batch_size,), -1)  # the last step with a whole pass, on the host
-        self.known = torch.zeros(batch_size, mar.config.seq_len, dtype=torch.bool)  # to keys and values, on the host
-        self.z = None  # (B, L, D) of the last whole pass
-        self.stores = {}  # block: its keys and values (2, B, S + L + 1, H, D / H)
-        self.passes = 0.0  # images that went through the transformer; a partial pass counts by its share of the tokens,
-        # one that images share for each of them
+        self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
+        self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise
+        self.z = None  # (2·B, L, D) of the last whole pass
+        self.stores = {}  # block: its keys and values (2, 2·B, S + L + 1, H, D / H)
+        self.passes = 0.0  # sequences that went through the transformer; a partial pass counts by its share of the
+        # tokens, one that sequences share for each of them
 
     def look(self, step: int, tokens, unknown, images) -> torch.Tensor:
-        """z (B', L, D) of images (B',) long on the host; where no whole pass is due, as it was at the last one.
+        """z (B', L, D) with labels, of images (B',) long on the host; where no whole pass is due, that of the last one.
 
         tokens (B, L, C) on the device, unknown (B, L) bool on the host.
         """
-        last = self.refreshed[images]
-        due = images[(last < 0) | (step // self.refresh_every > last // self.refresh_every)]
-        if len(due):
-            z = self._whole_pass(tokens, unknown, due)
-            self.refreshed[due] = step
-            if len(due) == len(tokens):
-                self.z = z
-            else:
-                self.z = z.new_zeros(len(tokens), *z.shape[1:]) if self.z is None else self.z
-                self.z[send(due, z.device)] = z
-        return self.z if len(images) == len(tokens) else self.z[send(images, self.z.device)]
+        self._refresh(step, tokens, unknown, images, labelled=True)
+        return self.z[send(images, self.z.device)]
 
-    def at(self, step: int, tokens, unknown, rows) -> torch.Tensor:
-        """z (N, D) at rows (N, 2) long on the host, (image, position) in row-major order, of images that `look` saw."""
-        image, position = send(rows, self.z.device).unbind(dim=1)
-        z = self.z[image, position]
-        stale = self.refreshed[rows[:, 0]] < step
+    def at(self, step: int, tokens, unknown, rows, guided):
+        """(z (N, D), z without label (G, D) or None for none) of images that `look` saw.
+
+        rows (N, 2) long on the host, (image, position) in row-major order; guided (G,) long on the host, which of them
+        are wanted without label too.
+        """
+        if len(guided):
+            free = rows[guided]
+            self._refresh(step, tokens, unknown, free[:, 0].unique_consecutive(), labelled=False)
+            free = free + torch.tensor([len(tokens), 0])
+            both = torch.cat([rows, free])
+        else:
+            both = rows
+        sequence, position = send(both, self.z.device).unbind(dim=1)
+        z = self.z[sequence, position]
+        stale = self.refreshed[both[:, 0]] < step
         if stale.any():
-            part = self._partial_pass(tokens, unknown, rows[stale])
+            part = self._partial_pass(tokens, unknown, both[stale])
             z[send(stale.nonzero().squeeze(1), z.device)] = part.to(z.dtype)
-        return z
+        return z[: len(rows)], z[len(rows) :] if len(guided) else None
 
-    def _whole_pass(self, tokens, unknown, images):
-        """z (B', L, D), all tokens computed."""
+    def _refresh(self, step, tokens, unknown, images, labelled):
+        """A whole pass over those of the images that one is due for."""
+        first = 0 if labelled else len(tokens)
+        last = self.refreshed[first + images]
+        images = images[(last < 0) | (step // self.refresh_every > last // self.refresh_every)]
+        if len(images):
+            sequences = first + images
+            z = self._whole_pass(tokens, unknown, images, sequences, labelled)
+            if self.z is None:
+                self.z = z.new_zeros(2 * len(tokens), *z.shape[1:])
+            self.z[send(sequences, z.device)] = z
+            self.refreshed[sequences] = step
+
+    def _whole_pass(self, tokens, unknown, images, sequences, labelled):
+        """z (B', L, D), or (1, L, D) of images that do not differ, all tokens computed."""
         mar, size, hidden = self.mar, self.mar.config.buffer_size, unknown[images]
         self.passes += len(images)
         there = send(images, tokens.device)
         num_visible = (~hidden).sum(dim=1).tolist()
         # without a label and before anything is known all images are the same: one stands for them
-        shared = self.labels is None and not any(num_visible)
-        some = slice(0, 1) if shared else slice(None)
-        labels = None if self.labels is None else self.labels[there]
+        some = slice(0, None if labelled or any(num_visible) else 1)
+        labels = self.labels[there] if labelled else None
         mask, num_visible, content = send(hidden, tokens.device)[some], num_visible[some], tokens[there[some]]
         if self.refresh_every == 1:
-            z = mar.encode_decode(content, mask, labels, num_visible)
-            return z.repeat(len(images), 1, 1) if shared else z
+            return mar.encode_decode(content, mask, labels, num_visible)
 
-        self.known[images] = ~hidden
+        self.known[sequences] = ~hidden
         visible, padding = mar.visible_positions(mask, num_visible)
         slots = torch.arange(size + mar.config.seq_len, device=tokens.device).expand(len(content), -1)
         places = visible if padding is None else visible.masked_fill(padding, mar.config.seq_len)
         seen = torch.cat([slots[:, :size], size + places], dim=1)
+        stored = send(sequences, tokens.device)
 
         def keeping(slots):
-            return lambda blocks, x, mask: self._run(blocks, x, mask, there, slots, whole=True)
+            return lambda blocks, x, mask: self._run(blocks, x, mask, stored, slots, whole=True)
 
         encoded = mar.encode(content, visible, padding, labels, keeping(seen))
-        z = mar.decode(encoded, visible, padding, keeping(slots))
-        return z.repeat(len(images), 1, 1) if shared else z
+        return mar.decode(encoded, visible, padding, keeping(slots))
 
     def _partial_pass(self, tokens, unknown, rows):
-        """z (N, D) at rows (N, 2), new tokens and wanted ones computed."""
+        """z (N, D) at rows (N, 2) of sequences and positions, new tokens and wanted ones computed."""
         mar, device = self.mar, tokens.device
         size, length = mar.config.buffer_size, mar.config.seq_len
         wanted = torch.zeros_like(self.known)
         wanted[rows[:, 0], rows[:, 1]] = True
-        images = rows[:, 0].unique_consecutive()
-        wanted, known = wanted[images], ~unknown[images]
-        new = known & ~self.known[images]
-        self.known[images] = known
+        sequences = rows[:, 0].unique_consecutive()
+        images = sequences % len(tokens)
+        wanted, known = wanted[sequences], ~unknown[images]
+        new = known & ~self.known[sequences]
+        self.known[sequences] = known
         share = (2 * new.sum(dim=1) + wanted.sum(dim=1)) / (2 * size + length + known.sum(dim=1))
         self.passes += share.sum().item()
 
         new_at, wanted_at = _positions(new), _positions(wanted)
         real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; known here without waiting
-        there, new_at, wanted_at, real = (send(x, device) for x in (images, new_at, wanted_at, real))
+        stored, there, new_at, wanted_at, real = (send(x, device) for x in (sequences, images, new_at, wanted_at, real))
         # new tokens look at the buffer and at all that is known; padding reads any token, and writes where nobody looks
-        keys = torch.cat([known.new_ones(len(images), size), known], dim=1)
+        keys = torch.cat([known.new_ones(len(known), size), known], dim=1)
         keys = send(keys, device)[:, None, None, :]
         x = mar.embed_tokens(tokens[there], new_at.clamp(max=length - 1))  # (B', n, D)
-        x = mar.encoder_norm(self._run(mar.encoder_blocks, x, keys, there, size + new_at))
+        x = mar.encoder_norm(self._run(mar.encoder_blocks, x, keys, stored, size + new_at))
         # new and wanted tokens look at everything
         x = mar.decoder_embed(x)
-        mask_token = mar.mask_token.to(x.dtype).expand(len(images), wanted_at.shape[1], -1)
+        mask_token = mar.mask_token.to(x.dtype).expand(len(known), wanted_at.shape[1], -1)
         at = torch.cat([new_at, wanted_at], dim=1)  # (B', n + w)
         pos = mar.decoder_pos_embed_learned[0, size:][at.clamp(max=length - 1)]
         x = torch.cat([x, mask_token], dim=1) + pos.to(x.dtype)
-        x = mar.decoder_norm(self._run(mar.decoder_blocks, x, None, there, size + at))[:, new_at.shape[1] :]
+        x = mar.decoder_norm(self._run(mar.decoder_blocks, x, None, stored, size + at))[:, new_at.shape[1] :]
         z = x + mar.diffusion_pos_embed_learned[0][wanted_at.clamp(max=length - 1)]
         return z.flatten(0, 1)[real]
 
-    def _run(self, blocks, x, mask, images, slots, whole=False):
-        """x (B', ·, D) through the blocks; keys and values are written to slots (B', ·) of the images (B',).
+    def _run(self, blocks, x, mask, sequences, slots, whole=False):
+        """x (B', ·, D) through the blocks; keys and values are written to slots (B', ·) of the sequences (B',).
 
-        Of x (1, ·, D) and slots (1, ·), which stand for all images, they are written to each.
+        Of x (1, ·, D) and slots (1, ·), which stand for all of them, they are written to each.
         whole: x looks at itself, else at all slots but the last; both where the bool mask allows.
         """
-        rows = images[:, None]
+        rows = sequences[:, None]
         for block in blocks:
             attention = block.attn
             qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
@@ -132,7 +149,7 @@ class FeatureCache:
             kept = self.stores[block]
             kept[0][rows, slots], kept[1][rows, slots] = key, value
             if not whole:
-                key, value = (kept[:, images] if len(images) < kept.shape[1] else kept)[:, :, :-1]
+                key, value = (kept[:, sequences] if len(sequences) < kept.shape[1] else kept)[:, :, :-1]
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             x = x + attention.proj(looked.transpose(1, 2).flatten(2))

@@ -136,7 +136,9 @@ class Bench:
             if stub:
                 empty = torch.zeros(batch_size, self.config.seq_len, dim, device=self.device)
                 stack.enter_context(patch.object(FeatureCache, "look", lambda *args: empty[: len(args[-1])]))
-                at = patch.object(FeatureCache, "at", lambda *args: empty.flatten(0, 1)[: len(args[-1])])
+                rows = empty.flatten(0, 1)
+                both = lambda *args: [rows[: len(some)] if len(some) else None for some in args[-2:]]  # noqa: E731
+                at = patch.object(FeatureCache, "at", both)
                 stack.enter_context(at)
             stack.enter_context(watch.watch(FeatureCache, "look", "transformer"))
             stack.enter_context(watch.watch(FeatureCache, "at", "transformer"))
@@ -166,12 +168,11 @@ class Bench:
         tokens = torch.zeros(size, length, self.config.token_dim, device="meta")
         unknown, flops = torch.ones(size, length, dtype=torch.bool), {}
         labels = torch.zeros(size, dtype=torch.long, device="meta")
-        halves = [FeatureCache(self.meta, which, size, refresh_every) for which in (labels, None)]
+        features = FeatureCache(self.meta, labels, refresh_every)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             for step, (rows, _) in enumerate(steps):
-                for half in halves:
-                    half.look(step, tokens, unknown, rows[:, 0].unique())
-                    half.at(step, tokens, unknown, rows)
+                features.look(step, tokens, unknown, rows[:, 0].unique())
+                features.at(step, tokens, unknown, rows, torch.arange(len(rows)))
                 unknown[rows[:, 0], rows[:, 1]] = False
         flops["transformer"] = counter.get_total_flops()
         flops["diffusion"] = 0

@@ -241,7 +241,7 @@ def publish(run: Run) -> AutoencoderTokenizer:
 def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     """Measure on the held-out images, unless results.jsonl has it already, append a line, print it."""
     args, results = run.args, Path(run.args.output_dir, "results.jsonl")
-    dtype = next(name for name, kind in dist.DTYPES.items() if kind == run.dtype)
+    dtype = dist.dtype_name(run.dtype)
     evaluation = EvalConfig(num_images=len(run.held_out), features=args.features)
     place = str(Path(args.output_dir, "autoencoder"))
     settings = dict(tokenizer=f"diffusers:{place}", data=args.data, img_size=run.images.img_size, dtype=dtype)

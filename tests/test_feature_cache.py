@@ -78,13 +78,30 @@ def test_a_pass_that_keeps_is_a_pass(deep):
     """Whole passes give the same z with and without a cache, also with different numbers of known tokens."""
     tokens = torch.randn(4, LENGTH, 1, generator=torch.Generator().manual_seed(0))
     unknown = torch.arange(LENGTH) >= torch.tensor([[0], [3], [7], [15]])
-    keeping, images = FeatureCache(deep, LABELS, 4, refresh_every=2), torch.arange(4)
+    keeping, images = FeatureCache(deep, LABELS, refresh_every=2), torch.arange(4)
     for step in (0, 2, 4):
         expected = deep.encode_decode(tokens, unknown, LABELS)
         torch.testing.assert_close(keeping.look(step, tokens, unknown, images), expected, rtol=1e-5, atol=1e-6)
         rows = unknown.nonzero()
-        torch.testing.assert_close(keeping.at(step, tokens, unknown, rows), expected[unknown], rtol=1e-5, atol=1e-6)
+        free = deep.encode_decode(tokens, unknown)
+        found, found_free = keeping.at(step, tokens, unknown, rows, torch.arange(0, len(rows), 2))
+        torch.testing.assert_close(found, expected[unknown], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found_free, free[unknown][::2], rtol=1e-5, atol=1e-6)
         tokens, unknown = tokens + 1, unknown & (torch.arange(LENGTH) > 10)
+
+
+def test_both_halves_of_a_partial_pass_are_one_batch(deep, monkeypatch):
+    """Images with their label, and the guided ones without, go through the transformer together."""
+    run_blocks, sizes = FeatureCache._run, []
+    monkeypatch.setattr(FeatureCache, "_run", lambda *args, **kw: sizes.append(len(args[2])) or run_blocks(*args, **kw))
+    cache, tokens, images = FeatureCache(deep, LABELS, refresh_every=9), torch.zeros(4, LENGTH, 1), torch.arange(4)
+    for step in (0, 1):
+        unknown = torch.arange(LENGTH).expand(4, -1) >= 3 * step
+        rows = unknown.nonzero()
+        guided = (rows[:, 0] != 2).nonzero().squeeze(1)
+        cache.look(step, tokens, unknown, images)
+        cache.at(step, tokens, unknown, rows, guided)
+    assert sizes == [4, 4, 1, 1, 7, 7]  # encoder and decoder: the labels, no label on the empty canvas, all
 
 
 def test_between_passes_only_new_tokens_matter(deep):
@@ -93,16 +110,17 @@ def test_between_passes_only_new_tokens_matter(deep):
     labels, images = LABELS[:2], torch.arange(2)
 
     def z(old=0.0, new=0.0, hidden=0.0):
-        cache = FeatureCache(deep, labels, 2, refresh_every=9)
+        cache = FeatureCache(deep, labels, refresh_every=9)
         unknown = torch.arange(LENGTH).expand(2, -1) >= 4
         cache.look(0, tokens, unknown, images)
+        cache.at(0, tokens, unknown, unknown.nonzero(), torch.arange(24))
         later = tokens.clone()
         later[:, :4] += old
         later[:, 4:6] += new
         later[:, 6:] += hidden
         unknown = torch.arange(LENGTH).expand(2, -1) >= 6
         cache.look(1, later, unknown, images)
-        return cache.at(1, later, unknown, unknown.nonzero())
+        return torch.cat(cache.at(1, later, unknown, unknown.nonzero(), torch.arange(20)))
 
     plain = z()
     assert torch.equal(z(old=1.0), plain)
@@ -113,11 +131,11 @@ def test_between_passes_only_new_tokens_matter(deep):
 def test_passes_are_counted_by_their_share(deep):
     counts = {}
     for every in (1, 3):
-        cache, tokens, images = FeatureCache(deep, LABELS, 4, every), torch.zeros(4, LENGTH, 1), torch.arange(4)
+        cache, tokens, images = FeatureCache(deep, LABELS, every), torch.zeros(4, LENGTH, 1), torch.arange(4)
         for step in range(4):
             unknown = torch.arange(LENGTH).expand(4, -1) >= 2 * step
             cache.look(step, tokens, unknown, images)
-            cache.at(step, tokens, unknown, (unknown & (torch.arange(LENGTH) < 2 * step + 2)).nonzero())
+            cache.at(step, tokens, unknown, (unknown & (torch.arange(LENGTH) < 2 * step + 2)).nonzero(), [])
         counts[every] = cache.passes
     size = deep.config.buffer_size
     # steps 1 and 2 are partial: 2 new tokens in encoder and decoder, 2 wanted ones, of all slots but the unknown
@@ -147,15 +165,12 @@ def test_images_without_label_share_the_empty_canvas(deep, refresh_every, monkey
     encode, sizes = deep.encode, []
     monkeypatch.setattr(deep, "encode", lambda *args: sizes.append(len(args[0])) or encode(*args))
     tokens, images = torch.zeros(4, LENGTH, 1), torch.arange(4)
-    shared, alone = (
-        FeatureCache(deep, None, 4, refresh_every),
-        FeatureCache(deep, torch.full((4,), -1), 4, refresh_every),
-    )
+    cache = FeatureCache(deep, torch.full((4,), -1), refresh_every)  # with that label or without one is the same
     for step, known in enumerate((0, 3, 5)):
         unknown = torch.arange(LENGTH).expand(4, -1) >= known
-        z = [cache.look(step, tokens, unknown, images) for cache in (shared, alone)]
-        torch.testing.assert_close(*z, rtol=1e-5, atol=1e-6)
+        cache.look(step, tokens, unknown, images)
         rows = unknown.nonzero()
-        torch.testing.assert_close(*(c.at(step, tokens, unknown, rows) for c in (shared, alone)), rtol=1e-5, atol=1e-6)
+        z, z_free = cache.at(step, tokens, unknown, rows, torch.arange(len(rows)))
+        torch.testing.assert_close(z, z_free, rtol=1e-5, atol=1e-6)
         tokens = tokens + 1
-    assert sizes[:2] == [1, 4] and set(sizes[2:]) <= {4}
+    assert sizes[:2] == [4, 1] and set(sizes[2:]) <= {4}

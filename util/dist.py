@@ -100,18 +100,34 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = FLOATS | {"int8": torch.int8}  # for sampling, see models/int8.py
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Autocast dtype; None is bf16 on CUDA that supports it, else fp32. fp16 anywhere but on CUDA raises ValueError."""
+    """What to compute in; None is bf16 on CUDA that supports it, else fp32.
+
+    fp16 anywhere but on CUDA, and int8 anywhere but on the CPU, raise ValueError.
+    """
     if name is None:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
-    if name == "fp16" and device.type != "cuda":
-        raise ValueError(f"dtype fp16 needs CUDA, the device is {device}; valid here: fp32, bf16")
+    where = {"fp16": "cuda", "int8": "cpu"}
+    if where.get(name, device.type) != device.type:
+        valid = ", ".join(other for other in DTYPES if where.get(other, device.type) == device.type)
+        raise ValueError(f"dtype {name} needs the device {where[name]}, this is {device}; valid here: {valid}")
     return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Its name on the command line."""
+    return next(name for name, kind in DTYPES.items() if kind == dtype)
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Is it a float of 16 bits?"""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def set_deterministic(on: bool) -> None:
@@ -131,5 +147,5 @@ def send(tensor: torch.Tensor, device) -> torch.Tensor:
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
-    """Autocast at this dtype; float32 means none."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    """Autocast at this dtype where it is a float of 16 bits, else none."""
+    return torch.autocast(device.type, dtype=dtype if is_half(dtype) else None, enabled=is_half(dtype))

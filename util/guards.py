@@ -6,16 +6,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from util.dist import is_half
+
 
 def draw_finite(draw, num_images: int, dtype) -> tuple[torch.Tensor, list[int], list[int]]:
     """(latents (B, c, h, w), rows drawn twice, rows that are still not finite) of draw(rows, dtype) for all B rows.
 
-    In a lower precision than float32 a token may overflow. Its image is then drawn once more in float32, for which draw
+    In floats of 16 bits a token may overflow. Its image is then drawn once more in float32, for which draw
     has to use the same seed. One look at the finished batch tells: nothing waits between the steps.
     """
     latents = draw(range(num_images), dtype)
     bad = _not_finite(latents)
-    if not bad or dtype == torch.float32:
+    if not bad or not is_half(dtype):
         return latents, [], bad
     latents[bad] = again = draw(bad, torch.float32)
     return latents, bad, [bad[i] for i in _not_finite(again)]

@@ -3,11 +3,14 @@
 import os
 import statistics
 import time
+from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import nn
 
+from models.int8 import Int8Linear, is_exact
 from util import dist
 
 
@@ -61,26 +64,44 @@ class PeakMemory:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
-def fast_dtype(device: torch.device) -> str:
-    """bf16 or fp32, whichever this device multiplies matrices faster in; all processes get the first one's answer.
+def fast_dtype(device: torch.device, width: int) -> str:
+    """The dtype in which this device computes a model of this width fastest; all processes get the first one's answer.
 
-    Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32.
+    Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32, and small layers
+    gain nothing from int8. Anything but fp32 has to be faster than it by a fifth.
     """
     if device.type != "cpu":
         return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"
-    faster = torch.zeros(())
+    names, choice = list(dist.DTYPES), torch.zeros(())
     if dist.is_main():
-        rates = [matmul_rate(device, dtype, size=1024) for dtype in (torch.bfloat16, torch.float32)]
-        faster += rates[0] > 1.2 * rates[1]
-    return "bf16" if dist.all_sum(faster) else "fp32"
+        seconds = layer_seconds(width)
+        seconds["fp32"] /= 1.2
+        choice += names.index(min(seconds, key=seconds.get))
+    return names[int(dist.all_sum(choice))]
+
+
+@torch.no_grad()
+def layer_seconds(width: int) -> dict[str, float]:
+    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that is there."""
+    x, layer = torch.randn(256, width), nn.Linear(width, 4 * width)
+    runs = {"fp32": (layer, x), "bf16": (deepcopy(layer).bfloat16(), x.bfloat16())}
+    if is_exact():
+        runs["int8"] = Int8Linear(layer), x
+    return {name: median_seconds(torch.device("cpu"), lambda run=run: run[0](run[1]), 20) for name, run in runs.items()}
+
+
+def median_seconds(device: torch.device, run, repeats: int) -> float:
+    """How long run() takes; the first time warms up."""
+    watch, times = Stopwatch(device), []
+    for _ in range(repeats + 1):
+        began = watch.now()
+        run()
+        times.append(watch.now() - began)
+    return statistics.median(times[1:])
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
-    """FLOP/s of a product of two square matrices, median of 5."""
-    watch, times = Stopwatch(device), []
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    for _ in range(6):  # the first warms up
-        began = watch.now()
-        torch.mm(a, b)
-        times.append(watch.now() - began)
-    return 2 * size**3 / statistics.median(times[1:])
+    """Operations a second in a product of two square matrices, median of 5."""
+    a, b = (torch.randint(-9, 10, (size, size), device=device).to(dtype) for _ in range(2))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    return 2 * size**3 / median_seconds(device, lambda: multiply(a, b), 5)

@@ -1,7 +1,7 @@
 """Linear layers in 8-bit integers, for sampling on CPUs, which multiply these several times faster than floats.
 
-y = x·Wᵀ + b with x rounded to 127 steps of its row's largest magnitude and W to 127 of its output's, on both sides of 0.
-The integer products are exact, so a row's result depends on this row only. All else stays as it was.
+y = x·Wᵀ + b with each row of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of
+integers are exact, so a row's result depends on this row only. All else stays in floats.
 """
 
 import torch

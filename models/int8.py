@@ -20,8 +20,9 @@ class Int8Linear(nn.Linear):
         self.register_buffer("rounded", rounded.t(), persistent=False)  # (in, out)
         self.register_buffer("steps", steps.squeeze(1), persistent=False)  # (out,)
 
+    @torch.no_grad()
     def forward(self, x):
-        """x (..., in) to (..., out), float32."""
+        """x (..., in) to (..., out), float32, without gradient."""
         rows = x.flatten(0, -2).float()
         y = rows.new_empty(len(rows), self.out_features)
         bias = 0.0 if self.bias is None else self.bias
@@ -47,7 +48,7 @@ def quantize(mar) -> None:
     for block in (*mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks):
         for module in list(block.modules()):
             for name, layer in module.named_children():
-                if type(layer) is nn.Linear:
+                if type(layer) is nn.Linear and layer.in_features > 1:  # of 1, torch's product is wrong
                     setattr(module, name, Int8Linear(layer))
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ from heads.policy import FAST, HEADS, PolicyHeads, build_rules
 from heads.training import TrainingLoss
 from models.diffloss import DiffLoss
 from models.feature_cache import FeatureCache
+from models.int8 import is_exact, quantize
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
 from train_state import TrainState
@@ -48,13 +50,15 @@ ROW_SECONDS = 60
 QUICK = dict(batch_size=1, train_batch_size=1, num_iter=8, repeats=1, only="sampling,training")
 PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1)
 FEW = dict(solver=FAST["solver"], num_sampling_steps=str(step_range(FAST["num_sampling_steps"])[0]))
-# name: what it changes in the row above; a dtype of None is the faster one
+# name: what it changes in the row above; a dtype of None is the one that --fast takes here
 SAMPLING = {
     "published settings, fp32": {},
     "the same, bf16": dict(dtype="bf16"),
-    f"solver {FEW['solver']}, {FEW['num_sampling_steps']} steps, faster dtype": dict(FEW, dtype=None),
+    "the same, int8": dict(dtype="int8"),
+    f"fp32, solver {FEW['solver']}, {FEW['num_sampling_steps']} steps": dict(FEW, dtype="fp32"),
     f"+ annealing, {FAST['num_sampling_steps']} steps": dict(num_sampling_steps=FAST["num_sampling_steps"]),
-    f"+ feature cache, a whole pass in {FAST['refresh_every']}: --fast": dict(refresh_every=FAST["refresh_every"]),
+    f"+ feature cache, a whole pass in {FAST['refresh_every']}": dict(refresh_every=FAST["refresh_every"]),
+    "+ the fastest dtype: --fast": dict(dtype=None),
     "--fast, heads in mode both": dict(mode="both"),
 }
 # name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
@@ -103,15 +107,15 @@ class Bench:
         self.args, self.device = args, dist.pick_device(args.device)
         self.config = mar_config(resolve({"preset": args.preset}))
         self.peak = PeakMemory(self.device)
-        self.rates, self.mar = {}, None
+        self.rates, self.mar, self.int8 = {}, None, None
 
     @cached_property
     def fast(self) -> dict:
         """The settings of --fast."""
-        return PUBLISHED | FAST | dict(dtype=fast_dtype(self.device))
+        return PUBLISHED | FAST | dict(dtype=fast_dtype(self.device, self.config.decoder_embed_dim))
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s of large matrix products of this dtype, measured once."""
+        """Operations a second in large matrix products of this dtype, measured once."""
         if dtype not in self.rates:
             self.rates[dtype] = matmul_rate(self.device, dist.DTYPES[dtype])
         return self.rates[dtype]
@@ -123,10 +127,20 @@ class Bench:
         self.heads = PolicyHeads(self.config.decoder_embed_dim).to(self.device).eval()
         self.meta = MAR(self.config).to("meta").eval()
 
-    def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
-        """({transformer, diffusion, total}: seconds of a batch, [(rows, T) of each step]); stub: no transformer."""
+    def model(self, dtype: str) -> MAR:
+        """The one that is sampled from in this dtype; that of int8 has the same parameters."""
         if self.mar is None:
             self.build()
+        if dtype != "int8":
+            return self.mar
+        if self.int8 is None:
+            self.int8 = deepcopy(self.mar, {id(parameter): parameter for parameter in self.mar.parameters()})
+            quantize(self.int8)
+        return self.int8
+
+    def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
+        """({transformer, diffusion, total}: seconds of a batch, [(rows, T) of each step]); stub: no transformer."""
+        mar = self.model(row["dtype"])
         batch_size, asked = batch_size or self.args.batch_size, row["num_sampling_steps"]
         shortened = ":" not in asked and int(asked) > 4 * TIMED_STEPS
         rules = build_rules(row["mode"], self.heads, cfg=self.args.cfg)
@@ -145,7 +159,7 @@ class Bench:
             stack.enter_context(watch.watch(DiffLoss, "sample", "diffusion"))
             began = watch.now()
             generate(
-                self.mar,
+                mar,
                 torch.arange(batch_size) % self.config.class_num,
                 rules,
                 num_iter or self.args.num_iter,
@@ -194,6 +208,8 @@ def sampling(bench: Bench) -> None:
     for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
         settings = settings | change
         settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
+        if settings["dtype"] == "int8" and not (bench.device.type == "cpu" and is_exact()):
+            continue
         passes = (settings["dtype"], settings["mode"], settings["refresh_every"])  # what the transformer depends on
         stub = passes in known
         bench.peak.reset()
@@ -209,6 +225,8 @@ def sampling(bench: Bench) -> None:
         peak = {k: flops[k] / found[k] / bench.rate(settings["dtype"]) for k in flops}
         totals.append(found["total"])
         each = args.batch_size
+        if name.endswith("--fast"):
+            name += f" ({settings['dtype']})"
         if "both" in name:
             name += f" ({totals[-1] / totals[-2] - 1:+.1%})"
         seconds = [f"{found[k] / each:.2f}" for k in ("total", "transformer", "diffusion")]
@@ -276,7 +294,7 @@ def training_flops(state: TrainState, args: TrainConfig) -> int:
 
 def training(bench: Bench) -> None:
     """A training step: the rows that the diffusion MLP computes, then bf16."""
-    bench.mar, table, first = None, [], None  # several large models do not fit
+    bench.mar, bench.int8, table, first = None, None, [], None  # several large models do not fit
     size = bench.args.train_batch_size
     for name, (flags, whole) in tqdm(TRAINING.items(), desc="training", leave=False):
         state, args = training_state(bench, flags, size)
@@ -320,7 +338,7 @@ def scaling(bench: Bench) -> None:
     for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
         seconds = bench.sample(bench.fast, batch_size, num_iter)[0]["total"]
         table.append([batch_size, num_iter, 1, f"{seconds / batch_size:.2f}"])
-    bench.mar = None
+    bench.mar = bench.int8 = None
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     same = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
     command += ["--only=fast", *(f"--{name}={value}" for name, value in same.items())]
@@ -366,7 +384,8 @@ def main(argv=None) -> int:
         dist.init(dist.pick_device(args.device))
         bench = Bench(args)
         if "fast" not in names:
-            rates = ", ".join(f"{bench.rate(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in ("fp32", "bf16"))
+            dtypes = ("fp32", "bf16", "int8") if bench.device.type == "cpu" else ("fp32", "bf16")
+            rates = ", ".join(f"{bench.rate(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in dtypes)
             print(f"{bench.device.type}, {torch.get_num_threads()} threads; large matrix products: {rates}")
         for name in names:
             SECTIONS[name](bench)

@@ -222,6 +222,7 @@ TRAINING = [
     ("--device nope", "'nope'", "cpu"),
     ("--device cpu:x", "'cpu:x'", "cpu"),
     ("--device tpu", "'tpu'", "cpu"),
+    ("--dtype int8", "--dtype", "int8"),  # for sampling only
     ("--dtype fp16", "fp16", "fp32, bf16"),
     ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
     ("--nope 3", "--nope"),

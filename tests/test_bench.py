@@ -14,11 +14,24 @@ def small_products(monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: matmul_rate(device, dtype, size=64))
 
 
-@pytest.mark.parametrize("rates, expected", [((3.0, 1.0), "bf16"), ((1.1, 1.0), "fp32"), ((0.5, 1.0), "fp32")])
-def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, rates, expected):
-    found = dict(zip((torch.bfloat16, torch.float32), rates))
-    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype, size: found[dtype])
-    assert timing.fast_dtype(torch.device("cpu")) == expected
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        (dict(fp32=3.0, bf16=1.0), "bf16"),
+        (dict(fp32=1.1, bf16=1.0, int8=1.0), "fp32"),
+        (dict(fp32=2.0, bf16=4.0, int8=1.0), "int8"),
+    ],
+)
+def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, seconds, expected):
+    monkeypatch.setattr(timing, "layer_seconds", lambda width: dict(seconds))
+    assert timing.fast_dtype(torch.device("cpu"), 64) == expected
+
+
+def test_every_dtype_that_is_there_is_timed(monkeypatch):
+    assert set(timing.layer_seconds(8)) == {"fp32", "bf16", "int8"}
+    monkeypatch.setattr(timing, "is_exact", lambda: False)
+    assert all(0 < seconds < 1 for seconds in timing.layer_seconds(8).values())
+    assert set(timing.layer_seconds(8)) == {"fp32", "bf16"}
 
 
 SMALL = ("--preset", "digits", "--batch_size", "2", "--train_batch_size", "2", "--num_iter", "2", "--repeats", "1")
@@ -38,8 +51,8 @@ def test_every_lever_has_a_row(capsys):
     for name in (*SAMPLING, *TRAINING):
         found = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(found[0]) > 0
-    marks = [rest[-2] == "=" for row, rest in rows.items() if row in SAMPLING]
-    assert marks == [False, False, True, True, False]  # the third and the fourth run no transformer
+    stubbed = [row for row, rest in rows.items() if rest[-2] == "="]  # they run no transformer
+    assert [row.split(",")[0] for row in stubbed][:2] == ["fp32", "+ annealing"]
 
 
 def test_unknown_section(capsys):

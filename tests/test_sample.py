@@ -240,6 +240,18 @@ def test_no_ema_samples_the_raw_weights(checkpoint, tmp_path):
     assert pngs(folder_of(tmp_path / "a")) == pngs(folder_of(tmp_path / "b"))
 
 
+def test_int8_is_another_setting_of_the_same_weights(checkpoint, tmp_path, capsys):
+    assert draw(checkpoint, tmp_path / "a") == 0
+    assert draw(checkpoint, tmp_path / "b", "--dtype", "int8") == 0
+    (plain,), (row,) = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert row["weights"] == plain["weights"] and row["settings"] == plain["settings"] | {"dtype": "int8"}
+    first, second = (arrays(folder_of(tmp_path / name))[0].astype(int) for name in "ab")
+    assert not np.array_equal(first, second)
+    capsys.readouterr()
+    assert draw(checkpoint, tmp_path / "b", "--dtype", "int8") == 0
+    assert "already in" in capsys.readouterr().out and len(rows(tmp_path / "b")) == 1
+
+
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_an_unfinished_run_continues_bit_for_bit(checkpoint, tmp_path, keep):
     """Of three batches the first lost a picture, the last has a damaged one; the whole batches are redone."""

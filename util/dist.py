@@ -115,7 +115,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
         raise ValueError(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
     where = {"fp16": "cuda", "int8": "cpu"}
     if where.get(name, device.type) != device.type:
-        valid = ", ".join(other for other in DTYPES if where.get(other, device.type) == device.type)
+        valid = ", ".join(other for other in FLOATS if where.get(other, device.type) == device.type)
         raise ValueError(f"dtype {name} needs the device {where[name]}, this is {device}; valid here: {valid}")
     return DTYPES[name]
 

@@ -1,0 +1,126 @@
+"""Sampling in 8-bit integers: exact where nothing is rounded, bounded elsewhere, and the same weights to everybody."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from engine_mar import generate
+from heads.policy import build_rules
+from models import int8
+from models.int8 import ROWS, Int8Linear, is_exact, quantize
+from tests.helpers import tiny_mar
+from util import dist
+from util.checkpoint import weights_hash
+
+CPU = torch.device("cpu")
+
+
+def layer_of(weight, bias=None):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias
+    return layer
+
+
+def draws(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@given(seed=st.integers(0, 2**31), rows=st.integers(0, 3), width=st.integers(2, 70), out=st.integers(1, 70))
+def test_exact_on_integers(seed, rows, width, out):
+    """Whole numbers up to 127, with a 127 in each row, are not rounded: then the product is that of the integers."""
+    x = torch.randint(-127, 128, (rows, width), generator=draws(seed)).float()
+    w = torch.randint(-127, 128, (out, width), generator=draws(seed + 1)).float()
+    x[:, 0] = w[:, 0] = 127
+    found = Int8Linear(layer_of(w))(x)
+    assert found.dtype == torch.float32 and torch.equal(found.double(), (x.double() @ w.double().t()).float().double())
+
+
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3), outlier=st.floats(1, 1e4))
+def test_error_is_that_of_the_rounding(seed, scale, outlier):
+    """|y' − y| ≤ Σ |w|·s_x/2 + |x|·s_w/2 + s_x·s_w/4, s being a 127th of the row's largest magnitude."""
+    x, w = (torch.randn(5, 40, generator=draws(seed + i), dtype=torch.float64) * scale for i in range(2))
+    x[0, 3], b = outlier * scale, torch.randn(5, generator=draws(seed), dtype=torch.float64)
+    s_x, s_w = (a.abs().amax(dim=1, keepdim=True) / 127 for a in (x, w))
+    bound = s_x / 2 * w.abs().sum(dim=1) + x.abs().sum(dim=1, keepdim=True) * s_w.t() / 2 + 40 * s_x * s_w.t() / 4
+    found = Int8Linear(layer_of(w.float(), b.float()))(x.float()).double()
+    assert ((found - (x @ w.t() + b)).abs() <= bound * 1.001 + 1e-5).all()
+
+
+def test_a_row_depends_on_itself_only():
+    """Also across the groups of rows that are computed together, and for any shape of the batch."""
+    layer = Int8Linear(nn.Linear(24, 7))
+    x = torch.randn(2 * ROWS + 3, 24, generator=draws(0))
+    together = layer(x)
+    assert torch.equal(together, torch.cat([layer(row[None]) for row in x]))
+    changed = x.clone()
+    changed[5] *= 1e3
+    assert torch.equal(layer(changed)[6:], together[6:])
+    assert torch.equal(layer(x[:30].reshape(2, 3, 5, 24)), together[:30].reshape(2, 3, 5, 7))
+    assert layer(x[:0]).shape == (0, 7)
+
+
+def test_zeros_and_what_is_not_finite():
+    layer = Int8Linear(layer_of(torch.ones(3, 4), torch.arange(3.0)))
+    x = torch.zeros(3, 4)
+    x[1, 2], x[2, 0] = float("nan"), float("inf")
+    found = layer(x)
+    assert torch.equal(found[0], torch.arange(3.0))
+    assert not torch.isfinite(found[1:]).any()
+
+
+def quantized(mar):
+    mar = deepcopy(mar)
+    quantize(mar)
+    return mar
+
+
+@pytest.mark.parametrize("width", (1, 16))
+def test_the_parameters_stay_the_checkpoints(width):
+    """Names, values and their hash are those of the floats; only layers inside blocks are replaced."""
+    plain = tiny_mar(diffloss_w=width)
+    mar = quantized(plain)
+    assert list(mar.state_dict()) == list(plain.state_dict())
+    assert weights_hash(mar.state_dict()) == weights_hash(plain.state_dict())
+    inside = ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks.")
+    for name, module in mar.named_modules():
+        if isinstance(module, nn.Linear):
+            replaced = name.startswith(inside) and module.in_features > 1
+            assert isinstance(module, Int8Linear) == replaced, name
+
+
+@pytest.mark.parametrize("refresh_every", (1, 3))
+def test_images_are_near_those_of_float32(refresh_every):
+    """Nearer than the images of another seed by far; and they do not depend on the batch."""
+    mar = tiny_mar()
+    options = dict(num_iter=4, num_steps=4, clip=(-2.0, 2.0), refresh_every=refresh_every)
+    rules, labels = build_rules("baseline", cfg=2.0), torch.tensor([0, 1, -1])
+
+    def images(mar, seeds=(1, 2, 3), rows=slice(None)):
+        return generate(mar, labels[rows], rules, seeds=seeds[rows], **options)
+
+    exact, found, other = images(mar), images(quantized(mar)), images(mar, (4, 5, 6))
+    assert not torch.equal(found, exact)
+    assert (found - exact).abs().mean() < 0.1 * (other - exact).abs().mean()
+    torch.testing.assert_close(images(quantized(mar), rows=slice(1, 2)), found[1:2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_processor_that_loses_bits_is_refused(monkeypatch):
+    assert is_exact()
+    saturated = lambda a, b: (a.int() @ b.int()).clamp(max=2**15)  # noqa: E731
+    monkeypatch.setattr(int8.torch, "_int_mm", saturated)
+    with pytest.raises(ValueError, match="int8 needs a processor with exact 8-bit products .* valid here: fp32, bf16"):
+        quantize(tiny_mar())
+
+
+def test_int8_is_for_the_cpu():
+    assert dist.pick_dtype("int8", CPU) == torch.int8
+    with pytest.raises(ValueError, match="int8 needs the device cpu, this is cuda; valid here: fp32, bf16, fp16"):
+        dist.pick_dtype("int8", torch.device("cuda"))
+    with dist.autocast(CPU, torch.int8):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

@@ -21,7 +21,7 @@ import torch
 
 from engine_mar import evaluate, sample_images
 from heads.policy import FAST, SampleConfig, load_heads
-from models.int8 import quantize
+from models.int8 import fast_dtype, quantize
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from util import dist
@@ -32,7 +32,6 @@ from util.evaluation import EvalConfig, build_reference, protocol, protocol_line
 from util.images import PNGFolder, is_whole, num_traced, save_png
 from util.metrics import metrics_line
 from util.rng import seed_of
-from util.timing import fast_dtype
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list

@@ -4,8 +4,13 @@ y = x·Wᵀ + b with each row of x and of W rounded to 255 levels between minus 
 integers are exact, so a row's result depends on this row only. All else stays in floats.
 """
 
+from copy import deepcopy
+
 import torch
 from torch import nn
+
+from util import dist
+from util.timing import median_seconds
 
 ROWS = 256  # computed at a time: their intermediate results stay in the processor's cache
 
@@ -56,3 +61,29 @@ def is_exact() -> bool:
     """Are this processor's 8-bit products exact? Some without VNNI lose the sum of two large ones."""
     large = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(large, large) == 64 * 127**2).all())
+
+
+def fast_dtype(device: torch.device, width: int) -> str:
+    """The dtype in which this device computes a model of this width fastest; all processes get the first one's answer.
+
+    Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32, and small layers
+    gain nothing from int8. Anything but fp32 has to be faster than it by a fifth.
+    """
+    if device.type != "cpu":
+        return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"
+    names, choice = list(dist.DTYPES), torch.zeros(())
+    if dist.is_main():
+        seconds = layer_seconds(width)
+        seconds["fp32"] /= 1.2
+        choice += names.index(min(seconds, key=seconds.get))
+    return names[int(dist.all_sum(choice))]
+
+
+@torch.no_grad()
+def layer_seconds(width: int) -> dict[str, float]:
+    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that is there."""
+    x, layer = torch.randn(256, width), nn.Linear(width, 4 * width)
+    runs = {"fp32": (layer, x), "bf16": (deepcopy(layer).bfloat16(), x.bfloat16())}
+    if is_exact():
+        runs["int8"] = Int8Linear(layer), x
+    return {name: median_seconds(torch.device("cpu"), lambda run=run: run[0](run[1]), 20) for name, run in runs.items()}

@@ -1,8 +1,7 @@
-"""Speed on this device: published settings in float32, then each lever added in turn, for sampling and for training.
+"""Speed on this device: published settings in float32, then each lever added in turn; training: bench_training.py.
 
     python scripts/bench.py                 # MAR-B, random weights, batch 8, 16 steps: under 20 minutes on 2 CPU cores
     python scripts/bench.py --quick         # batch 1, 8 steps, one repeat: under 3 minutes
-    python scripts/bench.py --only heads --preset digits       # what heads and training masks cost
 
 Seconds are medians of up to --repeats runs (no further one after ROW_SECONDS), ratios compare rows of this run. FLOPs
 are counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype,
@@ -28,22 +27,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from build import new_state
-from config import PRESETS, TrainConfig, mar_config, resolve
+from config import PRESETS, mar_config, resolve
 from diffusion.schedule import step_range
 from engine_mar import generate
-from heads.policy import FAST, HEADS, PolicyHeads, build_rules
-from heads.training import TrainingLoss
+from heads.policy import FAST, PolicyHeads, build_rules
 from models.diffloss import DiffLoss
 from models.feature_cache import FeatureCache
-from models.int8 import is_exact, quantize
+from models.int8 import fast_dtype, is_exact, quantize
 from models.mar import MAR
-from models.tokenizers import build_tokenizer
-from train_state import TrainState
-from train_step import forward_backward, optimizer_step, prepare
 from util import dist
-from util.args import flag, make_parser, pick, run_main
-from util.timing import PeakMemory, Stopwatch, fast_dtype, matmul_rate
+from util.args import flag, make_parser, run_main
+from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 
 TIMED_STEPS = 5  # of a row with many more diffusion steps
 ROW_SECONDS = 60
@@ -61,27 +55,6 @@ SAMPLING = {
     "+ the fastest dtype: --fast": dict(dtype=None),
     "--fast, heads in mode both": dict(mode="both"),
 }
-# name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
-TRAINING = {
-    "all rows, fp32": (dict(dtype="fp32"), True),
-    "masked rows, fp32": (dict(dtype="fp32"), False),
-    "masked rows, bf16": (dict(dtype="bf16"), False),
-}
-STAGE = dict(mask_ratio_min=0.0, mask_ratio_per_image=True)  # the masks that heads are trained on
-NEXT = dict(order="halton", train_targets="next")
-POLICY = dict(train_masks="policy", train_targets="next", learn="order,group")
-HEAD_COSTS = {
-    "random masks": {},
-    "random masks of every ratio": STAGE,
-    **{f"+ {kind} head": STAGE | dict(learn=kind) for kind in HEADS},
-    "+ all four": STAGE | dict(learn=",".join(HEADS)),
-    "all four, all else frozen": STAGE | dict(learn=",".join(HEADS), freeze_backbone=True, train_diffloss=False),
-    "visited masks": dict(train_masks="visited", order="halton"),
-    "visited masks, next targets": dict(train_masks="visited", **NEXT),
-    "policy masks, 1 pass, group on halton": dict(train_masks="policy", learn="group", order_base="halton", **NEXT),
-    "policy masks, 1 pass, order and group": POLICY,
-    "policy masks, 4 passes, order and group": POLICY | dict(policy_passes=4),
-}
 
 
 @dataclass(frozen=True)
@@ -94,7 +67,7 @@ class BenchArgs:
     num_iter: int = flag(16, "autoregressive steps", low=1)
     cfg: float = flag(2.9, "guidance scale, linear schedule", low=0)
     repeats: int = flag(3, "repeats, their median counts", low=1)
-    only: str = flag("sampling,training,scaling", "comma list of sampling, training, scaling, heads, fast")
+    only: str = flag("sampling,training,scaling", "comma list of sampling, training, scaling, fast")
     quick: bool = flag(False, "batch 1, 8 steps, one repeat, sampling and training")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dry_run: bool = flag(False, "print the rows and stop")
@@ -107,7 +80,8 @@ class Bench:
         self.args, self.device = args, dist.pick_device(args.device)
         self.config = mar_config(resolve({"preset": args.preset}))
         self.peak = PeakMemory(self.device)
-        self.rates, self.mar, self.int8 = {}, None, None
+        self.rates = {}
+        self.forget()
 
     @cached_property
     def fast(self) -> dict:
@@ -126,6 +100,10 @@ class Bench:
         self.mar = MAR(self.config).to(self.device).eval().requires_grad_(False)
         self.heads = PolicyHeads(self.config.decoder_embed_dim).to(self.device).eval()
         self.meta = MAR(self.config).to("meta").eval()
+
+    def forget(self) -> None:
+        """Make room."""
+        self.mar = self.int8 = self.meta = None
 
     def model(self, dtype: str) -> MAR:
         """The one that is sampled from in this dtype; that of int8 has the same parameters."""
@@ -233,102 +211,21 @@ def sampling(bench: Bench) -> None:
         share = [f"{peak[k]:.0%}" for k in ("transformer", "diffusion")]
         work = f"{sum(flops.values()) / each / 1e12:.2f}"
         table.append([name, *seconds, f"{totals[0] / totals[-1]:.2f}", work, *share, memory, len(runs)])
-    print(f"\nSampling: {args.preset}, {args.num_iter} steps, batch {each}, cfg {args.cfg:g}, seconds an image\n")
-    head = (
-        "|seconds|transformer|diffusion|faster by|TFLOPs|transformer, of peak|diffusion, of peak|peak memory, GB|runs"
-    )
-    print_table(head.split("|"), table)
-
-
-def training_state(bench: Bench, flags: dict, batch_size=None) -> tuple[TrainState, TrainConfig]:
-    """A state that trains with these flags of main_mar.py."""
-    size = {} if batch_size is None else {"batch_size": batch_size}
-    values = resolve({"preset": bench.args.preset, **size, **flags})
-    args = pick(TrainConfig, values)
-    torch.manual_seed(0)
-    mar = MAR(mar_config(values)).to(bench.device)
-    heads = args.heads(mar.config.decoder_embed_dim)
-    heads = heads.to(bench.device) if heads is not None else None
-    tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
-    dtype = dist.pick_dtype(args.dtype, bench.device)
-    state = new_state(values, mar, tokenizer, heads, bench.device, dtype)
-    state.module.train()
-    return state, args
-
-
-def random_batch(config, batch_size):
-    """(images or latents of the model's size, labels, indices)."""
-    side = config.img_size // config.vae_stride
-    shape = (batch_size, config.vae_embed_dim, side, side)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return images, torch.arange(batch_size) % config.class_num, torch.arange(batch_size)
-
-
-def training_seconds(bench: Bench, state: TrainState, args: TrainConfig, num_steps: int = 1) -> float:
-    """Time of some steps on random images."""
-    batch, watch = random_batch(state.mar.config, args.batch_size), Stopwatch(bench.device)
-    began = watch.now()
-    for _ in range(num_steps):
-        terms = forward_backward(state, *batch, args, False)
-        state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip)
-        _ = terms["loss"].item()
-        optimizer_step(state, norm.item())
-    return watch.now() - began
-
-
-def all_rows(draws, encode, device):
-    """In the place of `heads.visiting.Visits`: the published masks, with every token in the diffusion MLP."""
-    return draws.with_mask(draws.mask, draws.step, torch.ones_like(draws.mask))
-
-
-def training_flops(state: TrainState, args: TrainConfig) -> int:
-    """FLOPs of forward and backward pass, counted on the meta device."""
-    tokens, labels, draws = prepare(state, *random_batch(state.mar.config, args.batch_size), args, False)
-    twin = TrainingLoss(MAR(state.mar.config).to("meta")).train()
-    with FlopCounterMode(display=False) as counter:
-        num_targets = torch.ones((), device="meta")
-        twin(tokens.to("meta"), labels.to("meta"), draws.to("meta"), num_targets)["loss"].backward()
-    return counter.get_total_flops()
+    head = ["", "seconds", "transformer", "diffusion", "faster by", "TFLOPs", "transformer, of peak"]
+    head += ["diffusion, of peak", "peak memory, GB", "runs"]
+    title = f"Sampling: {args.preset}, {args.num_iter} steps, batch {each}, cfg {args.cfg:g}, seconds an image"
+    print_table(title, head, table)
 
 
 def training(bench: Bench) -> None:
-    """A training step: the rows that the diffusion MLP computes, then bf16."""
-    bench.mar, bench.int8, table, first = None, None, [], None  # several large models do not fit
-    size = bench.args.train_batch_size
-    for name, (flags, whole) in tqdm(TRAINING.items(), desc="training", leave=False):
-        state, args = training_state(bench, flags, size)
-        state.visits = all_rows if whole else None
-        bench.peak.reset()
-        times = [training_seconds(bench, state, args) for _ in range(bench.args.repeats + 1)]
-        middle, memory = statistics.median(times[1:]), bench.peak.read() / 1e9  # the first warms up
-        flops, first = training_flops(state, args), first or middle
-        share = flops / middle / bench.rate(flags["dtype"])
-        table.append(
-            [name, f"{middle:.2f}", f"{first / middle:.2f}", f"{flops / 1e12:.2f}", f"{share:.0%}", f"{memory:.1f}"]
-        )
-        del state
-    print(f"\nTraining: {bench.args.preset}, batch {size}, seconds a step\n")
-    print_table(["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB"], table)
-
-
-def heads(bench: Bench) -> None:
-    """What each head and each kind of mask costs in training, at the preset's batch size.
-
-    Each row takes turns with the first one, and the ratio is the median of the turns: the machine's speed drifts.
-    """
-    first, table = training_state(bench, HEAD_COSTS["random masks"]), []
-    for name, flags in tqdm(HEAD_COSTS.items(), desc="heads", leave=False):
-        here = training_state(bench, flags)
-        turns = [[training_seconds(bench, *run, 8) for run in (first, here)] for _ in range(bench.args.repeats + 1)][1:]
-        rate = 8 * here[1].batch_size / statistics.median(own for _, own in turns)
-        ratios = [own / plain for plain, own in turns]
-        table.append(
-            [name, f"{rate:.1f}", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-        )
-        del here
-    print(f"\nTraining: {bench.args.preset}, batch {first[1].batch_size}\n")
-    print_table(["training step", "images/s", "time against random masks", "lowest to highest"], table)
+    """The table of scripts/bench_training.py, in a process of its own."""
+    bench.forget()
+    args = bench.args
+    same = dict(preset=args.preset, batch_size=args.train_batch_size, repeats=args.repeats, device=args.device)
+    command = [sys.executable, str(Path(__file__).with_name("bench_training.py"))]
+    done = subprocess.run([*command, *(f"--{name}={value}" for name, value in same.items())])
+    if done.returncode:
+        raise ValueError(f"bench_training.py ended with code {done.returncode}")
 
 
 def scaling(bench: Bench) -> None:
@@ -338,7 +235,7 @@ def scaling(bench: Bench) -> None:
     for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
         seconds = bench.sample(bench.fast, batch_size, num_iter)[0]["total"]
         table.append([batch_size, num_iter, 1, f"{seconds / batch_size:.2f}"])
-    bench.mar = bench.int8 = None
+    bench.forget()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     same = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
     command += ["--only=fast", *(f"--{name}={value}" for name, value in same.items())]
@@ -348,8 +245,8 @@ def scaling(bench: Bench) -> None:
         raise ValueError(f"the run in two processes ended with code {done.returncode}: {said[0]}")
     seconds = max(json.loads(line)["total"] for line in done.stdout.splitlines() if line.startswith("{"))
     table.append([f"{args.batch_size} each", args.num_iter, 2, f"{seconds / args.batch_size / 2:.2f}"])
-    print(f"\n--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each\n")
-    print_table(["batch", "steps", "processes", "seconds"], table)
+    title = f"--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each"
+    print_table(title, ["batch", "steps", "processes", "seconds"], table)
 
 
 def fast(bench: Bench) -> None:
@@ -359,15 +256,7 @@ def fast(bench: Bench) -> None:
     print(json.dumps(bench.sample(bench.fast)[0] | {"rank": dist.rank()}), flush=True)
 
 
-SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "heads": heads, "fast": fast}
-
-
-def print_table(head: list, rows: list[list]) -> None:
-    """As Markdown, the first column to the left."""
-    print("| " + " | ".join(head) + " |")
-    print("| --- |" + " ---: |" * (len(head) - 1))
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |", flush=True)
+SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "fast": fast}
 
 
 def main(argv=None) -> int:
@@ -378,7 +267,7 @@ def main(argv=None) -> int:
     if unknown := [name for name in names if name not in SECTIONS]:
         raise ValueError(f"--only {unknown[0]!r} is not a section; valid: {', '.join(SECTIONS)}")
     if args.dry_run:
-        print("\n".join([*SAMPLING, *TRAINING, *HEAD_COSTS]))
+        print("\n".join(SAMPLING))
         return 0
     try:
         dist.init(dist.pick_device(args.device))

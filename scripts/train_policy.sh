@@ -12,8 +12,8 @@
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
 # ARMS chooses what is compared, LEARN the heads of policy and early. EPOCHS is that of random and visited; policy and
-# joint get 93 % of it, early 72 %, since their steps cost more (scripts/bench.py --only heads). What is made already is reused.
-# About an hour and a half on 2 CPU cores.
+# joint get 93 % of it, early 72 %, since their steps cost more (scripts/bench_training.py --only heads). What is made
+# already is reused. About an hour and a half on 2 CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}

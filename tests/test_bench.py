@@ -1,17 +1,21 @@
 """The benchmark: its tables have their rows, its FLOPs are those of the formula, its stopwatch sees what it watches."""
 
+from pathlib import Path
+from subprocess import CompletedProcess
+
 import pytest
 import torch
 
-from scripts import bench
-from scripts.bench import PUBLISHED, SAMPLING, SECTIONS, TRAINING, Bench, BenchArgs, main
-from util import timing
+from models import int8
+from scripts import bench, bench_training
+from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
 from util.timing import PeakMemory, Stopwatch, matmul_rate
 
 
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
-    monkeypatch.setattr(bench, "matmul_rate", lambda device, dtype: matmul_rate(device, dtype, size=64))
+    for module in (bench, bench_training):
+        monkeypatch.setattr(module, "matmul_rate", lambda device, dtype: matmul_rate(device, dtype, size=64))
 
 
 @pytest.mark.parametrize(
@@ -23,18 +27,18 @@ def small_products(monkeypatch):
     ],
 )
 def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, seconds, expected):
-    monkeypatch.setattr(timing, "layer_seconds", lambda width: dict(seconds))
-    assert timing.fast_dtype(torch.device("cpu"), 64) == expected
+    monkeypatch.setattr(int8, "layer_seconds", lambda width: dict(seconds))
+    assert int8.fast_dtype(torch.device("cpu"), 64) == expected
 
 
 def test_every_dtype_that_is_there_is_timed(monkeypatch):
-    assert set(timing.layer_seconds(8)) == {"fp32", "bf16", "int8"}
-    monkeypatch.setattr(timing, "is_exact", lambda: False)
-    assert all(0 < seconds < 1 for seconds in timing.layer_seconds(8).values())
-    assert set(timing.layer_seconds(8)) == {"fp32", "bf16"}
+    assert set(int8.layer_seconds(8)) == {"fp32", "bf16", "int8"}
+    monkeypatch.setattr(int8, "is_exact", lambda: False)
+    assert all(0 < seconds < 1 for seconds in int8.layer_seconds(8).values())
+    assert set(int8.layer_seconds(8)) == {"fp32", "bf16"}
 
 
-SMALL = ("--preset", "digits", "--batch_size", "2", "--train_batch_size", "2", "--num_iter", "2", "--repeats", "1")
+SMALL = ("--preset", "digits", "--batch_size", "2", "--repeats", "1")
 
 
 def rows_of(text):
@@ -44,11 +48,12 @@ def rows_of(text):
 
 
 def test_every_lever_has_a_row(capsys):
-    assert main([*SMALL, "--only", "sampling,training"]) == 0
+    assert main([*SMALL, "--num_iter", "2", "--only", "sampling"]) == 0
+    assert bench_training.main([*SMALL]) == 0
     rows = rows_of(capsys.readouterr().out)
     first = list(SAMPLING)[0]
     assert rows[first][3] == "1.00"
-    for name in (*SAMPLING, *TRAINING):
+    for name in (*SAMPLING, *bench_training.TRAINING):
         found = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(found[0]) > 0
     stubbed = [row for row, rest in rows.items() if rest[-2] == "="]  # they run no transformer
@@ -58,7 +63,18 @@ def test_every_lever_has_a_row(capsys):
 def test_unknown_section(capsys):
     with pytest.raises(ValueError, match="'speed' is not a section; valid: sampling"):
         main(["--only", "speed"])
-    assert set(SECTIONS) == {"sampling", "training", "scaling", "heads", "fast"}
+    with pytest.raises(ValueError, match="'speed' is not a section; valid: training, heads"):
+        bench_training.main(["--only", "speed"])
+
+
+def test_training_is_timed_in_a_process_of_its_own(monkeypatch):
+    """With flags that its program takes."""
+    said = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda command: said.append(command) or CompletedProcess(command, 0))
+    assert main(["--preset", "digits", "--train_batch_size", "3", "--repeats", "2", "--only", "training"]) == 0
+    ((python, program, *flags),) = said
+    assert Path(program).samefile(bench_training.__file__)
+    assert bench_training.main([*flags, "--dry_run"]) == 0 and {"--batch_size=3", "--repeats=2"} <= set(flags)
 
 
 def test_flops_are_those_of_the_formula():

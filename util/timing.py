@@ -1,17 +1,12 @@
-"""Measuring a device: seconds of parts of a program, peak memory, and the rate of matrix products to compare with."""
+"""Measuring a device: seconds of parts of a program, peak memory, the rate of matrix products, and tables of them."""
 
 import os
 import statistics
 import time
-from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from torch import nn
-
-from models.int8 import Int8Linear, is_exact
-from util import dist
 
 
 class Stopwatch:
@@ -64,32 +59,6 @@ class PeakMemory:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
-def fast_dtype(device: torch.device, width: int) -> str:
-    """The dtype in which this device computes a model of this width fastest; all processes get the first one's answer.
-
-    Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32, and small layers
-    gain nothing from int8. Anything but fp32 has to be faster than it by a fifth.
-    """
-    if device.type != "cpu":
-        return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"
-    names, choice = list(dist.DTYPES), torch.zeros(())
-    if dist.is_main():
-        seconds = layer_seconds(width)
-        seconds["fp32"] /= 1.2
-        choice += names.index(min(seconds, key=seconds.get))
-    return names[int(dist.all_sum(choice))]
-
-
-@torch.no_grad()
-def layer_seconds(width: int) -> dict[str, float]:
-    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that is there."""
-    x, layer = torch.randn(256, width), nn.Linear(width, 4 * width)
-    runs = {"fp32": (layer, x), "bf16": (deepcopy(layer).bfloat16(), x.bfloat16())}
-    if is_exact():
-        runs["int8"] = Int8Linear(layer), x
-    return {name: median_seconds(torch.device("cpu"), lambda run=run: run[0](run[1]), 20) for name, run in runs.items()}
-
-
 def median_seconds(device: torch.device, run, repeats: int) -> float:
     """How long run() takes; the first time warms up."""
     watch, times = Stopwatch(device), []
@@ -105,3 +74,12 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> f
     a, b = (torch.randint(-9, 10, (size, size), device=device).to(dtype) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
     return 2 * size**3 / median_seconds(device, lambda: multiply(a, b), 5)
+
+
+def print_table(title: str, head: list, rows: list[list]) -> None:
+    """As Markdown, the first column to the left."""
+    print(f"\n{title}\n")
+    print("| " + " | ".join(head) + " |")
+    print("| --- |" + " ---: |" * (len(head) - 1))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)

@@ -1,0 +1,177 @@
+"""What a training step costs on this device: the published one, then each lever; and what heads and their masks add.
+
+    python scripts/bench_training.py                           # MAR-B, random weights, batch 4
+    python scripts/bench_training.py --only heads --preset digits
+
+Seconds are medians of --repeats steps after one that warms up, ratios compare rows of this run. FLOPs are counted on
+the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed here.
+"""
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from build import new_state
+from config import PRESETS, TrainConfig, mar_config, resolve
+from heads.policy import HEADS
+from heads.training import TrainingLoss
+from models.mar import MAR
+from models.tokenizers import build_tokenizer
+from train_state import TrainState
+from train_step import forward_backward, optimizer_step, prepare
+from util import dist
+from util.args import flag, make_parser, pick, run_main
+from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
+
+# name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
+TRAINING = {
+    "all rows, fp32": (dict(dtype="fp32"), True),
+    "masked rows, fp32": (dict(dtype="fp32"), False),
+    "masked rows, bf16": (dict(dtype="bf16"), False),
+}
+STAGE = dict(mask_ratio_min=0.0, mask_ratio_per_image=True)  # the masks that heads are trained on
+NEXT = dict(order="halton", train_targets="next")
+POLICY = dict(train_masks="policy", train_targets="next", learn="order,group")
+HEAD_COSTS = {
+    "random masks": {},
+    "random masks of every ratio": STAGE,
+    **{f"+ {kind} head": STAGE | dict(learn=kind) for kind in HEADS},
+    "+ all four": STAGE | dict(learn=",".join(HEADS)),
+    "all four, all else frozen": STAGE | dict(learn=",".join(HEADS), freeze_backbone=True, train_diffloss=False),
+    "visited masks": dict(train_masks="visited", order="halton"),
+    "visited masks, next targets": dict(train_masks="visited", **NEXT),
+    "policy masks, 1 pass, group on halton": dict(train_masks="policy", learn="group", order_base="halton", **NEXT),
+    "policy masks, 1 pass, order and group": POLICY,
+    "policy masks, 4 passes, order and group": POLICY | dict(policy_passes=4),
+}
+
+
+@dataclass(frozen=True)
+class BenchTrainingArgs:
+    """What is timed."""
+
+    preset: str = flag("mar_base", "model and settings", choices=PRESETS)
+    batch_size: int = flag(4, "images a training step; --only heads has the preset's", low=1)
+    repeats: int = flag(3, "repeats, their median counts", low=1)
+    only: str = flag("training", "comma list of training, heads")
+    device: str = flag("auto", "auto, cuda, mps, cpu")
+    dry_run: bool = flag(False, "print the rows and stop")
+
+
+def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainConfig]:
+    """A state that trains with these flags of main_mar.py."""
+    values = resolve({"preset": preset, **flags})
+    args = pick(TrainConfig, values)
+    torch.manual_seed(0)
+    mar = MAR(mar_config(values)).to(device)
+    heads = args.heads(mar.config.decoder_embed_dim)
+    heads = heads.to(device) if heads is not None else None
+    tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
+    dtype = dist.pick_dtype(args.dtype, device)
+    state = new_state(values, mar, tokenizer, heads, device, dtype)
+    state.module.train()
+    return state, args
+
+
+def random_batch(config, batch_size):
+    """(images or latents of the model's size, labels, indices)."""
+    side = config.img_size // config.vae_stride
+    shape = (batch_size, config.vae_embed_dim, side, side)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(batch_size) % config.class_num, torch.arange(batch_size)
+
+
+def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: int = 1) -> float:
+    """Time of some steps on random images."""
+    batch, watch = random_batch(state.mar.config, args.batch_size), Stopwatch(device)
+    began = watch.now()
+    for _ in range(num_steps):
+        terms = forward_backward(state, *batch, args, False)
+        state.scaler.unscale_(state.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip)
+        _ = terms["loss"].item()
+        optimizer_step(state, norm.item())
+    return watch.now() - began
+
+
+def all_rows(draws, encode, device):
+    """In the place of `heads.visiting.Visits`: the published masks, with every token in the diffusion MLP."""
+    return draws.with_mask(draws.mask, draws.step, torch.ones_like(draws.mask))
+
+
+def training_flops(state: TrainState, args: TrainConfig) -> int:
+    """FLOPs of forward and backward pass, counted on the meta device."""
+    tokens, labels, draws = prepare(state, *random_batch(state.mar.config, args.batch_size), args, False)
+    twin = TrainingLoss(MAR(state.mar.config).to("meta")).train()
+    with FlopCounterMode(display=False) as counter:
+        num_targets = torch.ones((), device="meta")
+        twin(tokens.to("meta"), labels.to("meta"), draws.to("meta"), num_targets)["loss"].backward()
+    return counter.get_total_flops()
+
+
+def training(args: BenchTrainingArgs, device) -> None:
+    """A training step: the rows that the diffusion MLP computes, then bf16."""
+    peak, table, first = PeakMemory(device), [], None
+    for name, (flags, whole) in tqdm(TRAINING.items(), desc="training", leave=False):
+        state, config = training_state(args.preset, device, flags | dict(batch_size=args.batch_size))
+        state.visits = all_rows if whole else None
+        peak.reset()
+        times = [training_seconds(device, state, config) for _ in range(args.repeats + 1)]
+        middle, memory = statistics.median(times[1:]), peak.read() / 1e9
+        flops, first = training_flops(state, config), first or middle
+        share = flops / middle / matmul_rate(device, dist.DTYPES[flags["dtype"]])
+        table.append(
+            [name, f"{middle:.2f}", f"{first / middle:.2f}", f"{flops / 1e12:.2f}", f"{share:.0%}", f"{memory:.1f}"]
+        )
+        del state  # two large models do not fit
+    head = ["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB"]
+    print_table(f"Training: {args.preset}, batch {args.batch_size}, seconds a step", head, table)
+
+
+def heads(args: BenchTrainingArgs, device) -> None:
+    """What each head and each kind of mask costs in training, at the preset's batch size.
+
+    Each row takes turns with the first one, and the ratio is the median of the turns: the machine's speed drifts.
+    """
+    first, table = training_state(args.preset, device, HEAD_COSTS["random masks"]), []
+    for name, flags in tqdm(HEAD_COSTS.items(), desc="heads", leave=False):
+        here = training_state(args.preset, device, flags)
+        turns = [[training_seconds(device, *run, 8) for run in (first, here)] for _ in range(args.repeats + 1)][1:]
+        rate = 8 * here[1].batch_size / statistics.median(own for _, own in turns)
+        ratios = [own / plain for plain, own in turns]
+        table.append(
+            [name, f"{rate:.1f}", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+        )
+        del here
+    head = ["training step", "images/s", "time against random masks", "lowest to highest"]
+    print_table(f"Training: {args.preset}, batch {first[1].batch_size}", head, table)
+
+
+SECTIONS = {"training": training, "heads": heads}
+
+
+def main(argv=None) -> int:
+    """Run the sections asked for, print their tables; returns the exit code."""
+    args = BenchTrainingArgs(
+        **vars(make_parser("bench_training.py", __doc__.splitlines()[0], BenchTrainingArgs).parse_args(argv))
+    )
+    names = args.only.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        raise ValueError(f"--only {unknown[0]!r} is not a section; valid: {', '.join(SECTIONS)}")
+    if args.dry_run:
+        print("\n".join([*TRAINING, *HEAD_COSTS]))
+        return 0
+    for name in names:
+        SECTIONS[name](args, dist.pick_device(args.device))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

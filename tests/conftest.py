@@ -1,9 +1,25 @@
-"""One thread: the tests' operations are tiny, and several threads spend their time waiting for each other."""
+"""One thread, and the fixtures that several files share; those of the whole session are left as they were found.
+
+One thread: the tests' operations are tiny, and several threads spend their time waiting for each other.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# asserts in these show their values as those in tests do
+pytest.register_assert_rewrite("tests.helpers", "tests.helpers_generate")
+
+from tests.helpers import tiny_mar  # noqa: E402
+from tests.helpers_generate import SIDE  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mar():
+    """The MAR of 3×3 tokens that the tests of the sampling loop and its rules run."""
+    return tiny_mar(img_size=SIDE)

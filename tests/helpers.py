@@ -36,6 +36,11 @@ def named_weights(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Modul
     return model
 
 
+def randn(*shape, seed=0) -> torch.Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_mar(**overrides) -> MAR:
     """A MAR of a few thousand parameters, no two of them alike."""
     return named_weights(MAR(MARConfig(**{**TINY, **overrides})), scale=0.2).eval()

@@ -11,9 +11,11 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # asserts in these show their values as those in tests do
-pytest.register_assert_rewrite("tests.helpers", "tests.helpers_generate")
+pytest.register_assert_rewrite("tests.helpers", "tests.helpers_diffusion", "tests.helpers_generate")
 
-from tests.helpers import tiny_mar  # noqa: E402
+from models.diffloss import DiffLoss  # noqa: E402
+from tests.helpers import named_weights, tiny_mar  # noqa: E402
+from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
 from tests.helpers_generate import SIDE  # noqa: E402
 
 torch.set_num_threads(1)
@@ -23,3 +25,9 @@ torch.set_num_threads(1)
 def mar():
     """The MAR of 3×3 tokens that the tests of the sampling loop and its rules run."""
     return tiny_mar(img_size=SIDE)
+
+
+@pytest.fixture(scope="session")
+def diffloss():
+    """The DiffLoss that the tests of schedule, solvers, sampling and loss run."""
+    return named_weights(DiffLoss(CHANNELS, WIDTH, depth=2, width=16), scale=0.2).eval()

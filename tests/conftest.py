@@ -4,6 +4,7 @@ One thread: the tests' operations are tiny, and several threads spend their time
 """
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -11,12 +12,17 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # asserts in these show their values as those in tests do
-pytest.register_assert_rewrite("tests.helpers", "tests.helpers_diffusion", "tests.helpers_generate")
+pytest.register_assert_rewrite(
+    "tests.helpers", "tests.helpers_diffusion", "tests.helpers_generate", "tests.helpers_latents"
+)
 
+import build  # noqa: E402
 from models.diffloss import DiffLoss  # noqa: E402
+from models.tokenizers import build_tokenizer  # noqa: E402
 from tests.helpers import named_weights, tiny_mar  # noqa: E402
 from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
 from tests.helpers_generate import SIDE  # noqa: E402
+from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -31,3 +37,29 @@ def mar():
 def diffloss():
     """The DiffLoss that the tests of schedule, solvers, sampling and loss run."""
     return named_weights(DiffLoss(CHANNELS, WIDTH, depth=2, width=16), scale=0.2).eval()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 8×8 images in three classes, with the odd names of helpers_latents."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, name in enumerate(NAMES):
+        write_image(folder / "train" / name, i)
+    return folder
+
+
+@pytest.fixture
+def some(tmp_path, pictures):
+    """A copy of the pictures, to change."""
+    return shutil.copytree(pictures, tmp_path / "some")
+
+
+@pytest.fixture
+def tiny_kl(monkeypatch):
+    """--tokenizer tiny:SEED; the function changes the flags of a command."""
+
+    def tokenizer_of(settings, channels):
+        kind, _, seed = settings["tokenizer"].partition(":")
+        return TinyKL(int(seed)) if kind == "tiny" else build_tokenizer(kind, channels=channels)
+
+    monkeypatch.setattr(build, "tokenizer_of", tokenizer_of)

@@ -13,16 +13,21 @@ import torch  # noqa: E402
 
 # asserts in these show their values as those in tests do
 pytest.register_assert_rewrite(
-    "tests.helpers", "tests.helpers_diffusion", "tests.helpers_generate", "tests.helpers_latents"
+    "tests.helpers",
+    "tests.helpers_diffusion",
+    "tests.helpers_generate",
+    "tests.helpers_latents",
+    "tests.helpers_tokenizers",
 )
 
 import build  # noqa: E402
 from models.diffloss import DiffLoss  # noqa: E402
-from models.tokenizers import build_tokenizer  # noqa: E402
+from models.tokenizers import build_tokenizer, ldm  # noqa: E402
 from tests.helpers import named_weights, tiny_mar  # noqa: E402
 from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
 from tests.helpers_generate import SIDE  # noqa: E402
 from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
+from tests.helpers_tokenizers import TINY  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -63,3 +68,21 @@ def tiny_kl(monkeypatch):
         return TinyKL(int(seed)) if kind == "tiny" else build_tokenizer(kind, channels=channels)
 
     monkeypatch.setattr(build, "tokenizer_of", tokenizer_of)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with one saved autoencoder of each class, under the name of the class."""
+    import diffusers
+
+    folder = tmp_path_factory.mktemp("autoencoders")
+    for seed, (name, (settings, *_)) in enumerate(TINY.items()):
+        torch.manual_seed(seed)
+        getattr(diffusers, name)(**settings).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks of KL-16's and VQ-16's shape, but narrow."""
+    monkeypatch.setattr(ldm, "WIDTHS", (32,) * 5)

@@ -705,7 +705,9 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
 
 def test_an_autoencoder_is_measured_on_a_folder(tmp_path, capsys):
     """An untrained one, in two precisions and on two splits: as many lines, none of them good."""
-    from tests.test_tokenizers import TINY, diffusers
+    import diffusers
+
+    from tests.helpers_tokenizers import TINY
 
     folder = image_folder(tmp_path / "images", {"train": 3, "val": 2})
     diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")

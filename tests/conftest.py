@@ -8,13 +8,12 @@ import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # asserts in these show their values as those in tests do
 pytest.register_assert_rewrite(
-    "tests.helpers",
-    "tests.helpers_diffusion",
     "tests.helpers_generate",
     "tests.helpers_latents",
     "tests.helpers_tokenizers",
@@ -23,11 +22,13 @@ pytest.register_assert_rewrite(
 import build  # noqa: E402
 from models.diffloss import DiffLoss  # noqa: E402
 from models.tokenizers import build_tokenizer, ldm  # noqa: E402
+from scripts import make_fid_stats  # noqa: E402
 from tests.helpers import named_weights, tiny_mar  # noqa: E402
 from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
 from tests.helpers_generate import SIDE  # noqa: E402
 from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
 from tests.helpers_tokenizers import TINY  # noqa: E402
+from util.data import build_dataset  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -86,3 +87,18 @@ def saved(tmp_path_factory):
 def small(monkeypatch):
     """Networks of KL-16's and VQ-16's shape, but narrow."""
     monkeypatch.setattr(ldm, "WIDTHS", (32,) * 5)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The digits in random order, uint8 (1797, 8, 8, 1)."""
+    images = build_dataset("digits").images.permute(0, 2, 3, 1).numpy()
+    return images[np.random.default_rng(0).permutation(len(images))]
+
+
+@pytest.fixture(scope="session")
+def stats_file(tmp_path_factory):
+    """Statistics of all digits, made by the program."""
+    path = tmp_path_factory.mktemp("stats") / "digits.npz"
+    assert make_fid_stats.main(["--data", "digits", "--features", "digits", "--out", str(path), "--device", "cpu"]) == 0
+    return path

@@ -1,11 +1,14 @@
-"""What several tests need: a tiny model, and weights rebuilt from their names as the fixtures define them."""
+"""What several tests need: a tiny model, weights rebuilt from their names as the fixtures define them, files, ranks."""
 
+import os
 import re
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import main_mar
 from build import new_state
@@ -61,3 +64,25 @@ def untrained(folder, *flags):
 def shows(line: str, text: str) -> bool:
     """Does text stand in the line, on its own: 9 is not in 19, nor in 0.9?"""
     return re.search(rf"(?<![\w.]){re.escape(text)}(?!\.?\w)", line) is not None
+
+
+def image_folder(root: Path, sizes: dict[str, int], seed=0) -> Path:
+    """Two classes of so many 12 x 10 RGB images in each split."""
+    draws = np.random.default_rng(seed)
+    for split, count in sizes.items():
+        for name in ("dark", "light"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draws.integers(0, 128, (12, 10, 3)) + (127 if name == "light" else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)

@@ -16,6 +16,7 @@ from config import CONFIGS, TrainConfig, mar_config, resolve
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from train_state import checkpoint_content
+from util import dist
 from util.args import pick
 from util.checkpoint import save_checkpoint
 
@@ -66,6 +67,11 @@ def shows(line: str, text: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(text)}(?!\.?\w)", line) is not None
 
 
+def images_of(*shape, dtype=np.uint8) -> np.ndarray:
+    """Black images (B, H, W, C)."""
+    return np.zeros(shape, dtype)
+
+
 def image_folder(root: Path, sizes: dict[str, int], seed=0) -> Path:
     """Two classes of so many 12 x 10 RGB images in each split."""
     draws = np.random.default_rng(seed)
@@ -86,3 +92,13 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (self.target,)
+
+
+def each_rank(monkeypatch):
+    """Yield rank 0 and then rank 1 of two processes, whose work one does after the other; they exchange nothing."""
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    for name in ("barrier", "all_sum"):
+        monkeypatch.setattr(dist, name, lambda *tensors: tensors[0] if tensors else None)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        yield rank

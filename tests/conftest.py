@@ -1,9 +1,100 @@
-"""One thread: the tests' operations are tiny, and several threads spend their time waiting for each other."""
+"""One thread, and the fixtures that several files share; those of the whole session are left as they were found.
+
+One thread: the tests' operations are tiny, and several threads spend their time waiting for each other.
+"""
 
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
+# asserts in these show their values as those in tests do
+pytest.register_assert_rewrite("tests.helpers_generate", "tests.helpers_latents", "tests.helpers_tokenizers")
+
+import build  # noqa: E402
+from models.diffloss import DiffLoss  # noqa: E402
+from models.tokenizers import build_tokenizer, ldm  # noqa: E402
+from scripts import make_fid_stats  # noqa: E402
+from tests.helpers import named_weights, tiny_mar  # noqa: E402
+from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
+from tests.helpers_generate import SIDE  # noqa: E402
+from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
+from tests.helpers_tokenizers import TINY  # noqa: E402
+from util.data import build_dataset  # noqa: E402
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mar():
+    """The MAR of 3×3 tokens that the tests of the sampling loop and its rules run."""
+    return tiny_mar(img_size=SIDE)
+
+
+@pytest.fixture(scope="session")
+def diffloss():
+    """The DiffLoss that the tests of schedule, solvers, sampling and loss run."""
+    return named_weights(DiffLoss(CHANNELS, WIDTH, depth=2, width=16), scale=0.2).eval()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 8×8 images in three classes, with the odd names of helpers_latents."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, name in enumerate(NAMES):
+        write_image(folder / "train" / name, i)
+    return folder
+
+
+@pytest.fixture
+def some(tmp_path, pictures):
+    """A copy of the pictures, to change."""
+    return shutil.copytree(pictures, tmp_path / "some")
+
+
+@pytest.fixture
+def tiny_kl(monkeypatch):
+    """--tokenizer tiny:SEED; the function changes the flags of a command."""
+
+    def tokenizer_of(settings, channels):
+        kind, _, seed = settings["tokenizer"].partition(":")
+        return TinyKL(int(seed)) if kind == "tiny" else build_tokenizer(kind, channels=channels)
+
+    monkeypatch.setattr(build, "tokenizer_of", tokenizer_of)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with one saved autoencoder of each class, under the name of the class."""
+    import diffusers
+
+    folder = tmp_path_factory.mktemp("autoencoders")
+    for seed, (name, (settings, *_)) in enumerate(TINY.items()):
+        torch.manual_seed(seed)
+        getattr(diffusers, name)(**settings).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks of KL-16's and VQ-16's shape, but narrow."""
+    monkeypatch.setattr(ldm, "WIDTHS", (32,) * 5)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """The digits in random order, uint8 (1797, 8, 8, 1)."""
+    images = build_dataset("digits").images.permute(0, 2, 3, 1).numpy()
+    return images[np.random.default_rng(0).permutation(len(images))]
+
+
+@pytest.fixture(scope="session")
+def stats_file(tmp_path_factory):
+    """Statistics of all digits, made by the program."""
+    path = tmp_path_factory.mktemp("stats") / "digits.npz"
+    assert make_fid_stats.main(["--data", "digits", "--features", "digits", "--out", str(path), "--device", "cpu"]) == 0
+    return path

@@ -1,11 +1,14 @@
-"""What several tests need: a tiny model, and weights rebuilt from their names as the fixtures define them."""
+"""What several tests need: a tiny model, weights rebuilt from their names as the fixtures define them, files, ranks."""
 
+import os
 import re
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import main_mar
 from build import new_state
@@ -13,6 +16,7 @@ from config import CONFIGS, TrainConfig, mar_config, resolve
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from train_state import checkpoint_content
+from util import dist
 from util.args import pick
 from util.checkpoint import save_checkpoint
 
@@ -36,6 +40,11 @@ def named_weights(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Modul
     return model
 
 
+def randn(*shape, seed=0) -> torch.Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_mar(**overrides) -> MAR:
     """A MAR of a few thousand parameters, no two of them alike."""
     return named_weights(MAR(MARConfig(**{**TINY, **overrides})), scale=0.2).eval()
@@ -56,3 +65,40 @@ def untrained(folder, *flags):
 def shows(line: str, text: str) -> bool:
     """Does text stand in the line, on its own: 9 is not in 19, nor in 0.9?"""
     return re.search(rf"(?<![\w.]){re.escape(text)}(?!\.?\w)", line) is not None
+
+
+def images_of(*shape, dtype=np.uint8) -> np.ndarray:
+    """Black images (B, H, W, C)."""
+    return np.zeros(shape, dtype)
+
+
+def image_folder(root: Path, sizes: dict[str, int], seed=0) -> Path:
+    """Two classes of so many 12 x 10 RGB images in each split."""
+    draws = np.random.default_rng(seed)
+    for split, count in sizes.items():
+        for name in ("dark", "light"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = draws.integers(0, 128, (12, 10, 3)) + (127 if name == "light" else 0)
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+class Malicious:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def each_rank(monkeypatch):
+    """Yield rank 0 and then rank 1 of two processes, whose work one does after the other; they exchange nothing."""
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    for name in ("barrier", "all_sum"):
+        monkeypatch.setattr(dist, name, lambda *tensors: tensors[0] if tensors else None)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        yield rank

@@ -1,7 +1,7 @@
 """What must not change image i: the order of the flags, and what other tests of this list say.
 
-Data workers: test_train.py. Batch size when sampling: test_generate.py (the draws, bit for bit), test_sample.py. World
-size: test_sample.py, test_train.py. Two runs of one command: test_train.py, tests of resuming.
+Data workers: test_train.py. Batch size when sampling: test_batch_independence.py (the draws, bit for bit) and
+test_sample.py. World size: test_sample.py, test_train.py. Two runs of one command: test_train.py, tests of resuming.
 """
 
 import random

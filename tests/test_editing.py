@@ -14,9 +14,9 @@ from heads.policy import PolicyHeads, SampleConfig
 from models.tokenizers import build_tokenizer
 from scripts import plot_trace
 from tests.helpers import named_weights, tiny_mar
+from tests.helpers_tokenizers import TINY
 from tests.test_cli import files, refused
 from tests.test_sample import draw, folder_of, pngs, rows, train_tiny
-from tests.test_tokenizers import TINY
 from util.editing import Edit, read_edit
 from util.images import read_png
 from util.rng import generator

@@ -1,25 +1,14 @@
-"""Metrics: closed forms, agreement with torch-fidelity, the digit classifier, and weights that must not be trusted."""
-
-import os
-import pickle
-import shutil
-import socket
-from contextlib import suppress
-from pathlib import Path
-from urllib.error import URLError
+"""Metrics of images: pixel figures of digits, agreement with torch-fidelity, forms of input, and what is refused."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, TensorDataset
 
-from scripts import train_classifier
+from tests.helpers import images_of
 from util import metrics
-from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
-from util.features import check_features
+from util.classifiers import load_classifier
 from util.metrics import compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
 
 
@@ -31,103 +20,7 @@ def digits():
     return np.round(data.images * 255 / 16).astype(np.uint8)[rows, :, :, None], data.target[rows]
 
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    """torch-fidelity's Inception with random weights, in a file as its own: 90 MB, removed afterwards."""
-    from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-
-    class Untrained(fidelity.FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
-            pass
-
-    path = tmp_path_factory.mktemp("inception") / "inception.pth"
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
-        patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **kwargs: {})
-        torch.manual_seed(0)
-        net = Untrained("untrained", ["2048"])
-        for name, value in net.named_parameters():  # the default initialisation shrinks features to 1e-6
-            if name.endswith("conv.weight"):
-                torch.nn.init.kaiming_normal_(value)
-    torch.save(net.state_dict(), path)
-    yield path
-    path.unlink()
-
-
-def covariance(rng, d, rank=None):
-    factor = rng.standard_normal((d, rank or d))
-    return factor @ factor.T
-
-
-# Fréchet distance
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.integers(1, 12), st.floats(0, 5), st.floats(0, 5))
-def test_frechet_closed_form_isotropic(seed, d, s1, s2):
-    mu1, mu2 = np.random.default_rng(seed).standard_normal((2, d))
-    expected = np.sum((mu1 - mu2) ** 2) + d * (s1 - s2) ** 2
-    assert frechet_distance(mu1, s1**2 * np.eye(d), mu2, s2**2 * np.eye(d)) == pytest.approx(expected, abs=1e-9)
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(0, 10**6), st.integers(1, 12))
-def test_frechet_is_symmetric_and_keeps_rotations(seed, d):
-    rng = np.random.default_rng(seed)
-    (mu1, mu2), s1, s2 = rng.standard_normal((2, d)), covariance(rng, d), covariance(rng, d, rank=max(1, d // 2))
-    q = np.linalg.qr(rng.standard_normal((d, d)))[0]
-    distance = frechet_distance(mu1, s1, mu2, s2)
-    assert distance > 0
-    assert frechet_distance(mu2, s2, mu1, s1) == pytest.approx(distance, rel=1e-9)
-    assert frechet_distance(q @ mu1, q @ s1 @ q.T, q @ mu2, q @ s2 @ q.T) == pytest.approx(distance, rel=1e-6)
-
-
-@pytest.mark.parametrize("rank", [1, 5, 64])
-def test_frechet_of_identical_gaussians_is_zero(rank):
-    rng = np.random.default_rng(rank)
-    mu, sigma = rng.standard_normal(64), covariance(rng, 64, rank)
-    assert 0 <= frechet_distance(mu, sigma, mu, sigma) < 1e-9 * np.trace(sigma)
-
-
-def test_frechet_singular_covariances():
-    # commuting, diagonal: sum of (sqrt a - sqrt b)², also where one or both are zero
-    a, b = np.array([4.0, 0, 9, 0]), np.array([1.0, 16, 0, 0])
-    assert frechet_distance(np.zeros(4), np.diag(a), np.zeros(4), np.diag(b)) == pytest.approx(1 + 16 + 9, abs=1e-9)
-    # rank one, u u' and v v': |u|² + |v|² - 2 |u·v|
-    u, v = np.random.default_rng(0).standard_normal((2, 50))
-    expected = u @ u + v @ v - 2 * abs(u @ v)
-    assert frechet_distance(np.zeros(50), np.outer(u, u), np.zeros(50), np.outer(v, v)) == pytest.approx(expected)
-
-
-def test_frechet_and_statistics_of_one_dimension():
-    mu, sigma = gaussian_statistics([[1.0], [3.0]])
-    assert mu.tolist() == [2.0] and sigma.tolist() == [[2.0]]
-    assert frechet_distance(mu, sigma, mu + 3, 4 * sigma) == pytest.approx(9 + 2)
-
-
-def test_statistics_are_those_of_numpy():
-    x = np.random.default_rng(0).standard_normal((30, 4)).astype(np.float32)
-    mu, sigma = gaussian_statistics(x)
-    centred = x.astype(np.float64) - x.astype(np.float64).mean(axis=0)
-    assert mu.dtype == sigma.dtype == np.float64
-    np.testing.assert_allclose(sigma, centred.T @ centred / 29)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: gaussian_statistics(np.zeros((1, 4))),
-        lambda: gaussian_statistics(np.zeros(4)),
-        lambda: frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4)),
-        lambda: frechet_distance(np.zeros(3), np.zeros(3), np.zeros(3), np.zeros(3)),
-        lambda: frechet_distance(np.full(3, np.nan), np.eye(3), np.zeros(3), np.eye(3)),
-    ],
-)
-def test_frechet_refuses(call):
-    with pytest.raises(ValueError, match="^[^\n]+$"):
-        call()
-
-
-# Digits
+# ---------------------------------------------------------------------------------------------- pixel figures of digits
 
 
 def test_pixel_figures_of_real_digits(digits):
@@ -153,51 +46,7 @@ def test_digit_metrics_refuses_labels_of_another_length(digits):
         digit_metrics(digits[0], digits[1], digits[0], digits[1][:-1])
 
 
-def test_committed_classifier(digits):
-    assert DIGITS_WEIGHTS.stat().st_size <= 300_000
-    with np.load(DIGITS_WEIGHTS, allow_pickle=False) as arrays:
-        assert {arrays[name].dtype for name in arrays.files} == {np.dtype(np.float32)}
-    x, y = train_classifier.load_images()
-    net = load_classifier()
-    features, logits = net(x)
-    assert features.shape == (1797, 64) and logits.shape == (1797, 10)
-    assert features.square().mean().sqrt().item() == pytest.approx(1, abs=1e-3)
-    assert train_classifier.accuracy(net, x, y) >= 0.98
-
-
-def test_committed_cifar10_classifier_takes_what_its_script_gives():
-    assert CIFAR10_WEIGHTS.stat().st_size <= 500_000
-    net = load_classifier(Cifar10Classifier, CIFAR10_WEIGHTS)
-    recipe = train_classifier.RECIPES["cifar10"]
-    assert recipe.net is Cifar10Classifier and recipe.weights == CIFAR10_WEIGHTS
-    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x = train_classifier.augment(images, torch.Generator().manual_seed(0), recipe.shift, recipe.flip)
-    features, logits = net(x)
-    assert features.shape == (8, 64) and logits.shape == (8, 10) and features.min() >= 0
-    assert features.dtype == torch.float32 and features.std() > 0 and logits.isfinite().all()
-
-
-def test_training_script(tmp_path, capsys):
-    before, output = torch.get_rng_state(), tmp_path / "new" / "net.npz"
-    assert train_classifier.main(["--epochs", "2", "--output", str(output)]) == 0
-    assert "held-out accuracy" in capsys.readouterr().out
-    assert list(output.parent.iterdir()) == [output]  # no partial file left
-    x, y = train_classifier.load_images()
-    assert train_classifier.accuracy(load_classifier(DigitClassifier, output), x, y) > 0.5
-    first, second = (train_classifier.train(x[:200], y[:200], 2, seed=3).state_dict() for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_augmentation_shifts_by_at_most_one_pixel():
-    x = torch.full((200, 1, 8, 8), -1.0)
-    x[:, 0, 3, 4] = 9.0  # far above the noise
-    shifted = train_classifier.augment(x, torch.Generator().manual_seed(0))
-    found = {divmod(i, 8) for i in shifted.flatten(1).argmax(1).tolist()}
-    assert found == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
-
-
-# torch-fidelity with digit features
+# ----------------------------------------------------------------------------------- torch-fidelity with digit features
 
 
 def digit_features(x):
@@ -279,10 +128,6 @@ def test_quiet_no_cache_and_random_state_kept(digits, tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == []
 
 
-def images_of(*shape, dtype=np.uint8):
-    return np.zeros(shape, dtype)
-
-
 @pytest.mark.parametrize(
     "images, options, message",
     [
@@ -312,102 +157,6 @@ def test_images_of_different_sizes_are_refused():
     images = [images_of(8, 8, 1)] * 8 + [images_of(9, 8, 1)]
     with pytest.raises(ValueError, match="reference images must be of one size"):
         compute_metrics(images_of(9, 8, 8, 1), Folder(images), features="digits")
-
-
-# Weights
-
-
-class Malicious:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (self.target,)
-
-
-@pytest.mark.parametrize(
-    "write", [torch.save, lambda thing, path: Path(path).write_bytes(pickle.dumps(thing, protocol=2))]
-)
-def test_pickles_are_refused_and_not_run(tmp_path, write):
-    file, target = tmp_path / "weights.pth", tmp_path / "executed"
-    write({"fc.weight": Malicious(str(target))}, file)
-    for call in (check_features, lambda *args: compute_metrics(*2 * (images_of(4, 8, 8, 3),), weights=args[1])):
-        with pytest.raises(ValueError, match="weights.pth refused") as caught:
-            call("inception", file)
-        assert "\n" not in str(caught.value) and not target.exists()
-    with suppress(RuntimeError):
-        torch.load(file, weights_only=False)  # what it does to those who trust it
-    assert target.exists()
-
-
-def test_other_weights_are_refused(tmp_path, inception_file):
-    file = tmp_path / "weights.pth"
-    with pytest.raises(ValueError, match="no inception weights at .*weights.pth"):
-        check_features("inception", file)
-    file.write_bytes(inception_file.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="weights.pth refused"):
-        check_features("inception", file)
-    torch.save({"fc.weight": torch.zeros(3)}, file)
-    with pytest.raises(ValueError, match="weights.pth refused") as caught:
-        check_features("inception", file)
-    assert "\n" not in str(caught.value)
-
-
-def test_no_weights_and_no_network(tmp_path, monkeypatch, capfd):
-    def unreachable(*args, **kwargs):
-        assert socket.getdefaulttimeout() == 10
-        raise URLError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(
-        ValueError, match="no network.*no route to host.*--fid_weights FILE.*--features digits"
-    ) as caught:
-        check_features("inception")
-    assert "\n" not in str(caught.value)
-    assert socket.getdefaulttimeout() is None
-    assert capfd.readouterr() == ("", "")
-    check_features("digits")
-
-
-def test_weights_are_downloaded_to_torch_hub_once(tmp_path, monkeypatch, inception_file):
-    calls = []
-
-    def download(url, target, **kwargs):
-        calls.append(url)
-        shutil.copy(inception_file, target)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    for _ in range(2):
-        assert check_features("inception") == str(tmp_path / "checkpoints" / calls[0].rsplit("/", 1)[1])
-    assert len(calls) == 1
-    shutil.rmtree(tmp_path / "checkpoints")
-
-
-def tiny_images(seed):
-    return np.random.default_rng(seed).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8) // (1 + seed)
-
-
-def test_inception_features(inception_file):
-    names = ("isc", "kid", "prc")
-    found = compute_metrics(tiny_images(0), tiny_images(1), weights=inception_file, metrics=names)
-    assert list(found) == ["is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall"]
-    assert np.isfinite(list(found.values())).all() and found["is_mean"] >= 1
-
-
-@pytest.mark.slow  # eigenvalues of 2048 x 2048 matrices
-def test_inception_fid(inception_file):
-    from torch_fidelity.utils import create_feature_extractor
-
-    net = create_feature_extractor(
-        "inception-v3-compat", ["2048"], cuda=False, feature_extractor_weights_path=inception_file, verbose=False
-    )
-    sets = [tiny_images(0), tiny_images(1)]
-    statistics = [gaussian_statistics(net(torch.from_numpy(x).permute(0, 3, 1, 2))[0].numpy()) for x in sets]
-    expected = frechet_distance(*statistics[0], *statistics[1])
-    found = compute_metrics(*sets, weights=inception_file, metrics=("fid",), batch_size=8)
-    assert found == {"fid": pytest.approx(expected, rel=1e-3)}
 
 
 def test_metrics_line():

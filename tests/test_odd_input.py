@@ -1,6 +1,6 @@
 """Odd but valid input simply works: few, small and strange images with strange names, in every program that reads some.
 
-What single modes and sizes become is tested in test_data.py, test_editing.py and test_latents.py.
+What single modes and sizes become is tested in test_data.py, test_editing.py and test_latent_cache.py.
 """
 
 import os

@@ -20,8 +20,7 @@ from engine_mar import sample_images
 from heads.policy import SampleConfig
 from main_mar import main as train_main
 from models.tokenizers import build_tokenizer
-from tests.helpers import tiny_mar
-from util import dist
+from tests.helpers import each_rank, tiny_mar
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
 
@@ -160,12 +159,8 @@ def test_two_processes_make_together_the_files_of_one(tmp_path, monkeypatch):
         return sample_images(mar, tokenizer, sampling, labels, 5, folder, **options)["num_made"]
 
     assert run(tmp_path / "one") == 22
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    for name in ("barrier", "all_sum"):
-        monkeypatch.setattr(dist, name, lambda *tensors: tensors[0] if tensors else None)
     made = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+    for _ in each_rank(monkeypatch):
         made.append(run(tmp_path / "two"))
         assert len(pngs(tmp_path / "two")) == sum(made)  # each its own share, none of the other's
     assert made == [12, 10]

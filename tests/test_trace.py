@@ -9,10 +9,9 @@ from engine_mar import sample_images
 from heads.policy import PolicyHeads, SampleConfig
 from models.tokenizers import build_tokenizer
 from scripts import plot_trace
-from tests.helpers import named_weights, tiny_mar
+from tests.helpers import each_rank, named_weights, tiny_mar
 from tests.test_cli import refused
 from tests.test_sample import draw, folder_of, pngs, rows, train_tiny
-from util import dist
 from util.images import num_traced, read_png
 
 GREY = 128
@@ -180,12 +179,8 @@ def test_two_processes_make_the_trace_of_one(tmp_path, monkeypatch):
         return sample_images(mar, tokenizer, sampling, labels, 5, folder, num_traced=5, **where)["num_made"]
 
     assert run(tmp_path / "one") == 13
-    monkeypatch.setattr(dist, "world_size", lambda: 2)
-    for name in ("barrier", "all_sum"):
-        monkeypatch.setattr(dist, name, lambda *tensors: tensors[0] if tensors else None)
     made = []
-    for rank in (0, 1):
-        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+    for _ in each_rank(monkeypatch):
         made.append(run(tmp_path / "two"))
     assert sum(made) == 13 and made[1] == 3  # the first three batches are the first process's
     assert pngs(tmp_path / "one") == pngs(tmp_path / "two")

@@ -8,7 +8,7 @@ from scripts import train_classifier
 from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
 
 
-def test_committed_classifier(digits):
+def test_committed_classifier():
     assert DIGITS_WEIGHTS.stat().st_size <= 300_000
     with np.load(DIGITS_WEIGHTS, allow_pickle=False) as arrays:
         assert {arrays[name].dtype for name in arrays.files} == {np.dtype(np.float32)}

@@ -143,7 +143,7 @@ def test_another_number_of_images_than_asked_for_is_not_measured(change, found, 
     options = dict(device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(ValueError, match=f"out holds {found} images, expected 4$"):
         engine_mar.evaluate(None, None, None, EvalConfig(num_images=4), None, [0] * 4, 0, tmp_path / "out", **options)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=f"out holds {found} images, expected 4$"):
         PNGFolder(tmp_path / "out", 4)
 
 

@@ -78,10 +78,11 @@ def test_statistics_of_a_folder_at_another_size_and_of_the_other_split(tmp_path,
 def test_adms_files_are_read_and_no_more_of_them_than_is_needed(tmp_path):
     """They also hold sFID's statistics and sample images; what is not needed may be anything."""
     mu, sigma = np.zeros(2048), np.eye(2048)
-    more = dict(mu_s=np.zeros(9), sigma_s=np.eye(9), arr_0=np.array([Malicious("never")], dtype=object))
+    more = dict(mu_s=np.zeros(9), sigma_s=np.eye(9), arr_0=np.array([Malicious(tmp_path / "executed")], dtype=object))
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, **more)
     stats = load_fid_stats(tmp_path / "adm.npz")
     assert (stats.features, stats.num_images, stats.img_size) == (None, None, None)
+    assert not (tmp_path / "executed").exists()
     stats.check("inception", 256)
     with pytest.raises(ValueError, match="adm.npz holds statistics of 2048 features, digits has 64"):
         stats.check("digits")

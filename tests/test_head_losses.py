@@ -17,18 +17,18 @@ from tests.helpers_heads import SCOPES, state_of, trained
 # ---------------------------------------------------------------------------------------------------------- losses
 
 
-def draws_for(mar, step=0, samples=(1, 2, 3, 4), drop=0.0, per_image=True):
+def draws_for(mar):
     c = mar.config
     return training_draws(
         0,
-        step,
-        list(samples),
+        0,
+        [1, 2, 3, 4],
         seq_len=c.seq_len,
         token_dim=c.token_dim,
         diffusion_batch_mul=2,
         mask_ratio_min=0.3,
-        label_drop_prob=drop,
-        mask_ratio_per_image=per_image,
+        label_drop_prob=0.0,
+        mask_ratio_per_image=True,
         num_iter=(2, 16),
         cfg_max=3.0,
     )
@@ -48,8 +48,7 @@ def test_draws_of_the_backbone_are_the_same_with_and_without_heads():
 @pytest.mark.parametrize("num_iter", [1, 2, 5, 16])
 def test_training_meets_the_states_that_sampling_meets(num_iter):
     """The unknown counts a cosine schedule visits lead back to its steps, with the same inputs and the same k."""
-    mar, heads = tiny_mar(), trained()
-    length, n = 64, 64.0
+    heads, length, n = trained(), 64, 64.0
     for step in range(num_iter):
         mask = (torch.arange(length) < n).unsqueeze(0)
         sampling = state_of(mask, torch.zeros(1, length, 16), step, num_iter)
@@ -64,7 +63,7 @@ def test_training_meets_the_states_that_sampling_meets(num_iter):
         options = RuleOptions(cfg=torch.tensor([[2.0]]))
         torch.testing.assert_close(CFGS["linear"](training, training.num_unknown - k, options), w)
         n -= float(k)
-    assert n == 0 and mar is not None
+    assert n == 0
 
 
 def test_guidance_loss_is_the_squared_error_of_the_guided_prediction():

@@ -105,18 +105,18 @@ def test_a_mode_without_its_head_is_one_clear_error(missing):
 
 
 @pytest.mark.parametrize(
-    "options",
+    "options, said",
     [
-        dict(learn=("x",)),
-        dict(tau_mode="x"),
-        dict(rho=(0.5, 0.1)),
-        dict(rho=(0, 2)),
-        dict(tau=(-1, 1)),
-        dict(cfg=(3, 1)),
+        (dict(learn=("x",)), "unknown head 'x'"),
+        (dict(tau_mode="x"), "unknown tau_mode 'x'"),
+        (dict(rho=(0.5, 0.1)), "bounds of rho .* got \\(0.5, 0.1\\)"),
+        (dict(rho=(0, 2)), "bounds of rho .* <= 1, got \\(0, 2\\)"),
+        (dict(tau=(-1, 1)), "bounds of tau .* got \\(-1, 1\\)"),
+        (dict(cfg=(3, 1)), "bounds of cfg .* got \\(3, 1\\)"),
     ],
 )
-def test_bad_settings_of_heads(options):
-    with pytest.raises(ValueError):
+def test_bad_settings_of_heads(options, said):
+    with pytest.raises(ValueError, match=said):
         PolicyHeads(16, **options)
 
 

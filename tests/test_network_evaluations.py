@@ -71,8 +71,11 @@ def test_guidance_is_computed_for_the_images_and_tokens_it_acts_on():
 
 
 def test_annealed_steps_are_counted():
-    said, seen = counted(tiny_mar(), rules=build_rules("baseline", cfg=2.0), num_iter=4, num_steps="5:2")
+    """5, 4, 3 and 2 diffusion steps, each for a quarter of the unknown tokens (64, 5, 20, 64), with and without label."""
+    rules = replace(build_rules("baseline", cfg=2.0, cfg_schedule="constant"), group=lambda state: state.num_start // 4)
+    said, seen = counted(tiny_mar(), rules=rules, num_iter=4, num_steps="5:2")
     assert said == seen
+    assert seen["mlp"] == 2 * sum(steps * tokens for steps, tokens in zip((5, 4, 3, 2), (38, 38, 38, 39)))
 
 
 @pytest.mark.parametrize("mode", ["policy", "guidance", "both"])

@@ -71,7 +71,7 @@ def test_guidance_is_computed_for_the_images_and_tokens_it_acts_on():
 
 
 def test_annealed_steps_are_counted():
-    """5, 4, 3 and 2 diffusion steps, each for a quarter of the unknown tokens (64, 5, 20, 64), with and without label."""
+    """5, 4, 3 and 2 diffusion steps, each for a quarter of the unknown tokens (64, 5, 20, 64), twice for guidance."""
     rules = replace(build_rules("baseline", cfg=2.0, cfg_schedule="constant"), group=lambda state: state.num_start // 4)
     said, seen = counted(tiny_mar(), rules=rules, num_iter=4, num_steps="5:2")
     assert said == seen

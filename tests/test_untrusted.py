@@ -15,7 +15,7 @@ from PIL import Image
 import main_mar
 import sample
 from scripts import cache_latents, make_fid_stats, plot_trace, train_tokenizer
-from tests.helpers import untrained
+from tests.helpers import Malicious, untrained
 from tests.test_architecture import ROOT, SOURCES, tree_of
 from tests.test_cli import TINY, files, refused
 from util.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
@@ -23,16 +23,6 @@ from util.classifiers import DIGITS_WEIGHTS, load_classifier
 from util.data import build_dataset
 from util.features import check_features
 from util.images import is_readable
-
-
-class Malicious:
-    """What it does when it is unpickled is open a file for writing."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def objects(victim) -> np.ndarray:
@@ -61,11 +51,10 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def victim(tmp_path):
-    """The file that malicious ones make."""
+    """The folder that malicious files make."""
     path = tmp_path / "victim"
-    pickle.loads(pickle.dumps(Malicious(path))).close()  # where it is allowed to
-    assert path.exists()
-    path.unlink()
+    pickle.loads(pickle.dumps(Malicious(path)))
+    path.rmdir()  # it was made where that is allowed
     return path
 
 

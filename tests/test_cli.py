@@ -1,4 +1,4 @@
-"""Command lines: MAR's own, presets, every command in README and scripts (bad input: test_bad_input.py)."""
+"""Command lines: MAR's own, presets, every command in README and scripts (bad input: test_bad_flags.py, test_bad_input.py)."""
 
 import json
 import re
@@ -10,13 +10,14 @@ import pytest
 import main_mar
 import sample
 from heads.policy import INFER_MODES
-from scripts import bench, cache_latents, plot_training, torture, train_classifier, train_tokenizer
+from scripts import bench, bench_training, cache_latents, plot_training, torture, train_classifier, train_tokenizer
 from tests.test_sample import train_tiny
 from util.args import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     bench,
+    bench_training,
     cache_latents,
     plot_training,
     torture,

@@ -1,4 +1,4 @@
-"""Command lines: MAR's own, presets, every command in README and scripts (bad input: test_bad_flags.py, test_bad_input.py)."""
+"""Command lines: MAR's own, presets, every command in README and scripts (bad input: test_bad_*.py)."""
 
 import json
 import re

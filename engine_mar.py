@@ -198,7 +198,8 @@ def sample_images(
 ) -> dict:
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
-    Image i depends on (seed, i), its label, the weights and the settings only; these stand in folder/run.json, and
+    Image i depends on (seed, i), its label, the weights and the settings only (in int8 also, by less than its rounding,
+    on its batch, see models/int8.py); these stand in folder/run.json, and
     files of another run are removed. A batch whose files are all there and whole is skipped, any other is made again
     whole. num_traced: the growth of so many images goes to folder/trace.npz (see `util.images.Trace`); where that is
     missing their batches, which all belong to the first process, are made again. edit, a `util.editing.Edit`: all
@@ -276,7 +277,8 @@ def sample_images(
             progress.update(len(batch))
     seconds = time.perf_counter() - began
     rate = dist.all_sum(torch.tensor(num_made / seconds, device=device)).item()
-    complain("have numbers that are not finite, in float32 too, and are left black", broken, num_made)
+    tried = " in float32 too" if dist.is_half(dtype) else ""
+    complain(f"have numbers that are not finite{tried} and are left black", broken, num_made)
     complain("are of one colour, which a model makes that has learned little", plain, num_made)
     notes = {"redone_fp32": len(redone), "not_finite": len(broken), "one_colour": len(plain)}
     # whole numbers, since they are too large for float32; parts of a pass as thousandths

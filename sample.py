@@ -68,7 +68,9 @@ class SampleArgs:
     edit_mask: str | None = flag(None, "picture of the same size, white where --edit_image is generated anew")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(
-        None, "arithmetic (default: bf16 where CUDA has it, else fp32); int8: on CPUs", choices=dist.DTYPES
+        None,
+        "arithmetic (default: bf16 where CUDA has it, else fp32); int8: on CPUs, images depend a little on their batch",
+        choices=dist.DTYPES,
     )
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
@@ -196,6 +198,20 @@ def name_settings(settings: list[Setting], suffix: str) -> None:
             raise ValueError(f"two settings of the sweep would share the folder {name}: their values are too close")
 
 
+def arithmetic(args: SampleArgs, mar) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute; for int8 the model's layers are replaced."""
+    device = dist.pick_device(args.device)
+    name = args.dtype
+    if args.fast and name is None:
+        name = fast_dtype(device, mar.config.decoder_embed_dim)
+        if dist.is_main():
+            print(f"--fast computes in {name} here, --dtype would say otherwise")
+    dtype = dist.pick_dtype(name, device)
+    if dtype == torch.int8:
+        quantize(mar)
+    return device, dtype
+
+
 def find_present(settings: list[Setting], results: Path, shared: dict, hashes: dict) -> None:
     """Make the row of each setting, and find it in the results file if it is there."""
     # read once, before anything is sampled: so all processes see the same
@@ -238,10 +254,13 @@ def run(args: SampleArgs, given: dict) -> int:
         sizes = dict(img_size=mar.config.img_size, channels=tokenizer.image_channels, cell=cell)
         edit = read_edit(args.edit_image, args.edit_mask, **sizes)
         suffix += f"_edit{seed_of(*edit.hashes.values()):08x}"
-    name_settings(settings, suffix)
     if args.dry_run:
+        name_settings(settings, suffix)
         show(args, given, settings, evaluation, config)
         return 0
+    device, dtype = arithmetic(args, mar)
+    dtype_name = dist.dtype_name(dtype)
+    name_settings(settings, suffix + (f"_{dtype_name}" if dtype != torch.float32 else ""))
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is found before the work, not after it
     check_folder("output_dir", args.output_dir)
@@ -249,12 +268,6 @@ def run(args: SampleArgs, given: dict) -> int:
     with dist.main_first():
         reference = build_reference(evaluation, data, source, img_size)
         evaluation.check(reference, img_size)
-    device = dist.pick_device(args.device)
-    width = mar.config.decoder_embed_dim
-    dtype = dist.pick_dtype(args.dtype or (fast_dtype(device, width) if args.fast else None), device)
-    if dtype == torch.int8:
-        quantize(mar)
-    dtype_name = dist.dtype_name(dtype)
     shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)
     shared |= edit.hashes if edit else {}
     hashes = {"weights": weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})}

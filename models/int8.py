@@ -1,7 +1,8 @@
 """Linear layers in 8-bit integers, for sampling on CPUs, which multiply these several times faster than floats.
 
 y = x·Wᵀ + b with each row of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of
-integers are exact, so a row's result depends on this row only. All else stays in floats.
+integers are exact: a layer's row depends on this row only. All else stays in floats, and what the batch size does there
+to the last bit may tip a rounding here: in int8 an image depends on its batch, by less than the rounding itself.
 """
 
 from copy import deepcopy
@@ -10,8 +11,9 @@ import torch
 from torch import nn
 
 from util import dist
-from util.timing import median_seconds
+from util.timing import run_seconds
 
+CPU = torch.device("cpu")
 ROWS = 256  # computed at a time: their intermediate results stay in the processor's cache
 
 
@@ -28,13 +30,14 @@ class Int8Linear(nn.Linear):
     @torch.no_grad()
     def forward(self, x):
         """x (..., in) to (..., out), float32, without gradient."""
-        rows = x.flatten(0, -2).float()
+        rows = x.reshape(-1, self.in_features).float()
         y = rows.new_empty(len(rows), self.out_features)
         bias = 0.0 if self.bias is None else self.bias
-        for part, out in zip(rows.split(ROWS), y.split(ROWS)):
+        size = max(len(rows), 1) if torch.compiler.is_compiling() else ROWS  # a compiled loop is one for each length
+        for part, out in zip(rows.split(size), y.split(size)):
             rounded, steps = _round_rows(part)
             out.copy_(torch._int_mm(rounded, self.rounded)).mul_(steps).mul_(self.steps).add_(bias)
-        return y.unflatten(0, x.shape[:-1])
+        return y.reshape(*x.shape[:-1], self.out_features)
 
 
 def _round_rows(x):
@@ -67,23 +70,27 @@ def fast_dtype(device: torch.device, width: int) -> str:
     """The dtype in which this device computes a model of this width fastest; all processes get the first one's answer.
 
     Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32, and small layers
-    gain nothing from int8. Anything but fp32 has to be faster than it by a fifth.
+    gain nothing from int8. Anything but fp32 has to be faster than it by a half, so that noise decides nothing.
     """
     if device.type != "cpu":
         return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"
     names, choice = list(dist.DTYPES), torch.zeros(())
     if dist.is_main():
         seconds = layer_seconds(width)
-        seconds["fp32"] /= 1.2
+        seconds["fp32"] /= 1.5
         choice += names.index(min(seconds, key=seconds.get))
     return names[int(dist.all_sum(choice))]
 
 
 @torch.no_grad()
 def layer_seconds(width: int) -> dict[str, float]:
-    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that is there."""
+    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that is there.
+
+    The least of several turns: others that use the machine only ever add to it.
+    """
     x, layer = torch.randn(256, width), nn.Linear(width, 4 * width)
     runs = {"fp32": (layer, x), "bf16": (deepcopy(layer).bfloat16(), x.bfloat16())}
     if is_exact():
         runs["int8"] = Int8Linear(layer), x
-    return {name: median_seconds(torch.device("cpu"), lambda run=run: run[0](run[1]), 20) for name, run in runs.items()}
+    turns = [{name: run_seconds(CPU, lambda run=run: run[0](run[1])) for name, run in runs.items()} for _ in range(20)]
+    return {name: min(turn[name] for turn in turns) for name in runs}

@@ -110,6 +110,7 @@ class Bench:
         if self.mar is None:
             self.build()
         if dtype != "int8":
+            self.int8 = None
             return self.mar
         if self.int8 is None:
             self.int8 = deepcopy(self.mar, {id(parameter): parameter for parameter in self.mar.parameters()})
@@ -117,12 +118,20 @@ class Bench:
         return self.int8
 
     def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
-        """({transformer, diffusion, total}: seconds of a batch, [(rows, T) of each step]); stub: no transformer."""
+        """({transformer, diffusion, total}: seconds of a batch, [(rows, which of them are guided, T) of each step]).
+
+        stub: the transformer is left out.
+        """
         mar = self.model(row["dtype"])
         batch_size, asked = batch_size or self.args.batch_size, row["num_sampling_steps"]
         shortened = ":" not in asked and int(asked) > 4 * TIMED_STEPS
         rules = build_rules(row["mode"], self.heads, cfg=self.args.cfg)
         watch, steps, dim = Stopwatch(self.device), [], self.config.decoder_embed_dim
+
+        def seen(step, rows, plan, tokens):
+            guided = (plan.cfg != 1).expand_as(plan.select)[plan.select].nonzero().squeeze(1)
+            steps.append((rows, guided.cpu(), asked if shortened else plan.num_steps))
+
         with ExitStack() as stack:
             stack.enter_context(dist.autocast(self.device, dist.DTYPES[row["dtype"]]))
             if stub:
@@ -145,7 +154,7 @@ class Bench:
                 seeds=range(batch_size),
                 solver=row["solver"],
                 refresh_every=row["refresh_every"],
-                callback=lambda step, rows, plan, _: steps.append((rows, asked if shortened else plan.num_steps)),
+                callback=seen,
             )
             total = watch.now() - began
         found = dict(watch.seconds, total=total)
@@ -155,29 +164,37 @@ class Bench:
         return found, steps
 
     def sampling_flops(self, steps: list, refresh_every: int) -> dict:
-        """FLOPs of {transformer, diffusion} for a batch, counted while its shapes pass through the twin, guided."""
+        """FLOPs of {transformer, diffusion} for a batch, counted while its shapes pass through the twin."""
         size, length = self.args.batch_size, self.config.seq_len
         tokens = torch.zeros(size, length, self.config.token_dim, device="meta")
         unknown, flops = torch.ones(size, length, dtype=torch.bool), {}
         labels = torch.zeros(size, dtype=torch.long, device="meta")
         features = FeatureCache(self.meta, labels, refresh_every)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            for step, (rows, _) in enumerate(steps):
+            for step, (rows, guided, _) in enumerate(steps):
                 features.look(step, tokens, unknown, rows[:, 0].unique())
-                features.at(step, tokens, unknown, rows, torch.arange(len(rows)))
+                features.at(step, tokens, unknown, rows, guided)
                 unknown[rows[:, 0], rows[:, 1]] = False
         flops["transformer"] = counter.get_total_flops()
         flops["diffusion"] = 0
-        for rows, num_steps in steps:
-            one, two = (self._diffusion_flops(len(rows), few) for few in (1, 2))
+        for rows, guided, num_steps in steps:
+            one, two = (self._diffusion_flops(len(rows), guided, few) for few in (1, 2))
             flops["diffusion"] += one + (int(num_steps) - 1) * (two - one)
         return flops
 
-    def _diffusion_flops(self, num_rows: int, num_steps: int) -> int:
+    def _diffusion_flops(self, num_rows: int, guided, num_steps: int) -> int:
         z = torch.zeros(num_rows, self.config.decoder_embed_dim, device="meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.meta.diffloss.sample(z, z, cfg=2.0, num_steps=num_steps)
+            if len(guided):
+                self.meta.diffloss.sample(z, z[: len(guided)], cfg=2.0, num_steps=num_steps, guided=guided.to("meta"))
+            else:
+                self.meta.diffloss.sample(z, num_steps=num_steps)
         return counter.get_total_flops()
+
+
+def has_int8(device) -> bool:
+    """Can be sampled in int8 here?"""
+    return device.type == "cpu" and is_exact()
 
 
 def sampling(bench: Bench) -> None:
@@ -186,7 +203,7 @@ def sampling(bench: Bench) -> None:
     for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
         settings = settings | change
         settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
-        if settings["dtype"] == "int8" and not (bench.device.type == "cpu" and is_exact()):
+        if settings["dtype"] == "int8" and not has_int8(bench.device):
             continue
         passes = (settings["dtype"], settings["mode"], settings["refresh_every"])  # what the transformer depends on
         stub = passes in known
@@ -273,7 +290,7 @@ def main(argv=None) -> int:
         dist.init(dist.pick_device(args.device))
         bench = Bench(args)
         if "fast" not in names:
-            dtypes = ("fp32", "bf16", "int8") if bench.device.type == "cpu" else ("fp32", "bf16")
+            dtypes = ("fp32", "bf16", "int8") if has_int8(bench.device) else ("fp32", "bf16")
             rates = ", ".join(f"{bench.rate(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in dtypes)
             print(f"{bench.device.type}, {torch.get_num_threads()} threads; large matrix products: {rates}")
         for name in names:

@@ -36,7 +36,7 @@ class ReconstructionArgs(MeasuringArgs):
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
     fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of the same images")
     no_rfid: bool = flag(False, "PSNR and SSIM only, which need no features")
-    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.DTYPES)
+    dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.FLOATS)
     output_dir: str = flag("output_dir/reconstruction", "folder of results.jsonl")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
@@ -59,7 +59,7 @@ def run(args: ReconstructionArgs) -> int:
         stats = load_fid_stats(args.fid_stats)
         stats.check(features, images.img_size)
 
-    dtype_name = next(name for name, kind in dist.DTYPES.items() if kind == dtype)
+    dtype_name = dist.dtype_name(dtype)
     evaluation = EvalConfig(num_images=count, features=features, eval_split=args.split, fid_stats=args.fid_stats)
     settings = dict(tokenizer=args.tokenizer, data=args.data, img_size=images.img_size, dtype=dtype_name)
     row = reconstruction_row(tokenizer.fingerprint, settings, evaluation, images if stats is None else stats)

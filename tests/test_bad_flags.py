@@ -116,5 +116,11 @@ def test_every_flag_refuses_what_it_cannot_be(program, parsers_made_once, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_int8_is_for_sampling_only():
+    for program in CONFIGS:
+        field, _ = flags_of(program).get("dtype", (None, None))
+        assert field is None or ("int8" in field.metadata["choices"]) == (program is sample), program
+
+
 def test_there_are_many():
     assert NUM_ALONE > 1700

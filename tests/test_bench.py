@@ -22,7 +22,7 @@ def small_products(monkeypatch):
     "seconds, expected",
     [
         (dict(fp32=3.0, bf16=1.0), "bf16"),
-        (dict(fp32=1.1, bf16=1.0, int8=1.0), "fp32"),
+        (dict(fp32=1.4, bf16=1.0, int8=1.0), "fp32"),
         (dict(fp32=2.0, bf16=4.0, int8=1.0), "int8"),
     ],
 )
@@ -31,11 +31,12 @@ def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, seconds, expected):
     assert int8.fast_dtype(torch.device("cpu"), 64) == expected
 
 
-def test_every_dtype_that_is_there_is_timed(monkeypatch):
-    assert set(int8.layer_seconds(8)) == {"fp32", "bf16", "int8"}
-    monkeypatch.setattr(int8, "is_exact", lambda: False)
-    assert all(0 < seconds < 1 for seconds in int8.layer_seconds(8).values())
-    assert set(int8.layer_seconds(8)) == {"fp32", "bf16"}
+@pytest.mark.parametrize("exact", (True, False))
+def test_every_dtype_that_is_there_is_timed(monkeypatch, exact):
+    monkeypatch.setattr(int8, "is_exact", lambda: exact)
+    found = int8.layer_seconds(8)
+    assert set(found) == {"fp32", "bf16", "int8"} - (set() if exact else {"int8"})
+    assert all(0 < seconds < 1 for seconds in found.values())
 
 
 SMALL = ("--preset", "digits", "--batch_size", "2", "--repeats", "1")
@@ -54,6 +55,8 @@ def test_every_lever_has_a_row(capsys):
     first = list(SAMPLING)[0]
     assert rows[first][3] == "1.00"
     for name in (*SAMPLING, *bench_training.TRAINING):
+        if "int8" in name and not int8.is_exact():
+            continue
         found = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(found[0]) > 0
     stubbed = [row for row, rest in rows.items() if rest[-2] == "="]  # they run no transformer
@@ -77,8 +80,9 @@ def test_training_is_timed_in_a_process_of_its_own(monkeypatch):
     assert bench_training.main([*flags, "--dry_run"]) == 0 and {"--batch_size=3", "--repeats=2"} <= set(flags)
 
 
-def test_flops_are_those_of_the_formula():
-    run = Bench(BenchArgs(preset="digits", batch_size=2, num_iter=3, cfg=2.0, device="cpu"))
+@pytest.mark.parametrize("cfg", (1.0, 2.0))
+def test_flops_are_those_of_the_formula(cfg):
+    run = Bench(BenchArgs(preset="digits", batch_size=2, num_iter=3, cfg=cfg, device="cpu"))
     _, steps = run.sample(PUBLISHED)
     found = run.sampling_flops(steps, 1)
     c, size, width = run.config, 2, run.config.encoder_embed_dim
@@ -88,16 +92,16 @@ def test_flops_are_those_of_the_formula():
         return depth * (2 * tokens * 12 * width**2 + 4 * tokens**2 * width)
 
     transformer, known = 0, 0
-    for rows, _ in steps:
+    halves = 2 if cfg > 1 else 1
+    for rows, _, _ in steps:
         seen = c.buffer_size + known
         embed = 2 * known * c.token_dim * width + 2 * seen * width**2  # z_proj, decoder_embed
-        images = (
-            2 * size if known else size + 1
-        )  # without a label one image stands for all, as long as nothing is known
+        # without a label one image stands for all, as long as nothing is known
+        images = size + (halves - 1) * (size if known else 1)
         transformer += images * (blocks(c.encoder_depth, seen) + embed + blocks(c.decoder_depth, slots))
         known += len(rows) // size
     assert known == c.seq_len and found["transformer"] == transformer
-    w, num_rows = c.diffloss_w, 2 * size * c.seq_len
+    w, num_rows = c.diffloss_w, halves * size * c.seq_len
     a_row = 2 * (c.token_dim * w + c.diffloss_d * 5 * w**2 + 2 * w**2 + 2 * w * c.token_dim)
     a_step = 2 * (256 * w + w**2)  # the embedding of the time, one for all rows
     condition = 2 * num_rows * width * w

@@ -17,6 +17,7 @@ from util import dist
 from util.checkpoint import weights_hash
 
 CPU = torch.device("cpu")
+needs_int8 = pytest.mark.skipif(not is_exact(), reason="this processor's 8-bit products are not exact")
 
 
 def layer_of(weight, bias=None):
@@ -31,6 +32,7 @@ def draws(seed):
     return torch.Generator().manual_seed(seed)
 
 
+@needs_int8
 @given(seed=st.integers(0, 2**31), rows=st.integers(0, 3), width=st.integers(2, 70), out=st.integers(1, 70))
 def test_exact_on_integers(seed, rows, width, out):
     """Whole numbers up to 127, with a 127 in each row, are not rounded: then the product is that of the integers."""
@@ -41,6 +43,7 @@ def test_exact_on_integers(seed, rows, width, out):
     assert found.dtype == torch.float32 and torch.equal(found.double(), (x.double() @ w.double().t()).float().double())
 
 
+@needs_int8
 @given(seed=st.integers(0, 2**31), scale=st.floats(1e-3, 1e3), outlier=st.floats(1, 1e4))
 def test_error_is_that_of_the_rounding(seed, scale, outlier):
     """|y' − y| ≤ Σ |w|·s_x/2 + |x|·s_w/2 + s_x·s_w/4, s being a 127th of the row's largest magnitude."""
@@ -52,6 +55,7 @@ def test_error_is_that_of_the_rounding(seed, scale, outlier):
     assert ((found - (x @ w.t() + b)).abs() <= bound * 1.001 + 1e-5).all()
 
 
+@needs_int8
 def test_a_row_depends_on_itself_only():
     """Also across the groups of rows that are computed together, and for any shape of the batch."""
     layer = Int8Linear(nn.Linear(24, 7))
@@ -65,6 +69,7 @@ def test_a_row_depends_on_itself_only():
     assert layer(x[:0]).shape == (0, 7)
 
 
+@needs_int8
 def test_zeros_and_what_is_not_finite():
     layer = Int8Linear(layer_of(torch.ones(3, 4), torch.arange(3.0)))
     x = torch.zeros(3, 4)
@@ -80,6 +85,7 @@ def quantized(mar):
     return mar
 
 
+@needs_int8
 @pytest.mark.parametrize("width", (1, 16))
 def test_the_parameters_stay_the_checkpoints(width):
     """Names, values and their hash are those of the floats; only layers inside blocks are replaced."""
@@ -94,24 +100,28 @@ def test_the_parameters_stay_the_checkpoints(width):
             assert isinstance(module, Int8Linear) == replaced, name
 
 
+@needs_int8
 @pytest.mark.parametrize("refresh_every", (1, 3))
 def test_images_are_near_those_of_float32(refresh_every):
-    """Nearer than the images of another seed by far; and they do not depend on the batch."""
-    mar = tiny_mar()
-    options = dict(num_iter=4, num_steps=4, clip=(-2.0, 2.0), refresh_every=refresh_every)
-    rules, labels = build_rules("baseline", cfg=2.0), torch.tensor([0, 1, -1])
+    """Nearer than the images of another seed by far; and what the batch changes is less than what the rounding does."""
+    mar = tiny_mar(encoder_depth=3, decoder_depth=3, encoder_embed_dim=64, decoder_embed_dim=64, diffloss_w=64)
+    options = dict(num_iter=16, num_steps=12, clip=(-2.0, 2.0), refresh_every=refresh_every)
+    rules, labels = build_rules("baseline", cfg=2.0), torch.arange(12) % 3
 
-    def images(mar, seeds=(1, 2, 3), rows=slice(None)):
+    def images(mar, seeds=range(12), rows=slice(None)):
         return generate(mar, labels[rows], rules, seeds=seeds[rows], **options)
 
-    exact, found, other = images(mar), images(quantized(mar)), images(mar, (4, 5, 6))
-    assert not torch.equal(found, exact)
-    assert (found - exact).abs().mean() < 0.1 * (other - exact).abs().mean()
-    torch.testing.assert_close(images(quantized(mar), rows=slice(1, 2)), found[1:2], rtol=1e-4, atol=1e-5)
+    exact, found, other = images(mar), images(quantized(mar)), images(mar, range(12, 24))
+    parts = torch.cat([images(quantized(mar), rows=slice(i, i + 5)) for i in (0, 5, 10)])
+
+    def distance(a, b):
+        return (a - b).abs().mean()
+
+    assert 0 < distance(found, exact) < 0.1 * distance(other, exact)
+    assert distance(parts, found) < 0.5 * distance(found, exact)
 
 
 def test_a_processor_that_loses_bits_is_refused(monkeypatch):
-    assert is_exact()
     saturated = lambda a, b: (a.int() @ b.int()).clamp(max=2**15)  # noqa: E731
     monkeypatch.setattr(int8.torch, "_int_mm", saturated)
     with pytest.raises(ValueError, match="int8 needs a processor with exact 8-bit products .* valid here: fp32, bf16"):

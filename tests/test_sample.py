@@ -17,7 +17,7 @@ from PIL import Image
 
 import sample
 from engine_mar import sample_images
-from heads.policy import SampleConfig
+from heads.policy import FAST, SampleConfig
 from main_mar import main as train_main
 from models.tokenizers import build_tokenizer
 from tests.helpers import each_rank, tiny_mar
@@ -236,15 +236,26 @@ def test_no_ema_samples_the_raw_weights(checkpoint, tmp_path):
 
 
 def test_int8_is_another_setting_of_the_same_weights(checkpoint, tmp_path, capsys):
-    assert draw(checkpoint, tmp_path / "a") == 0
-    assert draw(checkpoint, tmp_path / "b", "--dtype", "int8") == 0
-    (plain,), (row,) = rows(tmp_path / "a"), rows(tmp_path / "b")
+    assert draw(checkpoint, tmp_path) == 0
+    first = pngs(folder_of(tmp_path))
+    assert draw(checkpoint, tmp_path, "--dtype", "int8") == 0
+    plain, row = rows(tmp_path)
     assert row["weights"] == plain["weights"] and row["settings"] == plain["settings"] | {"dtype": "int8"}
-    first, second = (arrays(folder_of(tmp_path / name))[0].astype(int) for name in "ab")
-    assert not np.array_equal(first, second)
+    assert row["name"] == f"{plain['name']}_int8"
+    assert pngs(folder_of(tmp_path, 0)) == first != pngs(folder_of(tmp_path, 1))
     capsys.readouterr()
-    assert draw(checkpoint, tmp_path / "b", "--dtype", "int8") == 0
-    assert "already in" in capsys.readouterr().out and len(rows(tmp_path / "b")) == 1
+    assert draw(checkpoint, tmp_path, "--dtype", "int8") == 0
+    assert "already in" in capsys.readouterr().out and len(rows(tmp_path)) == 2
+
+
+def test_fast_says_what_it_computes_in(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sample.fast_dtype", lambda device, width: "bf16")
+    for flags, dtype in (((), "bf16"), (("--dtype", "fp32"), "fp32")):
+        assert draw(checkpoint, tmp_path, "--fast", *flags) == 0
+        assert ("--fast computes in bf16 here" in capsys.readouterr().out) == (dtype == "bf16")
+        settings = rows(tmp_path)[-1]["settings"]
+        assert settings["dtype"] == dtype and settings["num_sampling_steps"] == 3  # by hand
+        assert all(settings[name] == FAST[name] for name in ("solver", "refresh_every"))
 
 
 @pytest.mark.parametrize("keep", [0, 0.5])

@@ -59,21 +59,20 @@ class PeakMemory:
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
 
 
-def median_seconds(device: torch.device, run, repeats: int) -> float:
-    """How long run() takes; the first time warms up."""
-    watch, times = Stopwatch(device), []
-    for _ in range(repeats + 1):
-        began = watch.now()
-        run()
-        times.append(watch.now() - began)
-    return statistics.median(times[1:])
+def run_seconds(device: torch.device, run) -> float:
+    """How long run() takes."""
+    watch = Stopwatch(device)
+    began = watch.now()
+    run()
+    return watch.now() - began
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
     """Operations a second in a product of two square matrices, median of 5."""
     a, b = (torch.randint(-9, 10, (size, size), device=device).to(dtype) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
-    return 2 * size**3 / median_seconds(device, lambda: multiply(a, b), 5)
+    times = [run_seconds(device, lambda: multiply(a, b)) for _ in range(6)]
+    return 2 * size**3 / statistics.median(times[1:])  # the first warms up
 
 
 def print_table(title: str, head: list, rows: list[list]) -> None:

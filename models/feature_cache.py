@@ -9,6 +9,8 @@ that are wanted; all others keep the keys and values they had (the token cache o
 which tokens changed is known here, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
+from functools import cache
+
 import torch
 from torch.nn import functional as F
 
@@ -140,9 +142,7 @@ class FeatureCache:
         """
         rows = sequences[:, None]
         for block in blocks:
-            attention = block.attn
-            qkv = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1))
-            query, key, value = qkv.unbind(dim=2)  # each (B', ·, H, D / H)
+            query, key, value = self._call(_before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
                 self.stores[block] = key.new_zeros(2, len(self.known), num_slots, *key.shape[2:])
@@ -152,9 +152,27 @@ class FeatureCache:
                 key, value = (kept[:, sequences] if len(sequences) < kept.shape[1] else kept)[:, :, :-1]
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            x = x + attention.proj(looked.transpose(1, 2).flatten(2))
-            x = x + block.mlp(block.norm2(x))
+            x = self._call(_after_attention, block, x, looked.transpose(1, 2))
         return x
+
+    def _call(self, part, *args):
+        return (_compiled(part) if self.mar.compiled else part)(*args)
+
+
+def _before_attention(block, x):
+    """Queries, keys and values (B', ·, 3, H, D / H) of a block."""
+    return block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+
+
+def _after_attention(block, x, looked):
+    """The rest of a block, from what its attention found (B', ·, H, D / H)."""
+    x = x + block.attn.proj(looked.flatten(2))
+    return x + block.mlp(block.norm2(x))
+
+
+@cache
+def _compiled(part):
+    return torch.compile(part, dynamic=True)
 
 
 def _positions(chosen):

@@ -87,6 +87,8 @@ MAR_CONFIGS = {
 class MAR(nn.Module):
     """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
 
+    compiled = False  # what else has a share in this shall be, too
+
     def __init__(self, config: MARConfig):
         super().__init__()
         self.config = c = config
@@ -204,6 +206,7 @@ class MAR(nn.Module):
         """Compile the transformer's blocks and the diffusion MLP, in place, for batches of any size."""
         for part in (*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net):
             part.compile(dynamic=True)
+        self.compiled = True
 
     def _class_embedding(self, labels, batch_size):
         if labels is None:

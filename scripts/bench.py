@@ -42,7 +42,7 @@ from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 TIMED_STEPS = 5  # of a row with many more diffusion steps
 ROW_SECONDS = 60
 QUICK = dict(batch_size=1, train_batch_size=1, num_iter=8, repeats=1, only="sampling,training")
-PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1)
+PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1, compile=False)
 FEW = dict(solver=FAST["solver"], num_sampling_steps=str(step_range(FAST["num_sampling_steps"])[0]))
 # name: what it changes in the row above; a dtype of None is the one that --fast takes here
 SAMPLING = {
@@ -54,6 +54,7 @@ SAMPLING = {
     f"+ feature cache, a whole pass in {FAST['refresh_every']}": dict(refresh_every=FAST["refresh_every"]),
     "+ the fastest dtype: --fast": dict(dtype=None),
     "--fast, heads in mode both": dict(mode="both"),
+    "--fast, --compile": dict(mode="baseline", compile=True),
 }
 
 
@@ -205,8 +206,11 @@ def sampling(bench: Bench) -> None:
         settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
         if settings["dtype"] == "int8" and not has_int8(bench.device):
             continue
-        passes = (settings["dtype"], settings["mode"], settings["refresh_every"])  # what the transformer depends on
+        passes = tuple(settings[k] for k in ("dtype", "mode", "refresh_every", "compile"))  # of the transformer
         stub = passes in known
+        if settings["compile"]:
+            bench.model(settings["dtype"]).compile_parts()
+            bench.sample(settings)  # compiles
         bench.peak.reset()
         runs, began = [], time.perf_counter()
         while len(runs) < args.repeats and time.perf_counter() - began < ROW_SECONDS:
@@ -228,6 +232,7 @@ def sampling(bench: Bench) -> None:
         share = [f"{peak[k]:.0%}" for k in ("transformer", "diffusion")]
         work = f"{sum(flops.values()) / each / 1e12:.2f}"
         table.append([name, *seconds, f"{totals[0] / totals[-1]:.2f}", work, *share, memory, len(runs)])
+    bench.forget()  # what is compiled
     head = ["", "seconds", "transformer", "diffusion", "faster by", "TFLOPs", "transformer, of peak"]
     head += ["diffusion, of peak", "peak memory, GB", "runs"]
     title = f"Sampling: {args.preset}, {args.num_iter} steps, batch {each}, cfg {args.cfg:g}, seconds an image"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from models import int8
+from models.mar import MAR
 from scripts import bench, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
 from util.timing import PeakMemory, Stopwatch, matmul_rate
@@ -48,7 +49,9 @@ def rows_of(text):
     return {first: rest for first, *rest in cells}
 
 
-def test_every_lever_has_a_row(capsys):
+def test_every_lever_has_a_row(capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(MAR, "compile_parts", lambda mar: compiled.append(mar))  # which takes long, see test_compile.py
     assert main([*SMALL, "--num_iter", "2", "--only", "sampling"]) == 0
     assert bench_training.main([*SMALL]) == 0
     rows = rows_of(capsys.readouterr().out)
@@ -59,6 +62,7 @@ def test_every_lever_has_a_row(capsys):
             continue
         found = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(found[0]) > 0
+    assert len(compiled) == 1
     stubbed = [row for row, rest in rows.items() if rest[-2] == "="]  # they run no transformer
     assert [row.split(",")[0] for row in stubbed][:2] == ["fp32", "+ annealing"]
 

@@ -87,7 +87,7 @@ MAR_CONFIGS = {
 class MAR(nn.Module):
     """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
 
-    compiled = False  # what else has a share in this shall be, too
+    compiled = False  # set by compile_parts; who leads through the blocks otherwise compiles its own steps then
 
     def __init__(self, config: MARConfig):
         super().__init__()

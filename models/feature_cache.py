@@ -29,8 +29,9 @@ class FeatureCache:
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
         self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
         self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise
-        self.z = None  # (2·B, L, D) of the last whole pass
-        self.stores = {}  # block: its keys and values (2, 2·B, S + L + 1, H, D / H)
+        self.room = len(labels)  # R, how many sequences the next two can hold: without guidance B are enough
+        self.z = None  # (R, L, D) of the last whole pass
+        self.stores = {}  # block: its keys and values (2, R, S + L + 1, H, D / H)
         self.passes = 0.0  # sequences that went through the transformer; a partial pass counts by its share of the
         # tokens, one that sequences share for each of them
 
@@ -70,11 +71,20 @@ class FeatureCache:
         images = images[(last < 0) | (step // self.refresh_every > last // self.refresh_every)]
         if len(images):
             sequences = first + images
+            if not labelled and self.room == len(tokens):
+                self._make_room()
             z = self._whole_pass(tokens, unknown, images, sequences, labelled)
             if self.z is None:
-                self.z = z.new_zeros(2 * len(tokens), *z.shape[1:])
+                self.z = z.new_zeros(self.room, *z.shape[1:])
             self.z[send(sequences, z.device)] = z
             self.refreshed[sequences] = step
+
+    def _make_room(self):
+        """For the sequences without label."""
+        self.room *= 2
+        self.z = torch.cat([self.z, torch.zeros_like(self.z)])
+        for block, kept in self.stores.items():
+            self.stores[block] = torch.cat([kept, torch.zeros_like(kept)], dim=1)
 
     def _whole_pass(self, tokens, unknown, images, sequences, labelled):
         """z (B', L, D), or (1, L, D) of images that do not differ, all tokens computed."""
@@ -145,7 +155,7 @@ class FeatureCache:
             query, key, value = self._call(_before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
-                self.stores[block] = key.new_zeros(2, len(self.known), num_slots, *key.shape[2:])
+                self.stores[block] = key.new_zeros(2, self.room, num_slots, *key.shape[2:])
             kept = self.stores[block]
             kept[0][rows, slots], kept[1][rows, slots] = key, value
             if not whole:

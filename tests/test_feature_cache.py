@@ -104,6 +104,16 @@ def test_both_halves_of_a_partial_pass_are_one_batch(deep, monkeypatch):
     assert sizes == [4, 4, 1, 1, 7, 7]  # encoder and decoder: the labels, no label on the empty canvas, all
 
 
+def test_without_guidance_there_is_room_for_the_labels_only(deep):
+    cache, tokens, images = FeatureCache(deep, LABELS, refresh_every=9), torch.zeros(4, LENGTH, 1), torch.arange(4)
+    unknown = torch.ones(4, LENGTH, dtype=torch.bool)
+    rows = unknown.nonzero()
+    for guided, room in (([], 4), (torch.arange(3), 8)):
+        cache.look(0, tokens, unknown, images)
+        cache.at(0, tokens, unknown, rows, guided)
+        assert len(cache.z) == room and {kept.shape[1] for kept in cache.stores.values()} == {room}
+
+
 def test_between_passes_only_new_tokens_matter(deep):
     """A partial pass: what was revealed since moves z, what the kept features stand for does not."""
     tokens = torch.randn(2, LENGTH, 1, generator=torch.Generator().manual_seed(0))

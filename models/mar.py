@@ -203,7 +203,15 @@ class MAR(nn.Module):
         return x[:, c.buffer_size :] + self.diffusion_pos_embed_learned
 
     def compile_parts(self) -> None:
-        """Compile the transformer's blocks and the diffusion MLP, in place, for batches of any size."""
+        """Compile the transformer's blocks and the diffusion MLP, in place, for batches of any size.
+
+        Where nothing can be compiled, as without a C++ compiler on a CPU, that is a ValueError.
+        """
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=self.mask_token.device))
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
         for part in (*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net):
             part.compile(dynamic=True)
         self.compiled = True

@@ -11,6 +11,19 @@ from models.int8 import is_exact, quantize
 from tests.helpers import tiny_mar
 
 
+def test_where_nothing_can_be_compiled_that_is_one_line(monkeypatch):
+    def fails(function):
+        raise RuntimeError("No working C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    mar = tiny_mar()
+    with pytest.raises(
+        ValueError, match=r"--compile does not work here, leave it out: No working C\+\+ compiler found$"
+    ):
+        mar.compile_parts()
+    assert not mar.compiled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("refresh_every", (1, 3))
 @pytest.mark.parametrize("dtype", ("fp32", "int8"))

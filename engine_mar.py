@@ -198,17 +198,17 @@ def sample_images(
 ) -> dict:
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
-    Image i depends on (seed, i), its label, the weights and the settings only (in int8 also, by less than its rounding,
-    on its batch, see models/int8.py); these stand in folder/run.json, and
-    files of another run are removed. A batch whose files are all there and whole is skipped, any other is made again
-    whole. num_traced: the growth of so many images goes to folder/trace.npz (see `util.images.Trace`); where that is
-    missing their batches, which all belong to the first process, are made again. edit, a `util.editing.Edit`: all
-    images are made of its source, whose known tokens (the mean of the tokenizer's posterior) stay as they are, and so
-    do the pixels that belong to them. Returns {weights (their hash), num_made, seconds, images_per_second}, summed over
-    processes, and the network evaluations that an image took on average, counted (see `generate`; None where no image
-    was made): mar_evals, mlp_evals. Of the images made it also counts redone_fp32, those drawn twice (`draw_finite`;
-    a trace shows the first time), not_finite, those in vain, which are black, and one_colour, as a model that has
-    learned little makes them; the last two are named on stderr.
+    Image i depends on (seed, i), its label, the weights and the settings only (in int8, by less than its rounding, on
+    its batch too, see models/int8.py); these stand in folder/run.json, and files of another run are removed. A batch
+    whose files are all there and whole is skipped, any other is made again whole. num_traced: the growth of so many
+    images goes to folder/trace.npz (see `util.images.Trace`); where that is missing their batches, which all belong to
+    the first process, are made again. edit, a `util.editing.Edit`: all images are made of its source, whose known
+    tokens (the mean of the tokenizer's posterior) stay as they are, and so do the pixels that belong to them. Returns
+    {weights (their hash), num_made, seconds, images_per_second}, summed over processes, and the network evaluations
+    that an image took on average, counted (see `generate`; None where no image was made): mar_evals, mlp_evals. Of the
+    images made it also counts redone_fp32, those drawn twice (`draw_finite`; a trace shows the first time), not_finite,
+    those in vain, which are black, and one_colour, as a model that has learned little makes them; the last two are
+    named on stderr.
     """
     rules = sampling.rules(heads)
     run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)

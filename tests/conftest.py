@@ -13,7 +13,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # asserts in these show their values as those in tests do
-pytest.register_assert_rewrite("tests.helpers_generate", "tests.helpers_latents", "tests.helpers_tokenizers")
+pytest.register_assert_rewrite(
+    *(f"tests.helpers_{topic}" for topic in ("generate", "keeping", "latents", "tokenizers"))
+)
 
 import build  # noqa: E402
 from models.diffloss import DiffLoss  # noqa: E402

@@ -67,6 +67,17 @@ def test_every_lever_has_a_row(capsys, monkeypatch):
     assert [row.split(",")[0] for row in stubbed][:2] == ["fp32", "+ annealing"]
 
 
+def test_where_nothing_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):
+    def fails(mar):
+        raise ValueError("--compile does not work here")
+
+    monkeypatch.setattr(MAR, "compile_parts", fails)
+    assert main([*SMALL, "--num_iter", "2", "--only", "sampling"]) == 0
+    out, err = capsys.readouterr()
+    assert "'--fast, --compile': --compile does not work here" in err
+    assert "--fast, --compile" not in out and list(SAMPLING)[0] in out
+
+
 def test_unknown_section(capsys):
     with pytest.raises(ValueError, match="'speed' is not a section; valid: sampling"):
         main(["--only", "speed"])

@@ -11,7 +11,7 @@ import torch
 
 import main_mar
 import sample
-from tests.test_keeping import TRAIN, pictures  # noqa: F401, a fixture
+from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
 from util import dist
 from util.checkpoint import load_checkpoint
 

@@ -1,7 +1,6 @@
 """What must survive a kill, a full disk and a damaged file: checkpoints, their checksums, log.jsonl."""
 
 import errno
-import hashlib
 import json
 import multiprocessing
 import os
@@ -9,20 +8,14 @@ import random
 import resource
 import shutil
 import subprocess
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import build
-import engine_mar
-import main_mar
 from tests.helpers import tiny_mar
+from tests.helpers_keeping import names, sums_are_right
 from util import keeping
-from util.args import run_main
-from util.checkpoint import FILE_NAME, load_checkpoint, read_sums
+from util.checkpoint import FILE_NAME, load_checkpoint
 from util.keeping import keep_best, keep_checkpoint
 from util.run_log import StepLog
 
@@ -37,17 +30,6 @@ def step_of(place):
     loaded = load_checkpoint(place)
     assert loaded["model"]["step"].unique().tolist() == [loaded["step"]]
     return loaded["step"]
-
-
-def names(folder):
-    return sorted(path.name for path in folder.glob("checkpoint-*.pth"))
-
-
-def sums_are_right(folder):
-    """What `sha256sum -c` says, about all checkpoints in the folder."""
-    digests = {name: digest for digest, name in read_sums(folder)}
-    assert len(digests) == len(read_sums(folder)) and sorted(digests) == names(folder)
-    return all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digests[name] for name in digests)
 
 
 # ---------------------------------------------------------------------------------------------- what is kept
@@ -246,141 +228,3 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints_and_their_log(tmp_path):
     keep_checkpoint(tmp_path, content(last + 1), 3)
     keep_best(tmp_path, 0.0, last + 1)
     assert sums_are_right(tmp_path) and not list(tmp_path.glob(".checkpoint-*.tmp"))
-
-
-# ---------------------------------------------------------------------------------------------- training
-
-
-TRAIN = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 4 --buffer_size 2 --proj_dropout 0".split()
-TRAIN += "--diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --batch_size 4 --attn_dropout 0.1 --blr 0.02".split()
-TRAIN += "--num_sampling_steps 2 --num_iter 1 --warmup_epochs 1 --eval_freq 100 --num_workers 0".split()
-TRAIN += "--save_last_freq 1 --device cpu".split()
-STEPS = 3  # an epoch
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, draws = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
-    for name in "ab":
-        (folder / name).mkdir()
-        for i in range(6):
-            Image.fromarray(draws.integers(0, 256, (4, 4, 3), np.uint8)).save(folder / name / f"{i}.png")
-    return folder
-
-
-def command(pictures, folder, *flags):
-    return [
-        *TRAIN,
-        "--data_path",
-        str(pictures),
-        "--output_dir",
-        str(folder),
-        "--resume",
-        str(folder),
-        *map(str, flags),
-    ]
-
-
-class Killed(BaseException):
-    """Nothing catches it."""
-
-
-def test_a_run_on_a_full_disk_that_is_killed_ends_as_if_nothing_had_been(pictures, tmp_path, monkeypatch, capsys):
-    """The save after epoch 1 fails; that after epoch 2 does not; the run dies within epoch 3."""
-    assert main_mar.main(command(pictures, tmp_path / "whole", "--epochs", 4)) == 0
-    write, step = keeping.write_content, engine_mar.optimizer_step
-    bars = []
-
-    def full(path, saved):
-        path.write_bytes(b"half of it")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def killing(state, grad_norm):
-        step(state, grad_norm)
-        monkeypatch.setattr(keeping, "write_content", full if state.step <= STEPS else write)
-        if state.step == 3 * STEPS - 1:
-            raise Killed
-
-    def counted(*args, **kwargs):
-        bars.append(bar(*args, **kwargs))
-        return bars[-1]
-
-    bar = main_mar.tqdm
-    counted.write = bar.write
-    monkeypatch.setattr(main_mar, "tqdm", counted)
-    folder = tmp_path / "parts"
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_mar, "optimizer_step", killing)
-        with pytest.raises(Killed):
-            main_mar.main(command(pictures, folder, "--epochs", 4))
-    said = capsys.readouterr()
-    assert said.out.count("could not be saved") + said.err.count("could not be saved") == 1
-    assert load_checkpoint(folder)["step"] == 2 * STEPS
-    assert len((folder / "log.jsonl").read_text().splitlines()) == 3 * STEPS - 2  # after the checkpoint's
-
-    assert main_mar.main(command(pictures, folder, "--epochs", 4)) == 0
-    assert (folder / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
-    a, b = load_checkpoint(tmp_path / "whole"), load_checkpoint(folder)
-    for key in ("model", "model_ema"):
-        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
-    assert names(folder) == names(tmp_path / "whole") and sums_are_right(folder)
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 4 * STEPS + 1))
-    assert {"loss", "mse", "vb", "lr", "grad_norm"} <= rows[0].keys() and "images_per_second" not in rows[0]
-    assert (bars[-1].n, bars[-1].initial, bars[-1].total) == (4 * STEPS, 2 * STEPS, 4 * STEPS)
-
-    # two epochs of two steps more: the bar counts what was and what will be done
-    assert main_mar.main(command(pictures, folder, "--epochs", 6, "--batch_size", 6)) == 0
-    assert (bars[-1].n, bars[-1].total) == (4 * STEPS + 4, 4 * STEPS + 4)
-    said = capsys.readouterr().out
-    assert "--epochs 4 -> 6" in said and "--batch_size 4 -> 6" in said and "--seed" not in said
-
-    # the last save of a run that cannot be made is an error, of one line
-    with monkeypatch.context() as patch:
-        patch.setattr(keeping, "write_content", full)
-        assert run_main(main_mar.main, command(pictures, folder, "--epochs", 7, "--batch_size", 6)) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(error) == 1 and "No space left" in error[0] and load_checkpoint(folder)["epoch"] == 5
-
-
-def test_the_best_of_a_run_is_by_its_online_fid(pictures, tmp_path, monkeypatch):
-    fids = iter([5.0, 2.0, 3.0])
-    monkeypatch.setattr(main_mar, "evaluate", lambda *_, **__: {"metrics": {"fid": next(fids)}})
-    monkeypatch.setattr(main_mar, "find_reference", lambda *_: None)
-    monkeypatch.setattr(main_mar.EvalConfig, "check", lambda *_: None)
-    flags = ("--online_eval", "--epochs", 3, "--eval_freq", 1, "--features", "digits", "--metrics", "fid")
-    assert main_mar.main(command(pictures, tmp_path, *flags)) == 0
-    assert load_checkpoint(tmp_path / keeping.BEST_NAME)["step"] == 2 * STEPS and sums_are_right(tmp_path)
-
-
-def test_what_would_spoil_a_run_is_refused_unless_allowed(pictures, tmp_path, capsys):
-    assert main_mar.main(command(pictures, tmp_path / "run", "--epochs", 1)) == 0
-    other = tmp_path / "other"
-    shutil.copytree(pictures, other)
-    (other / "b").rename(other / "c")
-    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    capsys.readouterr()
-    flags = ("--epochs", 2)
-    assert run_main(main_mar.main, command(other, tmp_path / "run", *flags)) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "'b', not 'c'" in line and "--allow_mismatch" in line
-    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    assert run_main(main_mar.main, command(other, tmp_path / "run", *flags, "--allow_mismatch")) == 0
-    assert load_checkpoint(tmp_path / "run")["epoch"] == 1
-
-
-@pytest.mark.parametrize(
-    "key, value, shown", [("encoder_num_heads", 8, "encoder_num_heads 8, not 2"), ("attn_dropout", 0.5, None)]
-)
-def test_sizes_that_no_shape_shows_are_compared_too(tmp_path, key, value, shown, capsys):
-    mar, tokenizer = tiny_mar(), build.tokenizer_of({"tokenizer": "pixel", "vae_scale": None, "vae_mean": None}, 1)
-    there = {**build.asdict(mar.config), key: value}
-    saved = {"config": {"mar": there, "latents": tokenizer.describe()}, "args": {"attn_dropout": 0.1, "epochs": 3}}
-    values = dict(resume="RUN", allow_mismatch=False, evaluate=False, attn_dropout=0.2, epochs=3)
-    if shown is None:
-        build.check_resume(values, saved, mar, tokenizer, SimpleNamespace(classes=[]))
-        assert capsys.readouterr().out == "changed since the checkpoint: --attn_dropout 0.1 -> 0.2\n"
-        return
-    with pytest.raises(ValueError, match=shown):
-        build.check_resume(values, saved, mar, tokenizer, SimpleNamespace(classes=[]))
-    build.check_resume({**values, "allow_mismatch": True}, saved, mar, tokenizer, SimpleNamespace(classes=[]))

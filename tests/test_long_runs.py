@@ -17,7 +17,7 @@ from heads.policy import SampleConfig
 from models.tokenizers import build_tokenizer
 from scripts import torture
 from tests.helpers import tiny_mar
-from tests.test_keeping import TRAIN, pictures  # noqa: F401, a fixture
+from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
 from util.args import run_main
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,8 +12,8 @@ from util.dist import is_half
 def draw_finite(draw, num_images: int, dtype) -> tuple[torch.Tensor, list[int], list[int]]:
     """(latents (B, c, h, w), rows drawn twice, rows that are still not finite) of draw(rows, dtype) for all B rows.
 
-    In floats of 16 bits a token may overflow. Its image is then drawn once more in float32, for which draw
-    has to use the same seed. One look at the finished batch tells: nothing waits between the steps.
+    In floats of 16 bits a token may overflow. Its image is then drawn once more in float32, for which draw has to use
+    the same seed. One look at the finished batch tells: nothing waits between the steps.
     """
     latents = draw(range(num_images), dtype)
     bad = _not_finite(latents)

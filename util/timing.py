@@ -3,6 +3,7 @@
 import os
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -67,8 +68,9 @@ def run_seconds(device: torch.device, run) -> float:
     return watch.now() - began
 
 
+@cache
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
-    """Operations a second in a product of two square matrices, median of 5."""
+    """Operations a second in a product of two square matrices, median of 5, measured once in a process."""
     a, b = (torch.randint(-9, 10, (size, size), device=device).to(dtype) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
     times = [run_seconds(device, lambda: multiply(a, b)) for _ in range(6)]

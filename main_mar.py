@@ -15,20 +15,22 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from build import build_data, build_model, check_resume, data_place, find_checkpoint, find_reference, new_state
-from config import CONFIGS, TrainConfig, mar_config, resolve
-from engine_mar import evaluate, sample_images, train_one_epoch
-from heads.policy import SampleConfig, load_heads
-from train_state import TrainState, checkpoint_content, restore, restore_weights
+from engine_mar import evaluate, train_one_epoch
+from heads.policy import load_heads
+from sampling.run import sample_images
+from sampling.settings import SampleConfig
+from training.build import build_data, build_model, check_resume, data_place, find_checkpoint, find_reference, new_state
+from training.config import CONFIGS, TrainConfig, mar_config, resolve
+from training.keeping import forget_best_after, keep_best, keep_checkpoint
+from training.run_log import RunLog
+from training.state import TrainState, checkpoint_content, restore, restore_weights
 from util import dist
 from util.args import check_folder, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path
-from util.data import EpochSampler
-from util.evaluation import EvalConfig, protocol, protocol_line
-from util.images import PNGFolder, save_png
-from util.keeping import forget_best_after, keep_best, keep_checkpoint
-from util.metrics import metrics_line
-from util.run_log import RunLog
+from util.evaluation.metrics import metrics_line
+from util.evaluation.protocol import EvalConfig, protocol, protocol_line
+from util.images.datasets import EpochSampler
+from util.images.pictures import PNGFolder, save_png
 
 
 def measured_how(values: dict, state: TrainState, labels, reference) -> str:

@@ -12,25 +12,28 @@ changing fastest. What results.jsonl has already is skipped.
 
 import itertools
 import json
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
-from engine_mar import evaluate, sample_images
-from heads.policy import FAST, SampleConfig, load_heads
+from engine_mar import evaluate
+from heads.policy import load_heads
 from models.int8 import fast_dtype, quantize
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
+from sampling.editing import read_edit
+from sampling.run import sample_images
+from sampling.settings import FAST, SampleConfig
+from sampling.trace import num_traced
 from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick, run_main
 from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
-from util.editing import read_edit
-from util.evaluation import EvalConfig, build_reference, protocol, protocol_line, reference_hash
-from util.images import PNGFolder, is_whole, num_traced, save_png
-from util.metrics import metrics_line
+from util.evaluation.metrics import metrics_line
+from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
+from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results
+from util.images.pictures import PNGFolder, is_whole, save_png
 from util.rng import seed_of
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
@@ -116,43 +119,6 @@ def stored_evaluation(config: dict, given: dict) -> dict:
     """The evaluation settings in a checkpoint's config, but for its reference where flags name another one."""
     named = given.keys() & {"data_path", "eval_split", "fid_stats"}
     return {k: v for k, v in config["eval"].items() if not named or k not in ("eval_split", "fid_stats")}
-
-
-def git_commit() -> str | None:
-    """The commit of this repository, None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def read_results(path: Path) -> list[dict]:
-    """The dicts in the lines of a results file; a last line cut short by a crash is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return [row for row in rows if isinstance(row, dict)]
-
-
-def is_folder_name(name) -> bool:
-    """Is it the name of a folder inside another one, whoever wrote the file that has it?"""
-    return isinstance(name, str) and name == Path(name).name and name != ".."
-
-
-def find_result(rows: list[dict], wanted: dict) -> dict | None:
-    """The first of the rows that has all that is wanted."""
-    return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
-
-
-def append_result(path: Path, row: dict) -> None:
-    """Add one line; where a crash cut the last one short, after a new line."""
-    text = path.read_text() if path.is_file() else ""
-    with open(path, "a") as file:
-        file.write(("" if not text or text.endswith("\n") else "\n") + json.dumps(row) + "\n")
 
 
 def report(row: dict, folder: Path) -> None:

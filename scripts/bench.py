@@ -27,14 +27,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from config import PRESETS, mar_config, resolve
 from diffusion.schedule import step_range
-from engine_mar import generate
-from heads.policy import FAST, PolicyHeads, build_rules
+from heads.policy import PolicyHeads, build_rules
 from models.diffloss import DiffLoss
-from models.feature_cache import FeatureCache
 from models.int8 import fast_dtype, is_exact, quantize
 from models.mar import MAR
+from models.mar_cache import FeatureCache
+from sampling.loop import generate
+from sampling.settings import FAST
+from training.config import PRESETS, mar_config, resolve
 from util import dist
 from util.args import flag, make_parser, run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table

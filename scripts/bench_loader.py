@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.args import flag, make_parser, run_main
-from util.data import EpochSampler, build_dataset
-from util.latent_files import WRITERS, begin, image_labels, image_names, write_json
-from util.latents import VERSION, open_latents
+from util.images.datasets import EpochSampler, build_dataset
+from util.images.latent_files import WRITERS, begin, image_labels, image_names, write_json
+from util.images.latents import VERSION, open_latents
 
 SHAPE = (32, 16, 16)  # mean and log-variance of KL-16 at 256 pixels
 

@@ -18,14 +18,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from build import new_state
-from config import PRESETS, TrainConfig, mar_config, resolve
 from heads.policy import HEADS
-from heads.training import TrainingLoss
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
-from train_state import TrainState
-from train_step import forward_backward, optimizer_step, prepare
+from training.build import new_state
+from training.config import PRESETS, TrainConfig, mar_config, resolve
+from training.objectives.token import TrainingLoss
+from training.state import TrainState
+from training.step import forward_backward, optimizer_step, prepare
 from util import dist
 from util.args import flag, make_parser, pick, run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
@@ -102,7 +102,7 @@ def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: in
 
 
 def all_rows(draws, encode, device):
-    """In the place of `heads.visiting.Visits`: the published masks, with every token in the diffusion MLP."""
+    """In the place of `Visits`: the published masks, with every token in the diffusion MLP."""
     return draws.with_mask(draws.mask, draws.step, torch.ones_like(draws.mask))
 
 

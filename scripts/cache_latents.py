@@ -5,7 +5,7 @@
     python scripts/cache_latents.py --cached_path DIR --verify
 
 The same command continues an interrupted run and makes damaged files anew. Images that cannot be read are left out;
-index.json names them. The formats are described in util/latents.py.
+index.json names them. The formats are described in util/images/latents.py.
 """
 
 import json
@@ -21,14 +21,14 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from build import build_images, make_tokenizer
-from config import resolve
+from training.build import build_images, make_tokenizer
+from training.config import resolve
 from util import dist
 from util.args import check_folder, defaults, flag, make_parser, run_main
-from util.data import DATASETS
-from util.evaluation import reference_hash
-from util.latent_files import WRITERS, begin, image_labels, image_names, write_json
-from util.latents import VERSION, open_latents
+from util.evaluation.protocol import reference_hash
+from util.images.datasets import DATASETS
+from util.images.latent_files import WRITERS, begin, image_labels, image_names, write_json
+from util.images.latents import VERSION, open_latents
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
-from util.data import ImagesArgs
-from util.features import FEATURES
-from util.fid_stats import compute_fid_stats, save_fid_stats
+from util.evaluation.features import FEATURES
+from util.evaluation.fid_stats import compute_fid_stats, save_fid_stats
+from util.images.datasets import ImagesArgs
 
 
 @dataclass(frozen=True)

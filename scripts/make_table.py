@@ -25,11 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from util.args import OneLineParser, run_main
 from util.checkpoint import atomic_file
+from util.evaluation.tables import (
+    COSTS,
+    METRICS,
+    _is_number,
+    by_protocol,
+    group_seeds,
+    mean_and_spread,
+    order_groups,
+    pick_figures,
+    read_runs,
+    varying,
+)
 
-METRICS = ("fid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
-PROTOCOL = ("kind", "features", "reference")  # figures are comparable where these are the same
-FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
-COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 HEADINGS = {
     "fid": "FID",
     "rfid": "rFID",
@@ -48,111 +56,6 @@ HEADINGS = {
 # of the plot's axes, where the name says too little
 AXES = {"mar_evals": "transformer evaluations an image", "mlp_evals": "diffusion MLP evaluations an image"}
 AXES |= {"num_iter": "autoregressive steps", "num_sampling_steps": "diffusion steps", "images_per_second": "images/s"}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The result lines of a file, one cut short by a crash left out; no file or no line raises ValueError."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    rows = [row for row in rows if isinstance(row, dict) and isinstance(row.get("settings"), dict)]
-    if not rows:
-        raise ValueError(f"{path} holds no results of sample.py")
-    return rows
-
-
-def figures(row: dict) -> dict[str, float]:
-    """All numbers that a line reports; the costs only where images were made for it, not found on disk."""
-    found = {k: v for k, v in row.get("metrics", {}).items() if v is not None}
-    if row.get("num_made", 1):
-        found |= {k: row[k] for k in COSTS if row.get(k) is not None}
-    return found
-
-
-def read_runs(paths: list[Path]) -> list[dict]:
-    """The lines of all files; of several, `run` is the name of the folder, which two with the same raise ValueError."""
-    names = [path.absolute().parent.name for path in paths]
-    rows = []
-    for path, name in zip(paths, names):
-        if names.count(name) > 1:
-            raise ValueError(f"two of the files are in folders named {name!r}: they would be taken for one run")
-        rows += [row | ({"run": name} if len(paths) > 1 else {}) for row in read_lines(path)]
-    return rows
-
-
-def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], int]]:
-    """(settings without the seed, {figure: one value a repeat}, number of repeats) for each setting.
-
-    Kind, reference, and run or else weights count as settings. Of two lines with the same seed (and, in a run, the same
-    checkpoint) the later counts.
-    """
-    groups = {}
-    for row in rows:
-        settings = {k: v for k, v in row["settings"].items() if k != "seed"}
-        settings |= {k: row.get(k) for k in ("run" if "run" in row else "weights", "reference")}
-        settings["kind"] = row.get("kind", "generation")
-        _, repeats = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}))
-        trained = row.get("checkpoint", row.get("weights"))  # whose file may have been trained on since
-        repeats[row["settings"].get("seed"), trained if "run" in row else None] = figures(row)
-    result = []
-    for settings, repeats in groups.values():
-        names = dict.fromkeys(name for found in repeats.values() for name in found)
-        values = {name: [found[name] for found in repeats.values() if name in found] for name in names}
-        result.append((settings, values, len(repeats)))
-    return result
-
-
-def by_protocol(groups) -> dict[str, list]:
-    """The groups whose figures may be compared, under a heading that says what they have in common."""
-    parts = {}
-    for group in groups:
-        kind, features, reference = (group[0].get(k) for k in PROTOCOL)
-        heading = f"{kind}, features {features}, reference {reference}"
-        parts.setdefault(heading, []).append(group)
-    return parts
-
-
-def varying(groups) -> list[str]:
-    """The settings that are not the same in all groups, the best known ones first."""
-    there = {name for settings, *_ in groups for name in settings}
-    names = [*(n for n in FIRST if n in there), *sorted(there - set(FIRST))]
-    return [n for n in names if len({json.dumps(settings.get(n)) for settings, *_ in groups}) > 1]
-
-
-def order_groups(groups, columns):
-    """Sorted by the columns: numbers by size, anything else in the order of first appearance."""
-    seen = {c: list(dict.fromkeys(json.dumps(settings.get(c)) for settings, *_ in groups)) for c in columns}
-
-    def key(group):
-        values = [(c, group[0].get(c)) for c in columns]
-        return [(0, v) if _is_number(v) else (1, seen[c].index(json.dumps(v))) for c, v in values]
-
-    return sorted(groups, key=key)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation (n − 1), None for a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def pick_figures(groups, wanted: str | None) -> list[str]:
-    """The figures to show: those asked for, else the usual ones there are; one that is nowhere raises ValueError."""
-    there = dict.fromkeys(name for _, values, _ in groups for name in values)
-    metrics = [m for m in METRICS if m in there] if wanted is None else wanted.split(",")
-    for name in metrics:
-        if name not in there:
-            valid = ", ".join(n for n in there if n not in COSTS) or "none"
-            raise ValueError(f"unknown metric {name!r}; these results have: {valid}")
-    return [*metrics, *(c for c in COSTS if c in there and c not in metrics)]
 
 
 def decimals(numbers: list[float]) -> int:

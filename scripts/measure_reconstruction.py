@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from torch.utils.data import Subset
 
 from models.tokenizers.measuring import MeasuringArgs
-from sample import append_result, find_result, git_commit, read_results
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
-from util.data import labels_of
-from util.evaluation import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.features import FEATURES
-from util.fid_stats import load_fid_stats
-from util.metrics import metrics_line
-from util.reconstruction import score_reconstructions
+from util.evaluation.features import FEATURES
+from util.evaluation.fid_stats import load_fid_stats
+from util.evaluation.metrics import metrics_line
+from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
+from util.evaluation.reconstruction import score_reconstructions
+from util.evaluation.results import append_result, find_result, git_commit, read_results
+from util.images.datasets import labels_of
 
 
 @dataclass(frozen=True)

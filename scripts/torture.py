@@ -140,8 +140,7 @@ def prepare(names, args: TortureArgs, work: Path) -> None:
     torch.set_num_threads(1)
     from torch.utils import tensorboard  # noqa: F401
 
-    import main_mar  # noqa: F401
-    import sample  # noqa: F401
+    import engine_mar  # noqa: F401
 
     if {"sample", "sweep"} & set(names):
         brief = TortureArgs(epochs=1)

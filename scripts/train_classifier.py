@@ -1,7 +1,7 @@
 """Train a small classifier whose features stand in for Inception's on small images: digits, or CIFAR-10.
 
-    python scripts/train_classifier.py                                            # writes util/digits_classifier.npz
-    python scripts/train_classifier.py --classifier cifar10 --data_path DIR       # writes util/cifar10_classifier.npz
+    python scripts/train_classifier.py                                            # writes util/evaluation/digits_classifier.npz
+    python scripts/train_classifier.py --classifier cifar10 --data_path DIR       # writes util/evaluation/cifar10_classifier.npz
 
 DIR has torchvision's CIFAR-10, or train/<class>/* as an image folder. It first trains without a fifth (digits) or a
 tenth (CIFAR-10) of the images and prints the accuracy on these, then (digits) trains the network that is kept on all of
@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from util.args import check_folder, flag, make_parser, run_main
 from util.checkpoint import atomic_file
-from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier
-from util.data import build_dataset
+from util.evaluation.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier
+from util.images.datasets import build_dataset
 
 
 class Recipe(NamedTuple):

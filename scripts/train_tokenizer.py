@@ -30,19 +30,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from models.tokenizers import build_tokenizer
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from models.tokenizers.measuring import measure_latents
-from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, start_codebook
-from sample import append_result, find_result, git_commit, read_results
+from training.autoencoders import KINDS, centre_latents, make_autoencoder, start_codebook
+from training.optim import lr_at
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
-from util.data import EpochSampler, ImagesArgs, in_memory, labels_of
-from util.evaluation import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.features import FEATURES, build_extractor
-from util.images import make_grid, save_png, to_uint8
-from util.metrics import metrics_line
-from util.optim import lr_at
-from util.perceptual import PERCEPTUAL, build_perceptual
-from util.reconstruction import score_reconstructions
+from util.evaluation.features import FEATURES, build_extractor
+from util.evaluation.metrics import metrics_line
+from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
+from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
+from util.evaluation.reconstruction import score_reconstructions
+from util.evaluation.results import append_result, find_result, git_commit, read_results
+from util.images.datasets import EpochSampler, ImagesArgs, in_memory, labels_of
+from util.images.pictures import make_grid, save_png, to_uint8
 from util.rng import generator, seed_of
 
 SAVE_EVERY = 500  # steps, besides the end of each epoch

@@ -17,7 +17,6 @@ pytest.register_assert_rewrite(
     *(f"tests.helpers_{topic}" for topic in ("generate", "keeping", "latents", "tokenizers"))
 )
 
-import build  # noqa: E402
 from models.diffloss import DiffLoss  # noqa: E402
 from models.tokenizers import build_tokenizer, ldm  # noqa: E402
 from scripts import make_fid_stats  # noqa: E402
@@ -26,7 +25,8 @@ from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
 from tests.helpers_generate import SIDE  # noqa: E402
 from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
 from tests.helpers_tokenizers import TINY  # noqa: E402
-from util.data import build_dataset  # noqa: E402
+from training import build  # noqa: E402
+from util.images.datasets import build_dataset  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 import main_mar
-from build import new_state
-from config import CONFIGS, TrainConfig, mar_config, resolve
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
-from train_state import checkpoint_content
+from training.build import new_state
+from training.config import CONFIGS, TrainConfig, mar_config, resolve
+from training.state import checkpoint_content
 from util import dist
 from util.args import pick
 from util.checkpoint import save_checkpoint

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import torch
 
-from engine_mar import generate
 from heads.policy import build_rules
-from heads.rules import StepState
+from heads.step import StepState
+from sampling.loop import generate
 
 SIDE, STEPS, BATCH = 3, 5, 3
 LENGTH = SIDE**2

@@ -3,7 +3,7 @@
 import torch
 
 from heads.policy import PolicyHeads
-from heads.rules import StepState
+from heads.step import StepState
 
 SCOPES = ("global", "token")
 

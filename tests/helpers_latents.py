@@ -8,10 +8,10 @@ from PIL import Image
 
 import engine_mar
 import main_mar
-from models.tokenizers.latent import Tokenizer
+from models.tokenizers.continuous import Tokenizer
 from scripts import cache_latents
 from util.args import run_main
-from util.latent_files import WRITERS
+from util.images.latent_files import WRITERS
 
 FORMATS = list(WRITERS)
 # the same name in several classes, in a folder of a class, with two endings; names that are no ASCII

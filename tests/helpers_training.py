@@ -2,7 +2,7 @@
 
 import torch
 
-from models.masking import training_draws
+from training.objectives.draws import training_draws
 
 LENGTH, CHANNELS, REPEATS = 16, 2, 3
 

@@ -9,30 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("util", "diffusion", "models", "heads", "scripts", "tests")
+PACKAGES = ("util", "diffusion", "models", "heads", "sampling", "training", "scripts", "tests")
 FILES = sorted([*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))])
 SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] != "tests"]
 
-# part of the repository -> the parts it may import besides itself, as DESIGN.md section 1 has it
-FOUNDATION = {"util", "diffusion", "models", "heads"}
-PROGRAM = {"build", "config", "engine_mar", "train_state", "train_step", "main_mar", "sample"}
-MAY_IMPORT = {
-    "util": set(),
-    "diffusion": {"util"},
-    "models": {"diffusion", "util"},
-    "heads": {"diffusion", "util"},
-    "config": FOUNDATION,
-    "train_state": FOUNDATION,
-    "train_step": FOUNDATION | {"train_state"},
-    "engine_mar": FOUNDATION | {"train_state", "train_step"},
-    "build": FOUNDATION | {"config", "train_state"},
-    "main_mar": FOUNDATION | {"build", "config", "engine_mar", "train_state"},
-    "sample": FOUNDATION | {"config", "engine_mar"},
-    "scripts": FOUNDATION | {"build", "config", "engine_mar", "train_state", "train_step", "main_mar", "sample"},
-    "tests": FOUNDATION
-    | {"build", "config", "engine_mar", "train_state", "train_step", "main_mar", "sample", "scripts"},
-}
+# The rooms of the house from the ground up: each may import those below it, but for what NOT_FROM says.
+ROOMS = ["util", "diffusion", "models", "heads", "sampling", "training", "engine_mar", "main_mar", "sample"]
+ROOMS += ["scripts", "tests"]
+PROGRAMS = {"main_mar", "sample", "scripts"}  # no program imports a program
+NOT_FROM = {"heads": {"models"}} | {room: PROGRAMS for room in PROGRAMS}
 FOR_TYPES_ONLY = {"heads": {"models"}}
+MAY_IMPORT = {room: set(ROOMS[:i]) - NOT_FROM.get(room, set()) for i, room in enumerate(ROOMS)}
+GROUND = ("util/images/", "util/evaluation/")  # stand on the files of util, which do not know them
 LAZY = {"diffusers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "torch_fidelity": "torch-fidelity"}
 
@@ -91,21 +79,43 @@ def test_every_part_has_its_place():
     assert {part_of(path) for path in FILES} <= MAY_IMPORT.keys()
     hidden = {"output_dir", "build", "dist", "node_modules"}
     folders = {p.parent.relative_to(ROOT).parts[0] for p in ROOT.glob("[!.]*/*.py")} - hidden
-    assert folders <= set(PACKAGES)
-    assert {"util", "diffusion", "models", "heads", "main_mar", "sample"} <= {part_of(path) for path in FILES}
+    assert folders == set(PACKAGES)
+    assert {path.stem for path in ROOT.glob("*.py")} == {"engine_mar", "main_mar", "sample"}
 
 
 def test_imports_point_upwards():
     wrong = []
     for path in FILES:
         part = part_of(path)
-        allowed = MAY_IMPORT[part] | {part} - {"scripts"}  # not even a script imports a script
+        allowed = MAY_IMPORT[part] | {part} - {"scripts"}  # no script imports a script either
         for name, for_types, _ in imports(path):
             target = name.split(".")[0]
             more = FOR_TYPES_ONLY.get(part, set()) if for_types else set()
             if target in MAY_IMPORT and target not in allowed | more:
                 wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong
+
+
+def test_the_ground_of_util_knows_nothing_that_stands_on_it():
+    files = [path for path in FILES if path.relative_to(ROOT).parent == Path("util")]
+    assert len(files) >= 5
+    above = tuple(room.strip("/").replace("/", ".") for room in GROUND)
+    assert not [(path.name, name) for path in files for name, *_ in imports(path) if name.startswith(above)]
+
+
+CHAINS = [
+    ("main_mar.py", "import sample"),
+    ("sample.py", "from main_mar import run"),
+    ("scripts/x.py", "import sample"),
+]
+
+
+@pytest.mark.parametrize("program, source", [*CHAINS, ("scripts/x.py", "from scripts import bench")])
+def test_a_program_that_imports_a_program_is_seen(monkeypatch, program, source):
+    monkeypatch.setattr(sys.modules[__name__], "tree_of", lambda path: ast.parse(source))
+    monkeypatch.setattr(sys.modules[__name__], "FILES", [ROOT / program])
+    with pytest.raises(AssertionError):
+        test_imports_point_upwards()
 
 
 def test_the_reader_of_imports_sees_all_kinds(monkeypatch):
@@ -169,10 +179,10 @@ def test_files_are_short_enough_to_read():
     assert not {path: length for path, length in lengths.items() if length > 380}
 
 
-PROGRAMS = [*sorted((ROOT / "scripts").glob("*.py")), ROOT / "main_mar.py", ROOT / "sample.py"]
+PROGRAM_FILES = [*sorted((ROOT / "scripts").glob("*.py")), ROOT / "main_mar.py", ROOT / "sample.py"]
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PROGRAM_FILES, ids=lambda path: path.name)
 def test_programs_can_be_called_in_process(path):
     """`main(argv=None) -> int`, run only when the file is the program."""
     body = tree_of(path).body

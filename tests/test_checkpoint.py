@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from heads.training import TrainingLoss
 from tests.helpers import Malicious, tiny_mar
 from tests.helpers_training import CHANNELS, batch, draws
+from training.objectives.token import TrainingLoss
+from training.optim import EMA, make_optimizer
 from util.checkpoint import FILE_NAME, load_checkpoint, load_weights, save_checkpoint, weights_hash
-from util.optim import EMA, make_optimizer
 
 
 @pytest.fixture

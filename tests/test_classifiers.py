@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from scripts import train_classifier
-from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
+from util.evaluation.classifiers import (
+    CIFAR10_WEIGHTS,
+    DIGITS_WEIGHTS,
+    Cifar10Classifier,
+    DigitClassifier,
+    load_classifier,
+)
 
 
 def test_committed_classifier():

@@ -5,9 +5,9 @@ from copy import deepcopy
 import pytest
 import torch
 
-from engine_mar import generate
 from heads.policy import build_rules
 from models.int8 import is_exact, quantize
+from sampling.loop import generate
 from tests.helpers import tiny_mar
 
 

@@ -1,4 +1,4 @@
-"""Datasets and image reading of util/data.py (its epoch sampler: test_sampler.py)."""
+"""Datasets and image reading of util/images/datasets.py (its epoch sampler: test_sampler.py)."""
 
 import multiprocessing.reduction
 import pickle
@@ -15,7 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from util.data import DATASETS, build_dataset, center_crop, read_rgb
+from util.images.datasets import DATASETS, build_dataset, center_crop, read_rgb
 
 RNG = np.random.default_rng(0)
 

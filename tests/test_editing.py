@@ -7,18 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-import engine_mar
 import sample
-from engine_mar import sample_images
-from heads.policy import PolicyHeads, SampleConfig
+from heads.policy import PolicyHeads
 from models.tokenizers import build_tokenizer
+from sampling import run
+from sampling.editing import Edit, read_edit
+from sampling.run import sample_images
+from sampling.settings import SampleConfig
 from scripts import plot_trace
 from tests.helpers import named_weights, tiny_mar
 from tests.helpers_tokenizers import TINY
 from tests.test_cli import files, refused
 from tests.test_sample import draw, folder_of, pngs, rows, train_tiny
-from util.editing import Edit, read_edit
-from util.images import read_png
+from util.images.pictures import read_png
 from util.rng import generator
 
 CPU = dict(device=torch.device("cpu"), dtype=torch.float32)
@@ -78,7 +79,7 @@ def test_known_tokens_and_their_pixels_are_untouched(name, mode, tmp_path, monke
     unknown = torch.rand(mar.config.grid, mar.config.grid, generator=generator(1)).numpy() < 0.5
     edit = Edit(photo(tokenizer.image_channels), unknown)
     made = []
-    monkeypatch.setattr(engine_mar, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[-1])
+    monkeypatch.setattr(run, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[-1])
     sampling = SampleConfig(infer_mode=mode, cfg=2.0, num_iter=6, num_sampling_steps=2)
     sample_images(
         mar, tokenizer, sampling, [0, 1, 2, -1, 0], 7, tmp_path / "out", batch_size=3, heads=heads, edit=edit, **CPU
@@ -95,12 +96,12 @@ def test_known_tokens_and_their_pixels_are_untouched(name, mode, tmp_path, monke
     kept = np.broadcast_to(~edit.pixels, edit.source.shape)
     assert kept.mean() == pytest.approx((~unknown).mean()) and 0.3 < kept.mean() < 0.7
     assert (images[:, kept] == edit.source[kept]).all()
-    decoded = engine_mar.to_uint8(tokenizer.decode(latents))
+    decoded = run.to_uint8(tokenizer.decode(latents))
     assert (images[:, ~kept] == decoded[:, ~kept]).all()
     assert (decoded[:, kept] == edit.source[kept]).all() == (name != "kl")  # which is why they are pasted back
 
 
-generate = engine_mar.generate
+generate = run.generate
 
 
 def test_a_token_is_unknown_if_any_of_its_pixels_is_to_be_generated(tmp_path):
@@ -225,7 +226,7 @@ BAD = [
 def test_what_cannot_be_edited_is_one_line_before_anything_happens(
     flags, shown, checkpoint, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("engine_mar.generate", lambda *a, **k: pytest.fail("sampling had started"))
+    monkeypatch.setattr("sampling.run.generate", lambda *a, **k: pytest.fail("sampling had started"))
     arrays = dict(image=photo(), mask=lower_half(), wide=np.full((8, 9), 200, np.uint8), black=np.full((8, 8), 127))
     places = {name: save(tmp_path / f"{name}.png", array.astype(np.uint8)) for name, array in arrays.items()}
     (tmp_path / "text.png").write_text("this is no picture")

@@ -14,10 +14,10 @@ from tests.helpers import image_folder
 from tests.test_cli import ROOT, commands_in, refused, shell_lines
 from tests.test_sample import SMALL, draw, folder_of, rows, train_tiny
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.data import build_dataset
-from util.evaluation import EvalConfig, build_reference, class_balance, protocol, protocol_line, reference_hash
-from util.fid_stats import FIDStats, load_fid_stats, save_fid_stats
-from util.images import PNGFolder, save_png
+from util.evaluation.fid_stats import FIDStats, load_fid_stats, save_fid_stats
+from util.evaluation.protocol import EvalConfig, build_reference, class_balance, protocol, protocol_line, reference_hash
+from util.images.datasets import build_dataset
+from util.images.pictures import PNGFolder, save_png
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_the_split_is_the_reference(tmp_path, capsys):
 def test_bad_references_are_one_line_before_anything_is_sampled(
     flags, shown, checkpoint, stats_file, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("engine_mar.generate", lambda *a, **k: pytest.fail("sampling had started"))
+    monkeypatch.setattr("sampling.run.generate", lambda *a, **k: pytest.fail("sampling had started"))
     places = {"tmp": tmp_path, "text": tmp_path / "text", "stats": stats_file}
     places["text"].write_text("hello")
     for name, d, img_size in (("wide", 2048, None), ("large", 64, 16)):

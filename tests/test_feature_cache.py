@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine_mar import generate
+from heads.orders import ORDERS
 from heads.policy import build_rules
-from heads.rules import ORDERS
-from models.feature_cache import FeatureCache
+from models.mar_cache import FeatureCache
+from sampling.loop import generate
 from tests.helpers import tiny_mar
 
 SIDE, LENGTH, CLIP = 4, 16, (-2.0, 2.0)

@@ -9,10 +9,17 @@ import torch
 import torchvision
 
 from tests.helpers import Malicious
-from util import features
-from util.evaluation import EvalConfig
-from util.features import FEATURES, RGBImages, build_extractor, check_features, feature_batches, plain_tensors
-from util.metrics import compute_metrics, possible_metrics
+from util.evaluation import features
+from util.evaluation.features import (
+    FEATURES,
+    RGBImages,
+    build_extractor,
+    check_features,
+    feature_batches,
+    plain_tensors,
+)
+from util.evaluation.metrics import compute_metrics, possible_metrics
+from util.evaluation.protocol import EvalConfig
 
 
 def hankel(shape, mean=0.0) -> torch.Tensor:

@@ -8,10 +8,10 @@ import torch
 
 from scripts import make_fid_stats
 from tests.helpers import Malicious, image_folder
-from util.data import build_dataset
-from util.features import RGBImages, feature_batches
-from util.fid_stats import FIDStats, Moments, compute_fid_stats, load_fid_stats, save_fid_stats
-from util.metrics import compute_metrics, gaussian_statistics
+from util.evaluation.features import RGBImages, feature_batches
+from util.evaluation.fid_stats import FIDStats, Moments, compute_fid_stats, load_fid_stats, save_fid_stats
+from util.evaluation.metrics import compute_metrics, gaussian_statistics
+from util.images.datasets import build_dataset
 
 
 @pytest.mark.parametrize("sizes", [[40], [1, 39], [7, 7, 7, 19]])

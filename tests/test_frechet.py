@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from util.metrics import frechet_distance, gaussian_statistics
+from util.evaluation.metrics import frechet_distance, gaussian_statistics
 
 
 def covariance(rng, d, rank=None):

@@ -6,8 +6,9 @@ from itertools import product
 import pytest
 import torch
 
-from engine_mar import generate
-from heads.rules import CFGS, GROUPS, ORDERS, TAUS
+from heads.orders import ORDERS
+from heads.schedules import CFGS, GROUPS, TAUS
+from sampling.loop import generate
 from tests.helpers import randn, tiny_mar
 from tests.helpers_generate import (
     BATCH,

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from heads.training import TrainingLoss
 from models.mar import MAR, MARConfig
-from models.masking import training_draws
 from tests.helpers import TINY, named_weights
-from util.optim import EMA, make_optimizer
+from training.objectives.draws import training_draws
+from training.objectives.token import TrainingLoss
+from training.optim import EMA, make_optimizer
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden_loss.json"
 

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-import engine_mar
 import sample
-from engine_mar import generate, sample_images
-from heads.policy import INFER_MODES, PolicyHeads, SampleConfig, build_rules
+from heads.policy import INFER_MODES, PolicyHeads, build_rules
 from models.tokenizers import build_tokenizer
+from sampling.guards import draw_finite, is_plain
+from sampling.loop import generate
+from sampling.run import sample_images
+from sampling.settings import SampleConfig
 from tests.helpers import named_weights, tiny_mar, untrained
-from util.guards import draw_finite, is_plain
-from util.images import read_png
+from util.images.pictures import read_png
+from util.rng import image_seeds
 
 CPU = torch.device("cpu")
 
@@ -34,8 +36,8 @@ def draw(folder, monkeypatch, dtype=torch.bfloat16, explodes=(), in_float32=(), 
                 latents[row] = -1
         return latents
 
-    (first,) = engine_mar.image_seeds(5, [0])
-    monkeypatch.setattr(engine_mar, "generate", exploding)
+    (first,) = image_seeds(5, [0])
+    monkeypatch.setattr("sampling.run.generate", exploding)
     sampling = SampleConfig(num_iter=3, num_sampling_steps=2, cfg=2.0)
     labels = [i % 3 for i in range(7)]
     parts = tiny_mar(), build_tokenizer("pixel", channels=1), sampling, labels, 5, folder
@@ -126,7 +128,7 @@ def test_one_pixel_is_not_of_one_colour():
 
 
 def test_the_result_line_has_the_counts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine_mar, "is_plain", lambda image: True)
+    monkeypatch.setattr("sampling.run.is_plain", lambda image: True)
     flags = "--num_images 4 --metrics none --num_sampling_steps 2 --device cpu --dtype bf16".split()
     argv = ["--checkpoint", str(untrained(tmp_path / "in")), "--output_dir", str(tmp_path / "out"), *flags]
     assert sample.main(argv) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from heads.rules import CFGS, RuleOptions
+from heads.schedules import CFGS, RuleOptions
 from tests.helpers_generate import BATCH, LABELS, LENGTH, SEEDS, STEPS, ragged_rules, rules_of, run, state
 
 # ------------------------------------------------------------------------------------------------------------ schedules

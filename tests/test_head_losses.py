@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from heads.losses import HeadLossConfig, budget_loss, comparable, guidance_loss
 from heads.policy import PolicyHeads, build_rules
-from heads.rules import CFGS, GROUPS, RuleOptions
-from heads.training import TrainingLoss, base_group, training_state
-from models.masking import training_draws
+from heads.schedules import CFGS, GROUPS, RuleOptions
 from tests.helpers import tiny_mar
 from tests.helpers_heads import SCOPES, state_of, trained
+from training.objectives.draws import training_draws
+from training.objectives.head_losses import HeadLossConfig, budget_loss, comparable, guidance_loss
+from training.objectives.token import TrainingLoss, base_group, training_state
 
 # ---------------------------------------------------------------------------------------------------------- losses
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.helpers import Malicious, images_of
-from util.features import check_features
-from util.metrics import compute_metrics, frechet_distance, gaussian_statistics
+from util.evaluation.features import check_features
+from util.evaluation.metrics import compute_metrics, frechet_distance, gaussian_statistics
 
 
 @pytest.fixture(scope="module")

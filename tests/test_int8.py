@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from engine_mar import generate
 from heads.policy import build_rules
 from models import int8
 from models.int8 import ROWS, Int8Linear, is_exact, quantize
+from sampling.loop import generate
 from tests.helpers import tiny_mar
 from util import dist
 from util.checkpoint import weights_hash

@@ -11,12 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import build
 import engine_mar
 import main_mar
 from tests.helpers import tiny_mar
 from tests.helpers_keeping import names, sums_are_right
-from util import keeping
+from training import build, keeping
 from util.args import run_main
 from util.checkpoint import load_checkpoint
 

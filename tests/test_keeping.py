@@ -14,10 +14,10 @@ import torch
 
 from tests.helpers import tiny_mar
 from tests.helpers_keeping import names, sums_are_right
-from util import keeping
+from training import keeping
+from training.keeping import keep_best, keep_checkpoint
+from training.run_log import StepLog
 from util.checkpoint import FILE_NAME, load_checkpoint
-from util.keeping import keep_best, keep_checkpoint
-from util.run_log import StepLog
 
 WEIGHTS = tiny_mar().state_dict()
 

@@ -12,9 +12,9 @@ from PIL import Image
 import main_mar
 from scripts import bench_loader, cache_latents
 from tests.helpers_latents import FORMATS, NAMES, NUM, SMALL, TRAIN, TinyKL, cache, content, losses, refused
-from util.data import MemoryDataset, build_dataset
-from util.latent_files import image_names
-from util.latents import npz_path, open_latents
+from util.images.datasets import MemoryDataset, build_dataset
+from util.images.latent_files import image_names
+from util.images.latents import npz_path, open_latents
 
 # ------------------------------------------------------------------------------------------------------ what is on disk
 

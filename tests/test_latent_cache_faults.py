@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-import build
 import main_mar
 from scripts import cache_latents
 from tests.helpers_latents import CACHE, FORMATS, NAMES, NUM, SMALL, TRAIN, TinyKL, cache, content, refused, write_image
-from util import dist, latent_files
+from training import build
+from util import dist
 from util.args import run_main
-from util.latents import open_latents
+from util.images import latent_files
+from util.images.latents import open_latents
 
 
 @pytest.mark.parametrize("format", FORMATS)

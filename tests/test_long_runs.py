@@ -12,9 +12,9 @@ import torch
 
 import engine_mar
 import main_mar
-from engine_mar import sample_images
-from heads.policy import SampleConfig
 from models.tokenizers import build_tokenizer
+from sampling.run import sample_images
+from sampling.settings import SampleConfig
 from scripts import torture
 from tests.helpers import tiny_mar
 from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
@@ -67,7 +67,7 @@ def test_500_sampling_batches_stay_in_their_memory(tmp_path, monkeypatch):
             measured.append(usage())
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(engine_mar, "generate", measuring)
+    monkeypatch.setattr("sampling.run.generate", measuring)
     options = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32)
     sampling = SampleConfig(cfg=2.0, num_iter=3, num_sampling_steps=2)
     sample_images(mar, tokenizer, sampling, [i % 3 for i in range(2000)], 0, tmp_path, **options)

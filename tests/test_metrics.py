@@ -7,9 +7,9 @@ from sklearn.datasets import load_digits
 from torch.utils.data import Dataset, TensorDataset
 
 from tests.helpers import images_of
-from util import metrics
-from util.classifiers import load_classifier
-from util.metrics import compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
+from util.evaluation import metrics
+from util.evaluation.classifiers import load_classifier
+from util.evaluation.metrics import compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
 
 
 @pytest.fixture(scope="module")

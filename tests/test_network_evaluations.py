@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine_mar import generate, sample_images
-from heads.policy import PolicyHeads, SampleConfig, build_rules
+from heads.policy import PolicyHeads, build_rules
 from models.tokenizers import build_tokenizer
+from sampling.loop import generate
+from sampling.run import sample_images
+from sampling.settings import SampleConfig
 from tests.helpers import named_weights, tiny_mar
 
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 import main_mar
 import sample
+from sampling.editing import read_edit
 from scripts import cache_latents, make_fid_stats
 from tests.test_cli import TINY, files, refused
 from util.checkpoint import load_checkpoint
-from util.data import build_dataset
-from util.editing import read_edit
-from util.fid_stats import load_fid_stats
-from util.latents import open_latents
+from util.evaluation.fid_stats import load_fid_stats
+from util.images.datasets import build_dataset
+from util.images.latents import open_latents
 
 LONG = "長" * 83 + "xy"  # 251 bytes; with .png a name as long as may be
 CLASSES = ["Été ☀ 'quoted' $HOME", "x" * 255, "line\nbreak", "-rf", "%s{}", os.fsdecode(b"not utf-8 \xff")]

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.helpers import tiny_mar
 from tests.helpers_training import CHANNELS
-from util.optim import EMA, lr_at, make_optimizer
+from training.optim import EMA, lr_at, make_optimizer
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from engine_mar import generate
-from heads.rules import ORDERS, hard_topk
+from heads.orders import ORDERS
+from heads.rules import hard_topk
+from sampling.loop import generate
 from tests.helpers_generate import BATCH, LENGTH, Stop, recorded, rules_of, state
 
 # -------------------------------------------------------------------------------------------------------- order rules

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from diffusion.schedule import cosine_schedule
-from engine_mar import generate
 from heads.policy import build_rules
 from models.mar import MAR, MAR_CONFIGS, MARConfig
+from sampling.loop import generate
 from tests.helpers import named_weights
 
 FIXTURES = Path(__file__).parent / "fixtures"

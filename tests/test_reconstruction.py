@@ -14,12 +14,12 @@ from tests.helpers import image_folder
 from tests.helpers_tokenizers import TINY
 from tests.test_cli import refused
 from tests.test_sample import rows
-from util.data import build_dataset
-from util.evaluation import class_balance
-from util.features import RGBImages, feature_batches
-from util.fid_stats import compute_fid_stats
-from util.metrics import compute_metrics, frechet_distance, gaussian_statistics
-from util.reconstruction import PSNR_MAX, psnr, score_reconstructions, ssim
+from util.evaluation.features import RGBImages, feature_batches
+from util.evaluation.fid_stats import compute_fid_stats
+from util.evaluation.metrics import compute_metrics, frechet_distance, gaussian_statistics
+from util.evaluation.protocol import class_balance
+from util.evaluation.reconstruction import PSNR_MAX, psnr, score_reconstructions, ssim
+from util.images.datasets import build_dataset
 
 
 def noise(*shape, seed=0):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from heads.orders import ORDERS
 from heads.policy import INFER_MODES, build_rules
-from heads.rules import CFGS, GROUPS, ORDERS, TAUS, RuleOptions, StepState
+from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
+from heads.step import StepState
 from tests.helpers_generate import rules_of, run, state
 
 # ------------------------------------------------------------------------------------------------------ group rules

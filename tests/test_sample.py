@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 import sample
-from engine_mar import sample_images
-from heads.policy import FAST, SampleConfig
 from main_mar import main as train_main
 from models.tokenizers import build_tokenizer
+from sampling.run import sample_images
+from sampling.settings import FAST, SampleConfig
 from tests.helpers import each_rank, tiny_mar
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -123,7 +123,7 @@ def test_all_classes_in_turn_by_default(checkpoint, tmp_path):
 
 
 def test_no_metrics_need_neither_images_nor_a_reference(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("util.evaluation.build_dataset", lambda *a, **k: pytest.fail("the reference was read"))
+    monkeypatch.setattr("util.evaluation.protocol.build_dataset", lambda *a, **k: pytest.fail("the reference was read"))
     assert draw(checkpoint, tmp_path, "--num_images", 1) == 0
     (row,) = rows(tmp_path)
     assert row["metrics"] == {} and row["reference"] is None and len(pngs(folder_of(tmp_path))) == 1

@@ -1,10 +1,10 @@
-"""The epoch sampler of util/data.py: one permutation an epoch, shared between processes, resumed inside."""
+"""The epoch sampler of util/images/datasets.py: one permutation an epoch, shared between processes, resumed inside."""
 
 import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from util.data import EpochSampler, build_dataset
+from util.images.datasets import EpochSampler, build_dataset
 
 
 def batches(n, batch_size, seed=0, epoch=0, start_batch=0, **kwargs):

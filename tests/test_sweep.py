@@ -9,7 +9,8 @@ import pytest
 import main_mar
 import sample
 from diffusion.solvers import SOLVERS
-from heads.policy import PolicyHeads, SampleConfig
+from heads.policy import PolicyHeads
+from sampling.settings import SampleConfig
 from tests.helpers import named_weights
 from tests.test_cli import refused
 from tests.test_sample import draw, pngs, rows, train_tiny
@@ -97,7 +98,7 @@ def test_modes_are_swept_with_the_heads_of_the_checkpoint(checkpoint, tmp_path):
     ],
 )
 def test_all_of_a_grid_is_checked_before_any_is_sampled(flags, shown, checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("engine_mar.generate", lambda *a, **k: pytest.fail("sampling had started"))
+    monkeypatch.setattr("sampling.run.generate", lambda *a, **k: pytest.fail("sampling had started"))
     base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
     assert shown in refused(sample.main, [*base, *SMALL, *flags.split()], capsys)
     assert not (tmp_path / "out").exists()

@@ -5,14 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
-from engine_mar import sample_images
-from heads.policy import PolicyHeads, SampleConfig
+from heads.policy import PolicyHeads
 from models.tokenizers import build_tokenizer
+from sampling.run import sample_images
+from sampling.settings import SampleConfig
+from sampling.trace import num_traced
 from scripts import plot_trace
 from tests.helpers import each_rank, named_weights, tiny_mar
 from tests.test_cli import refused
 from tests.test_sample import draw, folder_of, pngs, rows, train_tiny
-from util.images import num_traced, read_png
+from util.images.pictures import read_png
 
 GREY = 128
 N, K = 5, 4  # images traced, out of 11 in batches of 3; steps

@@ -14,11 +14,11 @@ from sklearn.datasets import load_digits
 
 import engine_mar
 import main_mar
-from heads.training import TrainingLoss
 from main_mar import main
+from training.objectives.token import TrainingLoss
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.images import read_png
+from util.images.pictures import read_png
 
 # a small model on a folder of small pictures, four steps an epoch
 SMALL = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 8 --buffer_size 2 --attn_dropout 0".split()

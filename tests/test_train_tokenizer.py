@@ -11,13 +11,13 @@ from PIL import Image
 
 import main_mar
 from models.tokenizers import build_tokenizer
-from models.tokenizers.training import KINDS, centre_latents, make_autoencoder, start_codebook
 from scripts import train_tokenizer
+from training.autoencoders import KINDS, centre_latents, make_autoencoder, start_codebook
 from util.args import run_main
 from util.checkpoint import FILE_NAME, read_file, save_checkpoint
-from util.data import MemoryDataset, build_dataset, in_memory
-from util.images import save_png
-from util.perceptual import Perceptual, build_perceptual
+from util.evaluation.perceptual import Perceptual, build_perceptual
+from util.images.datasets import MemoryDataset, build_dataset, in_memory
+from util.images.pictures import save_png
 
 # one epoch is three steps
 TINY = "--data digits --stride 2 --latent_channels 3 --width 4 --codebook_size 16 --batch_size 500 --num_eval 20"
@@ -247,7 +247,7 @@ def test_images_in_memory_are_those_of_the_folder(tmp_path, monkeypatch):
     for one, other in zip(folder, held, strict=True):
         assert torch.equal(one[0], other[0]) and one[1:] == other[1:]
     assert in_memory(held) is held
-    monkeypatch.setattr("util.data.MEMORY_LIMIT", 5 * 3 * 64 - 1)
+    monkeypatch.setattr("util.images.datasets.MEMORY_LIMIT", 5 * 3 * 64 - 1)
     assert in_memory(folder) is folder
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest, chi2, truncnorm
 
 from diffusion.schedule import NUM_TRAIN_STEPS
-from models.masking import mask_ratio
 from tests.helpers_training import CHANNELS, LENGTH, REPEATS, draws
+from training.objectives.draws import mask_ratio
 from util.rng import image_seeds, seed_of
 
 

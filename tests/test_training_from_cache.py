@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 import engine_mar
 import main_mar
 from tests.helpers_latents import SMALL, TRAIN, TinyKL, cache, losses, refused
-from util.fid_stats import FIDStats, save_fid_stats
-from util.latents import open_latents
+from util.evaluation.fid_stats import FIDStats, save_fid_stats
+from util.images.latents import open_latents
 
 
 @pytest.mark.parametrize("tokenizer, format", [("pixel", "npz"), ("tiny:0", "packed")])
@@ -33,7 +33,7 @@ def test_training_on_a_cache_equals_training_on_the_images(pictures, tmp_path, m
 
 def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, tiny_kl):
     """The noise of the posterior comes from a seed for each image: another seed, other tokens; not the batch."""
-    from train_state import TrainState
+    from training.state import TrainState
 
     latents = open_latents(cache(pictures, tmp_path / "c", "--tokenizer", "tiny:0"))
     batch, _, _ = next(iter(DataLoader(latents, batch_size=4)))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from heads.training import TrainingLoss
 from tests.helpers import tiny_mar
 from tests.helpers_training import CHANNELS, LENGTH, REPEATS, batch, draws
+from training.objectives.token import TrainingLoss
 
 
 @pytest.fixture

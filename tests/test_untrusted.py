@@ -19,10 +19,10 @@ from tests.helpers import Malicious, untrained
 from tests.test_architecture import ROOT, SOURCES, tree_of
 from tests.test_cli import TINY, files, refused
 from util.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
-from util.classifiers import DIGITS_WEIGHTS, load_classifier
-from util.data import build_dataset
-from util.features import check_features
-from util.images import is_readable
+from util.evaluation.classifiers import DIGITS_WEIGHTS, load_classifier
+from util.evaluation.features import check_features
+from util.images.datasets import build_dataset
+from util.images.pictures import is_readable
 
 
 def objects(victim) -> np.ndarray:

@@ -6,15 +6,17 @@ import math
 import pytest
 import torch
 
-import train_step
-from config import resolve, visits
-from heads.losses import HeadLossConfig
+from heads.orders import ORDERS
 from heads.policy import PolicyHeads, build_rules
-from heads.rules import GROUPS, ORDERS, StepState
-from heads.training import TrainingLoss
-from heads.visiting import MaskConfig, Visits
-from models.masking import training_draws
+from heads.schedules import GROUPS
+from heads.step import StepState
 from tests.helpers import tiny_mar
+from training import step as step_module
+from training.config import resolve, visits
+from training.objectives.draws import training_draws
+from training.objectives.head_losses import HeadLossConfig
+from training.objectives.token import TrainingLoss
+from training.objectives.visiting import MaskConfig, Visits
 
 LENGTH = 64
 
@@ -225,9 +227,9 @@ def test_the_empty_canvas_is_scored_once_a_class(monkeypatch, labels):
     expected = mar.encode_decode(tokens, mask, labels)
     encode_decode, sizes = mar.encode_decode, []
     monkeypatch.setattr(mar, "encode_decode", lambda *args: sizes.append(len(args[0])) or encode_decode(*args))
-    torch.testing.assert_close(train_step._score(mar, tokens, mask, labels, [0] * 7), expected)
+    torch.testing.assert_close(step_module._score(mar, tokens, mask, labels, [0] * 7), expected)
     mask[:, 0] = False
     torch.testing.assert_close(
-        train_step._score(mar, tokens, mask, labels, [1] * 7), encode_decode(tokens, mask, labels)
+        step_module._score(mar, tokens, mask, labels, [1] * 7), encode_decode(tokens, mask, labels)
     )
     assert sizes == [len(labels.unique()), 7]

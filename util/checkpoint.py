@@ -4,7 +4,7 @@
     heads, heads_ema, config, rng, step                  ours; a published file has none of them
 
 Files are read with weights_only=True, so nothing in them is executed, and written to a temporary name first. Those that
-`util.keeping` writes are listed in `checkpoints.sha256` beside them.
+`training.keeping` writes are listed in `checkpoints.sha256` beside them.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Tokenizers: images in [−1, 1] to normalised latents and back. A new one is one file and one row of TOKENIZERS.
 
-A tokenizer owns everything about its latents and has (`models.tokenizers.latent.Tokenizer` says more)
+A tokenizer owns everything about its latents and has (`models.tokenizers.continuous.Tokenizer` says more)
 
     encode(images (B, image_channels, H, W), sample=True, generator=None) -> (raw − mean)·scale, (B, channels, h, w)
     decode(latents (B, channels, h, w)) -> images
@@ -11,7 +11,7 @@ A tokenizer owns everything about its latents and has (`models.tokenizers.latent
 from functools import partial
 
 from models.tokenizers.autoencoder import load_diffusers
-from models.tokenizers.latent import Tokenizer
+from models.tokenizers.continuous import Tokenizer
 from models.tokenizers.ldm import LDM, load_ldm
 from models.tokenizers.pixel import PixelTokenizer
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.tokenizers.latent import Tokenizer
+from models.tokenizers.continuous import Tokenizer
 
 # class in diffusers -> which of its settings has one entry a level (each level but the first halves the image), and
 # the image's channels; does an image have a posterior; does decoding draw noise?

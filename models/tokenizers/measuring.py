@@ -10,7 +10,7 @@ from tqdm import tqdm
 from models.tokenizers import Tokenizer, tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
 from util.args import flag
-from util.data import ImagesArgs
+from util.images.datasets import ImagesArgs
 from util.rng import generator, seed_of
 
 

@@ -1,6 +1,6 @@
 """The identity as a tokenizer: for images so small that their pixels can be the latents."""
 
-from models.tokenizers.latent import Tokenizer
+from models.tokenizers.continuous import Tokenizer
 
 
 class PixelTokenizer(Tokenizer):

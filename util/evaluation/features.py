@@ -21,7 +21,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
+from util.evaluation.classifiers import (
+    CIFAR10_WEIGHTS,
+    DIGITS_WEIGHTS,
+    Cifar10Classifier,
+    DigitClassifier,
+    load_classifier,
+)
 
 DINOV2_MODEL = "vit_small_patch14_dinov2"
 # of OpenAI's ViT-B/32, the one whose features are called "clip" here
@@ -120,7 +126,7 @@ def _dinov2():
 
 
 def _classifier(net_class, path: Path):
-    """The extractor of a classifier of util/classifiers.py: its layers "features" and "logits"."""
+    """The extractor of a classifier of util/evaluation/classifiers.py: its layers "features" and "logits"."""
     from torch_fidelity import FeatureExtractorBase
 
     class Classifier(FeatureExtractorBase):

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from util.args import flag
-from util.data import build_dataset
-from util.features import FEATURES, check_features
-from util.fid_stats import FIDStats, load_fid_stats
-from util.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
+from util.evaluation.features import FEATURES, check_features
+from util.evaluation.fid_stats import FIDStats, load_fid_stats
+from util.evaluation.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
+from util.images.datasets import build_dataset
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def build_reference(config: EvalConfig, name: str, data_path, img_size: int):
 def score(images, labels, reference, config: EvalConfig, device) -> dict[str, float]:
     """The figures that config names for images (a Dataset of uint8 (C, H, W)) against a data set or FIDStats.
 
-    With the digit features and reference images also those of `util.metrics.digit_metrics`.
+    With the digit features and reference images also those of `util.evaluation.metrics.digit_metrics`.
     """
     if not config.metric_names:
         return {}

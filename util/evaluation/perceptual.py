@@ -11,8 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from util.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier, load_classifier
-from util.features import plain_tensors
+from util.evaluation.classifiers import (
+    CIFAR10_WEIGHTS,
+    DIGITS_WEIGHTS,
+    Cifar10Classifier,
+    DigitClassifier,
+    load_classifier,
+)
+from util.evaluation.features import plain_tensors
 
 
 def _vgg16(path) -> nn.Sequential:

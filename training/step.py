@@ -5,8 +5,8 @@ import math
 import torch
 from torch import nn
 
-from models.masking import training_draws
-from train_state import TrainState
+from training.objectives.draws import training_draws
+from training.state import TrainState
 from util import dist
 from util.dist import autocast, send
 from util.rng import seed_of

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass, fields, replace
 
-from heads.losses import HeadLossConfig
-from heads.policy import SCOPES, PolicyHeads, SampleConfig
-from heads.rules import RuleOptions
-from heads.visiting import MaskConfig, Visits
+from heads.policy import SCOPES, PolicyHeads
+from heads.schedules import RuleOptions
 from models.mar import MAR_CONFIGS, MARConfig
 from models.tokenizers.ldm import KL16_PATH
+from sampling.settings import SampleConfig
+from training.objectives.head_losses import HeadLossConfig
+from training.objectives.visiting import MaskConfig, Visits
 from util import dist
 from util.args import defaults, flag, parse_range, pick
-from util.data import DATASETS
-from util.evaluation import EvalConfig
+from util.evaluation.protocol import EvalConfig
+from util.images.datasets import DATASETS
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from util.checkpoint import atomic_file
-from util.features import FEATURES, RGBImages, feature_batches
+from util.evaluation.features import FEATURES, RGBImages, feature_batches
 
 
 class Moments:

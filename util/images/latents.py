@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.data import FolderDataset, ImageDataset
+from util.images.datasets import FolderDataset, ImageDataset
 
 VERSION = 1
 AGAIN = "run scripts/cache_latents.py again to make it anew"

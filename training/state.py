@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import nn
 
-from heads.policy import PolicyHeads, SampleConfig
-from heads.visiting import Visits
+from heads.policy import PolicyHeads
 from models.mar import MAR
+from sampling.settings import SampleConfig
+from training.objectives.visiting import Visits
+from training.optim import EMA
 from util import dist
 from util.args import defaults
 from util.checkpoint import load_weights
-from util.evaluation import EvalConfig
-from util.optim import EMA
+from util.evaluation.protocol import EvalConfig
 from util.rng import generator
 
 
@@ -52,7 +53,7 @@ class TrainState:
 
     @torch.no_grad()
     def tokens(self, batch: torch.Tensor, flip: torch.Tensor | None, seeds: list[int]) -> torch.Tensor:
-        """Tokens (b, L, C) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.latents`.
+        """Tokens (b, L, C) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.images.latents`.
 
         flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of
         image i comes from seeds[i] alone.

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 
-from util.features import FEATURES, RGBImages, check_features, feature_batches
-from util.fid_stats import FIDStats, Moments
+from util.evaluation.features import FEATURES, RGBImages, check_features, feature_batches
+from util.evaluation.fid_stats import FIDStats, Moments
 
 # metric -> (images needed of each kind, is it computed from the reference's images?, {our name of the figure:
 #            torch-fidelity's}); FID needs no more than their statistics, IS nothing
@@ -172,7 +172,7 @@ def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
 
 
 def metrics_line(d) -> str:
-    """One line for people from the figures of this module and of util.reconstruction, those that are in `d`."""
+    """One line for people from the figures of this module and of `reconstruction`, those that are in `d`."""
     parts = {
         "rfid": "rFID {rfid:.3f}",
         "psnr": "PSNR {psnr:.2f} dB",

@@ -1,4 +1,4 @@
-"""Writing latents to disk, in either format of util/latents.py, so that an interrupted run can go on.
+"""Writing latents to disk, in either format of util/images/latents.py, so that an interrupted run can go on.
 
 The images are cut into units, runs of images that are written whole; what a unit holds does not depend on who writes
 the others, or when.
@@ -15,8 +15,8 @@ import numpy as np
 
 from util import dist
 from util.checkpoint import atomic_file
-from util.data import FolderDataset, ImageDataset
-from util.latents import SETTINGS, checksum, npz_path, open_shard, read_json, read_npz, shard_path
+from util.images.datasets import FolderDataset, ImageDataset
+from util.images.latents import SETTINGS, checksum, npz_path, open_shard, read_json, read_npz, shard_path
 
 
 def image_names(dataset: ImageDataset) -> list[str]:

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.dist import autocast
-from util.features import build_extractor
-from util.fid_stats import FIDStats, Moments
-from util.metrics import frechet_distance
+from util.evaluation.features import build_extractor
+from util.evaluation.fid_stats import FIDStats, Moments
+from util.evaluation.metrics import frechet_distance
 
 PSNR_MAX = 100.0  # dB of an image without any error, whose PSNR is infinite
 
@@ -62,7 +62,7 @@ def score_reconstructions(
     """{rfid, psnr, ssim} of a tokenizer on a Dataset of (uint8 (C, H, W), ...), n >= 2 images, in one pass.
 
     rfid is against the same images, or against stats where they are given. Latents are the means of their
-    distributions (sample=False). weights: as in `util.features.check_features`. features None: no rfid. Unsuitable
+    distributions (sample=False). weights: as in `features.check_features`. features None: no rfid. Unsuitable
     images, features, weights and statistics raise ValueError.
     """
     device, extractor = torch.device(device), None

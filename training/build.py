@@ -4,21 +4,21 @@ from dataclasses import asdict, replace
 
 import torch
 
-from config import mar_config, visits
-from heads.losses import HeadLossConfig
-from heads.rules import RuleOptions
-from heads.training import TrainingLoss
+from heads.schedules import RuleOptions
 from models.loading import check_latents
 from models.mar import MAR, MARConfig
 from models.tokenizers import tokenizer_of
-from train_state import TrainState
+from training.config import mar_config, visits
+from training.objectives.head_losses import HeadLossConfig
+from training.objectives.token import TrainingLoss
+from training.optim import EMA, make_optimizer
+from training.state import TrainState
 from util import dist
 from util.args import pick
 from util.checkpoint import checkpoint_path, load_checkpoint
-from util.data import build_dataset
-from util.evaluation import EvalConfig, build_reference
-from util.latents import open_latents
-from util.optim import EMA, make_optimizer
+from util.evaluation.protocol import EvalConfig, build_reference
+from util.images.datasets import build_dataset
+from util.images.latents import open_latents
 
 # fields of MARConfig that may change within a run
 FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "num_sampling_steps"}

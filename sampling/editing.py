@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.data import read_rgb
-from util.images import GREY, make_grid
+from sampling.trace import GREY
+from util.images.datasets import read_rgb
+from util.images.pictures import make_grid
 
 MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
 WHITE = 128  # grey levels from here on are to be generated

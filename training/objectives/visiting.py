@@ -1,7 +1,7 @@
 """Training masks that a schedule visits: the visible sets that rules, hand-made or learned, make (DESIGN.md section 4).
 
 Legend: b images, L tokens an image, K = num_iter of an image. `mask` (b, L) bool is True where a token is masked.
-draws is a models.masking.TrainingDraws made for every token.
+draws is a training.objectives.draws.TrainingDraws made for every token.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 
 from heads.policy import PolicyHeads, build_rules
 from heads.rules import hard_topk, whole_group
-from heads.training import needs_every_loss, training_state
+from training.objectives.token import needs_every_loss, training_state
 from util.args import flag
 
 MASKS = ("random", "visited", "policy", "mix")

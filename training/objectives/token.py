@@ -1,7 +1,8 @@
 """One training step's forward pass: the diffusion loss and, with learned heads, theirs (DESIGN.md section 4).
 
 Legend: B images, L tokens an image, N token rows in all, m noise levels each, C channels, D width of z, n tokens
-unknown now, K = num_iter. `mask` (B, L) bool is True where a token is masked. draws is a models.masking.TrainingDraws.
+unknown now, K = num_iter. `mask` (B, L) bool is True where a token is masked. draws is a
+`training.objectives.draws.TrainingDraws`.
 """
 
 import functools
@@ -11,9 +12,17 @@ from torch import nn
 
 from diffusion import gaussian
 from diffusion.schedule import cosine_schedule
-from heads.losses import HeadLossConfig, budget_loss, comparable, guidance_loss, order_and_size_losses
 from heads.policy import PolicyHeads, base_scores
-from heads.rules import CFGS, GROUPS, RuleOptions, StepState, whole_group
+from heads.rules import whole_group
+from heads.schedules import CFGS, GROUPS, RuleOptions
+from heads.step import StepState
+from training.objectives.head_losses import (
+    HeadLossConfig,
+    budget_loss,
+    comparable,
+    guidance_loss,
+    order_and_size_losses,
+)
 
 
 def training_state(draws, z=None, mask=None) -> StepState:

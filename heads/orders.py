@@ -1,0 +1,84 @@
+"""Hand-made orders: which tokens come next. A new one is one function and one row of ORDERS.
+
+Legend: B images, L tokens an image. An order is a function of the `StepState` that gives scores (B, L), highest first,
+in float32 on the device of the mask.
+"""
+
+import functools
+import math
+
+import torch
+
+from heads.step import StepState
+
+
+def random_order(state: StepState) -> torch.Tensor:
+    """The image's own Gumbel draws: a uniformly random order."""
+    return state.gumbel
+
+
+def raster_order(state: StepState) -> torch.Tensor:
+    """Row by row."""
+    positions = torch.arange(state.mask.shape[1], device=state.mask.device)
+    return (-positions.float()).expand(state.mask.shape)
+
+
+def halton_order(state: StepState) -> torch.Tensor:
+    """Cells in the order in which the Halton sequence (2, 3) first falls into them."""
+    return (
+        _halton_scores(math.isqrt(state.mask.shape[1]))
+        .to(state.mask.device, non_blocking=True)
+        .expand(state.mask.shape)
+    )
+
+
+def center_order(state: StepState) -> torch.Tensor:
+    """From the centre outwards; cells at equal distance in the image's random order."""
+    side = math.isqrt(state.mask.shape[1])
+    offset = torch.arange(side) - (side - 1) / 2
+    distance = (offset[:, None] ** 2 + offset[None, :] ** 2).flatten()
+    return _by_level(state, distance.unique(return_inverse=True)[1])
+
+
+def multiscale_order(state: StepState) -> torch.Tensor:
+    """A coarse grid first, then again and again the points midway; within one grid in the image's random order."""
+    side = math.isqrt(state.mask.shape[1])
+    num_levels = max(side - 1, 1).bit_length()
+    level = torch.full((side, side), num_levels)
+    for i in reversed(range(num_levels)):
+        stride = 2 ** (num_levels - i)
+        level[::stride, ::stride] = i
+    return _by_level(state, level.flatten())
+
+
+def _by_level(state, level):
+    """Scores (B, L) that rank by level (L,), lowest first, and by the Gumbel draws within a level."""
+    rank = state.gumbel.argsort(dim=1).argsort(dim=1).float()  # 0…L−1: exact in float32, unlike a sum with the draws
+    return rank - level.to(rank.device, non_blocking=True).float() * level.numel()
+
+
+@functools.lru_cache(maxsize=16)
+def _halton_scores(side: int) -> torch.Tensor:
+    rank, i = {}, 0
+    while len(rank) < side * side:
+        i += 1
+        cell = _radical_inverse(i, 2, side) * side + _radical_inverse(i, 3, side)
+        rank.setdefault(cell, len(rank))
+    return torch.tensor([-float(rank[cell]) for cell in range(side * side)])
+
+
+def _radical_inverse(i: int, base: int, side: int) -> int:
+    """Which of `side` cells of [0, 1) the radical inverse of i lies in; in whole numbers, for points on a border."""
+    numerator, denominator = 0, 1
+    while i:
+        numerator, denominator, i = numerator * base + i % base, denominator * base, i // base
+    return numerator * side // denominator
+
+
+ORDERS = {
+    "random": random_order,
+    "raster": raster_order,
+    "halton": halton_order,
+    "center": center_order,
+    "multiscale": multiscale_order,
+}

@@ -1,0 +1,134 @@
+"""Hand-made schedules: how many tokens, at which temperature, under which guidance, in how many diffusion steps.
+
+Legend: B images, M tokens unknown at the start (L, fewer when editing), n tokens unknown now, K = num_iter,
+u = (step + 1) / K. A new schedule is one function and one row of GROUPS, TAUS, CFGS or DIFFUSION_STEPS. Everything is
+float32 on the device of the mask, and learned rules start from these same functions.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from heads.orders import ORDERS
+from heads.step import StepState
+from util.args import flag, parse_range
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """The numbers that rules read. In training each image has its own guidance scale: then cfg is (B, 1)."""
+
+    cfg: float = flag(1.0, "guidance scale w; 1.0 = off", low=0)
+    temperature: float = flag(1.0, "noise temperature tau", low=0)
+    temperature_end: float = flag(1.0, "tau at the last step of the linear tau schedule", low=0)
+    group_a: float = flag(1.0, "curvature of the exp group schedule")
+    group_p: float = flag(2.0, "exponent of the power group schedule", low=1e-6)
+    cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
+    order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
+    order_base: str = flag("random", "hand-made order that the learned one moves")
+    cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
+
+    def __post_init__(self):
+        _ = self.interval  # a wrong text is an error now, not at the first step
+        if self.order_base not in ORDERS:
+            raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
+        for name in ("cfg", "temperature", "temperature_end", "order_noise"):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {value}")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """cfg_interval as two numbers."""
+        return parse_range("cfg_interval", self.cfg_interval, float, low=0, high=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- group
+
+
+def _group(share_left):
+    """A group rule from the share of M that should be unknown after the step: u, options -> [0, 1]."""
+
+    def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
+        n = state.num_unknown
+        # the floor is taken in float64, as published; MPS has none
+        wide = torch.float32 if n.device.type == "mps" else torch.float64
+        share = state.per_image(lambda u: share_left(u, options)).to(wide).to(n.device, non_blocking=True)
+        wanted = torch.floor(state.num_start.to(wide) * share).float()
+        # max(1, min(n − 1, ·)) as published; where one token is left that is no progress, so it is taken
+        after = torch.minimum(wanted, n - 1).clamp(min=1)
+        return torch.where(n > 1, n - after, n)
+
+    return rule
+
+
+def _exp_share(u: float, options: RuleOptions) -> float:
+    a = options.group_a
+    if a > 0:  # the same fraction without the large exponentials
+        return 1 - math.exp(a * (u - 1)) * math.expm1(-a * u) / math.expm1(-a)
+    return 1 - (math.expm1(a * u) / math.expm1(a) if a else u)  # a = 0 is the limit, the constant schedule
+
+
+# ----------------------------------------------------------------------------------------------------- tau and cfg
+
+
+def _known_share(state, unknown_after):
+    """v = (M − m') / M (B, 1), where m' is what is unknown after the step but at least 1, as published counts it."""
+    m = state.num_start
+    return ((m - unknown_after.clamp(min=1)) / m).unsqueeze(1)
+
+
+def linear_cfg(state, unknown_after, options):
+    """1 + (w − 1)·v: guidance grows with the share of known tokens."""
+    return 1 + (options.cfg - 1) * _known_share(state, unknown_after)
+
+
+def power_cosine_cfg(state, unknown_after, options):
+    """1 + (w − 1)·(1 − cos(π·v^p)) / 2 with p = cfg_power."""
+    v = _known_share(state, unknown_after)
+    return 1 + (options.cfg - 1) * (1 - torch.cos(math.pi * v**options.cfg_power)) / 2
+
+
+def interval_cfg(state, unknown_after, options):
+    """w where lo <= v <= hi, else 1."""
+    v = _known_share(state, unknown_after)
+    low, high = options.interval
+    return torch.where((v >= low) & (v <= high), options.cfg, 1.0)
+
+
+GROUPS = {
+    "cosine": _group(lambda u, options: math.cos(math.pi / 2 * u)),
+    "constant": _group(lambda u, options: 1 - u),
+    "exp": _group(_exp_share),
+    "power": _group(lambda u, options: 1 - u**options.group_p),
+}
+TAUS = {
+    "constant": lambda state, options: options.temperature,
+    "linear": lambda state, options: (
+        state.per_image(lambda u: options.temperature + (options.temperature_end - options.temperature) * u)
+        .float()
+        .unsqueeze(1)
+    ),
+}
+CFGS = {
+    "constant": lambda state, unknown_after, options: options.cfg,
+    "linear": linear_cfg,
+    "power_cosine": power_cosine_cfg,
+    "interval": interval_cfg,
+}
+# T from 0, where the least is known and tokens vary most, to 1, the last step (DiSA, arXiv 2505.20297)
+DIFFUSION_STEPS = {
+    "constant": lambda share, first, last: first,
+    "linear": lambda share, first, last: round(first + (last - first) * share),
+}
+
+
+def annealed_steps(state: StepState) -> int:
+    """Diffusion steps T of this step, by the row of DIFFUSION_STEPS that was asked for: 100 constant, 50:5 linear.
+
+    A function of step and num_iter alone: images share one T, whose value must not depend on which share the batch.
+    """
+    first, last = state.num_steps
+    share = state.step / max(state.num_iter - 1, 1)
+    return DIFFUSION_STEPS["constant" if first == last else "linear"](share, first, last)

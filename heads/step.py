@@ -1,0 +1,47 @@
+"""What a rule sees of a step, and what the rules decide.
+
+Legend: B images, L tokens an image, M tokens unknown at the start (L, fewer when editing), n tokens unknown now,
+K = num_iter, u = (step + 1) / K. `mask` (B, L) bool is True where a token is unknown.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class StepState:
+    """What a rule may look at. In training each image has its own step and num_iter: then they are (B,) on the CPU."""
+
+    step: int | torch.Tensor
+    num_iter: int | torch.Tensor
+    mask: torch.Tensor  # (B, L) bool
+    num_unknown: torch.Tensor  # (B,) float32, n
+    num_start: torch.Tensor  # (B,) float32, M
+    gumbel: torch.Tensor  # (B, L), one draw for each token, fixed for the image
+    z: torch.Tensor  # (B, L, D), conditional decoder output
+    images: torch.Tensor  # (B,) long, where these images stand in the batch given to generate()
+    num_steps: tuple[int, int] = (100, 100)  # diffusion steps asked for at the first and at the last step
+
+    def per_image(self, function) -> torch.Tensor:
+        """function(u) of the progress u = (step + 1) / num_iter as float64 (B,) on the CPU, for a Python function."""
+        steps, totals = torch.as_tensor(self.step).tolist(), torch.as_tensor(self.num_iter).tolist()
+        if not isinstance(steps, list):
+            return torch.full(self.num_unknown.shape, function((steps + 1) / totals), dtype=torch.float64)
+        return torch.tensor([function((s + 1) / k) for s, k in zip(steps, totals)], dtype=torch.float64)
+
+    @property
+    def is_last(self) -> bool | torch.Tensor:
+        """Is this the last step? (B,) bool on the device of the mask where steps differ between images."""
+        last = self.step >= self.num_iter - 1
+        return last.to(self.mask.device, non_blocking=True) if isinstance(last, torch.Tensor) else last
+
+
+@dataclass
+class StepPlan:
+    """What the rules decided: select (B, L) bool, tau and cfg (B, L) float32, read where select is True, and T."""
+
+    select: torch.Tensor
+    tau: torch.Tensor
+    cfg: torch.Tensor
+    num_steps: int  # diffusion steps, for all images alike

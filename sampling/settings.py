@@ -1,0 +1,64 @@
+"""How images are sampled: the settings of a run, and those that --fast stands for."""
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from diffusion.schedule import SPACINGS, num_steps_setting
+from diffusion.solvers import SOLVERS
+from heads.orders import ORDERS
+from heads.policy import INFER_MODES, build_rules
+from heads.rules import Rules
+from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
+from util.args import flag
+
+
+@dataclass(frozen=True)
+class SampleConfig(RuleOptions):
+    """How images are sampled: everything that an image depends on but weights, label and seed."""
+
+    infer_mode: str = flag("baseline", "which rules are learned", choices=INFER_MODES)
+    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=(*ORDERS, "learned"))
+    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=(*GROUPS, "learned"))
+    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=(*TAUS, "learned"))
+    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=(*CFGS, "learned"))
+    num_iter: int = flag(64, "autoregressive steps", low=1)
+    num_sampling_steps: int | str = flag(
+        100,
+        "diffusion steps when sampling; A:B = from A at the first autoregressive step to B at the last",
+        type=num_steps_setting,
+        metavar="T|A:B",
+    )
+    solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)
+    spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
+    refresh_every: int = flag(
+        1, "steps between passes over all tokens; between them only those that changed or are drawn", low=1
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "num_sampling_steps", num_steps_setting(self.num_sampling_steps))
+
+    def rules(self, heads=None) -> Rules:
+        """The rules these settings name; see `build_rules` for what raises ValueError."""
+        options = {f.name: getattr(self, f.name) for f in fields(RuleOptions)}
+        names = ("order", "group", "tau_schedule", "cfg_schedule")
+        return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in names}, **options)
+
+    def resolved(self) -> "SampleConfig":
+        """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""
+        names = ("order", "group", "tau_schedule", "cfg_schedule", "spacing")
+        rows = zip(names, (*INFER_MODES[self.infer_mode], SOLVERS[self.solver].spacing))
+        return replace(self, **{name: getattr(self, name) or default for name, default in rows})
+
+    def name(self) -> str:
+        """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
+        steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
+        usual = f"{self.infer_mode}_iter{self.num_iter}_steps{steps}_cfg{self.cfg:g}"
+        defaults = asdict(SampleConfig(infer_mode=self.infer_mode, solver=self.solver).resolved())
+        defaults["solver"] = SampleConfig.solver
+        shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
+        rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
+        return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
+
+
+# What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md
+FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:5", refresh_every=8)

@@ -20,21 +20,21 @@ import torch
 
 from engine_mar import evaluate
 from heads.policy import load_heads
+from models.families import SIZES
 from models.int8 import fast_dtype, quantize
-from models.loading import load_mar
-from models.mar import MAR_CONFIGS
-from sampling.editing import read_edit
-from sampling.run import sample_images
+from models.loading import load_model
+from sampling.editing import Edit, read_edit
+from sampling.run import Parts, sample_images
 from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
 from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick, run_main
-from util.checkpoint import checkpoint_path, load_checkpoint, weights_hash
+from util.checkpoint import checkpoint_path, load_checkpoint
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
 from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results
 from util.images.pictures import PNGFolder, is_whole, save_png
-from util.rng import seed_of
+from util.rng import DEFAULT_SEED, seed_of
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list
@@ -57,11 +57,9 @@ class SampleArgs:
         " ".join(f"--{k} {v}" for k, v in FAST.items())
         + ", and the --dtype that is fastest here; flags given by hand win",
     )
-    seed: int = flag(0, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
+    seed: int = flag(DEFAULT_SEED, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
-    model: str | None = flag(
-        None, "model size, for a published checkpoint, which does not carry it", choices=MAR_CONFIGS
-    )
+    model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
     diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
     diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
@@ -164,130 +162,172 @@ def name_settings(settings: list[Setting], suffix: str) -> None:
             raise ValueError(f"two settings of the sweep would share the folder {name}: their values are too close")
 
 
-def arithmetic(args: SampleArgs, mar) -> tuple[torch.device, torch.dtype]:
-    """Where and in what to compute; for int8 the model's layers are replaced."""
+def arithmetic(args: SampleArgs, width: int) -> tuple[torch.device, torch.dtype]:
+    """Where and in what to compute with a model whose z has this width."""
     device = dist.pick_device(args.device)
     name = args.dtype
     if args.fast and name is None:
-        name = fast_dtype(device, mar.config.decoder_embed_dim)
-        if dist.is_main():
+        name = fast_dtype(device, width)
+        if dist.is_main() and not args.dry_run:
             print(f"--fast computes in {name} here, --dtype would say otherwise")
-    dtype = dist.pick_dtype(name, device)
-    if dtype == torch.int8:
-        quantize(mar)
-    return device, dtype
+    return device, dist.pick_dtype(name, device)
 
 
-def find_present(settings: list[Setting], results: Path, shared: dict, hashes: dict) -> None:
-    """Make the row of each setting, and find it in the results file if it is there."""
-    # read once, before anything is sampled: so all processes see the same
-    done = [row for row in read_results(results) if is_folder_name(row.get("name"))]
-    for setting in settings:
-        setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-        setting.present = find_result(done, setting.row)
+@dataclass(frozen=True)
+class Sweep:
+    """What all settings of a run share."""
+
+    parts: Parts
+    evaluation: EvalConfig
+    class_labels: list[int]
+    classes: list[str]
+    edit: Edit | None
+    args: SampleArgs
+    data: str  # name and place of the reference's data set
+
+    @property
+    def labels(self) -> list[int]:
+        """Of image after image."""
+        return [self.class_labels[i % len(self.class_labels)] for i in range(self.evaluation.num_images)]
+
+    @property
+    def suffix(self) -> str:
+        """What a folder's name says of all this."""
+        suffix = f"_n{self.evaluation.num_images}" + ("_no_ema" if self.args.no_ema else "")
+        if self.class_labels != list(range(len(self.classes))):
+            suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
+        if self.edit is not None:
+            suffix += f"_edit{seed_of(*self.edit.hashes.values()):08x}"
+        if self.parts.dtype != torch.float32:
+            suffix += f"_{dist.dtype_name(self.parts.dtype)}"
+        return suffix
+
+    def rows(self, settings: list[Setting], reference) -> None:
+        """Make the row of each setting, and find it in the results file if it has been measured."""
+        shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
+        shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
+        hashes = {"weights": self.parts.weights_hash()}
+        hashes["reference"] = reference_hash(reference) if reference is not None else None
+        hashes["tokenizer"] = self.parts.tokenizer.describe()
+        # read once, before anything is sampled: so all processes see the same
+        done = [row for row in read_results(self.results) if is_folder_name(row.get("name"))]
+        for setting in settings:
+            setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
+            setting.present = find_result(done, setting.row)
+
+    @property
+    def results(self) -> Path:
+        """The file that results are appended to."""
+        return Path(self.args.output_dir) / "results.jsonl"
+
+    def protocol(self, reference) -> dict:
+        """What the figures are to be quoted with."""
+        options = dict(ema=not self.args.no_ema, dtype=dist.dtype_name(self.parts.dtype))
+        result = "editing" if self.edit else "generation"
+        return protocol(result, self.evaluation, self.labels, reference, self.data, **options)
 
 
-def show(args: SampleArgs, given: dict, settings: list[Setting], evaluation: EvalConfig, config: dict) -> None:
+def show(sweep: Sweep, given: dict, settings: list[Setting], config: dict) -> None:
     """Print the resolved configuration as JSON; a swept flag has the list of its values."""
-    values = {**asdict(args), "seed": settings[0].seed, **asdict(settings[0].sampling), **asdict(evaluation)}
-    values |= {k: v for k, v in given.items() if k in SWEEPS and len(v) > 1}
-    print(json.dumps({**values, "settings": [s.name for s in settings], "config": config}, indent=2))
+    shown = {**asdict(sweep.args), "seed": settings[0].seed, **asdict(settings[0].sampling), **asdict(sweep.evaluation)}
+    shown |= {k: v for k, v in given.items() if k in SWEEPS and len(v) > 1}
+    print(json.dumps({**shown, "settings": [s.name for s in settings], "config": config}, indent=2))
+
+
+def stored_defaults(config: dict, args: SampleArgs, given: dict) -> dict:
+    """Flags of sampling and evaluation as a checkpoint's config has them, and what flags given by hand imply."""
+    for settings_type, key in ((SampleConfig, "sample"), (EvalConfig, "eval")):
+        check_values(settings_type, config[key], f"the checkpoint {args.checkpoint}")  # folder names are made of them
+    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
+    num_labels = len(parse_labels(args.class_labels, len(config["data"]["classes"])))
+    base |= editing_defaults(args, given, num_labels)
+    return base | (FAST if args.fast else {}) | {k: v for k, v in given.items() if k not in SWEEPS}
+
+
+def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
+    """What is edited; None without --edit_image, and in a dry run whose picture is missing."""
+    if args.edit_image is None or (args.dry_run and not Path(args.edit_image).is_file()):
+        return None
+    cell = model_config.vae_stride * model_config.patch_size
+    return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
 
 
 def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
     sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
     content = load_checkpoint(args.checkpoint)
-    mar, tokenizer, config = load_mar(content, ema=not args.no_ema, **sizes)
+    model, tokenizer, config = load_model(content, ema=not args.no_ema, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
-    for kind, key in ((SampleConfig, "sample"), (EvalConfig, "eval")):
-        check_values(kind, config[key], f"the checkpoint {args.checkpoint}")  # names of folders are made of them
-    base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
+    base = stored_defaults(config, args, given)
+    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
-    base |= editing_defaults(args, given, len(class_labels))
-    if args.fast:
-        base |= FAST
-    base |= {k: v for k, v in given.items() if k not in SWEEPS}
-    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
-    suffix = f"_n{evaluation.num_images}" + ("_no_ema" if args.no_ema else "")
-    if class_labels != list(range(len(classes))):
-        suffix += f"_classes{seed_of(class_labels):08x}"  # a checksum: the list may be too long for a file name
-    edit = None
-    if args.edit_image is not None and not args.dry_run:  # which reads no data
-        cell = mar.config.vae_stride * mar.config.patch_size
-        sizes = dict(img_size=mar.config.img_size, channels=tokenizer.image_channels, cell=cell)
-        edit = read_edit(args.edit_image, args.edit_mask, **sizes)
-        suffix += f"_edit{seed_of(*edit.hashes.values()):08x}"
+    edit = open_edit(args, model.config, tokenizer.image_channels)
+    parts = Parts(model, tokenizer, *arithmetic(args, model.width), heads)
+    data, source = config["data"]["name"], args.data_path or config["data"]["path"]
+    place = f"{data} {source}" if source else data
+    sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)
+    name_settings(settings, sweep.suffix)
     if args.dry_run:
-        name_settings(settings, suffix)
-        show(args, given, settings, evaluation, config)
+        show(sweep, given, settings, config)
         return 0
-    device, dtype = arithmetic(args, mar)
-    dtype_name = dist.dtype_name(dtype)
-    name_settings(settings, suffix + (f"_{dtype_name}" if dtype != torch.float32 else ""))
+    if parts.dtype == torch.int8:
+        quantize(model)
     for setting in settings:
-        setting.sampling.rules(heads)  # a missing head or file is found before the work, not after it
+        setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
     check_folder("output_dir", args.output_dir)
-    data, source, img_size = config["data"]["name"], args.data_path or config["data"]["path"], config["mar"]["img_size"]
     with dist.main_first():
-        reference = build_reference(evaluation, data, source, img_size)
-        evaluation.check(reference, img_size)
-    shared = dict(asdict(evaluation), class_labels=class_labels, ema=not args.no_ema, dtype=dtype_name)
-    shared |= edit.hashes if edit else {}
-    hashes = {"weights": weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})}
-    hashes["reference"] = reference_hash(reference) if reference is not None else None
-    hashes["tokenizer"] = tokenizer.describe()
-    find_present(settings, Path(args.output_dir) / "results.jsonl", shared, hashes)
-    labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
-    data = f"{data} {source}" if source else data
-    kind = "editing" if edit else "generation"
-    how = protocol(kind, evaluation, labels, reference, data, ema=not args.no_ema, dtype=dtype_name)
-    model = mar.to(device), tokenizer.to(device)
+        reference = build_reference(evaluation, data, source, model.config.img_size)
+        evaluation.check(reference, model.config.img_size)
+    sweep.rows(settings, reference)
+    for part in filter(None, (model, tokenizer, heads)):
+        part.to(parts.device)
     if args.compile:
-        mar.compile_parts()
-    where = dict(device=device, dtype=dtype, heads=heads.to(device) if heads else None, edit=edit)
+        model.compile_parts()
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:
             print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)
-        run_setting(args, setting, model, evaluation, reference, classes, how, **where)
+        run_setting(sweep, setting, reference)
     return 0
 
 
-def save_grid(folder: Path, labels: list[int], classes: list[str], columns: int, edit) -> None:
+def save_grid(sweep: Sweep, folder: Path) -> None:
     """grid.png: the first images with the names of their classes, and what was given to edit."""
-    captions = [classes[label] if label >= 0 else "any" for label in labels[: GRID_ROWS * columns]]
+    columns, edit = min(len(sweep.class_labels), 10), sweep.edit
+    if edit is not None:  # the classes below each other, where they fit
+        columns = EDIT_COLUMNS // columns * columns or EDIT_COLUMNS
+    labels = sweep.labels
+    captions = [sweep.classes[label] if label >= 0 else "any" for label in labels[: GRID_ROWS * columns]]
     save_png(folder / "grid.png", PNGFolder(folder, len(labels)).grid(captions, columns, edit and edit.grid))
 
 
-def run_setting(args, setting: Setting, model, evaluation, reference, classes: list[str], how: dict, **where) -> None:
+def run_setting(sweep: Sweep, setting: Setting, reference) -> None:
     """Sample one setting, measure it, append its line; of one that is present make what is missing of its files."""
-    out, class_labels = Path(args.output_dir), setting.row["settings"]["class_labels"]
-    folder, results = out / (setting.present or {"name": setting.name})["name"], out / "results.jsonl"
-    labels = [class_labels[i % len(class_labels)] for i in range(evaluation.num_images)]
-    to_trace, columns = min(args.save_trace, len(labels)), min(len(class_labels), 10)
-    if edit := where["edit"]:  # the classes below each other, where they fit
-        columns = EDIT_COLUMNS // columns * columns or EDIT_COLUMNS
+    parts, args, labels = sweep.parts, sweep.args, sweep.labels
+    options = dict(num_traced=min(args.save_trace, len(labels)), edit=sweep.edit)
     if setting.present is not None:
-        if num_traced(folder / "trace.npz") < to_trace or not is_whole(folder, setting.row["weights"], len(labels)):
-            options = dict(batch_size=evaluation.eval_bsz, num_traced=to_trace, **where)
-            sample_images(*model, setting.sampling, labels, setting.seed, folder, **options)
+        folder = Path(args.output_dir) / setting.present["name"]
+        traced = num_traced(folder / "trace.npz") >= options["num_traced"]
+        if not traced or not is_whole(folder, setting.row["weights"], len(labels)):
+            batch_size = sweep.evaluation.eval_bsz
+            sample_images(parts, setting.sampling, labels, setting.seed, folder, batch_size=batch_size, **options)
             if dist.is_main():
                 PNGFolder(folder, len(labels)).save_npz(labels)
-                save_grid(folder, labels, classes, columns, edit)
+                save_grid(sweep, folder)
         if dist.is_main():
-            print(f"{setting.name}: already in {results}")
+            print(f"{setting.name}: already in {sweep.results}")
             report(setting.present, folder)
         return
-    where["num_traced"] = to_trace
-    found = evaluate(*model, setting.sampling, evaluation, reference, labels, setting.seed, folder, **where)
+    folder = Path(args.output_dir) / setting.name
+    result = evaluate(parts, setting.sampling, sweep.evaluation, reference, labels, setting.seed, folder, **options)
     if dist.is_main():
-        save_grid(folder, labels, classes, columns, edit)
-        row = setting.row | dict(found, kind=how["kind"], protocol=how, name=setting.name)
-        row |= dict(checkpoint=str(checkpoint_path(args.checkpoint)))
-        row |= dict(device=where["device"].type, world_size=dist.world_size(), git_commit=git_commit())
-        append_result(results, row)
+        save_grid(sweep, folder)
+        measured = sweep.protocol(reference)
+        row = setting.row | dict(result, kind=measured["kind"], protocol=measured, name=setting.name)
+        row |= dict(checkpoint=str(checkpoint_path(args.checkpoint)), device=parts.device.type)
+        row |= dict(world_size=dist.world_size(), git_commit=git_commit())
+        append_result(sweep.results, row)
         report(row, folder)
 
 

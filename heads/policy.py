@@ -78,9 +78,8 @@ class PolicyHeads(nn.Module):
                 raise ValueError(f"unknown {name} {scope!r}; valid: {', '.join(SCOPES)}")
         for name, (low, high) in (("rho", rho), ("tau", tau), ("cfg", cfg)):
             if not 0 <= low <= high or (name == "rho" and high > 1):
-                raise ValueError(
-                    f"bounds of {name} must be 0 <= low <= high{' <= 1' * (name == 'rho')}, got {low, high}"
-                )
+                limit = " <= 1" if name == "rho" else ""
+                raise ValueError(f"bounds of {name} must be 0 <= low <= high{limit}, got {low, high}")
         self.learn = tuple(name for name in HEADS if name in learn)
         self.scope = {"order": "token", "group": "global", "tau": tau_mode, "cfg": cfg_mode}
         self.bounds = {"group": tuple(rho), "tau": tuple(tau), "cfg": tuple(cfg)}
@@ -138,11 +137,13 @@ def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
     config = content.get("config", {})
     if not config.get("heads"):
         return None
+    weights = content.get("heads_ema" if ema else "heads") or {}
+    widths = [len(value) for name, value in weights.items() if name.endswith("norm.weight")]
     try:
-        heads = PolicyHeads(config["mar"]["decoder_embed_dim"], **config["heads"])
+        heads = PolicyHeads(*widths[:1], **config["heads"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint is damaged: its heads cannot be made ({error})") from None
-    load_weights(heads, content.get("heads_ema" if ema else "heads") or {}, "the checkpoint's heads")
+    load_weights(heads, weights, "the checkpoint's heads")
     return heads.eval()
 
 

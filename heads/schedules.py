@@ -30,7 +30,7 @@ class RuleOptions:
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
 
     def __post_init__(self):
-        _ = self.interval  # a wrong text is an error now, not at the first step
+        self.interval()  # a wrong text is an error now, not at the first step
         if self.order_base not in ORDERS:
             raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
         for name in ("cfg", "temperature", "temperature_end", "order_noise"):
@@ -38,7 +38,6 @@ class RuleOptions:
             if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value}")
 
-    @property
     def interval(self) -> tuple[float, float]:
         """cfg_interval as two numbers."""
         return parse_range("cfg_interval", self.cfg_interval, float, low=0, high=1)
@@ -93,7 +92,7 @@ def power_cosine_cfg(state, unknown_after, options):
 def interval_cfg(state, unknown_after, options):
     """w where lo <= v <= hi, else 1."""
     v = _known_share(state, unknown_after)
-    low, high = options.interval
+    low, high = options.interval()
     return torch.where((v >= low) & (v <= high), options.cfg, 1.0)
 
 

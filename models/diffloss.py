@@ -5,14 +5,17 @@ Attribute names are those of the published checkpoints.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import gaussian
-from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule
+from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule, step_range
 from diffusion.solvers import SOLVERS
+from models.token_head import guide
+from util.rng import draw_by_image
 
 
 def modulate(x, shift, scale):
@@ -105,40 +108,95 @@ class SimpleMLPAdaLN(nn.Module):
         return self.final_layer(x, y)  # (N, 2C)
 
 
-class DiffLoss(nn.Module):
-    """The denoising MLP with its training loss and its sampler."""
+_T_BINS = 10  # bins of the 1000 timesteps in which token losses are compared
 
-    def __init__(self, channels: int, z_channels: int, depth: int, width: int, grad_checkpointing: bool = False):
+
+class Denoised(NamedTuple):
+    """A prediction: what was denoised, the noise seen in it, and the variance's place between its bounds; (N, C)."""
+
+    x_t: torch.Tensor
+    eps: torch.Tensor
+    v: torch.Tensor
+
+
+class DiffLoss(nn.Module):
+    """The denoising MLP with its training loss and its sampler: a `models.token_head.TokenHead`.
+
+    repeats: noise levels drawn for each token in training (MAR's diffusion_batch_mul).
+    """
+
+    def __init__(
+        self, channels: int, z_channels: int, depth: int, width: int, grad_checkpointing: bool = False, repeats: int = 1
+    ):
         super().__init__()
         self.channels = channels
+        self.repeats = repeats
         self.net = SimpleMLPAdaLN(channels, width, z_channels, depth, grad_checkpointing)
 
-    def noised(self, target, t, noise, tau=None) -> torch.Tensor:
-        """x_t = √ᾱ·x₀ + √(1−ᾱ)·τ·noise (N, C); tau (N,), (N, 1), float, or None for 1."""
-        return gaussian.q_sample(cosine_schedule(), target, t, noise if tau is None else noise * _column(tau))
+    def empty(self, batch: int, length: int) -> torch.Tensor:
+        """Tokens (B, L, C) of zeros, float32."""
+        return torch.zeros(batch, length, self.channels, device=self.net.input_proj.weight.device)
 
-    def predict(self, x_t, t, z):
-        """(eps, v), both (N, C) float32, at training timesteps t (N,) under condition z (N, D)."""
-        return self.net(x_t, t, self.net.cond_embed(z)).float().chunk(2, dim=-1)
+    def draws(self, generator: torch.Generator, num_tokens: int) -> dict[str, torch.Tensor]:
+        """{t (m, N) long in [0, 1000), noise (m, N, C)} of a generator on the CPU."""
+        shape = (self.repeats, num_tokens)
+        t = torch.randint(0, NUM_TRAIN_STEPS, shape, generator=generator)
+        return {"t": t, "noise": torch.randn((*shape, self.channels), generator=generator)}
+
+    def predict(self, target, z, draws, tau=None) -> Denoised:
+        """ε and v, float32, of the noisy x_t = √ᾱ·x₀ + √(1−ᾱ)·τ·noise.
+
+        target (N, C) is x₀, z (N, D) the condition, draws {t (N,), noise (N, C)}, tau (N,), (N, 1), float, or None
+        for 1. The target of ε stays the unscaled noise.
+        """
+        t, noise = draws["t"], draws["noise"]
+        x_t = gaussian.q_sample(cosine_schedule(), target, t, noise if tau is None else noise * _column(tau))
+        return Denoised(x_t, *self.net(x_t, t, self.net.cond_embed(z)).float().chunk(2, dim=-1))
+
+    def losses(self, prediction: Denoised, target, draws) -> dict[str, torch.Tensor]:
+        """{mse, vb}, each (N,): ε-prediction, and the variational bound, which trains v only."""
+        t, noise = draws["t"], draws["noise"]
+        x_t, eps, v = prediction
+        mse, vb = gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
+        return {"mse": mse, "vb": vb}
+
+    def fit(self, prediction: Denoised, draws) -> torch.Tensor:
+        """mean ‖ε_θ − ε‖² (N,)."""
+        return (draws["noise"] - prediction.eps).square().mean(-1)
+
+    def guided(self, cond: Denoised, uncond: Denoised, w) -> Denoised:
+        """ε under guidance w (N,); v stays the conditional one."""
+        return cond._replace(eps=guide(cond.eps, uncond.eps, _column(w)))
+
+    def comparable(self, loss, draws) -> torch.Tensor:
+        """Losses (N,) over the mean of their timesteps' bin in this batch: louder noise is easier for every token."""
+        bins = draws["t"] * _T_BINS // NUM_TRAIN_STEPS
+        total = loss.new_zeros(_T_BINS).index_add_(0, bins, loss)
+        count = loss.new_zeros(_T_BINS).index_add_(0, bins, torch.ones_like(loss))
+        return loss / (total / count.clamp(min=1))[bins].clamp(min=1e-12)
 
     def token_loss_terms(self, target, z, t=None, noise=None, tau=None):
         """(mse, vb), each (N,), for clean tokens target (N, C) under condition z (N, D).
 
-        t (N,) long in [0, 1000) and noise (N, C) are drawn where None. tau scales the noise that is added, see
-        `noised`, while the prediction's target stays `noise`.
+        t (N,) long in [0, 1000) and noise (N, C) are drawn where None. tau: see `predict`.
         """
-        if t is None:
-            t = torch.randint(0, NUM_TRAIN_STEPS, target.shape[:1], device=target.device)
-        if noise is None:
-            noise = torch.randn_like(target)
-        x_t = self.noised(target, t, noise, tau)
-        eps, v = self.predict(x_t, t, z)
-        return gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
+        t = torch.randint(0, NUM_TRAIN_STEPS, target.shape[:1], device=target.device) if t is None else t
+        draws = {"t": t, "noise": torch.randn_like(target) if noise is None else noise}
+        terms = self.losses(self.predict(target, z, draws, tau), target, draws)
+        return terms["mse"], terms["vb"]
 
     def token_loss(self, target, z, t=None, noise=None, tau=None) -> torch.Tensor:
         """Loss (N,) = mse + vb of each row; arguments as in `token_loss_terms`."""
         mse, vb = self.token_loss_terms(target, z, t, noise, tau)
         return mse + vb
+
+    def sampler(self, *, num_steps: int | str = 100, solver="ddpm", spacing=None, clip=None) -> "DiffusionSampler":
+        """What draws tokens. num_steps: T, or "A:B" for A at the first autoregressive step to B at the last.
+
+        spacing names the timesteps (`diffusion.schedule.SPACINGS`; None: the solver's). clip (lo, hi) bounds the
+        predicted x₀. An unknown solver, spacing or number of steps raises ValueError.
+        """
+        return DiffusionSampler(self, step_range(num_steps), solver, spacing, clip)
 
     @torch.no_grad()
     def sample(
@@ -154,47 +212,76 @@ class DiffLoss(nn.Module):
         spacing=None,
         guided=None,
     ):
-        """Tokens (N, C) drawn from p(token | z), float32.
+        """Tokens (N, C) drawn from p(token | z), float32: `DiffusionSampler.draw`, without gradient.
 
-        z, z_uncond (N, D): with z_uncond, eps = eps_u + cfg·(eps_c − eps_u), the variance is the conditional one, N
-        trajectories are carried and the net sees 2N rows. cfg, tau: float or (N,); what tau does is the solver's, see
-        `diffusion.solvers`. noise (num_steps + 1, N, C), drawn if None. clip (lo, hi) bounds the predicted x₀. spacing
-        names the timesteps (`diffusion.schedule.SPACINGS`; None: the solver's). guided (G,) long: the rows that
-        guidance acts on, those of z_uncond (G, D), where it is not on all; the net sees N + G rows then. An unknown
-        solver or spacing, a wrong shape of noise, or guidance without z_uncond raises ValueError.
+        noise (num_steps + 1, N, C) is drawn if None; num_steps is one number; the other settings as in `sampler`.
         """
+        num_steps = int(num_steps)
+        if noise is None:
+            noise = torch.randn((num_steps + 1, len(z), self.channels), device=z.device)
+        sampler = self.sampler(num_steps=num_steps, solver=solver, spacing=spacing, clip=clip)
+        return sampler.draw(z, z_uncond, cfg, tau, noise, num_steps, guided)
+
+
+class DiffusionSampler:
+    """The reverse process of a DiffLoss: a `models.token_head.Sampler`."""
+
+    def __init__(self, head: DiffLoss, num_steps: tuple[int, int], solver: str, spacing: str | None, clip):
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
-        num_steps = int(num_steps)
-        shape = (num_steps + 1, z.shape[0], self.channels)
-        if noise is None:
-            noise = torch.randn(shape, device=z.device)
-        elif tuple(noise.shape) != shape:
+        self.head, self.num_steps, self.clip = head, num_steps, clip
+        self.solver, self.spacing = SOLVERS[solver], spacing or SOLVERS[solver].spacing
+        cosine_schedule(num_steps[0], self.spacing)  # an unknown spacing is an error now, not at the first step
+
+    def evals(self, num_steps: int) -> int:
+        """One row a diffusion step."""
+        return num_steps
+
+    def noise(self, generators, rows, num_steps: int) -> torch.Tensor:
+        """(T + 1, N, C), the part of each image from its own generator."""
+        return draw_by_image(generators, rows, lambda k: (num_steps + 1, k, self.head.channels), dim=1)
+
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None) -> torch.Tensor:
+        """Tokens (N, C), float32, differentiable in z, cfg, tau and the weights.
+
+        z, z_uncond (N, D): with z_uncond ε is the guided one, the variance the conditional one; N trajectories are
+        carried and the net sees 2N rows. cfg, tau: float or (N,); what tau does is the solver's, see
+        `diffusion.solvers`. noise (num_steps + 1, N, C). guided (G,) long: the rows that guidance acts on, those of
+        z_uncond (G, D), where it is not on all; the net sees N + G rows then. A wrong shape, or guidance without
+        z_uncond, raises ValueError.
+        """
+        self._check(z, z_uncond, cfg, tau, noise, num_steps)
+        net = self.head.net
+        guides = z_uncond is not None and not (isinstance(cfg, int | float) and cfg == 1.0)
+        schedule = cosine_schedule(num_steps, self.spacing)
+        timesteps = schedule.table("timesteps", z.device)
+        condition = net.cond_embed(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
+        w = _column(cfg)
+        if guided is not None and isinstance(w, torch.Tensor) and w.dim():
+            w = w[guided]  # (G, 1)
+
+        def predict(x, i):
+            t = timesteps[i : i + 1]
+            if not guides:
+                return net(x, t, condition).float().chunk(2, dim=-1)
+            both = torch.cat([x, x if guided is None else x[guided]])
+            eps, v = net(both, t, condition).float().chunk(2, dim=-1)
+            eps, eps_u, v = eps[: len(x)], eps[len(x) :], v[: len(x)]
+            if guided is None:
+                return guide(eps, eps_u, w), v
+            return eps.index_copy(0, guided, guide(eps[guided], eps_u, w)), v
+
+        return self.solver.run(predict, schedule, noise.float(), _column(tau), self.clip)
+
+    def _check(self, z, z_uncond, cfg, tau, noise, num_steps):
+        shape = (num_steps + 1, len(z), self.head.channels)
+        if tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape} (num_steps + 1, N, C), got {tuple(noise.shape)}")
         for name, value in (("cfg", cfg), ("tau", tau)):
             if isinstance(value, torch.Tensor) and value.dim() and value.numel() != len(z):
                 raise ValueError(f"{name} must be a number or one for each of the {len(z)} rows, got {value.numel()}")
         if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
             raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
-        guides = z_uncond is not None and not (isinstance(cfg, (int, float)) and cfg == 1.0)
-        rows = slice(None) if guided is None else guided
-        schedule = cosine_schedule(num_steps, spacing or SOLVERS[solver].spacing)
-        timesteps = schedule.table("timesteps", z.device)
-        condition = self.net.cond_embed(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
-        lift = _column(cfg) - 1.0
-        if isinstance(lift, torch.Tensor) and lift.dim():
-            lift = lift[rows]  # (G, 1)
-
-        def predict(x, i):
-            out = self.net(torch.cat([x, x[rows]]) if guides else x, timesteps[i : i + 1], condition).float()
-            eps, v = out.chunk(2, dim=-1)
-            if guides:
-                eps, eps_u, v = eps[: len(x)], eps[len(x) :], v[: len(x)]
-                # = eps_u + cfg·(eps_c − eps_u), exactly eps_c at cfg 1
-                eps[rows] = eps[rows] + lift * (eps[rows] - eps_u)
-            return eps, v
-
-        return SOLVERS[solver].run(predict, schedule, noise.float(), _column(tau), clip)
 
 
 def _column(value):

@@ -2,7 +2,8 @@
 
 from dataclasses import asdict, replace
 
-from models.mar import MAR, MAR_CONFIGS, MARConfig
+from models.families import FAMILIES, family_of
+from models.mar import MAR_CONFIGS
 from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
@@ -11,14 +12,22 @@ from util.checkpoint import load_checkpoint, load_weights
 _SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
 
 
-def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
-    """(mar, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
+def load_mar(checkpoint, **options):
+    """`load_model` of a MAR; a checkpoint of another family raises ValueError."""
+    model, tokenizer, config = load_model(checkpoint, **options)
+    if family_of(config) != "mar":
+        raise ValueError(f"the checkpoint is of the family {family_of(config)}, not mar")
+    return model, tokenizer, config
+
+
+def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
+    """(model, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
 
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
-    class names, sampling defaults); published files have none, so theirs is made from model, a name in MAR_CONFIGS,
+    class names, sampling defaults); published MAR files have none, so theirs is made from model, a name in MAR_CONFIGS,
     and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
-    An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is not
-    there or has other latents raises ValueError.
+    An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is
+    missing or has other latents raises ValueError.
     """
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
@@ -29,65 +38,83 @@ def load_mar(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=No
     elif model is None:
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
-        config = _published_config(content["model"], model, diffloss_d, diffloss_w)
+        config = _published_config(content, model, diffloss_d, diffloss_w)
     weights = content.get("model_ema") if ema else content["model"]
     if weights is None:
         raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
-    mar = MAR(pick(MARConfig, config["mar"]))
-    load_weights(mar, weights, checkpoint)
+    name = family_of(config)
+    family = FAMILIES[name]
+    network = family.model(pick(family.config, config[name]))
+    load_weights(network, weights, checkpoint)
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
-    tokenizer = tokenizer_of(settings, mar.config.vae_embed_dim if config["tokenizer"] == "pixel" else None)
-    check_latents(tokenizer, mar.config, f"the model in {checkpoint}")
-    if config.get("latents") not in (None, tokenizer.describe()):  # of the same shape, yet it would decode noise
-        trained, here = config["latents"], tokenizer.describe()
-        raise ValueError(f"the model in {checkpoint} was trained on other latents: those of {trained}, not {here}")
-    return mar.eval(), tokenizer, config
+    sizes = network.config
+    tokenizer = tokenizer_of(settings, sizes.vae_embed_dim if config["tokenizer"] == "pixel" else None)
+    check_latents(tokenizer, sizes.vae_stride, sizes.vae_embed_dim, f"the model in {checkpoint}")
+    latents = tokenizer.describe()
+    if config.get("latents") not in (None, latents):  # of the same shape, yet it would decode noise
+        trained = config["latents"]
+        raise ValueError(f"the model in {checkpoint} was trained on other latents: those of {trained}, not {latents}")
+    return network.eval(), tokenizer, config
+
+
+def stored_model_config(content: dict) -> dict:
+    """The sizes that a checkpoint's content says its model has; of a published MAR file the number of classes only."""
+    config = content.get("config")
+    return {"class_num": _num_classes(content)} if config is None else config[family_of(config)]
+
+
+def _num_classes(content: dict) -> int:
+    """Of a published MAR file; one without a class embedding raises ValueError."""
+    if "class_emb.weight" not in content["model"]:
+        raise ValueError("the checkpoint is not one of MAR: its 'model' has no class embedding")
+    return len(content["model"]["class_emb.weight"])
 
 
 def check_config(config: dict, source) -> None:
     """Raise ValueError unless the config of a checkpoint has what a model is made of (whoever made the file)."""
-    for key, kind in (("mar", dict), ("tokenizer", str), ("data", dict), ("sample", dict), ("eval", dict)):
-        if not isinstance(config.get(key), kind):
+    family = family_of(config)
+    for key, value_type in ((family, dict), ("tokenizer", str), ("data", dict), ("sample", dict), ("eval", dict)):
+        if not isinstance(config.get(key), value_type):
             raise ValueError(f"{source} is damaged: its config has no {key!r}")
     classes = config["data"].get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{source} is damaged: its config has no names of classes")
     if not isinstance(config["data"].get("name"), str) or not isinstance(config["data"].get("path"), str | None):
         raise ValueError(f"{source} is damaged: its config does not name the data")
-    check_values(MARConfig, config["mar"], source)
+    check_values(FAMILIES[family].config, config[family], source)
 
 
 def _check_given(config: dict, source, model, vae_path, **given) -> None:
     """Raise ValueError where what was given contradicts what the checkpoint says."""
-    mar = config["mar"]
+    stored = config[family_of(config)]
     if vae_path and config["tokenizer"] == "pixel":
         raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
     for name, value in given.items():
-        if value not in (None, mar[name]):
+        if value not in (None, stored[name]):
             raise ValueError(
-                f"--{name} {value} does not fit {source}, which has {mar[name]} (the flag can be left out)"
+                f"--{name} {value} does not fit {source}, which has {stored[name]} (the flag can be left out)"
             )
-    if model is not None and any(getattr(MAR_CONFIGS[model], key) != mar[key] for key in _SIZES):
-        sizes = ", ".join(f"{key} {mar[key]}" for key in _SIZES)
+    if model is not None and any(getattr(MAR_CONFIGS[model], key) != stored[key] for key in _SIZES):
+        sizes = ", ".join(f"{key} {stored[key]}" for key in _SIZES)
         raise ValueError(f"--model {model} does not fit {source}, which has {sizes} (the flag can be left out)")
 
 
-def check_latents(tokenizer, config: MARConfig, what: str) -> None:
-    """Raise ValueError if a model, named by what, is not for the latents of the tokenizer."""
-    here, there = (tokenizer.stride, tokenizer.channels), (config.vae_stride, config.vae_embed_dim)
-    if here != there:
+def check_latents(tokenizer, stride: int, channels: int, what: str) -> None:
+    """Raise ValueError if a model, named by what, is for latents of another shape than the tokenizer's."""
+    if (tokenizer.stride, tokenizer.channels) != (stride, channels):
         raise ValueError(
-            f"{what} is for latents of stride {there[0]} with {there[1]} channels, "
-            f"the tokenizer {tokenizer.kind} makes stride {here[0]} with {here[1]} channels"
+            f"{what} is for latents of stride {stride} with {channels} channels, the tokenizer {tokenizer.kind} "
+            f"makes stride {tokenizer.stride} with {tokenizer.channels} channels"
         )
 
 
-def _published_config(weights, model, diffloss_d, diffloss_w) -> dict:
+def _published_config(content, model, diffloss_d, diffloss_w) -> dict:
     if model not in MAR_CONFIGS:
         raise ValueError(f"unknown model {model!r}; valid: {', '.join(MAR_CONFIGS)}")
     sizes = {k: v for k, v in (("diffloss_d", diffloss_d), ("diffloss_w", diffloss_w)) if v is not None}
-    mar = replace(MAR_CONFIGS[model], class_num=len(weights["class_emb.weight"]), **sizes)
+    mar = replace(MAR_CONFIGS[model], class_num=_num_classes(content), **sizes)
     return {
+        "family": "mar",
         "mar": asdict(mar),
         "tokenizer": "kl16",
         "vae_path": KL16_PATH,

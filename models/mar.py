@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.schedule import step_range
 from models.diffloss import DiffLoss
+from models.mar_cache import FeatureCache
 from util.args import flag
 
 
@@ -88,6 +89,7 @@ class MAR(nn.Module):
     """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
 
     compiled = False  # set by compile_parts; who leads through the blocks otherwise compiles its own steps then
+    fixed_rules = {}  # any order, any group size
 
     def __init__(self, config: MARConfig):
         super().__init__()
@@ -111,7 +113,23 @@ class MAR(nn.Module):
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, seq_len, out_width))
 
         self._init_weights()  # before the diffusion MLP exists: that one initialises itself
-        self.diffloss = DiffLoss(c.token_dim, out_width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing)
+        self.diffloss = DiffLoss(
+            c.token_dim, out_width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing, repeats=c.diffusion_batch_mul
+        )
+
+    @property
+    def width(self) -> int:
+        """Width D of z."""
+        return self.config.decoder_embed_dim
+
+    @property
+    def token_head(self) -> DiffLoss:
+        """p(token | z); its published name is diffloss."""
+        return self.diffloss
+
+    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1) -> FeatureCache:
+        """What computes z of a batch of labels (B,) while it is sampled; orders and tokenizer play no part."""
+        return FeatureCache(self, labels, refresh_every)
 
     def _blocks(self, depth, width, heads):
         c = self.config

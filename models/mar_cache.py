@@ -14,34 +14,35 @@ from functools import cache
 import torch
 from torch.nn import functional as F
 
-from models.mar import MAR
 from util.dist import send
 
 
 class FeatureCache:
     """Conditions z of the tokens of a batch, each image with its label (B,) long and, where guided, without one.
 
-    The two of them are sequences i and B + i: between whole passes both go through the transformer in one batch.
+    The `models.families.Conditions` of a MAR. Image i has two sequences, i with its label and B + i without: between
+    whole passes both go through the transformer in one batch.
     """
 
-    def __init__(self, mar: MAR, labels: torch.Tensor, refresh_every: int = 1):
+    def __init__(self, mar, labels: torch.Tensor, refresh_every: int = 1):
         """refresh_every: so many autoregressive steps apart are the passes over everything."""
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
         self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
         self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise
         self.room = len(labels)  # R, how many sequences the next two can hold: without guidance B are enough
         self.z = None  # (R, L, D) of the last whole pass
-        self.stores = {}  # block: its keys and values (2, R, S + L + 1, H, D / H)
+        self.stores = {}  # block: its keys and its values, each (R, S + L + 1, H, D / H)
         self.passes = 0.0  # sequences that went through the transformer; a partial pass counts by its share of the
         # tokens, one that sequences share for each of them
 
-    def look(self, step: int, tokens, unknown, images) -> torch.Tensor:
-        """z (B', L, D) with labels, of images (B',) long on the host; where no whole pass is due, that of the last one.
+    def look(self, step: int, tokens, unknown, images) -> tuple[torch.Tensor, None]:
+        """(z (B', L, D) with labels, None: it is of all positions) of images (B',) long on the host.
 
-        tokens (B, L, C) on the device, unknown (B, L) bool on the host.
+        Where no whole pass is due, z is that of the last one. tokens (B, L, C) on the device, unknown (B, L) bool on
+        the host.
         """
         self._refresh(step, tokens, unknown, images, labelled=True)
-        return self.z[send(images, self.z.device)]
+        return self.z[send(images, self.z.device)], None
 
     def at(self, step: int, tokens, unknown, rows, guided):
         """(z (N, D), z without label (G, D) or None for none) of images that `look` saw.
@@ -61,8 +62,11 @@ class FeatureCache:
         stale = self.refreshed[both[:, 0]] < step
         if stale.any():
             part = self._partial_pass(tokens, unknown, both[stale])
-            z[send(stale.nonzero().squeeze(1), z.device)] = part.to(z.dtype)
+            z = _put(z, (send(stale.nonzero().squeeze(1), z.device),), part.to(z.dtype))
         return z[: len(rows)], z[len(rows) :] if len(guided) else None
+
+    def write(self, step: int, rows, drawn) -> None:
+        """Nothing to keep: what was drawn is read from the tokens at the next look."""
 
     def _refresh(self, step, tokens, unknown, images, labelled):
         """A whole pass over those of the images that one is due for."""
@@ -76,15 +80,15 @@ class FeatureCache:
             z = self._whole_pass(tokens, unknown, images, sequences, labelled)
             if self.z is None:
                 self.z = z.new_zeros(self.room, *z.shape[1:])
-            self.z[send(sequences, z.device)] = z
+            self.z = _put(self.z, (send(sequences, z.device),), z)
             self.refreshed[sequences] = step
 
     def _make_room(self):
         """For the sequences without label."""
         self.room *= 2
         self.z = torch.cat([self.z, torch.zeros_like(self.z)])
-        for block, kept in self.stores.items():
-            self.stores[block] = torch.cat([kept, torch.zeros_like(kept)], dim=1)
+        for block, pair in self.stores.items():
+            self.stores[block] = [torch.cat([kept, torch.zeros_like(kept)]) for kept in pair]
 
     def _whole_pass(self, tokens, unknown, images, sequences, labelled):
         """z (B', L, D), or (1, L, D) of images that do not differ, all tokens computed."""
@@ -155,11 +159,11 @@ class FeatureCache:
             query, key, value = self._call(_before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
-                self.stores[block] = key.new_zeros(2, self.room, num_slots, *key.shape[2:])
-            kept = self.stores[block]
-            kept[0][rows, slots], kept[1][rows, slots] = key, value
+                self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
+            pair = [_put(kept, (rows, slots), new) for kept, new in zip(self.stores[block], (key, value))]
+            self.stores[block] = pair
             if not whole:
-                key, value = (kept[:, sequences] if len(sequences) < kept.shape[1] else kept)[:, :, :-1]
+                key, value = ((kept[sequences] if len(sequences) < self.room else kept)[:, :-1] for kept in pair)
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             x = self._call(_after_attention, block, x, looked.transpose(1, 2))
@@ -167,6 +171,11 @@ class FeatureCache:
 
     def _call(self, part, *args):
         return (_compiled(part) if self.mar.compiled else part)(*args)
+
+
+def _put(kept, index: tuple, new):
+    """kept[index] = new; where gradients are asked for in a copy, since they may need what was there before."""
+    return kept.index_put(index, new) if torch.is_grad_enabled() else kept.index_put_(index, new)
 
 
 def _before_attention(block, x):

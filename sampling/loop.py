@@ -1,24 +1,25 @@
-"""The autoregressive loop.
+"""The autoregressive loop, the same for every family: conditions, rules, token head, tokens (MAR, section 3.4).
 
-Legend: B images, L tokens an image, C channels a token, D width, N selected token rows, T diffusion steps,
-K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is unknown.
+Legend: B images, B' of them unfinished, L tokens an image, C channels a token, D width, N tokens drawn in a step, G of
+them guided, K = num_iter autoregressive steps. `mask` (B, L) bool is True where a token is unknown. It lives on the
+host, so that shapes are known there: one copy a step, of the plan, keeps it current.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from diffusion.schedule import step_range
-from heads.step import StepState
-from models.mar import MAR
-from models.mar_cache import FeatureCache
+from heads.step import StepPlan, StepState
 from util.dist import send
 from util.rng import generator
 
 
-@torch.no_grad()
-def generate(
-    mar: MAR,
+def decode(
+    model,
     labels: torch.Tensor,
     rules,
     num_iter: int = 64,
@@ -27,140 +28,186 @@ def generate(
     orders=None,
     noise_fn=None,
     callback=None,
-    solver: str = "ddpm",
-    clip=None,
+    *,
     tokens=None,
     mask=None,
+    tokenizer=None,
     evals=None,
-    spacing=None,
-    refresh_every=1,
+    refresh_every: int = 1,
+    **token_head_options,
 ) -> torch.Tensor:
-    """Latents (B, c, h, w) for labels (B,) long, −1 = unconditional (MAR, section 3.4 and Fig. 3).
+    """Latents (B, c, h, w), or ids, for labels (B,) long, −1 = unconditional; differentiable where the parts are.
 
-    1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the diffusion
-    head draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
+    1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the token head
+    draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
 
-    num_steps: diffusion steps T, or "A:B" for A at the first step to B at the last (the plan says which T a step has).
-    seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the ranking, its last entries
-    are revealed first, as published. noise_fn(step, rows) -> (T + 1, N, C) replaces the draws, rows (N, 2) long on the
-    CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each step, plan (B', L)
-    holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. solver,
-    spacing, clip: see `DiffLoss.sample`. evals, a Counter, grows by the network evaluations: "mar" by the images that
-    each pass of the transformer computes, "mlp" by the rows that the diffusion MLP does. Unconditional ones are made
-    only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart are all tokens computed, between them
-    those that changed and those that are drawn, and learned rules see the z of the last time (`models.mar_cache`).
-    The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or tokens without
-    mask raise ValueError.
+    model: a `models.families.Backbone`; rules: a `heads.rules.Rules`. num_steps: steps of the token head for a token,
+    T, or "A:B" for A at the first autoregressive step to B at the last; token_head_options: its other settings
+    (`TokenHead.sampler`). seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the
+    ranking, its last entries are revealed first, as published. noise_fn(step, rows) replaces the sampler's noise, rows
+    (N, 2) long on the CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each
+    step, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to
+    keep. tokenizer: for the families whose conditions are made with it. evals, a Counter, grows by the network
+    evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows that the token head
+    does. Unconditional ones are made only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart are
+    all tokens computed, between them those that changed and those that are drawn, and learned rules see the z of the
+    last time. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or
+    tokens without mask raise ValueError.
     """
-    config, device = mar.config, mar.mask_token.device
-    ends = step_range(num_steps)
-    batch_size, shape = len(labels), (len(labels), config.seq_len)
-    _check_generate(config, labels, num_iter, refresh_every, seeds, tokens, mask, shape)
-    if orders is not None and not torch.equal(torch.sort(torch.as_tensor(orders))[0].cpu(), _all_positions(shape)):
-        raise ValueError(f"orders must be {shape}, each row a permutation of the positions")
-    labels = torch.as_tensor(labels).to(device)
-    if seeds is None:
-        seeds = torch.randint(0, 2**32, (batch_size,)).tolist()
-    generators = [generator(seed) for seed in seeds]
-    # minus the log of an exponential draw is a Gumbel draw
-    gumbel = torch.stack([-torch.empty(config.seq_len).exponential_(generator=g).log() for g in generators]).to(device)
-    if orders is not None:
-        ranking = torch.argsort(torch.as_tensor(orders, device=device), dim=1).float()
-        rules = replace(rules, order=lambda state: ranking[state.images])
-    if tokens is None:
-        tokens = torch.zeros(*shape, config.token_dim, device=device)
-        unknown = torch.ones(shape, dtype=torch.bool)
-    else:
-        tokens, unknown = tokens.to(device, torch.float32, copy=True), mask.to("cpu", torch.bool, copy=True)
-
-    features = FeatureCache(mar, labels, refresh_every)
-    # The mask lives on the host, so that shapes are known there; one copy a step, of the plan, keeps it current.
-    num_start = unknown.sum(dim=1).float()
-    was_training = {module: module.training for module in mar.modules()}  # a frozen part may be in eval mode already
-    mar.eval()
-    try:
+    labels = torch.as_tensor(labels)
+    _check_settings(model.config, labels, num_iter=num_iter, refresh_every=refresh_every)
+    empty = model.token_head.empty(len(labels), model.config.seq_len)
+    _check_images(empty.shape, seeds, orders, tokens, mask)
+    sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
+    canvas = Canvas(empty, tokens, mask, seeds, orders)
+    rules = rules if orders is None else replace(rules, order=canvas.published_order)
+    options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every)
+    with eval_mode(model):
+        conditions = model.conditions(labels.to(empty.device), **options)
         for step in range(num_iter):
-            images = unknown.any(dim=1).nonzero().squeeze(1)  # finished images have left the batch
+            images = canvas.unfinished()
             if not len(images):
                 break
-            here = unknown[images]
-            index = send(images, device)
-            state = StepState(
-                step=step,
-                num_iter=num_iter,
-                mask=send(here, device),
-                num_unknown=send(here.sum(dim=1).float(), device),
-                num_start=send(num_start[images], device),
-                gumbel=gumbel[index],
-                z=features.look(step, tokens, unknown, images),
-                images=index,
-                num_steps=ends,
-            )
-            plan = rules(state)
-            select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()  # the one wait
-
-            rows = select.nonzero()  # (N, 2), row-major
-            row, column = send(rows, device).unbind(dim=1)
-            acts = guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,): where guidance acts
-            rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-            z, z_uncond = features.at(step, tokens, unknown, rows, acts)  # (N, D), (G, D)
-            if noise_fn:
-                noise = noise_fn(step, rows)
-            else:
-                noise = _draw_noise(generators, rows, plan.num_steps, config.token_dim)
-            drawn = mar.diffloss.sample(
-                z,
-                z_uncond,
-                cfg=plan.cfg[row, column] if len(acts) else 1.0,
-                tau=plan.tau[row, column],
-                num_steps=plan.num_steps,
-                solver=solver,
-                noise=send(noise, device),
-                clip=clip,
-                spacing=spacing,
-                guided=None if len(acts) in (0, len(rows)) else send(acts, device),
-            )
-            tokens[index[row], column] = drawn
-            unknown[rows[:, 0], rows[:, 1]] = False
+            z, positions = conditions.look(step, canvas.tokens, canvas.unknown, images)
+            plan = rules(canvas.state(step, num_iter, images, z, positions, sampler.num_steps))
+            rows, guided, tau, cfg = canvas.select(plan, images)
+            z, z_uncond = conditions.at(step, canvas.tokens, canvas.unknown, rows, guided)  # (N, D), (G, D)
+            noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
+            noise = send(noise, empty.device)
+            some = None if len(guided) in (0, len(rows)) else send(guided, empty.device)
+            drawn = sampler.draw(z, z_uncond, cfg, tau, noise, plan.num_steps, guided=some)
+            canvas.write(rows, drawn)
+            conditions.write(step, rows, drawn)
             if evals is not None:
-                evals.update(mlp=(len(rows) + len(acts)) * plan.num_steps)
+                evals.update(mlp=(len(rows) + len(guided)) * sampler.evals(plan.num_steps))
             if callback:
-                callback(step, rows, plan, tokens)
+                callback(step, rows, plan, canvas.tokens)
+    if canvas.unknown.any():
+        raise ValueError(f"num_iter {num_iter} is too small: {int(canvas.unknown.sum())} tokens are left to draw")
+    if evals is not None:
+        evals.update(mar=conditions.passes)
+    return model.unpatchify(canvas.tokens)
+
+
+generate = torch.no_grad()(decode)
+
+
+class Chosen(NamedTuple):
+    """The tokens of a step: rows (N, 2) and guided (G,) long on the host, tau (N,) and cfg (N,) on the device.
+
+    rows are (image, position), row-major; guided says at which of them guidance acts; cfg is 1.0 where it does nowhere.
+    """
+
+    rows: torch.Tensor
+    guided: torch.Tensor
+    tau: torch.Tensor
+    cfg: torch.Tensor | float
+
+
+class Canvas:
+    """The tokens of a batch, what is known of them, and what is random about them.
+
+    tokens (B, L, …) are replaced and never written into, so that gradients pass. unknown (B, L) bool is on the host.
+    gumbel (B, L): one Gumbel draw a token, which make the image's random order. orders (B, L) long: positions in that
+    order, or in the one given, the first revealed first.
+    """
+
+    def __init__(self, empty, tokens, mask, seeds, orders):
+        shape, device = empty.shape[:2], empty.device
+        known = tokens is not None
+        self.tokens = tokens.to(device, empty.dtype) if known else empty
+        self.unknown = mask.to("cpu", torch.bool, copy=True) if known else torch.ones(shape, dtype=torch.bool)
+        self.num_start = self.unknown.sum(dim=1).float()  # (B,), M
+        if seeds is None:
+            seeds = torch.randint(0, 2**32, (shape[0],)).tolist()
+        self.generators = [generator(seed) for seed in seeds]
+        # minus the log of an exponential draw is a Gumbel draw
+        gumbel = [-torch.empty(shape[1]).exponential_(generator=g).log() for g in self.generators]
+        self.gumbel = torch.stack(gumbel).to(device)
+        self.orders = self.gumbel.argsort(dim=1, descending=True)
+        if orders is not None:
+            self.orders = torch.as_tensor(orders, device=device).flip(1)
+
+    def published_order(self, state: StepState) -> torch.Tensor:
+        """Scores (B', L) of the orders given."""
+        return -torch.argsort(self.orders, dim=1).float()[state.images]
+
+    def unfinished(self) -> torch.Tensor:
+        """Images (B',) long on the host with unknown tokens; the others have left the batch."""
+        return self.unknown.any(dim=1).nonzero().squeeze(1)
+
+    def state(self, step, num_iter, images, z, positions, num_steps) -> StepState:
+        """What the rules see of these images. z (B', P, D) at positions (B', P) is spread over all L.
+
+        Where z is of some positions only, these are the ones to choose from.
+        """
+        device, unknown = self.tokens.device, self.unknown[images]
+        mask = unknown
+        if positions is not None:
+            mask = unknown & torch.zeros_like(unknown).scatter(1, positions, True)
+            places = send(positions, device).unsqueeze(-1).expand(-1, -1, z.shape[-1])
+            z = z.new_zeros(*unknown.shape, z.shape[-1]).scatter(1, places, z)
+        index = send(images, device)
+        return StepState(
+            step=step,
+            num_iter=num_iter,
+            mask=send(mask, device),
+            num_unknown=send(unknown.sum(dim=1).float(), device),
+            num_start=send(self.num_start[images], device),
+            gumbel=self.gumbel[index],
+            z=z,
+            images=index,
+            num_steps=num_steps,
+        )
+
+    def select(self, plan: StepPlan, images) -> Chosen:
+        """The tokens that the plan (B', L) for these images selects; the one wait for the device of a step."""
+        select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()
+        rows = select.nonzero()  # (N, 2), row-major
+        guided = guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,)
+        row, column = send(rows, self.tokens.device).unbind(dim=1)
+        cfg = plan.cfg[row, column] if len(guided) else 1.0
+        rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
+        return Chosen(rows, guided, plan.tau[row, column], cfg)
+
+    def write(self, rows, drawn) -> None:
+        """drawn (N, …) are the tokens at rows (N, 2)."""
+        self.tokens = self.tokens.index_put(send(rows, self.tokens.device).unbind(dim=1), drawn.to(self.tokens.dtype))
+        self.unknown[rows[:, 0], rows[:, 1]] = False
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block; afterwards each module as it was, since some may be frozen in it."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in was_training.items():
             module.training = mode
-    if evals is not None:
-        evals.update(mar=features.passes)
-    return mar.unpatchify(tokens)
 
 
-def _all_positions(shape):
-    return torch.arange(shape[1]).expand(shape)
-
-
-def _check_generate(config, labels, num_iter, refresh_every, seeds, tokens, mask, shape):
-    labels = torch.as_tensor(labels)
+def _check_settings(config, labels, **counts):
+    """Raise ValueError for labels that are not one class or −1 an image, or counts below 1."""
     if labels.dim() != 1 or not len(labels):
         raise ValueError(f"labels must be one number for each image, at least one, got shape {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= config.class_num:
         raise ValueError(f"labels must be between -1 and {config.class_num - 1}, got {low if low < -1 else high}")
-    for name, value in (("num_iter", num_iter), ("refresh_every", refresh_every)):
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if seeds is not None and len(seeds) != len(labels):
-        raise ValueError(f"seeds must be one int for each of the {len(labels)} labels, got {len(seeds)}")
+
+
+def _check_images(shape, seeds, orders, tokens, mask):
+    """Raise ValueError for what does not fit tokens of the shape (B, L, …)."""
+    if seeds is not None and len(seeds) != shape[0]:
+        raise ValueError(f"seeds must be one int for each of the {shape[0]} labels, got {len(seeds)}")
+    positions = torch.arange(shape[1]).expand(tuple(shape[:2]))
+    if orders is not None and not torch.equal(torch.sort(torch.as_tensor(orders))[0].cpu(), positions):
+        raise ValueError(f"orders must be {tuple(shape[:2])}, each row a permutation of the positions")
     if (tokens is None) != (mask is None):
         raise ValueError("tokens and mask go together: give both or neither")
-    if mask is not None and (tuple(mask.shape) != shape or tuple(tokens.shape) != (*shape, config.token_dim)):
-        raise ValueError(f"mask must be {shape} and tokens {(*shape, config.token_dim)}")
-
-
-def _draw_noise(generators, rows, num_steps, channels):
-    """(T + 1, N, C), the part of each image from its own generator."""
-    images, counts = rows[:, 0].unique_consecutive(return_counts=True)
-    parts = [
-        torch.randn((num_steps + 1, k, channels), generator=generators[i])
-        for i, k in zip(images.tolist(), counts.tolist())
-    ]
-    return torch.cat(parts, dim=1)
+    if mask is not None and (tuple(mask.shape) != tuple(shape[:2]) or tuple(tokens.shape) != tuple(shape)):
+        raise ValueError(f"mask must be {tuple(shape[:2])} and tokens {tuple(shape)}")

@@ -1,39 +1,47 @@
-"""A folder of images: batches shared between processes, files that are there skipped, what went wrong reported."""
+"""A folder of images: batches shared between processes, files that are there skipped, what went wrong reported.
+
+Legend: B images of a batch, L tokens an image, C channels a token.
+"""
 
 import time
 from collections import Counter
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from heads.policy import PolicyHeads
 from sampling.guards import complain, draw_finite, is_plain
 from sampling.loop import generate
+from sampling.settings import SampleConfig
 from sampling.trace import Trace
 from util import dist
 from util.checkpoint import weights_hash
-from util.dist import autocast
 from util.images.pictures import image_path, is_readable, prepare_folder, save_png, to_uint8
 from util.rng import image_seeds
 
 
+class Parts(NamedTuple):
+    """What makes an image, all of it on the device: a `models.families.Backbone`, its tokenizer, its policy heads."""
+
+    model: nn.Module
+    tokenizer: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    heads: PolicyHeads | None = None
+
+    def weights_hash(self) -> str:
+        """16 hex digits that change with the weights of model and heads."""
+        return weights_hash({**self.model.state_dict(), **(self.heads.state_dict() if self.heads else {})})
+
+
 @torch.no_grad()
 def sample_images(
-    mar,
-    tokenizer,
-    sampling,
-    labels,
-    seed: int,
-    folder: Path,
-    *,
-    batch_size,
-    device,
-    dtype,
-    num_traced=0,
-    heads=None,
-    edit=None,
+    parts: Parts, sampling: SampleConfig, labels, seed: int, folder: Path, *, batch_size: int, num_traced=0, edit=None
 ) -> dict:
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
@@ -44,89 +52,118 @@ def sample_images(
     the first process, are made again. edit, a `sampling.editing.Edit`: all images are made of its source, whose known
     tokens (the mean of the tokenizer's posterior) stay as they are, and so do the pixels that belong to them. Returns
     {weights (their hash), num_made, seconds, images_per_second}, summed over processes, and the network evaluations
-    that an image took on average, counted (see `generate`; None where no image was made): mar_evals, mlp_evals. Of the
+    that an image took on average, counted (see `decode`; None where no image was made): mar_evals, mlp_evals. Of the
     images made it also counts redone_fp32, those drawn twice (`draw_finite`; a trace shows the first time), not_finite,
     those in vain, which are black, and one_colour, as a model that has learned little makes them; the last two are
     named on stderr.
     """
-    rules = sampling.rules(heads)
-    run = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size, dtype=str(dtype), device=device.type)
-    run["weights"] = weights_hash({**mar.state_dict(), **(heads.state_dict() if heads else {})})
-    run["tokenizer"] = tokenizer.describe()
-    tokens = mask = None
-    if edit is not None:
-        run |= edit.hashes
-        tokens = mar.patchify(tokenizer.encode(edit.images().to(device), sample=False))
-        mask = torch.from_numpy(edit.unknown).reshape(1, -1)
+    settings = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size)
+    settings |= dict(dtype=str(parts.dtype), device=parts.device.type, weights=parts.weights_hash())
+    settings |= dict(tokenizer=parts.tokenizer.describe(), **(edit.hashes if edit else {}))
+    run = SamplingRun(parts, sampling, labels, seed, folder, edit)
     if dist.is_main():
-        prepare_folder(folder, run)
+        prepare_folder(folder, settings)
     dist.barrier()
+    trace = Trace(folder, labels[:num_traced], parts.model.config.seq_len, sampling.num_iter)
     batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
-    trace = Trace(folder, labels[:num_traced], mar.config.seq_len, sampling.num_iter)
-    to_trace = [batch for batch in batches if batch.start < num_traced]
-    mine = to_trace if dist.is_main() else []
-    redo = [] if trace.is_saved() else mine
-    mine = mine + batches[len(to_trace) :][dist.rank() :: dist.world_size()]
-    mine = [batch for batch in mine if batch in redo or not all(is_readable(image_path(folder, i)) for i in batch)]
-    num_made, evals, began = 0, Counter(), time.perf_counter()
-    redone, broken, plain = [], [], []  # numbers of images
-    quiet = not (mine and dist.is_main())
-    with tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False) as progress:
+    run.make(batches, trace)
+    return {"weights": settings["weights"], **run.report()}
+
+
+class SamplingRun:
+    """The images of one setting as this process makes them, and what it counts while it does."""
+
+    def __init__(self, parts: Parts, sampling: SampleConfig, labels, seed: int, folder: Path, edit):
+        self.parts, self.sampling, self.edit = parts, sampling, edit
+        self.labels, self.seed, self.folder = labels, seed, folder
+        self.rules = sampling.rules(parts.heads)
+        self.known = {}  # of an edit: tokens (1, L, C) and mask (1, L)
+        if edit is not None:
+            latents = parts.tokenizer.encode(edit.images().to(parts.device), sample=False)
+            self.known["tokens"] = parts.model.patchify(latents)
+            self.known["mask"] = torch.from_numpy(edit.unknown).reshape(1, -1)
+        self.num_made, self.seconds, self.evals = 0, 0.0, Counter()
+        self.redone, self.broken, self.plain = [], [], []  # numbers of images
+
+    def make(self, batches: list[range], trace: Trace) -> None:
+        """Make the batches that are this process's and are not made already; those to be traced are the first one's."""
+        to_trace = [batch for batch in batches if batch.start < len(trace.labels)]
+        traced = to_trace if dist.is_main() else []
+        again = [] if trace.is_saved() else traced
+        mine = traced + batches[len(to_trace) :][dist.rank() :: dist.world_size()]
+        mine = [batch for batch in mine if batch in again or not self.is_made(batch)]
+        began, quiet = time.perf_counter(), not (mine and dist.is_main())
+        with tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False) as progress:
+            for batch in mine:
+                trace.begin(batch if batch in again else None)
+                images = self.draw_batch(batch, trace, progress)
+                trace.end(lambda tokens: self.pictures(self.parts.model.unpatchify(tokens)), images)
+                for i, image in zip(batch, images):
+                    save_png(image_path(self.folder, i), image)
+                progress.update(len(batch))
+        self.seconds = time.perf_counter() - began
+
+    def is_made(self, batch: range) -> bool:
+        """Are all files of a batch there and whole?"""
+        return all(is_readable(image_path(self.folder, i)) for i in batch)
+
+    def draw_batch(self, batch: range, trace: Trace, progress):
+        """The images uint8 (B, H, W, C) of a batch, what is wrong with them noted."""
+        latents, twice, lost = draw_finite(partial(self.latents, batch, trace, progress), len(batch), self.parts.dtype)
+        images = self.pictures(latents)
+        images[lost] = 0
+        self.redone += [batch[row] for row in twice]
+        self.broken += [batch[row] for row in lost]
+        self.plain += [i for i, image in zip(batch, images) if is_plain(image)]
+        self.num_made += len(batch)
+        return images
+
+    def latents(self, batch: range, trace: Trace, progress, rows, dtype) -> torch.Tensor:
+        """Latents (b, c, h, w) of the images at these rows of a batch, computed in this dtype."""
+        images = [batch[row] for row in rows]
+        sampling, parts = self.sampling, self.parts
 
         def after_step(step, *details):
             progress.set_postfix_str(f"step {step + 1}/{sampling.num_iter}")
             trace.record(step, *details)
 
-        def pictures(latents):
-            images = to_uint8(tokenizer.decode(latents))
-            return images if edit is None else edit.paste(images)
+        with dist.autocast(parts.device, dtype):
+            return generate(
+                parts.model,
+                torch.tensor([self.labels[i] for i in images]),
+                self.rules,
+                num_iter=sampling.num_iter,
+                num_steps=sampling.num_sampling_steps,
+                seeds=image_seeds(self.seed, images),
+                callback=None if trace.steps else after_step,  # a second time it would be traced twice
+                solver=sampling.solver,
+                spacing=sampling.spacing,
+                clip=parts.tokenizer.clip,
+                refresh_every=sampling.refresh_every,
+                evals=self.evals,
+                **{name: known.expand(len(images), *known.shape[1:]) for name, known in self.known.items()},
+            )
 
-        def draw(batch, rows, dtype):
-            images = [batch[row] for row in rows]
-            with autocast(device, dtype):
-                return generate(
-                    mar,
-                    torch.tensor([labels[i] for i in images]),
-                    rules,
-                    num_iter=sampling.num_iter,
-                    num_steps=sampling.num_sampling_steps,
-                    seeds=image_seeds(seed, images),
-                    callback=None if trace.steps else after_step,  # a second time it would be traced twice
-                    solver=sampling.solver,
-                    spacing=sampling.spacing,
-                    refresh_every=sampling.refresh_every,
-                    clip=tokenizer.clip,
-                    tokens=None if edit is None else tokens.expand(len(images), -1, -1),
-                    mask=None if edit is None else mask.expand(len(images), -1),
-                    evals=evals,
-                )
+    def pictures(self, latents) -> torch.Tensor:
+        """uint8 (B, H, W, C) of latents (B, c, h, w)."""
+        images = to_uint8(self.parts.tokenizer.decode(latents))
+        return images if self.edit is None else self.edit.paste(images)
 
-        for batch in mine:
-            trace.begin(batch if batch in redo else None)
-            latents, twice, lost = draw_finite(partial(draw, batch), len(batch), dtype)
-            images = pictures(latents)
-            images[lost] = 0
-            redone += [batch[row] for row in twice]
-            broken += [batch[row] for row in lost]
-            plain += [i for i, image in zip(batch, images) if is_plain(image)]
-            trace.end(lambda tokens: pictures(mar.unpatchify(tokens)), images)
-            for i, image in zip(batch, images):
-                save_png(image_path(folder, i), image)
-            num_made += len(batch)
-            progress.update(len(batch))
-    seconds = time.perf_counter() - began
-    rate = dist.all_sum(torch.tensor(num_made / seconds, device=device)).item()
-    tried = " in float32 too" if dist.is_half(dtype) else ""
-    complain(f"have numbers that are not finite{tried} and are left black", broken, num_made)
-    complain("are of one colour, which a model makes that has learned little", plain, num_made)
-    notes = {"redone_fp32": len(redone), "not_finite": len(broken), "one_colour": len(plain)}
-    # whole numbers, since they are too large for float32; parts of a pass as thousandths
-    counts = [num_made, *notes.values(), round(1000 * evals["mar"]), evals["mlp"]]
-    num_made, *counts, mar_evals, mlp_evals = dist.all_sum(torch.tensor(counts, device=device)).tolist()
-    dist.barrier()
-    found = {"weights": run["weights"], "num_made": num_made, "seconds": round(seconds, 3)}
-    found["images_per_second"] = round(rate, 3) if num_made else None
-    found |= dict(zip(notes, counts))
-    for name, count in (("mar_evals", mar_evals / 1000), ("mlp_evals", mlp_evals)):
-        found[name] = round(count / num_made, 3) if num_made else None
-    return found
+    def report(self) -> dict:
+        """The figures of `sample_images`, summed over the processes."""
+        tried = " in float32 too" if dist.is_half(self.parts.dtype) else ""
+        complain(f"have numbers that are not finite{tried} and are left black", self.broken, self.num_made)
+        complain("are of one colour, which a model makes that has learned little", self.plain, self.num_made)
+        rate = dist.all_sum(torch.tensor(self.num_made / self.seconds, device=self.parts.device)).item()
+        problems = {"redone_fp32": len(self.redone), "not_finite": len(self.broken), "one_colour": len(self.plain)}
+        # whole numbers, since they are too large for float32; parts of a pass as thousandths
+        counts = [self.num_made, *problems.values(), round(1000 * self.evals["mar"]), self.evals["mlp"]]
+        counts = dist.all_sum(torch.tensor(counts, device=self.parts.device)).tolist()
+        num_made, *counts, mar_evals, mlp_evals = counts
+        dist.barrier()
+        figures = {"num_made": num_made, "seconds": round(self.seconds, 3)}
+        figures["images_per_second"] = round(rate, 3) if num_made else None
+        figures |= dict(zip(problems, counts))
+        for name, count in (("mar_evals", mar_evals / 1000), ("mlp_evals", mlp_evals)):
+            figures[name] = round(count / num_made, 3) if num_made else None
+        return figures

@@ -29,13 +29,13 @@ from tqdm import tqdm
 
 from diffusion.schedule import step_range
 from heads.policy import PolicyHeads, build_rules
-from models.diffloss import DiffLoss
+from models.diffloss import DiffusionSampler
 from models.int8 import fast_dtype, is_exact, quantize
 from models.mar import MAR
 from models.mar_cache import FeatureCache
 from sampling.loop import generate
 from sampling.settings import FAST
-from training.config import PRESETS, mar_config, resolve
+from training.config import PRESETS, resolve
 from util import dist
 from util.args import flag, make_parser, run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
@@ -80,7 +80,7 @@ class Bench:
 
     def __init__(self, args: BenchArgs):
         self.args, self.device = args, dist.pick_device(args.device)
-        self.config = mar_config(resolve({"preset": args.preset}))
+        self.config = resolve({"preset": args.preset}).model.build()
         self.peak = PeakMemory(self.device)
         self.forget()
 
@@ -135,14 +135,15 @@ class Bench:
             stack.enter_context(dist.autocast(self.device, dist.DTYPES[row["dtype"]]))
             if stub:
                 empty = torch.zeros(batch_size, self.config.seq_len, dim, device=self.device)
-                stack.enter_context(patch.object(FeatureCache, "look", lambda *args: empty[: len(args[-1])]))
+                look = patch.object(FeatureCache, "look", lambda *args: (empty[: len(args[-1])], None))
+                stack.enter_context(look)
                 rows = empty.flatten(0, 1)
                 both = lambda *args: [rows[: len(some)] if len(some) else None for some in args[-2:]]  # noqa: E731
                 at = patch.object(FeatureCache, "at", both)
                 stack.enter_context(at)
             stack.enter_context(watch.watch(FeatureCache, "look", "transformer"))
             stack.enter_context(watch.watch(FeatureCache, "at", "transformer"))
-            stack.enter_context(watch.watch(DiffLoss, "sample", "diffusion"))
+            stack.enter_context(watch.watch(DiffusionSampler, "draw", "diffusion"))
             began = watch.now()
             generate(
                 mar,

@@ -9,7 +9,7 @@ the meta device; "of peak" is their rate as a share of that of large matrix prod
 
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,12 +22,12 @@ from heads.policy import HEADS
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
 from training.build import new_state
-from training.config import PRESETS, TrainConfig, mar_config, resolve
-from training.objectives.token import TrainingLoss
+from training.config import PRESETS, TrainConfig, resolve
+from training.objectives.token import Batch, TokenObjective
 from training.state import TrainState
-from training.step import forward_backward, optimizer_step, prepare
+from training.step import forward_backward, optimizer_step
 from util import dist
-from util.args import flag, make_parser, pick, run_main
+from util.args import flag, make_parser, run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 
 # name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
@@ -67,17 +67,15 @@ class BenchTrainingArgs:
 
 def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainConfig]:
     """A state that trains with these flags of main_mar.py."""
-    values = resolve({"preset": preset, **flags})
-    args = pick(TrainConfig, values)
+    config = resolve({"preset": preset, **flags})
     torch.manual_seed(0)
-    mar = MAR(mar_config(values)).to(device)
-    heads = args.heads(mar.config.decoder_embed_dim)
+    mar = MAR(config.model.build()).to(device)
+    heads = config.heads.build(mar.width)
     heads = heads.to(device) if heads is not None else None
     tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
-    dtype = dist.pick_dtype(args.dtype, device)
-    state = new_state(values, mar, tokenizer, heads, device, dtype)
-    state.module.train()
-    return state, args
+    state = new_state(config, mar, tokenizer, heads, flip=False)
+    state.wrapped.train()
+    return state, config.train
 
 
 def random_batch(config, batch_size):
@@ -90,12 +88,12 @@ def random_batch(config, batch_size):
 
 def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: int = 1) -> float:
     """Time of some steps on random images."""
-    batch, watch = random_batch(state.mar.config, args.batch_size), Stopwatch(device)
+    batch, watch = random_batch(state.model.config, args.batch_size), Stopwatch(device)
     began = watch.now()
     for _ in range(num_steps):
-        terms = forward_backward(state, *batch, args, False)
+        terms = forward_backward(state, *batch, args.accum_iter)
         state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.module.parameters(), args.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(state.wrapped.parameters(), args.grad_clip)
         _ = terms["loss"].item()
         optimizer_step(state, norm.item())
     return watch.now() - began
@@ -103,16 +101,16 @@ def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: in
 
 def all_rows(draws, encode, device):
     """In the place of `Visits`: the published masks, with every token in the diffusion MLP."""
-    return draws.with_mask(draws.mask, draws.step, torch.ones_like(draws.mask))
+    return draws.with_mask(draws.mask, None, torch.ones_like(draws.mask))
 
 
 def training_flops(state: TrainState, args: TrainConfig) -> int:
     """FLOPs of forward and backward pass, counted on the meta device."""
-    tokens, labels, draws = prepare(state, *random_batch(state.mar.config, args.batch_size), args, False)
-    twin = TrainingLoss(MAR(state.mar.config).to("meta")).train()
+    prepared = state.objective.prepare(state, *random_batch(state.model.config, args.batch_size))
+    twin = TokenObjective(MAR(state.model.config).to("meta")).train()
+    batch = Batch(prepared.tokens.to("meta"), prepared.labels.to("meta"), prepared.draws.to("meta"))
     with FlopCounterMode(display=False) as counter:
-        num_targets = torch.ones((), device="meta")
-        twin(tokens.to("meta"), labels.to("meta"), draws.to("meta"), num_targets)["loss"].backward()
+        twin(batch, torch.ones((), device="meta"))["loss"].backward()
     return counter.get_total_flops()
 
 
@@ -121,7 +119,10 @@ def training(args: BenchTrainingArgs, device) -> None:
     peak, table, first = PeakMemory(device), [], None
     for name, (flags, whole) in tqdm(TRAINING.items(), desc="training", leave=False):
         state, config = training_state(args.preset, device, flags | dict(batch_size=args.batch_size))
-        state.visits = all_rows if whole else None
+        if whole:
+            preparation = state.objective.preparation
+            draws = replace(preparation.draws, every_token=True)
+            state.objective.preparation = replace(preparation, draws=draws, visits=all_rows)
         peak.reset()
         times = [training_seconds(device, state, config) for _ in range(args.repeats + 1)]
         middle, memory = statistics.median(times[1:]), peak.read() / 1e9

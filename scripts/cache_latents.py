@@ -11,7 +11,7 @@ index.json names them. The formats are described in util/images/latents.py.
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.build import build_images, make_tokenizer
-from training.config import resolve
+from training.config import RunConfig, resolve
 from util import dist
-from util.args import check_folder, defaults, flag, make_parser, run_main
+from util.args import check_folder, flag, make_parser, pick, run_main
 from util.evaluation.protocol import reference_hash
 from util.images.datasets import DATASETS
 from util.images.latent_files import WRITERS, begin, image_labels, image_names, write_json
@@ -59,6 +59,10 @@ class CacheArgs:
     dist_on_itp: bool = flag(False, "read ranks from Open MPI's environment")
 
 
+# flags that main_mar.py does not have
+OWN = ("format", "cache_dtype", "shard_size", "verify")
+
+
 @torch.no_grad()
 def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
     """Moments (b, 2, c, h, w) of images uint8 (b, C, H, W) and of their mirror images."""
@@ -72,15 +76,15 @@ def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
     return moments
 
 
-def encode_units(units, dataset, tokenizer, writer, values: dict, device) -> None:
+def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device) -> None:
     """Encode and write the images of each unit, batch by batch."""
-    batch_size = values["batch_size"]
+    batch_size = args.batch_size
     batches = [unit[i : i + batch_size] for unit in units for i in range(0, len(unit), batch_size)]
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=values["num_workers"],
-        pin_memory=values["pin_mem"] and device.type == "cuda",
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
     )
     loaded = iter(loader)
     with tqdm(total=sum(map(len, units)), unit="image", desc="encoding", disable=not dist.is_main()) as progress:
@@ -89,7 +93,7 @@ def encode_units(units, dataset, tokenizer, writer, values: dict, device) -> Non
             for _ in range(math.ceil(len(unit) / batch_size)):
                 images, _, indices = next(loaded)
                 whole = dataset.broken[indices] == 0  # another image stands in for a broken one
-                parts.append(encode(tokenizer, images, device, values["cache_dtype"])[whole.numpy()])
+                parts.append(encode(tokenizer, images, device, args.cache_dtype)[whole.numpy()])
                 kept += indices[whole].tolist()
                 progress.update(len(images))
             writer.write(unit, kept, np.concatenate(parts))
@@ -113,27 +117,27 @@ def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str],
     print(f"train on them with --use_cached --cached_path {folder}")
 
 
-def run(values: dict) -> int:
+def run(args: CacheArgs, config: RunConfig) -> int:
     """Make the cache, or what is missing of it."""
-    device = dist.pick_device(values["device"])
-    folder = Path(values["cached_path"])
-    check_folder("cached_path", values["cached_path"])
-    dataset = build_images(values)
-    tokenizer = make_tokenizer(values, dataset.channels).to(device).eval()
-    if values["img_size"] % tokenizer.stride:
-        raise ValueError(f"--img_size {values['img_size']} must be a multiple of the tokenizer's {tokenizer.stride}")
-    side = values["img_size"] // tokenizer.stride
-    settings = dict(version=VERSION, format=values["format"], dtype=values["cache_dtype"], img_size=values["img_size"])
+    device = dist.pick_device(args.device)
+    folder = Path(args.cached_path)
+    check_folder("cached_path", args.cached_path)
+    dataset = build_images(config.data, args.img_size)
+    tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels).to(device).eval()
+    if args.img_size % tokenizer.stride:
+        raise ValueError(f"--img_size {args.img_size} must be a multiple of the tokenizer's {tokenizer.stride}")
+    side = args.img_size // tokenizer.stride
+    settings = dict(version=VERSION, format=args.format, dtype=args.cache_dtype, img_size=args.img_size)
     settings |= dict(shape=[tokenizer.moment_channels, side, side], fingerprint=tokenizer.fingerprint)
     settings |= dict(classes=dataset.classes, num_images=len(dataset), images=reference_hash(dataset))
-    settings["shard_size"] = values["shard_size"] if values["format"] == "packed" else None
-    about = dict(tokenizer=values["tokenizer"], channels=dataset.channels, flip=dataset.flip)
+    settings["shard_size"] = args.shard_size if args.format == "packed" else None
+    about = dict(tokenizer=args.tokenizer, channels=dataset.channels, flip=dataset.flip)
     names = image_names(dataset)
-    writer = WRITERS[values["format"]](folder, settings, names)
+    writer = WRITERS[args.format](folder, settings, names)
     with dist.main_first():
         begin(folder, settings)
 
-    size = writer.unit_size(values["batch_size"])
+    size = writer.unit_size(args.batch_size)
     units = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
     todo = []
     mine = units[dist.rank() :: dist.world_size()]
@@ -150,7 +154,7 @@ def run(values: dict) -> int:
             print(f"{num_todo} of {len(units)} parts of {folder} are still to do")
     dist.barrier()
     if todo:
-        encode_units(todo, dataset, tokenizer, writer, values, device)
+        encode_units(todo, dataset, tokenizer, writer, args, device)
     broken = dist.all_sum(dataset.broken.int().to(device))  # each process has met its own
     dataset.broken.copy_(broken > 0)
     if dist.is_main():
@@ -162,20 +166,21 @@ def run(values: dict) -> int:
 def main(argv=None) -> int:
     """Parse, encode; returns the exit code."""
     given = vars(make_parser("cache_latents.py", __doc__.splitlines()[0], CacheArgs).parse_args(argv))
-    values = {**defaults(CacheArgs), **resolve(given)}
-    if values["dry_run"]:
-        print(json.dumps({name: values[name] for name in defaults(CacheArgs)}, indent=2))
+    config = resolve(given)
+    args = pick(CacheArgs, {**config.flat(), **{name: given[name] for name in OWN if name in given}})
+    if args.dry_run:
+        print(json.dumps(asdict(args), indent=2))
         return 0
-    if not values["cached_path"]:
+    if not args.cached_path:
         raise ValueError("--cached_path DIR is needed, the folder for the latents")
-    if values["verify"]:
-        latents = open_latents(values["cached_path"])
+    if args.verify:
+        latents = open_latents(args.cached_path)
         latents.verify()
         print(f"{len(latents)} images in {latents.num_classes} classes, all files are whole: {latents.folder}")
         return 0
     try:
-        dist.init(dist.pick_device(values["device"]), values["dist_url"], values["dist_on_itp"])
-        return run(values)
+        dist.init(dist.pick_device(args.device), args.dist_url, args.dist_on_itp)
+        return run(args, config)
     finally:
         dist.shutdown()
 

@@ -1,7 +1,7 @@
 """Train a small classifier whose features stand in for Inception's on small images: digits, or CIFAR-10.
 
-    python scripts/train_classifier.py  # writes util/evaluation/digits_classifier.npz
-    python scripts/train_classifier.py --classifier cifar10 --data_path DIR  # writes util/evaluation/cifar10_classifier.npz
+    python scripts/train_classifier.py                                       # digits_classifier.npz in util/evaluation
+    python scripts/train_classifier.py --classifier cifar10 --data_path DIR  # cifar10_classifier.npz
 
 DIR has torchvision's CIFAR-10, or train/<class>/* as an image folder. It first trains without a fifth (digits) or a
 tenth (CIFAR-10) of the images and prints the accuracy on these, then (digits) trains the network that is kept on all of

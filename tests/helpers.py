@@ -3,7 +3,6 @@
 import os
 import re
 import zlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,11 @@ from PIL import Image
 import main_mar
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
+from sampling.run import Parts
 from training.build import new_state
-from training.config import CONFIGS, TrainConfig, mar_config, resolve
-from training.state import checkpoint_content
+from training.checkpoints import checkpoint_content
+from training.config import CONFIGS, resolve
 from util import dist
-from util.args import pick
 from util.checkpoint import save_checkpoint
 
 SMALLEST = "--preset digits --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2 --num_iter 2"
@@ -53,13 +52,17 @@ def tiny_mar(**overrides) -> MAR:
 def untrained(folder, *flags):
     """The folder, with the checkpoint that main_mar.py would start from with these flags, for the digits."""
     given = vars(main_mar.make_parser("", "", *CONFIGS).parse_args([*map(str, (*SMALLEST.split(), *flags))]))
-    values = resolve(given)
+    config = resolve(given)
     classes = [str(digit) for digit in range(10)]
-    mar = MAR(replace(mar_config(values), class_num=len(classes)))
-    heads = pick(TrainConfig, values).heads(mar.config.decoder_embed_dim)
-    parts = mar, build_tokenizer("pixel", channels=1), heads, torch.device("cpu"), torch.float32
-    save_checkpoint(folder, checkpoint_content(new_state(values, *parts), values, 0, classes))
+    mar = MAR(config.model.build(class_num=len(classes)))
+    state = new_state(config, mar, build_tokenizer("pixel", channels=1), config.heads.build(mar.width), flip=False)
+    save_checkpoint(folder, checkpoint_content(state, 0, classes))
     return folder
+
+
+def on_cpu(model, tokenizer, heads=None, dtype=torch.float32) -> Parts:
+    """What samples on the CPU."""
+    return Parts(model, tokenizer, torch.device("cpu"), dtype, heads)
 
 
 def shows(line: str, text: str) -> bool:

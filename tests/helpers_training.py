@@ -2,16 +2,25 @@
 
 import torch
 
-from training.objectives.draws import training_draws
+from models.diffloss import DiffLoss
+from training.objectives.draws import DrawSettings, training_draws
+from training.objectives.token import Batch
 
 LENGTH, CHANNELS, REPEATS = 16, 2, 3
 
 
-def draws(samples, seed=0, step=0, **kwargs):
-    usual = dict(seq_len=LENGTH, token_dim=CHANNELS, diffusion_batch_mul=REPEATS)
-    return training_draws(seed, step, samples, **usual | dict(mask_ratio_min=0.7, label_drop_prob=0.1) | kwargs)
+def draws(samples, seed=0, step=0, channels=CHANNELS, repeats=REPEATS, **settings):
+    """Draws of a small DiffLoss for images of LENGTH tokens."""
+    usual = dict(seq_len=LENGTH, mask_ratio_min=0.7, label_drop_prob=0.1)
+    head = DiffLoss(channels, 1, depth=1, width=2, repeats=repeats)
+    return training_draws(seed, step, samples, head, DrawSettings(**usual | settings))
 
 
 def batch(size=3):
     g = torch.Generator().manual_seed(0)
     return torch.randn(size, LENGTH, CHANNELS, generator=g).clamp(-1, 1), torch.tensor([0, -1, 2])[:size]
+
+
+def terms_of(module, tokens, labels, draws, num_targets) -> dict:
+    """What an objective says about a batch."""
+    return module(Batch(tokens, labels, draws), num_targets)

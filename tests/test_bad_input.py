@@ -347,7 +347,7 @@ def test_what_cannot_be_is_one_line_before_anything_happens(
 ):
     for name in ("OMPI_COMM_WORLD_RANK", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("main_mar.train_one_epoch", "sampling.run.generate", "scripts.train_tokenizer.train"):
+    for name in ("engine_mar.train_one_epoch", "sampling.run.generate", "scripts.train_tokenizer.train"):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("it had started"))
     monkeypatch.setattr("scripts.train_classifier.train", lambda *a, **k: pytest.fail("it had started"))
     monkeypatch.chdir(tmp_path)

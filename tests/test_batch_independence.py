@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sampling import loop
+from models.diffloss import DiffusionSampler
 from tests.helpers import randn
 from tests.helpers_generate import BATCH, LABELS, LENGTH, check_decode, ragged_rules, recorded, rules_of, run
 
@@ -41,14 +41,14 @@ def test_encode_decode_labels(mar):
 
 def recorded_noise(monkeypatch):
     """A list to which every (images, noise) that generate() draws is added."""
-    drawn, original = [], loop._draw_noise
+    drawn, original = [], DiffusionSampler.noise
 
-    def draw(generators, rows, *rest):
-        noise = original(generators, rows, *rest)
+    def draw(self, generators, rows, num_steps):
+        noise = original(self, generators, rows, num_steps)
         drawn.append((rows, noise))
         return noise
 
-    monkeypatch.setattr(loop, "_draw_noise", draw)
+    monkeypatch.setattr(DiffusionSampler, "noise", draw)
     return drawn
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from tests.helpers import Malicious, tiny_mar
-from tests.helpers_training import CHANNELS, batch, draws
-from training.objectives.token import TrainingLoss
+from tests.helpers_training import CHANNELS, batch, draws, terms_of
+from training.objectives.token import TokenObjective
 from training.optim import EMA, make_optimizer
 from util.checkpoint import FILE_NAME, load_checkpoint, load_weights, save_checkpoint, weights_hash
 
@@ -23,10 +23,10 @@ def mar():
 
 def content(mar):
     """A checkpoint as a run writes it, with optimizer moments and random state."""
-    optimizer = make_optimizer(mar, 1e-3, 0.02)
+    optimizer = make_optimizer(mar, mar.token_head, 1e-3, 0.02)
     tokens, labels = batch()
     d = draws([0, 1, 2])
-    TrainingLoss(mar)(tokens, labels, d, len(d.rows))["loss"].backward()
+    terms_of(TokenObjective(mar), tokens, labels, d, len(d.tokens.rows))["loss"].backward()
     optimizer.step()
     ema = EMA(mar, 0.9).weights
     state = {"model": mar.state_dict(), "model_ema": ema, "optimizer": optimizer.state_dict(), "epoch": 3, "scaler": {}}

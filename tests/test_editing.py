@@ -15,7 +15,7 @@ from sampling.editing import Edit, read_edit
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from scripts import plot_trace
-from tests.helpers import named_weights, tiny_mar
+from tests.helpers import named_weights, on_cpu, tiny_mar
 from tests.helpers_tokenizers import TINY
 from tests.test_cli import files, refused
 from tests.test_sample import draw, folder_of, pngs, rows, train_tiny
@@ -81,9 +81,8 @@ def test_known_tokens_and_their_pixels_are_untouched(name, mode, tmp_path, monke
     made = []
     monkeypatch.setattr(run, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[-1])
     sampling = SampleConfig(infer_mode=mode, cfg=2.0, num_iter=6, num_sampling_steps=2)
-    sample_images(
-        mar, tokenizer, sampling, [0, 1, 2, -1, 0], 7, tmp_path / "out", batch_size=3, heads=heads, edit=edit, **CPU
-    )
+    parts = on_cpu(mar, tokenizer, heads)
+    sample_images(parts, sampling, [0, 1, 2, -1, 0], 7, tmp_path / "out", batch_size=3, edit=edit)
     latents = torch.cat(made)
     tokens, mask = mar.patchify(latents), torch.from_numpy(unknown).flatten()
     wanted = mar.patchify(tokenizer.encode(edit.images(), sample=False))

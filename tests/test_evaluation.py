@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import engine_mar
 import main_mar
@@ -132,7 +131,7 @@ def test_bad_references_are_one_line_before_anything_is_sampled(
 
 @pytest.mark.parametrize("change, found", [("missing", 3), ("one too many", 5)])
 def test_another_number_of_images_than_asked_for_is_not_measured(change, found, tmp_path, monkeypatch):
-    def made(mar, tokenizer, sampling, labels, seed, folder, **options):
+    def made(parts, sampling, labels, seed, folder, **options):
         folder.mkdir()
         for i in range(found):
             save_png(folder / f"{i}.png", np.full((8, 8, 1), i, np.uint8))
@@ -140,9 +139,8 @@ def test_another_number_of_images_than_asked_for_is_not_measured(change, found, 
 
     monkeypatch.setattr(engine_mar, "sample_images", made)
     monkeypatch.setattr(engine_mar, "score", lambda *a: pytest.fail("measured"))
-    options = dict(device=torch.device("cpu"), dtype=torch.float32)
     with pytest.raises(ValueError, match=f"out holds {found} images, expected 4$"):
-        engine_mar.evaluate(None, None, None, EvalConfig(num_images=4), None, [0] * 4, 0, tmp_path / "out", **options)
+        engine_mar.evaluate(None, None, EvalConfig(num_images=4), None, [0] * 4, 0, tmp_path / "out")
     with pytest.raises(ValueError, match=f"out holds {found} images, expected 4$"):
         PNGFolder(tmp_path / "out", 4)
 

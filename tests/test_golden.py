@@ -11,8 +11,8 @@ import torch
 
 from models.mar import MAR, MARConfig
 from tests.helpers import TINY, named_weights
-from training.objectives.draws import training_draws
-from training.objectives.token import TrainingLoss
+from training.objectives.draws import DrawSettings, training_draws
+from training.objectives.token import Batch, TokenObjective
 from training.optim import EMA, make_optimizer
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden_loss.json"
@@ -21,15 +21,16 @@ GOLDEN = Path(__file__).parent / "fixtures" / "golden_loss.json"
 def losses() -> list[float]:
     """Loss of ten AdamW steps of the tiny model on ramps, and at the end one with the averaged weights."""
     mar = named_weights(MAR(MARConfig(**{**TINY, "diffusion_batch_mul": 2})), scale=0.1)
-    module, optimizer, ema = TrainingLoss(mar), make_optimizer(mar, 1e-3, 0.02), EMA(mar, 0.99)
+    module, ema = TokenObjective(mar), EMA(mar, 0.99)
+    optimizer = make_optimizer(mar, mar.token_head, 1e-3, 0.02)
     images = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
     labels = torch.tensor([0, 1, 2, 0])
 
     def loss(step):
-        sizes = dict(seq_len=64, token_dim=1, diffusion_batch_mul=2, mask_ratio_min=0.7, label_drop_prob=0.1)
-        draws = training_draws(0, step, [5, 6, 7, 8], **sizes)
+        settings = DrawSettings(seq_len=64, mask_ratio_min=0.7, label_drop_prob=0.1)
+        draws = training_draws(0, step, [5, 6, 7, 8], mar.token_head, settings)
         dropped = torch.where(draws.drop, -1, labels)
-        return module(mar.patchify(images), dropped, draws, len(draws.rows))["loss"]
+        return module(Batch(mar.patchify(images), dropped, draws), len(draws.tokens.rows))["loss"]
 
     found = []
     for step in range(10):

@@ -13,7 +13,7 @@ from sampling.guards import draw_finite, is_plain
 from sampling.loop import generate
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
-from tests.helpers import named_weights, tiny_mar, untrained
+from tests.helpers import named_weights, on_cpu, tiny_mar, untrained
 from util.images.pictures import read_png
 from util.rng import image_seeds
 
@@ -40,8 +40,8 @@ def draw(folder, monkeypatch, dtype=torch.bfloat16, explodes=(), in_float32=(), 
     monkeypatch.setattr("sampling.run.generate", exploding)
     sampling = SampleConfig(num_iter=3, num_sampling_steps=2, cfg=2.0)
     labels = [i % 3 for i in range(7)]
-    parts = tiny_mar(), build_tokenizer("pixel", channels=1), sampling, labels, 5, folder
-    found = sample_images(*parts, batch_size=batch_size, device=CPU, dtype=dtype, **options)
+    parts = on_cpu(tiny_mar(), build_tokenizer("pixel", channels=1), dtype=dtype)
+    found = sample_images(parts, sampling, labels, 5, folder, batch_size=batch_size, **options)
     return found, [read_png(folder / f"{i}.png") for i in range(7)], passes
 
 

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from types import SimpleNamespace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -16,8 +16,11 @@ import main_mar
 from tests.helpers import tiny_mar
 from tests.helpers_keeping import names, sums_are_right
 from training import build, keeping
+from training.checkpoints import check_resume
+from training.config import LaunchConfig
 from util.args import run_main
 from util.checkpoint import load_checkpoint
+from util.evaluation.protocol import EvalConfig
 
 TRAIN = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 4 --buffer_size 2 --proj_dropout 0".split()
 TRAIN += "--diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --batch_size 4 --attn_dropout 0.1 --blr 0.02".split()
@@ -73,9 +76,9 @@ def test_a_run_on_a_full_disk_that_is_killed_ends_as_if_nothing_had_been(picture
         bars.append(bar(*args, **kwargs))
         return bars[-1]
 
-    bar = main_mar.tqdm
+    bar = engine_mar.tqdm
     counted.write = bar.write
-    monkeypatch.setattr(main_mar, "tqdm", counted)
+    monkeypatch.setattr(engine_mar, "tqdm", counted)
     folder = tmp_path / "parts"
     with monkeypatch.context() as patch:
         patch.setattr(engine_mar, "optimizer_step", killing)
@@ -113,9 +116,9 @@ def test_a_run_on_a_full_disk_that_is_killed_ends_as_if_nothing_had_been(picture
 
 def test_the_best_of_a_run_is_by_its_online_fid(pictures, tmp_path, monkeypatch):
     fids = iter([5.0, 2.0, 3.0])
-    monkeypatch.setattr(main_mar, "evaluate", lambda *_, **__: {"metrics": {"fid": next(fids)}})
+    monkeypatch.setattr(engine_mar, "evaluate", lambda *_, **__: {"metrics": {"fid": next(fids)}})
     monkeypatch.setattr(main_mar, "find_reference", lambda *_: None)
-    monkeypatch.setattr(main_mar.EvalConfig, "check", lambda *_: None)
+    monkeypatch.setattr(EvalConfig, "check", lambda *_: None)
     flags = ("--online_eval", "--epochs", 3, "--eval_freq", 1, "--features", "digits", "--metrics", "fid")
     assert main_mar.main(command(pictures, tmp_path, *flags)) == 0
     assert load_checkpoint(tmp_path / keeping.BEST_NAME)["step"] == 2 * STEPS and sums_are_right(tmp_path)
@@ -142,13 +145,14 @@ def test_what_would_spoil_a_run_is_refused_unless_allowed(pictures, tmp_path, ca
 )
 def test_sizes_that_no_shape_shows_are_compared_too(tmp_path, key, value, shown, capsys):
     mar, tokenizer = tiny_mar(), build.tokenizer_of({"tokenizer": "pixel", "vae_scale": None, "vae_mean": None}, 1)
-    there = {**build.asdict(mar.config), key: value}
-    saved = {"config": {"mar": there, "latents": tokenizer.describe()}, "args": {"attn_dropout": 0.1, "epochs": 3}}
-    values = dict(resume="RUN", allow_mismatch=False, evaluate=False, attn_dropout=0.2, epochs=3)
+    config = {"mar": {**asdict(mar.config), key: value}, "latents": tokenizer.describe()}  # no family: as long ago
+    saved = {"config": config, "args": {"attn_dropout": 0.1, "epochs": 3}}
+    now = {"family": "mar", "mar": asdict(mar.config), "latents": tokenizer.describe()}
+    stored = {"config": now, "args": {"attn_dropout": 0.2, "epochs": 3}}
     if shown is None:
-        build.check_resume(values, saved, mar, tokenizer, SimpleNamespace(classes=[]))
+        check_resume(LaunchConfig(resume="RUN"), stored, saved, [])
         assert capsys.readouterr().out == "changed since the checkpoint: --attn_dropout 0.1 -> 0.2\n"
         return
     with pytest.raises(ValueError, match=shown):
-        build.check_resume(values, saved, mar, tokenizer, SimpleNamespace(classes=[]))
-    build.check_resume({**values, "allow_mismatch": True}, saved, mar, tokenizer, SimpleNamespace(classes=[]))
+        check_resume(LaunchConfig(resume="RUN"), stored, saved, [])
+    check_resume(LaunchConfig(resume="RUN", allow_mismatch=True), stored, saved, [])

@@ -16,7 +16,7 @@ from models.tokenizers import build_tokenizer
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from scripts import torture
-from tests.helpers import tiny_mar
+from tests.helpers import on_cpu, tiny_mar
 from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
 from util.args import run_main
 
@@ -68,9 +68,9 @@ def test_500_sampling_batches_stay_in_their_memory(tmp_path, monkeypatch):
         return make(*args, **kwargs)
 
     monkeypatch.setattr("sampling.run.generate", measuring)
-    options = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32)
+    parts = on_cpu(mar, tokenizer)
     sampling = SampleConfig(cfg=2.0, num_iter=3, num_sampling_steps=2)
-    sample_images(mar, tokenizer, sampling, [i % 3 for i in range(2000)], 0, tmp_path, **options)
+    sample_images(parts, sampling, [i % 3 for i in range(2000)], 0, tmp_path, batch_size=4)
     assert len(calls) == 500
     assert_flat(measured, "500 sampling batches")
 

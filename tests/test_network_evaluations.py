@@ -13,7 +13,7 @@ from models.tokenizers import build_tokenizer
 from sampling.loop import generate
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
-from tests.helpers import named_weights, tiny_mar
+from tests.helpers import named_weights, on_cpu, tiny_mar
 
 
 def tiny_heads() -> PolicyHeads:
@@ -89,10 +89,8 @@ def test_evaluations_with_learned_rules_are_those_made_too(mode):
 def per_image(tmp_path, num_iter, num_steps, **options) -> tuple[float, float]:
     """(mar_evals, mlp_evals) that sampling reports."""
     sampling = SampleConfig(num_iter=num_iter, num_sampling_steps=num_steps, **options)
-    arguments = (tiny_mar(), build_tokenizer("pixel", channels=1), sampling, [0, 1, 2, 0, 1], 3, tmp_path)
-    where = dict(batch_size=2, device=torch.device("cpu"), dtype=torch.float32)
-    found = sample_images(*arguments, **where)
-    again = sample_images(*arguments, **where)
+    parts = on_cpu(tiny_mar(), build_tokenizer("pixel", channels=1))
+    found, again = (sample_images(parts, sampling, [0, 1, 2, 0, 1], 3, tmp_path, batch_size=2) for _ in range(2))
     assert again["num_made"] == 0 and again["mar_evals"] is again["mlp_evals"] is None
     return found["mar_evals"], found["mlp_evals"]
 

@@ -22,7 +22,7 @@ def mar():
 
 def test_what_decays(mar):
     mar.fake_latent.requires_grad_(False)
-    optimizer = make_optimizer(mar, lr=0.5, weight_decay=0.02)
+    optimizer = make_optimizer(mar, mar.token_head, lr=0.5, weight_decay=0.02)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
     spared = set()

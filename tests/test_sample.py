@@ -19,7 +19,7 @@ from main_mar import main as train_main
 from models.tokenizers import build_tokenizer
 from sampling.run import sample_images
 from sampling.settings import FAST, SampleConfig
-from tests.helpers import each_rank, tiny_mar
+from tests.helpers import each_rank, on_cpu, tiny_mar
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
 
@@ -108,7 +108,7 @@ def test_a_result_is_one_line_that_says_what_was_measured_on_what(sampled, check
     (row,) = rows(sampled)
     assert row["metrics"].keys() == METRICS and all(np.isfinite(v) for v in row["metrics"].values())
     settings = row["settings"]
-    assert settings["class_labels"] == [3, -1, 7, 0] and settings["ema"] is True and settings["seed"] == 0
+    assert settings["class_labels"] == [3, -1, 7, 0] and settings["ema"] is True and settings["seed"] == 1
     assert settings["num_iter"] == 3 and settings["cfg"] == 2.0  # a flag; and what the checkpoint was trained with
     assert row["device"] == "cpu" and row["images_per_second"] > 0 and row["num_made"] == 24
     for key in ("weights", "reference"):
@@ -154,8 +154,7 @@ def test_two_processes_make_together_the_files_of_one(tmp_path, monkeypatch):
     labels = [i % 3 for i in range(22)]
 
     def run(folder):
-        options = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32)
-        return sample_images(mar, tokenizer, sampling, labels, 5, folder, **options)["num_made"]
+        return sample_images(on_cpu(mar, tokenizer), sampling, labels, 5, folder, batch_size=4)["num_made"]
 
     assert run(tmp_path / "one") == 22
     made = []
@@ -198,7 +197,7 @@ def test_settings_of_the_checkpoint_given_by_hand_are_the_same_settings(checkpoi
     assert Path(picture).is_file()
 
 
-@pytest.mark.parametrize("flags", [["--seed", "1"], ["--no_ema"], ["--cfg", "1"], ["--order", "raster"]])
+@pytest.mark.parametrize("flags", [["--seed", "2"], ["--no_ema"], ["--cfg", "1"], ["--order", "raster"]])
 def test_another_setting_is_another_line_in_another_folder(sampled, checkpoint, tmp_path, flags):
     assert draw(checkpoint, tmp_path) == 0
     first = pngs(folder_of(tmp_path))
@@ -282,10 +281,10 @@ def test_a_line_cut_short_by_a_crash_costs_that_line_only(checkpoint, tmp_path):
     file.write_text(whole + whole[: len(whole) // 2])
     assert draw(checkpoint, tmp_path) == 0  # the whole line counts
     assert file.read_text() == whole + whole[: len(whole) // 2]
-    assert draw(checkpoint, tmp_path, "--seed", 1) == 0
+    assert draw(checkpoint, tmp_path, "--seed", 2) == 0
     first, torn, new = file.read_text().splitlines()
     assert first + "\n" == whole and whole.startswith(torn)
-    assert json.loads(new)["settings"]["seed"] == 1
+    assert json.loads(new)["settings"]["seed"] == 2
 
 
 # -------------------------------------------------------------------------------------- other checkpoints and data

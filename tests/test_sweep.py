@@ -31,14 +31,14 @@ def test_the_grid_is_the_product_in_the_order_of_the_flags():
     assert found == list(itertools.product(given["seed"], given["order"], given["cfg"]))
     assert {s.sampling.num_iter for s in settings} == {5}
     (single,) = sample.span({}, dict(cfg=9.0))
-    assert (single.seed, single.sampling.cfg) == (0, 9.0)
+    assert (single.seed, single.sampling.cfg) == (1, 9.0)
 
 
 def test_a_sweep_is_its_settings_one_by_one(checkpoint, tmp_path, monkeypatch, capsys):
     """One line, one folder, bitwise the same pictures; the checkpoint is read once; a larger grid adds what is new."""
     loads = []
-    load = sample.load_mar
-    monkeypatch.setattr(sample, "load_mar", lambda *a, **k: loads.append(a) or load(*a, **k))
+    load = sample.load_model
+    monkeypatch.setattr(sample, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
     grid = "--cfg 1,2 --num_iter 2,3 --seed 0,1".split()
     assert draw(checkpoint, tmp_path / "swept", *SMALL, *grid) == 0
     assert len(loads) == 1
@@ -55,7 +55,7 @@ def test_a_sweep_is_its_settings_one_by_one(checkpoint, tmp_path, monkeypatch, c
     assert "setting 1 of" not in capsys.readouterr().out
 
     sampled, evaluate = [], sample.evaluate
-    monkeypatch.setattr(sample, "evaluate", lambda *a, **k: sampled.append(a[2].cfg) or evaluate(*a, **k))
+    monkeypatch.setattr(sample, "evaluate", lambda *a, **k: sampled.append(a[1].cfg) or evaluate(*a, **k))
     assert draw(checkpoint, tmp_path / "swept", *SMALL, *grid) == 0
     assert not sampled and len(rows(tmp_path / "swept")) == 8
     assert draw(checkpoint, tmp_path / "swept", *SMALL, *"--cfg 1,1.5,2 --num_iter 2,3 --seed 1,1".split()) == 0
@@ -113,7 +113,7 @@ def test_a_dry_run_shows_the_lists_and_the_settings(checkpoint, capsys):
     flags = "--cfg 1,2 --order random,halton --num_iter 4 --dry_run".split()
     assert sample.main(["--checkpoint", str(checkpoint), *flags]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["cfg"], shown["order"], shown["num_iter"], shown["seed"]) == ([1, 2], ["random", "halton"], 4, 0)
+    assert (shown["cfg"], shown["order"], shown["num_iter"], shown["seed"]) == ([1, 2], ["random", "halton"], 4, 1)
     assert len(shown["settings"]) == len(set(shown["settings"])) == 4
 
 

@@ -11,7 +11,7 @@ from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from sampling.trace import num_traced
 from scripts import plot_trace
-from tests.helpers import each_rank, named_weights, tiny_mar
+from tests.helpers import each_rank, named_weights, on_cpu, tiny_mar
 from tests.test_cli import refused
 from tests.test_sample import draw, folder_of, pngs, rows, train_tiny
 from util.images.pictures import read_png
@@ -81,9 +81,8 @@ def test_patches_of_several_pixels_and_steps_after_the_last_token(tmp_path):
     """4 x 4 patches of 2 x 2 pixels in colour, and more steps than there are tokens."""
     sampling = SampleConfig(num_iter=20, num_sampling_steps=1)
     mar = tiny_mar(img_size=8, patch_size=2, vae_embed_dim=3)
-    where = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32)
-    tokenizer = build_tokenizer("pixel", channels=3)
-    sample_images(mar, tokenizer, sampling, [0, 1, 2], 5, tmp_path, num_traced=2, **where)
+    parts = on_cpu(mar, build_tokenizer("pixel", channels=3))
+    sample_images(parts, sampling, [0, 1, 2], 5, tmp_path, batch_size=4, num_traced=2)
     trace = load(tmp_path)
     assert trace["frames"].shape == (2, 20, 8, 8, 3) and trace["group_size"].tolist() == 2 * [16 * [1] + 4 * [0]]
     for i in range(2):
@@ -98,9 +97,8 @@ def test_learned_rules_are_traced_image_by_image(tmp_path):
     heads = PolicyHeads(16, tau_mode="token", cfg_mode="token", rho=(0.1, 0.9), tau=(0.5, 1.5))
     heads = named_weights(heads, scale=0.15).eval()
     sampling = SampleConfig(infer_mode="both", cfg=2.0, num_iter=12, num_sampling_steps=1)
-    where = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32, num_traced=5, heads=heads)
-    tokenizer = build_tokenizer("pixel", channels=1)
-    sample_images(tiny_mar(), tokenizer, sampling, [0, 1, 2, 0, 1, 2], 5, tmp_path, **where)
+    parts = on_cpu(tiny_mar(), build_tokenizer("pixel", channels=1), heads)
+    sample_images(parts, sampling, [0, 1, 2, 0, 1, 2], 5, tmp_path, batch_size=4, num_traced=5)
     trace = load(tmp_path)
     assert len({groups.tobytes() for groups in trace["group_size"]}) == N
     for i in range(N):
@@ -152,12 +150,11 @@ def test_a_missing_trace_is_made_from_its_batches_only(traced, checkpoint, tmp_p
 
 def test_a_trace_of_other_weights_is_removed(tmp_path):
     tokenizer, sampling = build_tokenizer("pixel", channels=1), SampleConfig(num_iter=2, num_sampling_steps=1)
-    where = dict(batch_size=4, device=torch.device("cpu"), dtype=torch.float32)
-    sample_images(tiny_mar(), tokenizer, sampling, [0], 5, tmp_path, num_traced=1, **where)
+    sample_images(on_cpu(tiny_mar(), tokenizer), sampling, [0], 5, tmp_path, batch_size=4, num_traced=1)
     other = tiny_mar()
     with torch.no_grad():
         other.mask_token.add_(1)
-    sample_images(other, tokenizer, sampling, [0], 5, tmp_path, **where)
+    sample_images(on_cpu(other, tokenizer), sampling, [0], 5, tmp_path, batch_size=4)
     assert not (tmp_path / "trace.npz").exists()
 
 
@@ -177,8 +174,8 @@ def test_two_processes_make_the_trace_of_one(tmp_path, monkeypatch):
     mar, labels = tiny_mar(), [i % 3 for i in range(13)]
 
     def run(folder):
-        where = dict(batch_size=2, device=torch.device("cpu"), dtype=torch.float32)
-        return sample_images(mar, tokenizer, sampling, labels, 5, folder, num_traced=5, **where)["num_made"]
+        parts = on_cpu(mar, tokenizer)
+        return sample_images(parts, sampling, labels, 5, folder, batch_size=2, num_traced=5)["num_made"]
 
     assert run(tmp_path / "one") == 13
     made = []

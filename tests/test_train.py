@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 import engine_mar
 import main_mar
 from main_mar import main
-from training.objectives.token import TrainingLoss
+from training.objectives.token import TokenObjective
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.images.pictures import read_png
@@ -100,7 +100,7 @@ def test_a_signal_while_sampling_stops_at_once_and_loses_nothing(tmp_path, monke
     folder = tmp_path / "parts"
     command = [*SMALL, "--output_dir", str(folder), "--resume", str(folder), "--epochs", "2", "--eval_freq", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(main_mar, "sample_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(engine_mar, "sample_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
         assert main([*command, "--save_last_freq", "100"]) == 128 + signal.SIGTERM
     assert f"--resume {folder}" in capsys.readouterr().out
     assert load_checkpoint(folder)["epoch"] == 0
@@ -235,7 +235,7 @@ def test_a_second_stage_that_was_stopped_continues_with_the_same_command(tmp_pat
 
 
 def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
-    terms = TrainingLoss.forward
+    terms = TokenObjective.forward
     bad = {"steps": {2, 3}}
 
     def poisoned(self, *args):
@@ -244,7 +244,7 @@ def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_p
         return {k: v * float("nan") for k, v in result.items()} if poisoned.calls in bad["steps"] else result
 
     poisoned.calls = 0
-    monkeypatch.setattr(TrainingLoss, "forward", poisoned)
+    monkeypatch.setattr(TokenObjective, "forward", poisoned)
     content = train(tmp_path / "a", "--epochs", 1)
     assert "2 steps without a finite gradient were skipped" in capsys.readouterr().out
     assert all(v.isfinite().all() for v in content["model"].values())
@@ -310,7 +310,7 @@ def test_another_batch_size_on_resume_skips_nothing(tmp_path):
 def test_samples_missed_by_a_stop_are_made_on_resume(tmp_path, monkeypatch):
     command = [*SMALL, "--output_dir", str(tmp_path), "--resume", str(tmp_path), "--epochs", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(main_mar, "sample_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(engine_mar, "sample_images", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
         assert main(command) == 128 + signal.SIGINT
     picture = tmp_path / "samples" / "epoch0001.png"
     assert not picture.exists()

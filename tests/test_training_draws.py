@@ -17,8 +17,15 @@ from util.rng import image_seeds, seed_of
 
 def of_image(d, i):
     """All that draws d say about the i-th image, positions instead of rows."""
-    mine = d.rows // d.mask.shape[1] == i
-    return [d.flip[i], d.drop[i], d.mask[i], d.rows[mine] % d.mask.shape[1], d.t[:, mine], d.noise[:, mine]]
+    mine = d.tokens.rows // d.mask.shape[1] == i
+    return [
+        d.flip[i],
+        d.drop[i],
+        d.mask[i],
+        d.tokens.rows[mine] % d.mask.shape[1],
+        d.tokens.draws["t"][:, mine],
+        d.tokens.draws["noise"][:, mine],
+    ]
 
 
 def same(a, b):
@@ -57,10 +64,16 @@ def test_shapes_and_consistency_of_the_draws(seq_len, ratio_min, batch, step, pe
     assert d.num_visible == (seq_len - counts).tolist()
     assert (counts >= math.ceil(seq_len * ratio_min)).all() and (counts <= seq_len).all()
     assert per_image or len(counts.unique()) == 1
-    assert torch.equal(d.rows.sort()[0], d.mask.flatten().nonzero().flatten())  # each masked token once, no other
-    n = len(d.rows)
-    assert d.t.shape == (REPEATS, n) and d.noise.shape == (REPEATS, n, CHANNELS)
-    assert d.t.dtype == torch.long and d.t.min() >= 0 and d.t.max() < NUM_TRAIN_STEPS
+    assert torch.equal(
+        d.tokens.rows.sort()[0], d.mask.flatten().nonzero().flatten()
+    )  # each masked token once, no other
+    n = len(d.tokens.rows)
+    assert d.tokens.draws["t"].shape == (REPEATS, n) and d.tokens.draws["noise"].shape == (REPEATS, n, CHANNELS)
+    assert (
+        d.tokens.draws["t"].dtype == torch.long
+        and d.tokens.draws["t"].min() >= 0
+        and d.tokens.draws["t"].max() < NUM_TRAIN_STEPS
+    )
     assert d.flip.shape == d.drop.shape == (batch,) and d.flip.dtype == d.drop.dtype == torch.bool
 
 
@@ -68,9 +81,9 @@ def test_seed_step_and_sample_each_change_the_draws():
     base = draws([5])
     assert same(of_image(base, 0), of_image(draws([5]), 0))
     for other in (draws([6]), draws([5], step=1), draws([5], seed=1)):
-        assert not torch.equal(base.mask, other.mask) or not torch.equal(base.rows, other.rows)
-        n = min(len(base.rows), len(other.rows))
-        assert not torch.equal(base.noise[:, :n], other.noise[:, :n])
+        assert not torch.equal(base.mask, other.mask) or not torch.equal(base.tokens.rows, other.tokens.rows)
+        n = min(len(base.tokens.rows), len(other.tokens.rows))
+        assert not torch.equal(base.tokens.draws["noise"][:, :n], other.tokens.draws["noise"][:, :n])
 
 
 def test_one_mask_ratio_a_step_unless_asked_for_one_an_image():
@@ -96,10 +109,10 @@ def test_mean_mask_count(per_image):
     published = truncnorm(-0.3 / 0.25, 0, loc=1.0, scale=0.25)
     n, length = 1500, 64
     if per_image:
-        d = draws(range(n), seq_len=length, mask_ratio_per_image=True, diffusion_batch_mul=1, token_dim=1)
+        d = draws(range(n), seq_len=length, mask_ratio_per_image=True, repeats=1, channels=1)
         counts = d.mask.sum(1).double().numpy()
     else:
-        options = dict(seq_len=length, diffusion_batch_mul=1, token_dim=1)
+        options = dict(seq_len=length, repeats=1, channels=1)
         counts = np.array([float(draws([0], step=s, **options).mask.sum()) for s in range(n)])
     possible = np.arange(0, length + 1)
     probability = np.diff(published.cdf(possible / length), prepend=0.0)
@@ -116,18 +129,19 @@ def uniform_enough(values, num_values, num_bins=10):
 
 def test_frequencies():
     d = draws(range(2000), label_drop_prob=0.3)
+    rows, times, noise = d.tokens.rows, *d.tokens.draws.values()
     assert binomtest(int(d.flip.sum()), 2000, 0.5).pvalue > 1e-4
     assert binomtest(int(d.drop.sum()), 2000, 0.3).pvalue > 1e-4
     assert binomtest(int((d.flip & d.drop).sum()), 2000, 0.15).pvalue > 1e-4  # independent
-    assert d.t.min() == 0 and d.t.max() == 999
-    assert all(uniform_enough(t, NUM_TRAIN_STEPS) for t in d.t)
-    assert uniform_enough(d.rows % LENGTH, LENGTH, LENGTH) and uniform_enough(
-        d.rows[:: d.mask[0].sum()] % LENGTH, LENGTH, LENGTH
+    assert times.min() == 0 and times.max() == 999
+    assert all(uniform_enough(t, NUM_TRAIN_STEPS) for t in times)
+    assert uniform_enough(rows % LENGTH, LENGTH, LENGTH) and uniform_enough(
+        rows[:: d.mask[0].sum()] % LENGTH, LENGTH, LENGTH
     )
-    size = d.noise.numel()
-    assert abs(d.noise.double().mean()) < 5 / math.sqrt(size)
-    assert abs(d.noise.double().square().mean() - 1) < 5 * math.sqrt(2 / size)
-    assert not torch.equal(d.noise[0], d.noise[1]) and not torch.equal(d.t[0], d.t[1])  # fresh for each repeat
+    size = noise.numel()
+    assert abs(noise.double().mean()) < 5 / math.sqrt(size)
+    assert abs(noise.double().square().mean() - 1) < 5 * math.sqrt(2 / size)
+    assert not torch.equal(noise[0], noise[1]) and not torch.equal(times[0], times[1])  # fresh for each repeat
     assert not draws(range(200), label_drop_prob=0.0).drop.any() and draws(range(200), label_drop_prob=1.0).drop.all()
 
 
@@ -135,8 +149,10 @@ def test_moving_draws_keeps_them():
     d = draws([1, 2])
     moved = d.to("meta")
     assert moved.num_visible == d.num_visible
-    for name in ("flip", "drop", "mask", "rows", "t", "noise"):
-        before, after = getattr(d, name), getattr(moved, name)
+    pairs = [(getattr(d, name), getattr(moved, name)) for name in ("flip", "drop", "mask")]
+    pairs += [(d.tokens.rows, moved.tokens.rows)] + [(v, moved.tokens.draws[k]) for k, v in d.tokens.draws.items()]
+    assert len(pairs) == 6
+    for before, after in pairs:
         assert after.device.type == "meta" and after.shape == before.shape and after.dtype == before.dtype
         assert before.device.type == "cpu"
 

@@ -150,7 +150,7 @@ BAD_TRAINING = [
 
 @pytest.mark.parametrize("flags, shown", BAD_TRAINING, ids=[flags for flags, _ in BAD_TRAINING])
 def test_bad_input_of_training_is_one_line(saved, pictures, trained, tmp_path, capsys, monkeypatch, flags, shown):
-    monkeypatch.setattr(main_mar, "train_one_epoch", lambda *a, **k: pytest.fail("training had started"))
+    monkeypatch.setattr("engine_mar.train_one_epoch", lambda *a, **k: pytest.fail("training had started"))
     (tmp_path / "text").write_text("this is no autoencoder")
     places = dict(tmp=tmp_path, saved=saved, trained=trained)
     argv = command(saved, pictures, tmp_path / "out", *(word.format(**places) for word in flags.split()))

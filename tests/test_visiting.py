@@ -10,20 +10,22 @@ from heads.orders import ORDERS
 from heads.policy import PolicyHeads, build_rules
 from heads.schedules import GROUPS
 from heads.step import StepState
+from models.diffloss import DiffLoss
 from tests.helpers import tiny_mar
-from training import step as step_module
+from tests.helpers_training import terms_of
 from training.config import resolve, visits
-from training.objectives.draws import training_draws
+from training.objectives.draws import DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig
-from training.objectives.token import TrainingLoss
+from training.objectives.token import TokenObjective
 from training.objectives.visiting import MaskConfig, Visits
 
 LENGTH = 64
 
 
 def draws_of(samples=range(12), num_iter=(1, 9), seq_len=LENGTH, **options):
-    usual = dict(seq_len=seq_len, token_dim=1, diffusion_batch_mul=2, mask_ratio_min=0.7, label_drop_prob=0.0)
-    return training_draws(3, 5, list(samples), **usual, num_iter=num_iter, cfg_max=3.0, every_token=True, **options)
+    usual = dict(seq_len=seq_len, mask_ratio_min=0.7, label_drop_prob=0.0, num_iter=num_iter, cfg_max=3.0)
+    head = DiffLoss(1, 1, depth=1, width=2, repeats=2)
+    return training_draws(3, 5, list(samples), head, DrawSettings(**usual, every_token=True, **options))
 
 
 def random_heads(dim=16, learn=("order", "group")):
@@ -37,18 +39,24 @@ def random_heads(dim=16, learn=("order", "group")):
 
 def trajectory(rules, draws, i, encode=None):
     """(mask, next group) before each step of image i, as generate() would meet them, one image at a time."""
-    mask, num_iter, states = torch.ones(1, draws.mask.shape[1], dtype=torch.bool), int(draws.num_iter[i]), []
+    mask, num_iter, states = torch.ones(1, draws.mask.shape[1], dtype=torch.bool), int(draws.policy.num_iter[i]), []
     for step in range(num_iter):
         if not mask.any():
             break
         n = mask.sum(1).float()
         z = encode(i, mask) if encode else None
         start = torch.full((1,), float(mask.shape[1]))
-        state = StepState(step, num_iter, mask, n, start, draws.gumbel[i : i + 1], z, torch.zeros(1, dtype=torch.long))
+        state = StepState(
+            step, num_iter, mask, n, start, draws.policy.gumbel[i : i + 1], z, torch.zeros(1, dtype=torch.long)
+        )
         select = rules(state).select
         states.append((mask[0], select[0]))
         mask = mask & ~select
     return states
+
+
+def visits_of(config, heads):
+    return visits(config.masks, config.sampling, heads)
 
 
 def no_pass(mask, num_visible):
@@ -61,14 +69,14 @@ def test_visited_masks_are_the_states_of_the_schedule(order, group):
     visit = Visits(MaskConfig(train_masks="visited", train_targets="next"), None, order, group)
     found = visit(draws, no_pass)
     targets = torch.zeros(found.mask.numel(), dtype=torch.bool)
-    targets[found.rows] = True
+    targets[found.tokens.rows] = True
     rules = build_rules("baseline", order=order, group=group)
-    for i, step in enumerate(found.step.tolist()):
-        assert step == int(draws.place[i] * draws.num_iter[i])
+    for i, step in enumerate(found.policy.step.tolist()):
+        assert step == int(draws.policy.place[i] * draws.policy.num_iter[i])
         mask, following = trajectory(rules, draws, i)[step]
         assert torch.equal(found.mask[i], mask)
         assert torch.equal(targets.view_as(found.mask)[i], following)
-    assert found.num_visible == (~found.mask).sum(1).tolist() and found.num_others == 0
+    assert found.num_visible == (~found.mask).sum(1).tolist() and found.tokens.num_others == 0
     assert len(set(found.num_visible)) > 3
 
 
@@ -77,8 +85,8 @@ def test_visited_masks_are_the_states_of_the_schedule(order, group):
 def test_every_image_keeps_a_target_even_when_there_are_more_steps_than_tokens(num_iter, targets):
     draws = draws_of(range(40), num_iter, seq_len=16)
     found = Visits(MaskConfig(train_masks="visited", train_targets=targets), None, "halton", "cosine")(draws, no_pass)
-    assert set((found.rows // 16).tolist()) == set(range(40)) and found.mask.flatten()[found.rows].all()
-    for i, step in enumerate(found.step.tolist()):
+    assert set((found.tokens.rows // 16).tolist()) == set(range(40)) and found.mask.flatten()[found.tokens.rows].all()
+    for i, step in enumerate(found.policy.step.tolist()):
         assert torch.equal(found.mask[i], trajectory(build_rules("baseline", order="halton"), draws, i)[step][0])
 
 
@@ -101,14 +109,19 @@ def with_network(passes, learn=("order", "group"), targets="next", masks="policy
 def test_with_a_pass_for_every_plan_the_learned_states_are_exact():
     found, draws, heads, calls, encode = with_network(passes=9)
     assert len(calls) == 9
-    for i, step in enumerate(found.step.tolist()):
-        cfg = float(draws.cfg[i])
+    for i, step in enumerate(found.policy.step.tolist()):
+        cfg = float(draws.policy.cfg[i])
         rules = build_rules("policy", heads, cfg=cfg, order_noise=0.3)
         with torch.no_grad():
             mask, following = trajectory(rules, draws, i, encode)[step]
         assert torch.equal(found.mask[i], mask)
-        here = found.rows // LENGTH == i  # the order's losses compare all masked tokens, the backbone learns the next
-        positions, is_target = found.rows[here] % LENGTH, (torch.arange(len(found.rows)) < found.num_targets)[here]
+        here = (
+            found.tokens.rows // LENGTH == i
+        )  # the order's losses compare all masked tokens, the backbone learns the next
+        positions, is_target = (
+            found.tokens.rows[here] % LENGTH,
+            (torch.arange(len(found.tokens.rows)) < found.tokens.num_targets)[here],
+        )
         assert torch.equal(positions.sort().values, mask.nonzero().squeeze(1))
         assert torch.equal(is_target, following[positions])
 
@@ -117,15 +130,15 @@ def test_one_pass_ranks_everything_on_the_empty_canvas():
     found, draws, heads, calls, encode = with_network(passes=1)
     assert calls == [[0] * 12]
     stale = [encode(i, torch.ones(1, LENGTH, dtype=torch.bool)).detach() for i in range(12)]
-    for i, step in enumerate(found.step.tolist()):
-        rules = build_rules("policy", heads, cfg=float(draws.cfg[i]), order_noise=0.3)
+    for i, step in enumerate(found.policy.step.tolist()):
+        rules = build_rules("policy", heads, cfg=float(draws.policy.cfg[i]), order_noise=0.3)
         assert torch.equal(found.mask[i], trajectory(rules, draws, i, lambda i, mask: stale[i])[step][0])
 
 
 def test_heads_of_another_kind_need_no_pass_and_no_further_rows():
     found, _, _, calls, _ = with_network(passes=2, learn=("tau",))
-    assert not calls and len(found.rows) == found.num_targets
-    assert len(found.rows) < found.mask.sum()
+    assert not calls and len(found.tokens.rows) == found.tokens.num_targets
+    assert len(found.tokens.rows) < found.mask.sum()
 
 
 def test_a_batch_in_parts_meets_the_same_masks():
@@ -133,15 +146,16 @@ def test_a_batch_in_parts_meets_the_same_masks():
     halves = [Visits(MaskConfig(train_masks="visited"), None, None, None)(draws_of(s), no_pass) for s in
               (range(6), range(6, 12))]  # fmt: skip
     assert torch.equal(whole.mask, torch.cat([h.mask for h in halves]))
-    assert torch.equal(whole.noise, torch.cat([h.noise for h in halves], dim=1))
-    assert torch.equal(whole.t, torch.cat([h.t for h in halves], dim=1))
+    for name, value in whole.tokens.draws.items():
+        assert torch.equal(value, torch.cat([h.tokens.draws[name] for h in halves], dim=1))
 
 
 def test_a_tokens_noise_does_not_depend_on_the_mask():
     draws = draws_of()
     found = Visits(MaskConfig(train_masks="visited"), None, "raster", None)(draws, no_pass)
-    assert torch.equal(found.noise, draws.noise[:, found.rows]) and torch.equal(found.t, draws.t[:, found.rows])
-    assert torch.equal(found.rows, found.mask.flatten().nonzero().squeeze(1))
+    for name, value in draws.tokens.draws.items():
+        assert torch.equal(found.tokens.draws[name], value[:, found.tokens.rows])
+    assert torch.equal(found.tokens.rows, found.mask.flatten().nonzero().squeeze(1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -150,21 +164,23 @@ def test_mix_keeps_a_share_of_the_published_masks(share):
     found = Visits(MaskConfig(train_masks="mix", mix_random=share, train_targets="next"), None, "halton", None)(
         draws, no_pass
     )
-    kept = draws.mix < share
+    kept = draws.policy.mix < share
     assert kept.float().mean() == pytest.approx(share, abs=0.12)
     assert torch.equal(found.mask[kept], draws.mask[kept])
     visited = Visits(MaskConfig(train_masks="visited", train_targets="next"), None, "halton", None)(draws, no_pass)
     assert torch.equal(found.mask[~kept], visited.mask[~kept])
-    targets = torch.zeros(found.mask.numel(), dtype=torch.bool).index_fill(0, found.rows, True).view_as(found.mask)
+    targets = (
+        torch.zeros(found.mask.numel(), dtype=torch.bool).index_fill(0, found.tokens.rows, True).view_as(found.mask)
+    )
     assert torch.equal(targets[kept], draws.mask[kept])  # of a random mask all masked tokens are learned
 
 
 def test_number_of_steps_is_log_uniform():
     draws = draws_of(range(4000), (2, 16), seq_len=4)
     for low, high in ((2, 3), (4, 7), (8, 16)):
-        share = ((draws.num_iter >= low) & (draws.num_iter <= high)).float().mean().item()
+        share = ((draws.policy.num_iter >= low) & (draws.policy.num_iter <= high)).float().mean().item()
         assert share == pytest.approx(math.log((high + 1) / low) / math.log(17 / 2), abs=0.03)
-    assert draws.num_iter.min() == 2 and draws.num_iter.max() == 16
+    assert draws.policy.num_iter.min() == 2 and draws.policy.num_iter.max() == 16
 
 
 def test_the_backbone_learns_the_targets_only():
@@ -175,9 +191,13 @@ def test_the_backbone_learns_the_targets_only():
     losses, gradients = [], []
     for heads in (None, random_heads(learn=("order",))):
         found = Visits(config, heads, "halton", None)(draws, no_pass)
-        assert (found.num_others > 0) == (heads is not None)
+        assert (found.tokens.num_others > 0) == (heads is not None)
         weights = HeadLossConfig(lambda_order=0, lambda_size=0, lambda_budget=0, lambda_cfg=0)
-        losses.append(TrainingLoss(mar, heads, weights)(tokens, labels, found, float(found.num_targets))["loss"])
+        losses.append(
+            terms_of(TokenObjective(mar, heads, weights), tokens, labels, found, float(found.tokens.num_targets))[
+                "loss"
+            ]
+        )
         gradients.append(torch.autograd.grad(losses[-1], list(mar.parameters()), allow_unused=True))
     torch.testing.assert_close(losses[0], losses[1])
     for one, other in zip(*gradients):
@@ -215,9 +235,9 @@ def test_contradictions_are_one_line(given, message):
 def test_which_rules_are_visited(given, names):
     values = resolve(dict(preset="digits", **given))
     heads = PolicyHeads(8, given["learn"].split(",")) if "learn" in given else None
-    visit = visits(values, heads)
+    visit = visits_of(values, heads)
     assert tuple(visit.names.values()) == names and visit.num_passes == int("learned" in names)
-    assert visits(resolve(dict(preset="digits")), None) is None
+    assert visits_of(resolve(dict(preset="digits")), None) is None
 
 
 @pytest.mark.parametrize("labels", [[0, 2, 1, 0, -1, 2, 2], [1] * 7])
@@ -227,9 +247,9 @@ def test_the_empty_canvas_is_scored_once_a_class(monkeypatch, labels):
     expected = mar.encode_decode(tokens, mask, labels)
     encode_decode, sizes = mar.encode_decode, []
     monkeypatch.setattr(mar, "encode_decode", lambda *args: sizes.append(len(args[0])) or encode_decode(*args))
-    torch.testing.assert_close(step_module._score(mar, tokens, mask, labels, [0] * 7), expected)
+    torch.testing.assert_close(TokenObjective(mar)._score(tokens, mask, labels, [0] * 7), expected)
     mask[:, 0] = False
     torch.testing.assert_close(
-        step_module._score(mar, tokens, mask, labels, [1] * 7), encode_decode(tokens, mask, labels)
+        TokenObjective(mar)._score(tokens, mask, labels, [1] * 7), encode_decode(tokens, mask, labels)
     )
     assert sizes == [len(labels.unique()), 7]

@@ -1,42 +1,88 @@
-"""What the training command line means: its flags, the presets, and how they become one resolved configuration."""
+"""What the training command line means: flags and presets become one `RunConfig`, and a function takes its part.
 
-from dataclasses import dataclass, fields, replace
+    given by hand -> choose_preset -> derive -> RunConfig.from_flat -> check
+
+A flat dict of all settings exists in here, in the parser's output, and in a checkpoint's `args`.
+"""
+
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import SCOPES, PolicyHeads
 from heads.schedules import RuleOptions
-from models.mar import MAR_CONFIGS, MARConfig
+from models.families import FAMILIES, SIZES, Family
+from models.mar import MARConfig
 from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
+from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.visiting import MaskConfig, Visits
 from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
 from util.images.datasets import DATASETS
+from util.rng import DEFAULT_SEED
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Data, optimisation and housekeeping of a training run."""
+class DataConfig:
+    """What is trained on."""
 
-    preset: str | None = flag(None, "defaults of a known setting; flags given by hand win")
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    use_cached: bool = flag(False, "train on cached latents")
+    cached_path: str = flag("", "folder of the cached latents")
+    num_workers: int = flag(10, "processes that load images", low=0)
+    pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
+
+    @property
+    def place(self) -> str | None:
+        """Where the data set is; None for its own place."""
+        return self.data_path or ("./data/imagenet" if self.data == "imagefolder" else None)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Which autoencoder makes the latents."""
+
     tokenizer: str | None = flag(None, "pixel, kl16, vq16, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)")
     vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     vae_scale: str | None = flag(
         None, "factor of the latents, or one a channel (default: the tokenizer's)", metavar="X"
     )
     vae_mean: str | None = flag(None, "subtracted from the latents, or one a channel", metavar="X[,...]")
-    use_cached: bool = flag(False, "train on cached latents")
-    cached_path: str = flag("", "folder of the cached latents")
-    num_workers: int = flag(10, "processes that load images", low=0)
-    pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
 
-    model: str = flag("mar_large", "model size", choices=MAR_CONFIGS)
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A size of a family, and what flags say about the rest."""
+
+    model: str = flag("mar_large", "model size", choices=SIZES)
+    given: dict = field(default_factory=dict)  # fields of the family's configuration; of latents None: not known yet
+
+    @property
+    def family(self) -> Family:
+        """The row of FAMILIES that the size belongs to."""
+        return FAMILIES[SIZES[self.model]]
+
+    @property
+    def img_size(self) -> int:
+        """Pixels of an image's side."""
+        return self.given["img_size"]
+
+    def build(self, **known):
+        """The family's configuration: the size's row, the flags, and what is known by now of latents and classes."""
+        return replace(self.family.sizes[self.model], **{**self.given, **known})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimisation."""
+
+    objective: str = flag("token", "what is minimised", choices=OBJECTIVES)
     batch_size: int = flag(16, "images a step and process (with accum_iter: at a time)", low=1)
     accum_iter: int = flag(1, "batches whose gradients are added up to one step", low=1)
     epochs: int = flag(400, "passes over the data", low=1)
+    start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
     lr: float | None = flag(None, "learning rate (default: blr · global batch / 256)", low=0)
     blr: float = flag(1e-4, "base learning rate, for a global batch of 256", low=0)
     min_lr: float = flag(0.0, "where the cosine schedule ends", low=0)
@@ -47,6 +93,24 @@ class TrainConfig:
     grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
     freeze_backbone: bool = flag(False, "do not train the transformer")
     train_diffloss: bool = flag(True, "train the diffusion MLP")
+    mask_ratio_per_image: bool = flag(False, "draw a mask ratio for each image instead of each batch")
+    seed: int = flag(DEFAULT_SEED, "seed of everything random", low=0, high=2**63 - 1)
+
+    @property
+    def images_per_process(self) -> int:
+        """Images of an optimizer step that one process computes."""
+        return self.batch_size * self.accum_iter
+
+    @property
+    def global_batch(self) -> int:
+        """Images of an optimizer step."""
+        return self.images_per_process * dist.world_size()
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """Which policy heads are trained, between which bounds, for which settings of sampling."""
+
     learn: str = flag("", "comma list of heads to train: order, group, tau, cfg")
     heads_from: float = flag(0.0, "epoch from which they are trained; until then hand-made rules make the masks", low=0)
     tau_mode: str = flag("global", "one temperature an image, or one a token", choices=SCOPES)
@@ -59,135 +123,192 @@ class TrainConfig:
     cfg_max: float = flag(4.0, "largest guidance scale of the cfg head", low=0)
     train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them")
     cfg_train_max: float = flag(2.0, "largest guidance scale that the heads are trained for", low=1)
-    mask_ratio_per_image: bool = flag(False, "draw a mask ratio for each image instead of each batch")
 
-    eval_freq: int = flag(40, "epochs between sample grids (and metrics, with --online_eval)", low=1)
-    save_last_freq: int = flag(5, "epochs between checkpoints", low=1)
-    keep_last: int = flag(2, "how many of the last checkpoints stay (one of them is checkpoint-last.pth)", low=1)
-    online_eval: bool = flag(False, "compute the metrics during training")
-    evaluate: bool = flag(False, "sample and compute the metrics of the checkpoint in --resume, without training")
+    def __post_init__(self):
+        for name in ("rho", "tau", "cfg"):
+            low, high = self.bounds(name)
+            if low > high:
+                raise ValueError(f"--{name}_min {low:g} must be at most --{name}_max {high:g}")
+        self.num_iter_range()
+
+    def bounds(self, name: str) -> tuple[float, float]:
+        """Of rho, tau or cfg."""
+        return getattr(self, f"{name}_min"), getattr(self, f"{name}_max")
+
+    def num_iter_range(self) -> tuple[int, int]:
+        """train_num_iter as two numbers; another text raises ValueError."""
+        return parse_range("train_num_iter", self.train_num_iter, int, low=1)
+
+    def build(self, dim: int) -> PolicyHeads | None:
+        """The heads that --learn names, fresh, for z of width dim; None for none."""
+        if not self.learn:
+            return None
+        bounds = {name: self.bounds(name) for name in ("rho", "tau", "cfg")}
+        return PolicyHeads(dim, tuple(self.learn.split(",")), tau_mode=self.tau_mode, cfg_mode=self.cfg_mode, **bounds)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Where and in what way a run runs, what it leaves, and when."""
+
+    preset: str | None = flag(None, "defaults of a known setting; flags given by hand win")
     output_dir: str = flag("./output_dir", "where checkpoints and pictures go")
     log_dir: str | None = flag(None, "where TensorBoard's files go (default: output_dir)")
     resume: str = flag("", "folder or file to continue from; without a checkpoint there, a fresh start")
     allow_mismatch: bool = flag(False, "resume although sizes, tokenizer or classes are not the checkpoint's")
     init_from: str = flag("", "folder or file whose weights start a new run; --resume wins where it has a checkpoint")
-    start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
-    seed: int = flag(1, "seed of everything random", low=0, high=2**63 - 1)
+    eval_freq: int = flag(40, "epochs between sample grids (and metrics, with --online_eval)", low=1)
+    save_last_freq: int = flag(5, "epochs between checkpoints", low=1)
+    keep_last: int = flag(2, "how many of the last checkpoints stay (one of them is checkpoint-last.pth)", low=1)
+    online_eval: bool = flag(False, "compute the metrics during training")
+    evaluate: bool = flag(False, "sample and compute the metrics of the checkpoint in --resume, without training")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.FLOATS)
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
-    world_size: int = flag(1, "set by the launcher; here for MAR's command lines", low=1)
-    local_rank: int = flag(-1, "set by the launcher; here for MAR's command lines")
+    world_size: int = flag(1, "set by the launcher; a flag for MAR's command lines", low=1)
+    local_rank: int = flag(-1, "set by the launcher; a flag for MAR's command lines")
     dist_url: str = flag("env://", "where processes meet")
     dist_on_itp: bool = flag(False, "read ranks from Open MPI's environment")
 
-    @property
-    def num_iter_range(self) -> tuple[int, int]:
-        """train_num_iter as two numbers."""
-        return parse_range("train_num_iter", self.train_num_iter, int, low=1)
 
-    def heads(self, dim: int) -> PolicyHeads | None:
-        """The heads that --learn names, fresh, for z of width dim; None for none."""
-        if not self.learn:
-            return None
-        bounds = dict(
-            rho=(self.rho_min, self.rho_max), tau=(self.tau_min, self.tau_max), cfg=(self.cfg_min, self.cfg_max)
-        )
-        modes = dict(tau_mode=self.tau_mode, cfg_mode=self.cfg_mode)
-        return PolicyHeads(dim, tuple(self.learn.split(",")), **modes, **bounds)
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a training run; each function takes the part that it needs."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    model: ModelConfig
+    train: TrainConfig
+    heads: HeadsConfig
+    masks: MaskConfig
+    losses: HeadLossConfig
+    sampling: SampleConfig
+    evaluation: EvalConfig
+    launch: LaunchConfig
+
+    @classmethod
+    def from_flat(cls, settings: dict) -> "RunConfig":
+        """From one dict with every flag's name; the sampling default num_sampling_steps is the model's too."""
+        parts = {part.name: pick(part.type, settings) for part in fields(cls)}
+        names = {flag.name for flag in fields(parts["model"].family.config)}
+        given = {name: value for name, value in settings.items() if name in names}
+        return cls(**parts | {"model": replace(parts["model"], given=given)})
+
+    def flat(self) -> dict:
+        """The dict that `from_flat` takes."""
+        settings = dict(self.model.given)
+        for part in fields(self):
+            settings |= asdict(getattr(self, part.name))
+        del settings["given"]
+        return settings
 
 
-CONFIGS = (TrainConfig, MaskConfig, HeadLossConfig, SampleConfig, EvalConfig, MARConfig)
+# the classes whose fields are the flags of main_mar.py
+CONFIGS = (*(part.type for part in fields(RunConfig)), *(family.config for family in FAMILIES.values()))
+
 # where MAR's command line and its constructor disagree, the command line counts
 _CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
-_PIXELS = dict(tokenizer="pixel", model="mar_tiny", vae_stride=1, num_workers=0, label_drop_prob=0.1, buffer_size=4)
-_PIXELS |= dict(diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4, attn_dropout=0.0, proj_dropout=0.0)
-_PIXELS |= dict(batch_size=64, blr=8e-3, lr_schedule="cosine", ema_rate=0.999, num_sampling_steps=25, num_iter=8)
-_GREY_28 = _PIXELS | dict(img_size=28, patch_size=2, vae_embed_dim=1, epochs=40, warmup_epochs=1, num_images=10000)
-_IMAGENET = dict(data="imagefolder", epochs=800, warmup_epochs=100, batch_size=64, diffusion_batch_mul=4)
-_IMAGENET |= dict(num_iter=256, eval_bsz=256, temperature=1.0)
+_PIXELS = dict(
+    tokenizer="pixel", model="mar_tiny", vae_stride=1, diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4,
+    label_drop_prob=0.1, buffer_size=4, attn_dropout=0.0, proj_dropout=0.0, num_workers=0, batch_size=64, blr=8e-3,
+    lr_schedule="cosine", ema_rate=0.999, num_sampling_steps=25, num_iter=8,
+)  # fmt: skip
+_GREY_28 = dict(
+    _PIXELS, img_size=28, patch_size=2, vae_embed_dim=1, epochs=40, warmup_epochs=1, num_images=10000
+)  # fmt: skip
+_IMAGENET = dict(
+    data="imagefolder", epochs=800, warmup_epochs=100, batch_size=64, diffusion_batch_mul=4, num_iter=256,
+    eval_bsz=256, temperature=1.0,
+)  # fmt: skip
 PRESETS = {
-    "digits": _PIXELS
-    | dict(data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3)
-    | dict(diffloss_w=64, diffusion_batch_mul=2, eval_freq=20, save_last_freq=10)
-    | dict(cfg=1.5, num_images=1800, eval_bsz=300, features="digits"),
-    "mnist": _GREY_28 | dict(data="mnist"),
-    "fashion_mnist": _GREY_28 | dict(data="fashion_mnist"),
-    "cifar10": _PIXELS
-    | dict(data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192)
-    | dict(batch_size=32, diffusion_batch_mul=1, blr=8e-3, epochs=100, warmup_epochs=2, num_images=10000),
-    "mar_base": _IMAGENET | dict(model="mar_base", diffloss_d=6, diffloss_w=1024, cfg=2.9),  # published FID 2.31
-    "mar_large": _IMAGENET | dict(model="mar_large", diffloss_d=8, diffloss_w=1280, cfg=3.0),  # published FID 1.78
-    "mar_huge": _IMAGENET | dict(model="mar_huge", diffloss_d=12, diffloss_w=1536, cfg=3.2),  # published FID 1.55
-}
+    "digits": dict(
+        _PIXELS, data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3, diffloss_w=64,
+        diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=300,
+        features="digits",
+    ),
+    "mnist": dict(_GREY_28, data="mnist"),
+    "fashion_mnist": dict(_GREY_28, data="fashion_mnist"),
+    "cifar10": dict(
+        _PIXELS, data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192,
+        batch_size=32, diffusion_batch_mul=1, epochs=100, warmup_epochs=2, num_images=10000,
+    ),
+    "mar_base": dict(_IMAGENET, model="mar_base", diffloss_d=6, diffloss_w=1024, cfg=2.9),  # published FID 2.31
+    "mar_large": dict(_IMAGENET, model="mar_large", diffloss_d=8, diffloss_w=1280, cfg=3.0),  # published FID 1.78
+    "mar_huge": dict(_IMAGENET, model="mar_huge", diffloss_d=12, diffloss_w=1536, cfg=3.2),  # published FID 1.55
+}  # fmt: skip
 
 
-def resolve(given: dict) -> dict:
-    """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order.
+def resolve(given: dict) -> RunConfig:
+    """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order."""
+    preset = choose_preset(given)
+    chosen = {**defaults(*CONFIGS), **_CLI_DEFAULTS, **PRESETS.get(preset, {}), **given}
+    chosen |= {"preset": preset if preset in PRESETS else None}
+    config = RunConfig.from_flat(chosen | derive(chosen, given))
+    check(config, given)
+    return config
+
+
+def choose_preset(given: dict) -> str | None:
+    """The preset that flags name or imply; an unknown one raises ValueError.
 
     MAR's commands never pass --data: what they do pass implies the image folder and the published defaults.
     """
     preset = given.get("preset")
-    if preset is None:
-        published = any(given.get(k) for k in ("data_path", "use_cached", "vae_path"))
-        published |= given.get("model", "mar_tiny") != "mar_tiny"
-        preset = given.get("data", None if published else "digits")
-    elif preset not in PRESETS:
-        raise ValueError(f"unknown --preset {preset!r}; valid: {', '.join(PRESETS)}")
-    values = {**defaults(*CONFIGS), **_CLI_DEFAULTS, **PRESETS.get(preset, {}), **given}
-    values["preset"] = preset if preset in PRESETS else None
-    values["data"] = values["data"] or "imagefolder"
-    values["tokenizer"] = values["tokenizer"] or "kl16"
-    if values["tokenizer"] == "kl16":
-        values["vae_path"] = values["vae_path"] or KL16_PATH
-    if values["tokenizer"] == "pixel":  # the image itself decides these
-        values["vae_stride"] = given.get("vae_stride", 1)
-        values["vae_embed_dim"] = given.get("vae_embed_dim", PRESETS.get(values["data"], {}).get("vae_embed_dim", 3))
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ValueError(f"unknown --preset {preset!r}; valid: {', '.join(PRESETS)}")
+        return preset
+    published = any(given.get(name) for name in ("data_path", "use_cached", "vae_path"))
+    published = published or given.get("model", "mar_tiny") != "mar_tiny"
+    return given.get("data", None if published else "digits")
+
+
+def derive(chosen: dict, given: dict) -> dict:
+    """The settings that follow from others, where they are not given by hand."""
+    data, tokenizer = chosen["data"] or "imagefolder", chosen["tokenizer"] or "kl16"
+    derived = dict(data=data, tokenizer=tokenizer, log_dir=chosen["log_dir"] or chosen["output_dir"])
+    if tokenizer == "kl16":
+        derived["vae_path"] = chosen["vae_path"] or KL16_PATH
+    if tokenizer == "pixel":  # the image itself decides these
+        channels = PRESETS.get(data, {}).get("vae_embed_dim", 3)
+        derived |= dict(vae_stride=given.get("vae_stride", 1), vae_embed_dim=given.get("vae_embed_dim", channels))
     else:  # a preset may be for pixels; None: what the tokenizer has, which is not loaded yet
-        published = defaults(MARConfig) if values["tokenizer"] == "kl16" else {}
-        for key in ("vae_stride", "vae_embed_dim"):
-            values[key] = given.get(key, published.get(key))
-        values["patch_size"] = given.get("patch_size", 1)
-    if values["lr"] is None:
-        values["lr"] = values["blr"] * values["batch_size"] * values["accum_iter"] * dist.world_size() / 256
-    values["log_dir"] = values["log_dir"] or values["output_dir"]
-    if values["min_lr"] > values["lr"]:
-        raise ValueError(f"--min_lr {values['min_lr']:g} must be at most the learning rate {values['lr']:g}")
-    for name in ("rho", "tau", "cfg"):
-        low, high = values[f"{name}_min"], values[f"{name}_max"]
-        if low > high:
-            raise ValueError(f"--{name}_min {low:g} must be at most --{name}_max {high:g}")
-    if values["start_epoch"] >= values["epochs"] and not values["evaluate"]:
-        raise ValueError(f"--start_epoch {values['start_epoch']} must be below --epochs {values['epochs']}")
-    if values["evaluate"] and not values["resume"]:
+        published = defaults(MARConfig) if tokenizer == "kl16" else {}
+        for name in ("vae_stride", "vae_embed_dim"):
+            derived[name] = given.get(name, published.get(name))
+        derived["patch_size"] = given.get("patch_size", 1)
+    if chosen["lr"] is None:
+        derived["lr"] = chosen["blr"] * chosen["batch_size"] * chosen["accum_iter"] * dist.world_size() / 256
+    return derived
+
+
+def check(config: RunConfig, given: dict) -> None:
+    """Raise ValueError for settings that contradict each other, or that sampling and measuring could not use later."""
+    train, launch = config.train, config.launch
+    if train.min_lr > train.lr:
+        raise ValueError(f"--min_lr {train.min_lr:g} must be at most the learning rate {train.lr:g}")
+    if train.start_epoch >= train.epochs and not launch.evaluate:
+        raise ValueError(f"--start_epoch {train.start_epoch} must be below --epochs {train.epochs}")
+    if launch.evaluate and not launch.resume:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
-    if given.get("data_path") and values["data"] == "digits":
-        raise ValueError(f"--data_path {values['data_path']} has no meaning for --data digits, which need no folder")
-    # what sampling and measuring will need is checked now, not after the first epochs
-    args = pick(TrainConfig, values)
-    _ = pick(EvalConfig, values).metric_names, args.num_iter_range
-    if not args.evaluate:  # that takes the heads of the checkpoint
-        heads = args.heads(1)
-        pick(SampleConfig, values).rules(heads)
-        visits(values, heads)
-    if args.freeze_backbone and not args.train_diffloss and not args.learn and not args.evaluate:
+    if given.get("data_path") and config.data.data == "digits":
+        raise ValueError(f"--data_path {config.data.data_path} has no meaning for --data digits, which need no folder")
+    config.evaluation.resolved()
+    if launch.evaluate:  # with the heads of the checkpoint
+        return
+    heads = config.heads.build(1)
+    config.sampling.rules(heads)
+    visits(config.masks, config.sampling, heads)
+    if train.freeze_backbone and not train.train_diffloss and not config.heads.learn:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")
-    return values
 
 
-def visits(values: dict, heads: PolicyHeads | None) -> Visits | None:
-    """What makes the training masks of these settings; None for the published ones."""
-    masks, sampling = pick(MaskConfig, values), pick(SampleConfig, values)
+def visits(masks: MaskConfig, sampling: SampleConfig, heads: PolicyHeads | None) -> Visits | None:
+    """What makes the training masks; None for the published ones."""
     if masks.train_masks == "random":
         return None
-    options = {f.name: getattr(sampling, f.name) for f in fields(RuleOptions)}
+    options = {option.name: getattr(sampling, option.name) for option in fields(RuleOptions)}
     return Visits(masks, heads, sampling.order, sampling.group, **options)
-
-
-def mar_config(values: dict) -> MARConfig:
-    """The model's configuration: the row of --model with what the flags say about the rest."""
-    flags = {k: values[k] for k in defaults(MARConfig)}
-    return replace(MAR_CONFIGS[values["model"]], **flags, num_sampling_steps=values["num_sampling_steps"])

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) without weight decay on biases, norms and the diffusion MLP, as published."""
+def make_optimizer(module: nn.Module, token_head: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95) for a module, without weight decay on biases, norms and its token head, as published."""
+    of_token_head = {id(parameter) for parameter in token_head.parameters()}
     decay, plain = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            no_decay = parameter.ndim <= 1 or name.endswith(".bias") or "diffloss" in name
+            no_decay = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in of_token_head
             (plain if no_decay else decay).append(parameter)
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))

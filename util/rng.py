@@ -8,6 +8,8 @@ import hashlib
 
 import torch
 
+DEFAULT_SEED = 1  # of training and of sampling; MAR's
+
 
 def seed_of(*key) -> int:
     """A 32-bit seed from any ints and strings."""
@@ -23,3 +25,13 @@ def image_seeds(seed: int, indices) -> list[int]:
 def generator(seed: int) -> torch.Generator:
     """A CPU generator at this seed."""
     return torch.Generator().manual_seed(int(seed))
+
+
+def draw_by_image(generators: list, rows: torch.Tensor, shape, dim: int) -> torch.Tensor:
+    """Normal draws for rows (N, 2), (image, position) in row-major order, those of image i from generators[i].
+
+    shape(k) is the shape of k rows' draws, dim the one that the images' parts are joined along.
+    """
+    images, counts = rows[:, 0].unique_consecutive(return_counts=True)
+    parts = [torch.randn(shape(k), generator=generators[i]) for i, k in zip(images.tolist(), counts.tolist())]
+    return torch.cat(parts, dim=dim)

@@ -1,7 +1,7 @@
 """All that is random about a training batch, drawn image by image from named seeds.
 
-Legend: b images, L tokens an image, C channels a token, N rows (tokens that the diffusion MLP sees) in all,
-m = diffusion_batch_mul noise levels.
+Legend: b images, L tokens an image, N rows (tokens that the token head sees) in all, m draws of the token head for
+each (for the diffusion loss m = diffusion_batch_mul noise levels).
 """
 
 import math
@@ -10,120 +10,141 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.special import ndtr, ndtri
 
-from diffusion.schedule import NUM_TRAIN_STEPS
 from util.rng import generator, seed_of
 
 
-@dataclass
-class TrainingDraws:
-    """The draws of b training images; see the legend above."""
+def _moved(draws, device, keep=()):
+    """A dataclass with its tensors on the device, but for the fields to keep where they are."""
+    values = {k: v for k, v in vars(draws).items() if isinstance(v, torch.Tensor) and k not in keep}
+    return replace(draws, **{k: v.to(device, non_blocking=True) for k, v in values.items()})
+
+
+@dataclass(frozen=True)
+class TokenDraws:
+    """The tokens that go through the token head, targets of its loss first."""
+
+    rows: torch.Tensor  # (N,) long, as image·L + position
+    draws: dict[str, torch.Tensor]  # `TokenHead.draws`, each (m, N, …)
+    num_others: int = 0  # the last so many rows are there to be compared by heads, the loss leaves them out
+
+    @property
+    def num_targets(self) -> int:
+        """How many rows the loss is a mean over."""
+        return len(self.rows) - self.num_others
+
+    def to(self, device) -> "TokenDraws":
+        """The same on a device."""
+        return _moved(replace(self, draws={k: v.to(device, non_blocking=True) for k, v in self.draws.items()}), device)
+
+    def narrowed(self, targets, others) -> "TokenDraws":
+        """Of draws for every token those that targets (b, L) bool and, after them, others (b, L) bool name."""
+        parts = [part.flatten().nonzero().squeeze(1) for part in (targets, others & ~targets)]
+        rows = torch.cat(parts)
+        return TokenDraws(rows, {k: v[:, rows] for k, v in self.draws.items()}, num_others=len(parts[1]))
+
+
+@dataclass(frozen=True)
+class PolicyDraws:
+    """What learned heads, and masks that a schedule visits, need of b images."""
+
+    gumbel: torch.Tensor  # (b, L)
+    num_iter: torch.Tensor  # (b,) long, on the CPU
+    cfg: torch.Tensor  # (b,)
+    place: torch.Tensor  # (b,) in [0, 1): how far through its schedule the image is
+    mix: torch.Tensor  # (b,) in [0, 1): a share of the images keeps its random mask
+    step: torch.Tensor | None = None  # (b,) long, on the CPU: the step that meets this mask, where that is known
+    heads_rest: bool = False  # heads say nothing yet, hand-made rules decide
+
+    def to(self, device) -> "PolicyDraws":
+        """The same on a device."""
+        return _moved(self, device, keep=("num_iter", "step"))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of b training images."""
 
     flip: torch.Tensor  # (b,) bool: mirror the image
     drop: torch.Tensor  # (b,) bool: train without the label
     mask: torch.Tensor  # (b, L) bool, True = masked
-    rows: torch.Tensor  # (N,) long, as image·L + position: the masked tokens
-    t: torch.Tensor  # (m, N) long
-    noise: torch.Tensor  # (m, N, C)
-    num_visible: list[int]  # (b) tokens the encoder sees
-    # for learned heads and for masks that a schedule visits, else None
-    gumbel: torch.Tensor | None = None  # (b, L)
-    num_iter: torch.Tensor | None = None  # (b,) long, on the CPU
-    cfg: torch.Tensor | None = None  # (b,)
-    place: torch.Tensor | None = None  # (b,) in [0, 1): how far through its schedule the image is
-    mix: torch.Tensor | None = None  # (b,) in [0, 1): a share of the images keeps its random mask
-    step: torch.Tensor | None = None  # (b,) long, on the CPU: the step that meets this mask, where that is known
-    num_others: int = 0  # the last so many rows are there to be compared by heads, the diffusion loss leaves them out
-    heads_rest: bool = False  # heads say nothing yet, hand-made rules decide
+    num_visible: list[int]  # (b) tokens that are not masked
+    tokens: TokenDraws
+    policy: PolicyDraws | None = None
 
-    @property
-    def num_targets(self) -> int:
-        """How many rows the diffusion loss is a mean over, the first ones."""
-        return len(self.rows) - self.num_others
-
-    def to(self, device) -> "TrainingDraws":
+    def to(self, device) -> "Draws":
         """The same draws with their tensors on a device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **{**moved, "num_iter": self.num_iter, "step": self.step})
+        policy = None if self.policy is None else self.policy.to(device)
+        return _moved(replace(self, tokens=self.tokens.to(device), policy=policy), device)
 
-    def with_mask(self, mask, step, targets, others=None) -> "TrainingDraws":
+    def with_mask(self, mask, step, targets, others=None) -> "Draws":
         """Draws that were made for every token, narrowed to another mask (b, L) that is met at step (b,).
 
         targets (b, L) bool: what the backbone learns; others (b, L) bool: what heads compare with it.
         """
-        parts = [targets] if others is None else [targets, others & ~targets]
-        parts = [part.flatten().nonzero().squeeze(1) for part in parts]
-        chosen = torch.cat(parts)
-        return replace(
-            self,
-            mask=mask,
-            rows=chosen,
-            t=self.t[:, chosen],
-            noise=self.noise[:, chosen],
-            num_visible=(~mask).sum(dim=1).tolist(),
-            step=step,
-            num_others=len(chosen) - len(parts[0]),
-        )
+        tokens = self.tokens.narrowed(targets, torch.zeros_like(targets) if others is None else others)
+        policy = None if self.policy is None else replace(self.policy, step=step)
+        num_visible = (~mask).sum(dim=1).tolist()
+        return replace(self, mask=mask, num_visible=num_visible, tokens=tokens, policy=policy)
 
 
-def training_draws(
-    seed: int,
-    step: int,
-    samples: list[int],
-    *,
-    seq_len: int,
-    token_dim: int,
-    diffusion_batch_mul: int,
-    mask_ratio_min: float,
-    label_drop_prob: float,
-    mask_ratio_per_image: bool = False,
-    num_iter: tuple[int, int] | None = None,
-    cfg_max: float = 1.0,
-    every_token: bool = False,
-) -> TrainingDraws:
-    """Draws for the dataset items `samples` in optimizer step `step`.
+@dataclass(frozen=True)
+class DrawSettings:
+    """What `training_draws` draws from.
+
+    num_iter, the range of steps that is trained for, adds what heads and visited masks need, with K log-uniform in it
+    and cfg uniform in [1, cfg_max]; the other draws are the same with or without it. every_token: the token head's
+    draws for all tokens, for a mask that is not known yet.
+    """
+
+    seq_len: int
+    mask_ratio_min: float
+    label_drop_prob: float
+    mask_ratio_per_image: bool = False
+    num_iter: tuple[int, int] | None = None
+    cfg_max: float = 1.0
+    every_token: bool = False
+
+
+def training_draws(seed: int, step: int, samples: list[int], token_head, settings: DrawSettings) -> Draws:
+    """Draws for the dataset items `samples` in optimizer step `step`; token_head: a `models.token_head.TokenHead`.
 
     The mask ratio comes from (seed, step), all else from (seed, step, sample): the same image gets the same draws
-    whatever the number of processes or its place in the batch. num_iter, the range of steps that is trained for, adds
-    what heads and visited masks need, with K log-uniform in that range and cfg uniform in [1, cfg_max]; the other draws
-    are the same with or without it. every_token: t and noise for all tokens, for a mask that is not known yet.
+    whatever the number of processes or its place in the batch.
     """
+    length = settings.seq_len
     shared = torch.rand((), generator=generator(seed_of("mask ratio", seed, step))).item()
-    mask = torch.zeros(len(samples), seq_len, dtype=torch.bool)
-    flip, drop, rows, t, noise, num_visible = [], [], [], [], [], []
-    gumbel, steps, more = [], [], []
+    mask = torch.zeros(len(samples), length, dtype=torch.bool)
+    flip, drop, rows, draws, policy = [], [], [], [], []
     for i, sample in enumerate(samples):
         g = generator(seed_of("train", seed, step, sample))
         uniform = torch.rand(3, generator=g).tolist()
         flip.append(uniform[0] < 0.5)
-        drop.append(uniform[1] < label_drop_prob)
-        ratio = mask_ratio(uniform[2] if mask_ratio_per_image else shared, mask_ratio_min)
-        masked = torch.randperm(seq_len, generator=g)[: math.ceil(seq_len * ratio)]
+        drop.append(uniform[1] < settings.label_drop_prob)
+        ratio = mask_ratio(uniform[2] if settings.mask_ratio_per_image else shared, settings.mask_ratio_min)
+        masked = torch.randperm(length, generator=g)[: math.ceil(length * ratio)]
         mask[i, masked] = True
-        drawn = torch.arange(seq_len) if every_token else masked
-        rows.append(drawn + i * seq_len)
-        t.append(torch.randint(0, NUM_TRAIN_STEPS, (diffusion_batch_mul, len(drawn)), generator=g))
-        noise.append(torch.randn((diffusion_batch_mul, len(drawn), token_dim), generator=g))
-        num_visible.append(seq_len - len(masked))
-        if num_iter is not None:
-            gumbel.append(-torch.empty(seq_len).exponential_(generator=g).log())
-            more.append(torch.rand(4, generator=g))
-            steps.append(_log_uniform(more[-1][0].item(), *num_iter))
-    if num_iter is None:
-        extra = {}
-    else:
-        _, cfg, place, mix = torch.stack(more).unbind(dim=1)
-        extra = dict(gumbel=torch.stack(gumbel), num_iter=torch.tensor(steps), place=place, mix=mix)
-        extra["cfg"] = 1 + (cfg_max - 1) * cfg
-    return TrainingDraws(
+        drawn = torch.arange(length) if settings.every_token else masked
+        rows.append(drawn + i * length)
+        draws.append(token_head.draws(g, len(drawn)))
+        if settings.num_iter is not None:
+            policy.append((-torch.empty(length).exponential_(generator=g).log(), torch.rand(4, generator=g)))
+    joined = {name: torch.cat([part[name] for part in draws], dim=1) for name in draws[0]}
+    return Draws(
         flip=torch.tensor(flip),
         drop=torch.tensor(drop),
         mask=mask,
-        rows=torch.cat(rows),
-        t=torch.cat(t, dim=1),
-        noise=torch.cat(noise, dim=1),
-        num_visible=num_visible,
-        **extra,
+        num_visible=(~mask).sum(dim=1).tolist(),
+        tokens=TokenDraws(torch.cat(rows), joined),
+        policy=_policy_draws(policy, settings) if policy else None,
     )
+
+
+def _policy_draws(drawn, settings: DrawSettings) -> PolicyDraws:
+    """Of each image's (gumbel (L,), four uniform numbers)."""
+    gumbel, uniform = (torch.stack(parts) for parts in zip(*drawn))
+    share, cfg, place, mix = uniform.unbind(dim=1)
+    num_iter = torch.tensor([_log_uniform(u, *settings.num_iter) for u in share.tolist()])
+    return PolicyDraws(gumbel, num_iter, 1 + (settings.cfg_max - 1) * cfg, place, mix)
 
 
 def _log_uniform(uniform: float, low: int, high: int) -> int:

@@ -1,19 +1,15 @@
 """What the learned heads are trained on (seed 000, DESIGN.md section 4); every loss is a scalar mean over images.
 
-Legend: B images, L tokens an image, N rows (m noise levels of each masked token), C channels.
+Legend: B images, L tokens an image, N rows (m draws of the token head for each masked token).
 `mask` (B, L) bool is True where a token is masked.
 """
 
 from dataclasses import dataclass
 
-import torch
-
-from diffusion.schedule import NUM_TRAIN_STEPS
 from heads.soft_topk import soft_topk_frac
 from util.args import flag
 
-OBJECTIVES = {"easy": 1.0, "hard": -1.0}
-_T_BINS = 10  # bins of the 1000 timesteps in which token losses are compared
+ORDER_OBJECTIVES = {"easy": 1.0, "hard": -1.0}
 
 
 @dataclass(frozen=True)
@@ -24,24 +20,15 @@ class HeadLossConfig:
     lambda_size: float = flag(0.01, "weight of the penalty on the size of the soft selection", low=0)
     lambda_budget: float = flag(10.0, "weight of the budget that holds the mean group size at the cosine one", low=0)
     lambda_cfg: float = flag(1.0, "weight of the guidance head's epsilon consistency", low=0)
-    order_objective: str = flag("easy", "tokens that the order head puts first", choices=OBJECTIVES)
+    order_objective: str = flag("easy", "tokens that the order head puts first", choices=ORDER_OBJECTIVES)
     topk_temperature: float = flag(0.1, "temperature of the soft top-k", low=1e-4)
-
-
-def comparable(loss, t):
-    """Losses (N,) divided by the mean of their timesteps' bin in this batch: louder noise is easier for every token."""
-    bins = t * _T_BINS // NUM_TRAIN_STEPS
-    ones = torch.ones_like(loss)
-    total = torch.zeros(_T_BINS, device=loss.device, dtype=loss.dtype).index_add_(0, bins, loss)
-    count = torch.zeros(_T_BINS, device=loss.device, dtype=loss.dtype).index_add_(0, bins, ones)
-    return loss / (total / count.clamp(min=1))[bins].clamp(min=1e-12)
 
 
 def order_and_size_losses(scores, k, mask, difficulty, config: HeadLossConfig):
     """(order loss, size penalty): the mean difficulty (B, L) of the softly selected k (B,) tokens, and soft_topk's."""
     soft, penalty = soft_topk_frac(scores, k, mask, config.topk_temperature)
     picked = (soft * difficulty).sum(dim=1) / soft.sum(dim=1).clamp(min=1e-6)
-    return OBJECTIVES[config.order_objective] * picked.mean(), penalty
+    return ORDER_OBJECTIVES[config.order_objective] * picked.mean(), penalty
 
 
 def budget_loss(k, base_k):
@@ -49,7 +36,6 @@ def budget_loss(k, base_k):
     return ((k / base_k).mean() - 1).square()
 
 
-def guidance_loss(w, eps_c, eps_u, noise, keep):
-    """ε-consistency: mean ‖ε_u + w(ε_c − ε_u) − ε‖² over the rows (N,) that keep (N,) bool names; w (N,)."""
-    error = (eps_u + w.unsqueeze(1) * (eps_c - eps_u) - noise).square().mean(dim=1)
-    return (error * keep).sum() / keep.sum().clamp(min=1)
+def guidance_loss(fit, keep):
+    """ε-consistency: mean of fit (N,), the misfit of guided predictions, over the rows that keep (N,) bool names."""
+    return (fit * keep).sum() / keep.sum().clamp(min=1)

@@ -1,48 +1,42 @@
-"""One training step's forward pass: the diffusion loss and, with learned heads, theirs (DESIGN.md section 4).
+"""The published objective: the token head's loss on masked tokens and, with learned heads, theirs (DESIGN.md 4).
 
-Legend: B images, L tokens an image, N token rows in all, m noise levels each, C channels, D width of z, n tokens
-unknown now, K = num_iter. `mask` (B, L) bool is True where a token is masked. draws is a
-`training.objectives.draws.TrainingDraws`.
+Legend: b images, L tokens an image, N token rows in all, m draws of the token head for each, D width of z, n tokens
+unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
 import functools
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from diffusion import gaussian
-from diffusion.schedule import cosine_schedule
 from heads.policy import PolicyHeads, base_scores
 from heads.rules import whole_group
 from heads.schedules import CFGS, GROUPS, RuleOptions
 from heads.step import StepState
-from training.objectives.head_losses import (
-    HeadLossConfig,
-    budget_loss,
-    comparable,
-    guidance_loss,
-    order_and_size_losses,
-)
+from training.objectives.draws import Draws, DrawSettings, PolicyDraws, training_draws
+from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
+from util.dist import autocast, send
+from util.rng import seed_of
 
 
-def training_state(draws, z=None, mask=None) -> StepState:
-    """The StepState of training images; the step is the one drawn, else the one that fits the mask best.
+def training_state(policy: PolicyDraws, mask, z=None) -> StepState:
+    """The StepState of images with this mask; the step is the one drawn, else the one that fits the mask best.
 
     A published mask belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or
     comes nearest to it.
     """
-    mask = draws.mask if mask is None else mask
-    length, step = mask.shape[1], draws.step
+    length, step = mask.shape[1], policy.step
     n = mask.sum(dim=1)
     if step is None:
-        step = torch.tensor([_nearest_step(length, k, c) for k, c in zip(draws.num_iter.tolist(), n.tolist())])
+        step = torch.tensor([_nearest_step(length, k, c) for k, c in zip(policy.num_iter.tolist(), n.tolist())])
     return StepState(
         step=step,
-        num_iter=draws.num_iter,
+        num_iter=policy.num_iter,
         mask=mask,
         num_unknown=n.float(),
         num_start=torch.full_like(n, length, dtype=torch.float32),
-        gumbel=draws.gumbel,
+        gumbel=policy.gumbel,
         z=z,
         images=torch.arange(len(mask), device=mask.device),
     )
@@ -75,14 +69,14 @@ def base_group(state: StepState) -> torch.Tensor:
 class HeadPlan:
     """What the heads say about a batch of training masks, and the losses that follow from it.
 
-    tau and w are (B, 1) or (B, L), None where not learned; tau has its gradient for the diffusion loss to reach.
+    tau and w are (b, 1) or (b, L), None where not learned; tau has its gradient for the token head's loss to reach.
     options: order_noise and order_base are those of sampling.
     """
 
-    def __init__(self, heads, config: HeadLossConfig, options: RuleOptions, draws, z):
-        self.heads, self.config, self.options, self.rows = heads, config, options, draws.rows
-        self.state = training_state(draws, z)
-        self.scale = draws.cfg  # (B,), the guidance scale of the image's schedule
+    def __init__(self, heads: PolicyHeads, config: HeadLossConfig, options: RuleOptions, draws: Draws, z):
+        self.heads, self.config, self.options, self.rows = heads, config, options, draws.tokens.rows
+        self.state = training_state(draws.policy, draws.mask, z)
+        self.scale = draws.policy.cfg  # (b,), the guidance scale of the image's schedule
         self.base_k = base_group(self.state)
         self.k = heads.group_size(self.state, self.base_k, self.scale) if "group" in heads.learn else self.base_k
         self.tau = self.w = None
@@ -93,35 +87,34 @@ class HeadPlan:
             base = CFGS["linear"](self.state, after, RuleOptions(cfg=self.scale.unsqueeze(1)))
             self.w = heads.guidance(self.state, base, self.scale)
 
-    def losses(self, token_loss, t, repeats) -> dict[str, torch.Tensor]:
-        """The losses order, size, budget of the heads there are, from the diffusion losses (m·N,), detached."""
-        found = {}
+    def losses(self, difficulty) -> dict[str, torch.Tensor]:
+        """The losses order, size, budget of the heads that are learned; difficulty (N,) of the rows, detached."""
+        losses = {}
         mask = self.state.mask
         if needs_every_loss(self.heads):
-            rows = comparable(token_loss, t).reshape(repeats, -1).mean(dim=0)  # (N,)
-            difficulty = rows.new_zeros(mask.numel()).index_copy(0, self.rows, rows).view(mask.shape)
+            difficulty = difficulty.new_zeros(mask.numel()).index_copy(0, self.rows, difficulty).view(mask.shape)
             scores = base_scores(self.state, self.options)
             if "order" in self.heads.learn:
                 scores = scores + self.heads.logits(self.state, self.scale)
-            found["order"], size = order_and_size_losses(scores, self.k, mask, difficulty, self.config)
+            losses["order"], size = order_and_size_losses(scores, self.k, mask, difficulty, self.config)
             if "order" in self.heads.learn:
-                found["size"] = size
+                losses["size"] = size
         if "group" in self.heads.learn:
-            found["budget"] = budget_loss(self.k, self.base_k)
-        return found
+            losses["budget"] = budget_loss(self.k, self.base_k)
+        return losses
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Mean and spread of ρ, τ and w, and the mean of k / k_cosine, of the heads there are."""
+        """Mean and spread of ρ, τ and w, and of k / k_cosine, of the heads that are learned."""
         values = {"tau": self.tau, "w": self.w}
         if "group" in self.heads.learn:
             values["rho"] = self.k / self.state.num_unknown
             values["k_over_cosine"] = self.k / self.base_k
-        found = {}
+        statistics = {}
         for name, value in values.items():
             if value is not None:
-                found[f"{name}_mean"] = value.detach().mean()
-                found[f"{name}_std"] = value.detach().std(correction=0)
-        return found
+                statistics[f"{name}_mean"] = value.detach().mean()
+                statistics[f"{name}_std"] = value.detach().std(correction=0)
+        return statistics
 
 
 def needs_every_loss(heads: PolicyHeads | None) -> bool:
@@ -129,81 +122,169 @@ def needs_every_loss(heads: PolicyHeads | None) -> bool:
     return heads is not None and bool({"order", "group"} & set(heads.learn))
 
 
-class TrainingLoss(nn.Module):
-    """What DistributedDataParallel wraps: one forward pass that returns every loss, the heads' included."""
+@dataclass(frozen=True)
+class Batch:
+    """A prepared micro-batch: tokens (b, L, …), labels (b,) with −1 where dropped, and the draws, all on the device."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    draws: Draws
+
+    @property
+    def num_targets(self) -> int:
+        """Over how many tokens its loss is a mean."""
+        return self.draws.tokens.num_targets
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How batches are drawn.
+
+    flip: may images be mirrored? visits: a `training.objectives.visiting.Visits` that makes the masks, None for the
+    published ones. heads_from: the epoch from which heads say something.
+    """
+
+    seed: int
+    draws: DrawSettings
+    flip: bool = False
+    visits: object = None
+    heads_from: float = 0.0
+
+
+class TokenObjective(nn.Module):
+    """What DistributedDataParallel wraps: one forward pass that returns every loss, the heads' included.
+
+    model: a `models.families.Backbone`; losses: weights of the heads' losses; options: the rules' numbers in sampling;
+    preparation: None where only `forward` is used.
+    """
 
     def __init__(
         self,
-        mar,
+        model,
         heads: PolicyHeads | None = None,
-        config: HeadLossConfig = HeadLossConfig(),  # noqa: B008
-        options: RuleOptions = RuleOptions(),  # noqa: B008
+        losses: HeadLossConfig | None = None,
+        options: RuleOptions | None = None,
+        preparation: Preparation | None = None,
     ):
         super().__init__()
-        self.mar = mar
+        self.model = model
         self.heads = heads
-        self.config = config
-        self.options = options
+        self.losses = losses or HeadLossConfig()
+        self.options = options or RuleOptions()
+        self.preparation = preparation
 
     def train(self, mode: bool = True):
         """As ever, but what is wholly frozen stays in eval mode: its dropout would only be noise."""
         super().train(mode)
-        for part in self.mar.children():
+        for part in self.model.children():
             if mode and not any(p.requires_grad for p in part.parameters()):
                 part.eval()
         return self
 
-    def forward(self, tokens, labels, draws, num_targets) -> dict[str, torch.Tensor]:
-        """Sums over the target tokens of tokens (b, L, C) divided by num_targets, the number they are a mean over.
+    @torch.no_grad()
+    def prepare(self, state, batch, labels, indices) -> Batch:
+        """Images or moments (b, …) with labels and indices (b,) as a Batch; state: a `training.state.TrainState`."""
+        preparation, samples = self.preparation, indices.tolist()
+        draws = training_draws(preparation.seed, state.step, samples, self.model.token_head, preparation.draws)
+        if draws.policy is not None:
+            resting = state.step < preparation.heads_from * state.steps_per_epoch
+            draws = replace(draws, policy=replace(draws.policy, heads_rest=resting))
+        flips = draws.flip.to(state.device) if preparation.flip else None
+        seeds = [seed_of("posterior", preparation.seed, state.step, sample) for sample in samples]
+        tokens = state.tokens(batch.to(state.device, non_blocking=True), flips, seeds)
+        labels = torch.where(draws.drop, -1, labels)
+        if preparation.visits is not None:
+            self.eval()  # no dropout in the scores
+            with autocast(state.device, state.dtype):
+                draws = preparation.visits(draws, lambda mask, n: self._score(tokens, mask, labels, n), state.device)
+            self.train()
+        return Batch(tokens, send(labels, state.device), draws.to(state.device))
 
-        Only the rows that draws names go through the diffusion MLP, those that are no targets without gradient. Keys:
-        loss (the one to minimise), mse, vb, and with heads their losses and the mean and spread of what they say.
+    def _score(self, tokens, mask, labels, num_visible):
+        """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
+        if any(num_visible):
+            return self.model.encode_decode(tokens, mask, send(labels, mask.device), num_visible)
+        classes, which = (send(x, mask.device) for x in labels.unique(return_inverse=True))
+        one = slice(len(classes))
+        return self.model.encode_decode(tokens[one], mask[one], classes, num_visible[one])[which]
+
+    def forward(self, batch: Batch, num_targets) -> dict[str, torch.Tensor]:
+        """Sums over the target tokens of the batch divided by num_targets, the number they are a mean over.
+
+        Only the rows that the draws name go through the token head, those that are no targets without gradient. Keys:
+        loss (the one to minimise), the token head's terms, and with heads their losses and the mean and spread of what
+        they say.
         """
-        z = self.mar.encode_decode(tokens, draws.mask, labels, draws.num_visible)
-        repeats = len(draws.t)
-
-        def to_rows(x):  # (b, L, …) -> (m·N, …), the rows
-            return x.flatten(0, 1)[draws.rows].repeat(repeats, *[1] * (x.dim() - 2))
-
+        draws, head = batch.draws, self.model.token_head
+        z = self.model.encode_decode(batch.tokens, draws.mask, batch.labels, draws.num_visible)
         plan = None
-        if self.heads is not None and not draws.heads_rest:
-            plan = HeadPlan(self.heads, self.config, self.options, draws, z)
-        tau = to_rows(plan.tau.expand(draws.mask.shape)) if plan and plan.tau is not None else None
-        target, noise, t = to_rows(tokens), draws.noise.flatten(0, 1), draws.t.flatten()
-        x_t = self.mar.diffloss.noised(target, t, noise, tau)
-        eps, v = self._predict(x_t, t, to_rows(z), repeats, draws.num_targets)
-        mse, vb = gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
-        learned = {name: x.view(repeats, -1)[:, : draws.num_targets] for name, x in (("mse", mse), ("vb", vb))}
-        terms = {name: x.sum() / (repeats * num_targets) for name, x in learned.items()}
-        loss = terms["mse"] + terms["vb"]
+        if self.heads is not None and not draws.policy.heads_rest:
+            plan = HeadPlan(self.heads, self.losses, self.options, draws, z)
+        rows = RowsOf(draws)
+        tau = rows.spread(plan.tau) if plan and plan.tau is not None else None
+        target = rows(batch.tokens)
+        prediction = self._predict(target, rows(z), rows.draws, tau, rows)
+        losses = head.losses(prediction, target, rows.draws)  # each (m·N,)
+        terms = {name: rows.targets(loss).sum() / (rows.repeats * num_targets) for name, loss in losses.items()}
+        loss = sum(terms.values())
         if plan:
-            found = plan.losses((mse + vb).detach(), t, repeats)
+            difficulty = head.comparable(sum(losses.values()).detach(), rows.draws)
+            learned = plan.losses(difficulty.reshape(rows.repeats, -1).mean(dim=0))
             if plan.w is not None:
-                eps_u = self._unconditional(tokens, draws, x_t, t, to_rows)
-                keep = to_rows((labels >= 0).unsqueeze(1).expand(draws.mask.shape))
-                w = to_rows(plan.w.expand(draws.mask.shape))
-                found["cfg"] = guidance_loss(w, eps.detach(), eps_u, noise, keep)
-            loss = loss + sum(getattr(self.config, f"lambda_{name}") * value for name, value in found.items())
-            terms |= found | plan.statistics()
+                learned["cfg"] = self._guidance_loss(plan.w, batch, prediction, target, tau, rows)
+            loss = loss + sum(getattr(self.losses, f"lambda_{name}") * value for name, value in learned.items())
+            terms |= learned | plan.statistics()
         elif self.heads is not None:  # DistributedDataParallel waits for a gradient of every parameter
             loss = loss + 0.0 * sum(p.sum() for p in self.heads.parameters())
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
-    def _predict(self, x_t, t, z, repeats, num_targets):
-        """(ε, v) of all rows (m·N, C); of the first num_targets of each N with gradient, of the others without."""
-        index = torch.arange(len(x_t), device=x_t.device).view(repeats, -1)
-        parts = [part.flatten() for part in (index[:, :num_targets], index[:, num_targets:])]
+    def _predict(self, target, z, draws, tau, rows):
+        """The prediction of all rows (m·N, …); of the targets with gradient, of the others without."""
+        parts = rows.with_and_without_gradient()
         if not len(parts[1]):
-            return self.mar.diffloss.predict(x_t, t, z)
-        found = []
+            return self.model.token_head.predict(target, z, draws, tau)
+        predictions = []
         for part, learned in zip(parts, (True, False)):
             with torch.set_grad_enabled(learned and torch.is_grad_enabled()):
-                found.append(self.mar.diffloss.predict(x_t[part], t[part], z[part]))
+                some = {name: value[part] for name, value in draws.items()}
+                some_tau = tau if tau is None else tau[part]
+                predictions.append(self.model.token_head.predict(target[part], z[part], some, some_tau))
         place = torch.cat(parts).argsort()
-        return tuple(torch.cat(values)[place] for values in zip(*found))
+        return type(predictions[0])(*(torch.cat(values)[place] for values in zip(*predictions)))
 
-    @torch.no_grad()
-    def _unconditional(self, tokens, draws, x_t, t, to_rows):
-        """ε_u (m·N, C) on the same noisy tokens: the one extra pass, and only where guidance is learned."""
-        z = self.mar.encode_decode(tokens, draws.mask, None, draws.num_visible)
-        return self.mar.diffloss.predict(x_t.detach(), t, to_rows(z))[0]
+    def _guidance_loss(self, w, batch: Batch, prediction, target, tau, rows):
+        """The loss of the guidance scales w (b, 1) or (b, L), which nothing but them is trained on."""
+        draws, head = batch.draws, self.model.token_head
+        with torch.no_grad():  # the one extra pass, and only where guidance is learned
+            z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible)
+            uncond = head.predict(target, rows(z), rows.draws, tau)
+        cond = type(prediction)(*(value.detach() for value in prediction))
+        fit = head.fit(head.guided(cond, uncond, rows.spread(w)), rows.draws)
+        return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
+
+
+class RowsOf:
+    """The rows that go through the token head: m times N of b·L tokens, and its draws for them, each (m·N, …)."""
+
+    def __init__(self, draws: Draws):
+        self.tokens, self.shape = draws.tokens, draws.mask.shape
+        self.repeats = max((len(value) for value in draws.tokens.draws.values()), default=1)  # m
+        self.draws = {name: value.flatten(0, 1) for name, value in draws.tokens.draws.items()}
+
+    def __call__(self, x) -> torch.Tensor:
+        """x (b, L, …) as (m·N, …)."""
+        return x.flatten(0, 1)[self.tokens.rows].repeat(self.repeats, *(1 for _ in x.shape[2:]))
+
+    def spread(self, x) -> torch.Tensor:
+        """x (b, 1) or (b, L), one value an image or a token, as (m·N,)."""
+        return self(x.expand(self.shape))
+
+    def targets(self, x) -> torch.Tensor:
+        """Of x (m·N,) the targets of the loss (m, ·)."""
+        return x.view(self.repeats, -1)[:, : self.tokens.num_targets]
+
+    def with_and_without_gradient(self) -> list[torch.Tensor]:
+        """Indices into m·N rows: those of the targets, and the others."""
+        index = torch.arange(self.repeats * len(self.tokens.rows), device=self.tokens.rows.device)
+        index = index.view(self.repeats, -1)
+        return [part.flatten() for part in index.split([self.tokens.num_targets, self.tokens.num_others], dim=1)]

@@ -1,7 +1,7 @@
 """Training masks that a schedule visits: the visible sets that rules, hand-made or learned, make (DESIGN.md section 4).
 
 Legend: b images, L tokens an image, K = num_iter of an image. `mask` (b, L) bool is True where a token is masked.
-draws is a training.objectives.draws.TrainingDraws made for every token.
+draws is a `training.objectives.draws.Draws` made for every token, with policy draws.
 """
 
 from collections.abc import Callable
@@ -63,14 +63,14 @@ class Visits:
 
         Where learned rules are scored, a pass waits for the device once.
         """
-        options = self.options | {"cfg": draws.cfg.unsqueeze(1)}
+        options = self.options | {"cfg": draws.policy.cfg.unsqueeze(1)}
         heads, names, num_passes = self.heads, self.names, self.num_passes
-        if draws.heads_rest:  # the rules that untrained heads reproduce
+        if draws.policy.heads_rest:  # the rules that untrained heads reproduce
             bases = {"order": options.get("order_base", "random"), "group": "cosine"}
             heads, num_passes = None, 0
             names = {kind: bases[kind] if name == "learned" else name for kind, name in names.items()}
         rules = build_rules("baseline", heads, **names, **options)
-        goal = (draws.place * draws.num_iter).long()  # (b,), s
+        goal = (draws.policy.place * draws.policy.num_iter).long()  # (b,), s
         plan, mask, following, z = torch.zeros_like(goal), torch.ones_like(draws.mask), None, None
         for number in range(max(num_passes, 1)):
             if num_passes:
@@ -89,14 +89,15 @@ class Visits:
     def _select(self, rules, draws, plan, mask, z, device):
         """The group (b, L) bool, on the CPU, that the rules take at step `plan` (b,)."""
         device = device if z is not None else "cpu"
-        state = training_state(replace(draws, step=plan, gumbel=draws.gumbel.to(device)), z, mask.to(device))
+        policy = replace(draws.policy, step=plan, gumbel=draws.policy.gumbel.to(device))
+        state = training_state(policy, mask.to(device), z)
         return hard_topk(rules.order(state), whole_group(rules.group, state), state.mask).cpu()
 
     def _narrowed(self, draws, mask, following, step):
         targets = mask if self.config.train_targets == "masked" else following
         if self.config.train_masks == "mix":
-            keep = draws.mix < self.config.mix_random
+            keep = draws.policy.mix < self.config.mix_random
             mask, targets = (torch.where(keep.unsqueeze(1), draws.mask, new) for new in (mask, targets))
-            step = torch.where(keep, training_state(replace(draws, step=None)).step, step)
-        compared = needs_every_loss(self.heads) and not draws.heads_rest
+            step = torch.where(keep, training_state(replace(draws.policy, step=None), draws.mask).step, step)
+        compared = needs_every_loss(self.heads) and not draws.policy.heads_rest
         return draws.with_mask(mask, step, targets, others=mask if compared else None)

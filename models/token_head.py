@@ -1,0 +1,57 @@
+"""What the loop, the rules and the objectives need of a token head, p(token | z), and of its sampler.
+
+Legend: B images, L tokens an image, N token rows, G of them guided, D width of z, m draws of a token in training.
+`models.diffloss.DiffLoss` is one. ("Token head" is this; the policy heads that move rules live in heads/.)
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Sampler(Protocol):
+    """Draws tokens with the settings that `TokenHead.sampler` was given."""
+
+    num_steps: tuple[int, int]  # of the network for a token, at the first and at the last autoregressive step
+
+    def evals(self, num_steps: int) -> int:
+        """Rows of the network that one token takes, unguided."""
+
+    def noise(self, generators: list, rows: torch.Tensor, num_steps: int) -> torch.Tensor:
+        """What `draw` needs for rows (N, 2) long on the host, (image, position); image i draws from generators[i]."""
+
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None) -> torch.Tensor:
+        """Tokens (N, …) under z (N, D), guided by z_uncond (G, D) in the rows guided (G,); differentiable."""
+
+
+class TokenHead(Protocol):
+    """p(token | z) with its training loss. What it predicts is a NamedTuple of tensors (N, …)."""
+
+    def empty(self, batch: int, length: int) -> torch.Tensor:
+        """Tokens (B, L, …) of which nothing is known."""
+
+    def draws(self, generator: torch.Generator, num_tokens: int) -> dict[str, torch.Tensor]:
+        """What a training loss of so many tokens is random in, each (m, N, …)."""
+
+    def predict(self, target, z, draws: dict, tau=None) -> NamedTuple:
+        """The prediction for target (N, …) under z (N, D), with draws (N, …)."""
+
+    def losses(self, prediction, target, draws: dict) -> dict[str, torch.Tensor]:
+        """The terms, each (N,), whose sum is the loss."""
+
+    def fit(self, prediction, draws: dict) -> torch.Tensor:
+        """The term (N,) that says how well the prediction fits, which guidance is trained on."""
+
+    def comparable(self, loss, draws: dict) -> torch.Tensor:
+        """Losses (N,) such that tokens can be compared by them: without what their draws alone make of them."""
+
+    def guided(self, cond, uncond, w) -> NamedTuple:
+        """The prediction under guidance w (N,)."""
+
+    def sampler(self, *, num_steps=100, **options) -> Sampler:
+        """What draws tokens in so many steps; options are the head's own, an unknown one is a TypeError."""
+
+
+def guide(cond: torch.Tensor, uncond: torch.Tensor, w) -> torch.Tensor:
+    """uncond + w·(cond − uncond) (arXiv 2207.12598, Eq. 6), written so that w = 1 gives cond to the bit."""
+    return cond + (w - 1.0) * (cond - uncond)

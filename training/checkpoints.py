@@ -1,0 +1,133 @@
+"""What a checkpoint of a run holds, and how a run continues from one. The file itself: util/checkpoint.py."""
+
+from dataclasses import asdict
+
+from models.families import family_of
+from training.config import LaunchConfig, RunConfig
+from training.state import TrainState
+from util import dist
+from util.checkpoint import checkpoint_path, load_checkpoint, load_weights
+
+# fields of MARConfig that may change within a run
+FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "num_sampling_steps"}
+FREE |= {"diffusion_batch_mul", "grad_checkpointing"}
+# settings that say where and how a run runs, not what it computes
+PLACES = {"resume", "init_from", "output_dir", "log_dir", "allow_mismatch", "device", "num_workers", "pin_mem"}
+PLACES |= {"world_size", "local_rank", "dist_url", "dist_on_itp", "keep_last", "preset", "class_num", "deterministic"}
+
+
+def stored_settings(config: RunConfig, family: str, model_config, tokenizer, heads) -> dict:
+    """{args, config} of a run's checkpoints, but for the names of the classes; the keys: util/checkpoint.py."""
+    return {
+        "args": config.flat(),
+        "config": {
+            "family": family,
+            family: asdict(model_config),
+            **asdict(config.tokenizer),
+            "latents": tokenizer.describe(),
+            "heads": heads.settings() if heads is not None else None,
+            "data": {"name": config.data.data, "path": config.data.data_path},
+            "sample": asdict(config.sampling),
+            "eval": asdict(config.evaluation),
+        },
+    }
+
+
+def checkpoint_content(state: TrainState, epoch: int, classes: list[str]) -> dict:
+    """What a checkpoint holds, `epoch` being the last finished one; the keys: util/checkpoint.py."""
+    config = state.stored["config"]
+    return {
+        "model": state.model.state_dict(),
+        "model_ema": state.ema.weights,
+        "optimizer": state.optimizer.state_dict(),
+        "epoch": epoch,
+        "scaler": state.scaler.state_dict(),
+        "args": state.stored["args"],
+        "heads": state.heads.state_dict() if state.heads is not None else {},
+        "heads_ema": state.heads_ema.weights if state.heads is not None else {},
+        "config": {**config, "data": {**config["data"], "classes": classes}},
+        # every draw is a function of seed, step and sample; batch: how far into the unfinished epoch of so many steps
+        "rng": {
+            "seed": state.seed,
+            "step": state.step,
+            "batch": state.batch,
+            "steps_per_epoch": state.steps_per_epoch,
+        },
+        "step": state.step,
+    }
+
+
+def find_checkpoint(launch: LaunchConfig) -> tuple[dict | None, bool]:
+    """(content, is it this run's own?) of the checkpoint in --resume, else in --init_from; None for a fresh start."""
+    source = launch.resume
+    if source and (launch.evaluate or checkpoint_path(source).is_file()):
+        return load_checkpoint(source), True
+    first = launch.init_from
+    if source and dist.is_main():
+        print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
+    return (load_checkpoint(first) if first else None), False
+
+
+def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: list[str]) -> None:
+    """Say which settings are not those of the checkpoint content that --resume continues.
+
+    stored: `stored_settings` of this run. Where sizes of the model, tokenizer or classes are others ValueError, unless
+    --allow_mismatch is given. (Sizes that change the shape of a weight are refused in any case, when the weights are
+    loaded.)
+    """
+    now, before, args = stored["config"], content.get("config", {}), content.get("args")
+    sizes, old_sizes = now[now["family"]], before.get(family_of(before), {})
+    changed = [name for name in sizes.keys() & old_sizes.keys() - FREE if old_sizes[name] != sizes[name]]
+    wrong = sorted(f"{name} {old_sizes[name]}, not {sizes[name]}" for name in changed)
+    if before.get("latents") not in (None, now["latents"]):
+        wrong.append(f"latents of {before['latents']}, not {now['latents']}")
+    old_classes = before.get("data", {}).get("classes", classes)
+    if old_classes != classes:
+        first = next(((a, b) for a, b in zip(old_classes, classes) if a != b), ("another number", "of them"))
+        wrong.append(f"other classes, the first is {first[0]!r}, not {first[1]!r}")
+    if wrong and not launch.allow_mismatch:
+        raise ValueError(
+            f"{launch.resume} was trained on {'; '.join(wrong)}: --init_from starts a new run from its weights, "
+            "--allow_mismatch continues it all the same"
+        )
+    if isinstance(args, dict) and not launch.evaluate and dist.is_main():
+        settings = stored["args"]
+        names = [k for k in settings if k in args and k not in PLACES and args[k] != settings[k]]
+        if names:
+            print("changed since the checkpoint: " + ", ".join(f"--{k} {args[k]} -> {settings[k]}" for k in names))
+
+
+def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:
+    """Load the weights and their averages of a checkpoint; heads_too: it must have the heads that are trained here."""
+    load_weights(state.model, content["model"], source)
+    state.ema.load(content.get("model_ema", content["model"]))
+    wanted = list(state.heads.learn) if state.heads is not None else []
+    trained = (content.get("config", {}).get("heads") or {}).get("learn", [])
+    if wanted == trained and wanted:
+        load_weights(state.heads, content["heads"], source)
+        state.heads_ema.load(content["heads_ema"])
+    elif heads_too and wanted != trained:
+        raise ValueError(
+            f"{source} has the heads {','.join(trained) or 'none'}, --learn names {','.join(wanted) or 'none'}; "
+            "a new stage with other heads starts with --init_from"
+        )
+
+
+def restore(state: TrainState, content: dict, source) -> int:
+    """Load a checkpoint into the state; the epoch to continue with."""
+    restore_weights(state, content, source)
+    if "optimizer" in content:
+        weight_decay = [group["weight_decay"] for group in state.optimizer.param_groups]
+        state.optimizer.load_state_dict(content["optimizer"])
+        for group, value in zip(state.optimizer.param_groups, weight_decay):  # the flag counts, as it does for lr
+            group["weight_decay"] = value
+    if content.get("scaler") and state.scaler.is_enabled():
+        state.scaler.load_state_dict(content["scaler"])
+    epoch = content.get("epoch", -1) + 1
+    state.step = content.get("step", epoch * state.steps_per_epoch)
+    place = content.get("rng", {})
+    if place.get("batch") and place["steps_per_epoch"] == state.steps_per_epoch:
+        state.batch = place["batch"]
+    elif place.get("batch") and dist.is_main():
+        print(f"another batch size than before: epoch {epoch + 1} starts from its beginning")
+    return epoch

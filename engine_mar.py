@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -20,7 +19,7 @@ from training.keeping import forget_best_after, keep_best, keep_checkpoint
 from training.optim import lr_at
 from training.run_log import RunLog
 from training.state import TrainState
-from training.step import forward_backward, optimizer_step
+from training.step import training_step
 from training.stopping import interruptible, leave_signals_to_the_main_process, signals_noted
 from util import dist
 from util.checkpoint import checkpoint_path
@@ -145,27 +144,15 @@ def train_one_epoch(state: TrainState, loader, epoch: int, config: TrainConfig, 
             warmup_epochs=config.warmup_epochs,
             epochs=config.epochs,
         )
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        terms = forward_backward(state, batch, labels, indices, config.accum_iter)
-        state.scaler.unscale_(state.optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(state.wrapped.parameters(), config.grad_clip or float("inf"))
-        # the step's one wait; the stop request travels with it, so that all processes stop at the same step
-        stop = torch.full((), float(state.stop_signal > 0), device=state.device)
-        shared = dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()
-        *means, stop, grad_norm = torch.cat([shared, grad_norm.reshape(1)]).tolist()
-        optimizer_step(state, grad_norm)
+        record = training_step(state, batch, labels, indices, lr, config)
         state.batch += 1
-
-        record = dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
         speed = len(batch) * dist.world_size() / (time.perf_counter() - began)
         began = time.perf_counter()
         if log is not None:
             log.step(state.step, record, images_per_second=speed)
         progress.set_postfix_str(f"loss {record['loss']:.3f}", refresh=False)
         progress.update()
-        if stop:
-            state.stopping = True
+        if state.stopping:
             break
     whole = state.batch == len(loader)
     state.batch = 0 if whole else state.batch

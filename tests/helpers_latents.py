@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import engine_mar
 import main_mar
 from models.tokenizers.continuous import Tokenizer
 from scripts import cache_latents
+from training import step as step_module
 from util.args import run_main
 from util.images.latent_files import WRITERS
 
@@ -68,7 +68,7 @@ def content(folder) -> dict[str, bytes]:
 
 def losses(monkeypatch, folder, *flags) -> list[float]:
     """The loss of each training step."""
-    found, step = [], engine_mar.forward_backward
+    found, step = [], step_module.forward_backward
 
     def noted(*arguments):
         terms = step(*arguments)
@@ -76,6 +76,6 @@ def losses(monkeypatch, folder, *flags) -> list[float]:
         return terms
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_mar, "forward_backward", noted)
+        patch.setattr(step_module, "forward_backward", noted)
         assert main_mar.main([*SMALL, *TRAIN, "--output_dir", str(folder), *map(str, flags)]) == 0
     return found

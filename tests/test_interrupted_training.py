@@ -16,6 +16,7 @@ import main_mar
 from tests.helpers import tiny_mar
 from tests.helpers_keeping import names, sums_are_right
 from training import build, keeping
+from training import step as step_module
 from training.checkpoints import check_resume
 from training.config import LaunchConfig
 from util.args import run_main
@@ -59,7 +60,7 @@ class Killed(BaseException):
 def test_a_run_on_a_full_disk_that_is_killed_ends_as_if_nothing_had_been(pictures, tmp_path, monkeypatch, capsys):
     """The save after epoch 1 fails; that after epoch 2 does not; the run dies within epoch 3."""
     assert main_mar.main(command(pictures, tmp_path / "whole", "--epochs", 4)) == 0
-    write, step = keeping.write_content, engine_mar.optimizer_step
+    write, step = keeping.write_content, step_module.optimizer_step
     bars = []
 
     def full(path, saved):
@@ -81,7 +82,7 @@ def test_a_run_on_a_full_disk_that_is_killed_ends_as_if_nothing_had_been(picture
     monkeypatch.setattr(engine_mar, "tqdm", counted)
     folder = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(engine_mar, "optimizer_step", killing)
+        patch.setattr(step_module, "optimizer_step", killing)
         with pytest.raises(Killed):
             main_mar.main(command(pictures, folder, "--epochs", 4))
     said = capsys.readouterr()

@@ -18,6 +18,7 @@ from sampling.settings import SampleConfig
 from scripts import torture
 from tests.helpers import on_cpu, tiny_mar
 from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
+from training import step as step_module
 from util.args import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,14 +43,14 @@ def assert_flat(measured, what):
 
 @pytest.mark.slow
 def test_2000_training_steps_stay_in_their_memory(pictures, tmp_path, monkeypatch):  # noqa: F811
-    step, measured = engine_mar.optimizer_step, []
+    step, measured = step_module.optimizer_step, []
 
     def measuring(state, grad_norm):
         step(state, grad_norm)
         if state.step % 200 == 0:
             measured.append(usage())
 
-    monkeypatch.setattr(engine_mar, "optimizer_step", measuring)
+    monkeypatch.setattr(step_module, "optimizer_step", measuring)
     flags = ("--epochs", "667", "--eval_freq", "100", "--save_last_freq", "20")  # three steps an epoch
     assert main_mar.main([*TRAIN, "--data_path", str(pictures), "--output_dir", str(tmp_path), *flags]) == 0
     assert len(measured) == 10

@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 import engine_mar
 import main_mar
 from main_mar import main
+from training import step as step_module
 from training.objectives.token import TokenObjective
 from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -76,7 +77,7 @@ def test_resuming_is_exact(tmp_path):
 def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_path, monkeypatch, capsys, number, at):
     """The request is read before the optimizer steps, so at most one step follows: at 2 that is the epoch's last."""
     whole = train(tmp_path / "whole", "--epochs", 2)
-    step = engine_mar.optimizer_step
+    step = step_module.optimizer_step
 
     def interrupted(state, grad_norm):
         if state.step == STEPS_PER_EPOCH + at:
@@ -84,14 +85,14 @@ def test_a_signal_finishes_the_step_and_saves_and_the_run_continues_exactly(tmp_
         return step(state, grad_norm)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(engine_mar, "optimizer_step", interrupted)
+    monkeypatch.setattr(step_module, "optimizer_step", interrupted)
     folder = tmp_path / "parts"
     code = main([*SMALL, "--output_dir", str(folder), "--resume", str(folder), "--epochs", "2"])
     assert code == 128 + number and signal.getsignal(number) == before
     assert f"--resume {folder}" in capsys.readouterr().out
     saved = load_checkpoint(folder)
     assert saved["step"] == STEPS_PER_EPOCH + at + 2 and saved["epoch"] == saved["step"] // STEPS_PER_EPOCH - 1
-    monkeypatch.setattr(engine_mar, "optimizer_step", step)
+    monkeypatch.setattr(step_module, "optimizer_step", step)
     assert_same(whole, train(folder, "--epochs", 2))
 
 

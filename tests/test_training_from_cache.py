@@ -2,15 +2,17 @@
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import engine_mar
 import main_mar
 from tests.helpers_latents import SMALL, TRAIN, TinyKL, cache, losses, refused
+from training import step as step_module
+from training.objectives.token import tokens_of
 from util.evaluation.fid_stats import FIDStats, save_fid_stats
 from util.images.latents import open_latents
 
@@ -25,35 +27,34 @@ def test_training_on_a_cache_equals_training_on_the_images(pictures, tmp_path, m
     cached = losses(monkeypatch, tmp_path / "cached", *flags, "--use_cached", "--cached_path", folder)
     assert len(images) == 4 and cached == pytest.approx(images, abs=1e-6)
 
-    step = engine_mar.forward_backward
+    step = step_module.forward_backward
 
     def plain(state, *arguments):
         state.objective.preparation = replace(state.objective.preparation, flip=False)
         return step(state, *arguments)
 
     with monkeypatch.context() as patch:  # the mirror images do count
-        patch.setattr(engine_mar, "forward_backward", plain)
+        patch.setattr(step_module, "forward_backward", plain)
         other = losses(patch, tmp_path / "u", *flags, "--use_cached", "--cached_path", folder)
     assert other != pytest.approx(images, abs=1e-3)
 
 
 def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, tiny_kl):
     """The noise of the posterior comes from a seed for each image: another seed, other tokens; not the batch."""
-    from training.state import TrainState
-
     latents = open_latents(cache(pictures, tmp_path / "c", "--tokenizer", "tiny:0"))
     batch, _, _ = next(iter(DataLoader(latents, batch_size=4)))
-    fields = dict.fromkeys(TrainState.__dataclass_fields__)
-    state = TrainState(
-        **{**fields, "tokenizer": TinyKL(), "model": type("M", (), {"patchify": staticmethod(lambda x: x)})}
-    )
-    a = state.tokens(batch, None, [1, 2, 3, 4])
-    assert torch.equal(a[[2, 0]], state.tokens(batch[[2, 0]], None, [3, 1]))
-    assert not torch.equal(a, state.tokens(batch, None, [1, 2, 3, 5]))
+    model = SimpleNamespace(patchify=lambda latents: latents)
+
+    def tokens(batch, flip, seeds):
+        return tokens_of(batch, flip, seeds, TinyKL(), model)
+
+    a = tokens(batch, None, [1, 2, 3, 4])
+    assert torch.equal(a[[2, 0]], tokens(batch[[2, 0]], None, [3, 1]))
+    assert not torch.equal(a, tokens(batch, None, [1, 2, 3, 5]))
     flip = torch.tensor([True, False, True, False])
-    mixed = state.tokens(batch, flip, [1, 2, 3, 4])
+    mixed = tokens(batch, flip, [1, 2, 3, 4])
     assert torch.equal(mixed[1], a[1]) and not torch.equal(mixed[0], a[0])
-    assert torch.equal(mixed[0], state.tokens(batch[:, [1, 0]], None, [1, 2, 3, 4])[0])
+    assert torch.equal(mixed[0], tokens(batch[:, [1, 0]], None, [1, 2, 3, 4])[0])
 
 
 def test_training_refuses_latents_of_something_else(pictures, tmp_path, tiny_kl, capsys):

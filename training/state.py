@@ -9,7 +9,6 @@ from torch import nn
 from heads.policy import PolicyHeads
 from sampling.run import Parts
 from training.optim import EMA
-from util.rng import generator
 
 
 @dataclass
@@ -51,20 +50,3 @@ class TrainState:
         with self.ema.applied_to(self.model):
             with self.heads_ema.applied_to(self.heads) if self.heads is not None else contextlib.nullcontext():
                 yield
-
-    @torch.no_grad()
-    def tokens(self, batch: torch.Tensor, flip: torch.Tensor | None, seeds: list[int]) -> torch.Tensor:
-        """Tokens (b, L, C) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.images.latents`.
-
-        flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of
-        image i comes from seeds[i] alone.
-        """
-        if batch.dtype == torch.uint8:
-            images = batch.float() / 127.5 - 1
-            if flip is not None:
-                images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-            moments = self.tokenizer.encode_moments(images)
-        else:
-            moments = batch[torch.arange(len(batch), device=batch.device), 0 if flip is None else flip.long()]
-        generators = [generator(seed) for seed in seeds]
-        return self.model.patchify(self.tokenizer.from_moments(moments, generator=generators))

@@ -5,12 +5,32 @@ import math
 import torch
 from torch import nn
 
+from training.config import TrainConfig
 from training.state import TrainState
 from util import dist
 from util.dist import autocast
 from util.rng import seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
+
+
+def training_step(state: TrainState, batch, labels, indices, lr: float, config: TrainConfig) -> dict[str, float]:
+    """One step on images or moments (b, …) with labels and indices (b,): the loss terms, grad_norm and lr.
+
+    A request to stop, that any process has noted, is in state.stopping afterwards, on all of them.
+    """
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    terms = forward_backward(state, batch, labels, indices, config.accum_iter)
+    state.scaler.unscale_(state.optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(state.wrapped.parameters(), config.grad_clip or float("inf"))
+    # the step's one wait; the stop request travels with it, so that all processes stop at the same step
+    stop = torch.full((), float(state.stop_signal > 0), device=state.device)
+    shared = dist.all_sum(torch.stack([*terms.values(), stop])) / dist.world_size()
+    *means, stop, grad_norm = torch.cat([shared, grad_norm.reshape(1)]).tolist()
+    optimizer_step(state, grad_norm)
+    state.stopping = state.stopping or stop > 0
+    return dict(zip(terms, means), grad_norm=grad_norm, lr=lr)
 
 
 def forward_backward(state: TrainState, batch, labels, indices, accum_iter: int = 1):

@@ -17,7 +17,7 @@ from heads.step import StepState
 from training.objectives.draws import Draws, DrawSettings, PolicyDraws, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from util.dist import autocast, send
-from util.rng import seed_of
+from util.rng import generator, seed_of
 
 
 def training_state(policy: PolicyDraws, mask, z=None) -> StepState:
@@ -191,7 +191,8 @@ class TokenObjective(nn.Module):
             draws = replace(draws, policy=replace(draws.policy, heads_rest=resting))
         flips = draws.flip.to(state.device) if preparation.flip else None
         seeds = [seed_of("posterior", preparation.seed, state.step, sample) for sample in samples]
-        tokens = state.tokens(batch.to(state.device, non_blocking=True), flips, seeds)
+        images = batch.to(state.device, non_blocking=True)
+        tokens = tokens_of(images, flips, seeds, state.tokenizer, self.model)
         labels = torch.where(draws.drop, -1, labels)
         if preparation.visits is not None:
             self.eval()  # no dropout in the scores
@@ -261,6 +262,22 @@ class TokenObjective(nn.Module):
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), rows.draws)
         return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
+
+
+def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:
+    """Tokens (b, L, …) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.images.latents`.
+
+    flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of image i
+    comes from seeds[i] alone.
+    """
+    if batch.dtype == torch.uint8:
+        images = batch.float() / 127.5 - 1
+        if flip is not None:
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        moments = tokenizer.encode_moments(images)
+    else:
+        moments = batch[torch.arange(len(batch), device=batch.device), 0 if flip is None else flip.long()]
+    return model.patchify(tokenizer.from_moments(moments, generator=[generator(seed) for seed in seeds]))
 
 
 class RowsOf:

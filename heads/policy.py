@@ -204,7 +204,7 @@ def build_rules(
 ) -> Rules:
     """The rules of an inference mode, any of the four replaced by the one named, "learned" included.
 
-    options are the fields of `heads.rules.RuleOptions` (cfg, temperature, …). An unknown mode or rule, or a learned
+    options are the fields of `heads.schedules.RuleOptions` (cfg, temperature, …). An unknown mode or rule, or a learned
     rule without its head in `heads`, raises ValueError.
     """
     if mode not in INFER_MODES:

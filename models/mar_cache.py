@@ -6,7 +6,7 @@ the sequence of S + L; one more slot takes padding.
 
 Between whole passes the encoder computes only the tokens revealed since it last ran, the decoder these and the ones
 that are wanted; all others keep the keys and values they had (the token cache of LazyMAR, arXiv 2503.12450, except that
-which tokens changed is known here, and not searched for). With a whole pass every step nothing is kept or approximate.
+which tokens changed is known, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
 from functools import cache
@@ -94,12 +94,12 @@ class FeatureCache:
         """z (B', L, D), or (1, L, D) of images that do not differ, all tokens computed."""
         mar, size, hidden = self.mar, self.mar.config.buffer_size, unknown[images]
         self.passes += len(images)
-        there = send(images, tokens.device)
+        index = send(images, tokens.device)
         num_visible = (~hidden).sum(dim=1).tolist()
         # without a label and before anything is known all images are the same: one stands for them
         some = slice(0, None if labelled or any(num_visible) else 1)
-        labels = self.labels[there] if labelled else None
-        mask, num_visible, content = send(hidden, tokens.device)[some], num_visible[some], tokens[there[some]]
+        labels = self.labels[index] if labelled else None
+        mask, num_visible, content = send(hidden, tokens.device)[some], num_visible[some], tokens[index[some]]
         if self.refresh_every == 1:
             return mar.encode_decode(content, mask, labels, num_visible)
 
@@ -131,12 +131,13 @@ class FeatureCache:
         self.passes += share.sum().item()
 
         new_at, wanted_at = _positions(new), _positions(wanted)
-        real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; known here without waiting
-        stored, there, new_at, wanted_at, real = (send(x, device) for x in (sequences, images, new_at, wanted_at, real))
+        real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; on the host without waiting
+        on_host = (sequences, images, new_at, wanted_at, real)
+        stored, index, new_at, wanted_at, real = (send(x, device) for x in on_host)
         # new tokens look at the buffer and at all that is known; padding reads any token, and writes where nobody looks
         keys = torch.cat([known.new_ones(len(known), size), known], dim=1)
         keys = send(keys, device)[:, None, None, :]
-        x = mar.embed_tokens(tokens[there], new_at.clamp(max=length - 1))  # (B', n, D)
+        x = mar.embed_tokens(tokens[index], new_at.clamp(max=length - 1))  # (B', n, D)
         x = mar.encoder_norm(self._run(mar.encoder_blocks, x, keys, stored, size + new_at))
         # new and wanted tokens look at everything
         x = mar.decoder_embed(x)

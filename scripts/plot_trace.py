@@ -27,7 +27,7 @@ GIF_SIDE = 256  # pixels, at least
 
 
 def load_trace(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a trace, described in `util.images.pictures.Trace`; another file raises ValueError."""
+    """The arrays of a trace, described in `sampling.trace.Trace`; another file raises ValueError."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
     try:

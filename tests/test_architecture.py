@@ -179,6 +179,49 @@ def test_files_are_short_enough_to_read():
     assert not {path: length for path, length in lengths.items() if length > 380}
 
 
+# their parameters are published names (DESIGN.md section 6)
+MANY_PARAMETERS = {"DiffLoss.sample", "decode", "generate", "build_rules"}
+
+
+def functions(path: Path):
+    """(name with its class, node) of every function in a file."""
+    for node in ast.walk(tree_of(path)):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield (f"{node.name}." if isinstance(node, ast.ClassDef) else "") + child.name, child
+
+
+def test_functions_fit_on_a_screen():
+    """At most 60 lines, the docstring apart, and 8 parameters."""
+    wrong = []
+    for path in SOURCES:
+        for name, node in functions(path):
+            docstring = ast.get_docstring(node, clean=False)
+            lines = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+            parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len(parameters) - (parameters[:1] == ["self"])
+            if lines > 60 or (count > 8 and name not in MANY_PARAMETERS):
+                wrong.append(f"{path.relative_to(ROOT)} {name}: {lines} lines, {count} parameters")
+    assert not wrong
+
+
+def test_the_loop_knows_no_family_and_no_token_head():
+    names = {name for name, *_ in imports(ROOT / "sampling" / "loop.py")}
+    assert "heads.step" in names and not [name for name in names if name.split(".")[0] in ("models", "diffusion")]
+
+
+def test_settings_travel_as_parts():
+    """A dict of all settings is read in the parser (training/config.py) and nowhere else."""
+    assert not [path for path in SOURCES if 'values["' in path.read_text() and path.parts[-2:] != ("util", "args.py")]
+
+
+def test_the_reading_guide_is_short_and_names_files_that_are_there():
+    text = (ROOT / "docs" / "reading.md").read_text()
+    paths = re.findall(r"`([\w/]+\.(?:py|md|sh))`", text)
+    assert len(text.splitlines()) <= 60 and len(paths) > 20
+    assert not [path for path in paths if not (ROOT / path).exists() and path != "__init__.py"]
+
+
 PROGRAM_FILES = [*sorted((ROOT / "scripts").glob("*.py")), ROOT / "main_mar.py", ROOT / "sample.py"]
 
 

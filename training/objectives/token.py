@@ -105,12 +105,12 @@ class HeadPlan:
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """Mean and spread of ρ, τ and w, and of k / k_cosine, of the heads that are learned."""
-        values = {"tau": self.tau, "w": self.w}
+        outputs = {"tau": self.tau, "w": self.w}
         if "group" in self.heads.learn:
-            values["rho"] = self.k / self.state.num_unknown
-            values["k_over_cosine"] = self.k / self.base_k
+            outputs["rho"] = self.k / self.state.num_unknown
+            outputs["k_over_cosine"] = self.k / self.base_k
         statistics = {}
-        for name, value in values.items():
+        for name, value in outputs.items():
             if value is not None:
                 statistics[f"{name}_mean"] = value.detach().mean()
                 statistics[f"{name}_std"] = value.detach().std(correction=0)

@@ -4,7 +4,8 @@ OUT/<setting>/<index>.png, samples.npz, grid.png     the images, and the first o
 OUT/<setting>/trace.npz                              with --save_trace: how the first of them grew
 OUT/results.jsonl                                    one line a setting: its whole configuration, all figures
 
-With --edit_image and --edit_mask a part of a picture is kept and the rest generated, --num_images times (README).
+With --edit_image and --edit_mask a part of a picture is kept and the rest generated, --num_images times
+(docs/commands.md).
 
 Comma lists (`--infer_mode baseline,policy --cfg 1,1.5 --seed 0,1,2`) sample every combination, the flag given last
 changing fastest. What results.jsonl has already is skipped.

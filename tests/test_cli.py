@@ -1,4 +1,4 @@
-"""Command lines: MAR's own, presets, every command in README and scripts (bad input: test_bad_*.py)."""
+"""Command lines: MAR's own, presets, every command in README, docs and scripts (bad input: test_bad_*.py)."""
 
 import json
 import re
@@ -214,7 +214,7 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys, checkpoint):
     assert not list(tmp_path.iterdir()) and sorted(checkpoint.rglob("*")) == before
 
 
-# ------------------------------------------------------------------------------------- commands in README and scripts
+# ------------------------------------------------------------------------------ commands in README, docs and scripts
 
 
 @pytest.fixture(scope="module")

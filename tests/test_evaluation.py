@@ -181,7 +181,7 @@ def test_the_protocol_of_no_metrics_names_no_reference():
 # ------------------------------------------------------------------------------------------------- commands shown
 
 SCRIPTS = {f"{m.__name__.split('.')[1]}.py": m.main for m in (make_fid_stats, measure_reconstruction, download_weights)}
-SHOWN = [ROOT / "docs" / "evaluation.md", ROOT / "README.md"]
+SHOWN = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 
 
 def test_commands_of_the_documents_are_valid(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,30 @@
+"""README and docs: README is short, a table stands in one place only, what is linked exists."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+SEPARATOR = re.compile(r"\|[|: -]+\|")
+
+
+def test_readme_has_at_most_10_kilobytes():
+    assert len(DOCS[0].read_bytes()) <= 10_000
+
+
+def test_a_table_stands_in_one_place_only():
+    """The heads of two tables may be equal, not the first rows below them too."""
+    tables = Counter()
+    for path in DOCS:
+        lines = path.read_text().splitlines()
+        tables.update(tuple(lines[i - 1 : i + 2]) for i, text in enumerate(lines) if SEPARATOR.fullmatch(text))
+    assert not [table for table, count in tables.items() if count > 1]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_what_is_linked_exists(path):
+    places = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text())
+    assert not [place for place in places if not (path.parent / place).is_file()]

@@ -102,7 +102,7 @@ class PNGFolder(Dataset):
         return (draw or make_grid)(images, captions, columns)
 
     def save_npz(self, labels) -> None:
-        """Write samples.npz, images (n, H, W, C) uint8 and labels (n,), beside the pictures if it is below NPZ_LIMIT."""
+        """Write samples.npz, images (n, H, W, C) uint8 and labels (n,), beside the pictures if below NPZ_LIMIT."""
         if self[0].numel() * len(self) < NPZ_LIMIT:
             images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(self))])
             with atomic_file(self.folder / "samples.npz") as temporary, open(temporary, "wb") as file:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from models.tokenizers import build_tokenizer
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from models.tokenizers.measuring import measure_latents
-from training.autoencoders import KINDS, centre_latents, make_autoencoder, start_codebook
+from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
 from training.optim import lr_at
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
@@ -85,7 +85,7 @@ class TokenizerArgs(ImagesArgs):
 
     @property
     def kind(self) -> str:
-        """A row of KINDS."""
+        """A row of LOSSES."""
         return "VQModel" if self.vq else "AutoencoderKL"
 
 
@@ -166,7 +166,7 @@ def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
     images = images.contiguous(memory_format=torch.channels_last)
     if args.vq and run.step == 0:
         start_codebook(run.autoencoder, images, draws)
-    terms, penalty = KINDS[args.kind]
+    terms, penalty = LOSSES[args.kind]
     with dist.autocast(run.device, run.dtype):
         found, value = terms(run.autoencoder, images, draws)
         parts = {"l1": F.l1_loss(found.float(), images), penalty: value}

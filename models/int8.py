@@ -1,11 +1,13 @@
 """Linear layers in 8-bit integers, for sampling on CPUs, which multiply these several times faster than floats.
 
 y = x·Wᵀ + b with each row of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of
-integers are exact: a layer's row depends on this row only. All else stays in floats, and what the batch size does there
-to the last bit may tip a rounding here: in int8 an image depends on its batch, by less than the rounding itself.
+integers are exact, so a row of y depends on its row of x only. The other layers compute in floats, whose last bit
+depends on the batch size and can change the rounding of a value. So in int8 an image depends on its batch, by less than
+one rounding step.
 """
 
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ ROWS = 256  # computed at a time: their intermediate results stay in the process
 
 
 class Int8Linear(nn.Linear):
-    """The same parameters as the layer that it is made of, which must not change any more."""
+    """A linear layer that shares the parameters of `layer`, which must not change afterwards."""
 
     def __init__(self, layer: nn.Linear):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -33,7 +35,8 @@ class Int8Linear(nn.Linear):
         rows = x.reshape(-1, self.in_features).float()
         y = rows.new_empty(len(rows), self.out_features)
         bias = 0.0 if self.bias is None else self.bias
-        size = max(len(rows), 1) if torch.compiler.is_compiling() else ROWS  # a compiled loop is one for each length
+        # compiled, a loop would be another program for each number of rows
+        size = max(len(rows), 1) if torch.compiler.is_compiling() else ROWS
         for part, out in zip(rows.split(size), y.split(size)):
             rounded, steps = _round_rows(part)
             out.copy_(torch._int_mm(rounded, self.rounded)).mul_(steps).mul_(self.steps).add_(bias)
@@ -41,8 +44,8 @@ class Int8Linear(nn.Linear):
 
 
 def _round_rows(x):
-    """(int8 (N, K), steps (N, 1)) whose product is near x (N, K); rows that are not finite have steps that are not."""
-    steps = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127  # a row of zeros stays one
+    """(int8 (N, K), steps (N, 1)) whose product is near x (N, K); a row that is not finite has a step that is not."""
+    steps = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127  # above 0: a row of zeros is not divided by 0
     return (x / steps).round_().to(torch.int8), steps
 
 
@@ -56,12 +59,12 @@ def quantize(mar) -> None:
     for block in (*mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks):
         for module in list(block.modules()):
             for name, layer in module.named_children():
-                if type(layer) is nn.Linear and layer.in_features > 1:  # of 1, torch's product is wrong
+                if type(layer) is nn.Linear and layer.in_features > 1:  # torch._int_mm is wrong for 1
                     setattr(module, name, Int8Linear(layer))
 
 
 def is_exact() -> bool:
-    """Are this processor's 8-bit products exact? Some without VNNI lose the sum of two large ones."""
+    """Are this processor's 8-bit products exact? Some without VNNI lose part of the sum of two large ones."""
     large = torch.full((64, 64), 127, dtype=torch.int8)
     return bool((torch._int_mm(large, large) == 64 * 127**2).all())
 
@@ -69,28 +72,28 @@ def is_exact() -> bool:
 def fast_dtype(device: torch.device, width: int) -> str:
     """The dtype in which this device computes a model of this width fastest; all processes get the first one's answer.
 
-    Known of GPUs; CPUs are measured, since many that have bf16 do it at half the speed of float32, and small layers
-    gain nothing from int8. Anything but fp32 has to be faster than it by a half, so that noise decides nothing.
+    A CPU is measured, since many that have bf16 do it at half the speed of float32, and small layers gain nothing from
+    int8. Another dtype than fp32 must be 1.5 times as fast, more than the noise of the measurement.
     """
     if device.type != "cpu":
         return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"
-    names, choice = list(dist.DTYPES), torch.zeros(())
+    names, index = list(dist.DTYPES), 0
     if dist.is_main():
         seconds = layer_seconds(width)
         seconds["fp32"] /= 1.5
-        choice += names.index(min(seconds, key=seconds.get))
-    return names[int(dist.all_sum(choice))]
+        index = names.index(min(seconds, key=seconds.get))
+    return names[int(dist.all_sum(torch.tensor(index)))]  # the sum is the first process's, the others add 0
 
 
 @torch.no_grad()
 def layer_seconds(width: int) -> dict[str, float]:
-    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that is there.
+    """Seconds that a linear layer (width, 4·width) takes on the CPU for 256 rows, in each dtype that the CPU has.
 
-    The least of several turns: others that use the machine only ever add to it.
+    Each is the least of 20 turns, the one that other programs disturbed least.
     """
     x, layer = torch.randn(256, width), nn.Linear(width, 4 * width)
-    runs = {"fp32": (layer, x), "bf16": (deepcopy(layer).bfloat16(), x.bfloat16())}
+    products = {"fp32": partial(layer, x), "bf16": partial(deepcopy(layer).bfloat16(), x.bfloat16())}
     if is_exact():
-        runs["int8"] = Int8Linear(layer), x
-    turns = [{name: run_seconds(CPU, lambda run=run: run[0](run[1])) for name, run in runs.items()} for _ in range(20)]
-    return {name: min(turn[name] for turn in turns) for name in runs}
+        products["int8"] = partial(Int8Linear(layer), x)
+    turns = [{name: run_seconds(CPU, product) for name, product in products.items()} for _ in range(20)]
+    return {name: min(turn[name] for turn in turns) for name in products}

@@ -1,7 +1,7 @@
 """Editing: a picture of which a part is kept and the rest is generated.
 
-The mask is a picture too: white (128 or more) is to be generated, black is kept. A token is unknown as soon as one of
-its pixels is to be generated, so what is generated is the white area grown to whole tokens.
+The mask is a picture too: white pixels (at least WHITE) are generated, black ones kept. A token is unknown if any of
+its pixels is white, so the generated area is the white one grown to whole tokens.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ from util.images.datasets import read_rgb
 from util.images.pictures import make_grid
 
 MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
-WHITE = 128  # grey levels from here on are to be generated
+WHITE = 128  # least grey level of a pixel to generate
 
 
 @dataclass(frozen=True)
 class Edit:
-    """source uint8 (H, W, C), and which tokens are unknown, a grid (g, g) bool."""
+    """source uint8 (H, W, C); unknown (g, g) bool, the tokens to generate as a grid."""
 
     source: np.ndarray
     unknown: np.ndarray
@@ -43,33 +43,39 @@ class Edit:
         return torch.from_numpy(self.source).permute(2, 0, 1)[None].float() / 127.5 - 1
 
     def paste(self, images: np.ndarray) -> np.ndarray:
-        """uint8 images (n, H, W, C) with the source wherever no token was unknown: an autoencoder would change it."""
+        """uint8 images (n, H, W, C) with the known tokens' pixels of the source, which an autoencoder changes."""
         return np.where(self.pixels, images, self.source)
 
     def grid(self, images: np.ndarray, captions: list[str], columns: int) -> np.ndarray:
-        """Images (n, H, W, C) with captions, in rows of `columns`, after the source and what is kept of it."""
+        """Images (n, H, W, C) with captions, in rows of `columns`; to the left the source and its kept part."""
         columns = min(columns, len(images))
         kept = np.where(self.pixels, np.uint8(GREY), self.source)
-        before, names, shown, titles = [self.source, kept], ["source", "kept"], [], []
+        blank = np.full_like(kept, 255)
+        shown, titles = [], []
         for start in range(0, len(images), columns):
-            shown += [*before, *images[start : start + columns]]
-            titles += [*names, *captions[start : start + columns]]
-            before, names = [np.full_like(kept, 255)] * 2, ["", ""]
+            if start == 0:
+                shown += [self.source, kept]
+                titles += ["source", "kept"]
+            else:
+                shown += [blank, blank]
+                titles += ["", ""]
+            shown += [*images[start : start + columns]]
+            titles += captions[start : start + columns]
         return make_grid(np.stack(shown), titles, columns + 2)
 
 
 def read_edit(image: str, mask: str, *, img_size: int, channels: int, cell: int) -> Edit:
-    """The edit that two picture files describe, for a model of img_size pixels whose tokens have sides of cell pixels.
+    """The edit of two picture files, for a model of img_size pixels whose tokens have sides of cell pixels.
 
-    Any mode is converted to the channels (1 or 3). ValueError: a file that is no picture or of another size, a mask
-    without anything to generate.
+    Pictures of any mode are converted to the channels (1 or 3). ValueError: a file that is no picture or of another
+    size, a mask without a white pixel.
     """
     source = _read("edit_image", image, MODES[channels], img_size)
-    wanted = _read("edit_mask", mask, "L", img_size)[:, :, 0] >= WHITE
-    if not wanted.any():
+    white = _read("edit_mask", mask, "L", img_size)[:, :, 0] >= WHITE
+    if not white.any():
         raise ValueError(f"--edit_mask {mask} has no pixel of at least {WHITE} (white): there is nothing to generate")
     g = img_size // cell
-    return Edit(source, wanted.reshape(g, cell, g, cell).any(axis=(1, 3)))
+    return Edit(source, white.reshape(g, cell, g, cell).any(axis=(1, 3)))
 
 
 def _read(flag: str, path: str, mode: str, size: int) -> np.ndarray:
@@ -78,10 +84,10 @@ def _read(flag: str, path: str, mode: str, size: int) -> np.ndarray:
         raise ValueError(f"--{flag}: there is no file {path}")
     try:
         picture = read_rgb(path).convert(mode)
-    except Exception as error:  # damaged files make PIL leak almost any type
+    except Exception as error:  # PIL raises almost any type for damaged files
         raise ValueError(f"--{flag} {path} cannot be read as a picture: {error or type(error).__name__}") from None
     if picture.size != (size, size):
-        here = f"{picture.width}x{picture.height}"
-        raise ValueError(f"--{flag} {path} has {here} pixels, the model makes pictures of {size}x{size}")
+        width, height = picture.size
+        raise ValueError(f"--{flag} {path} has {width}x{height} pixels, the model makes pictures of {size}x{size}")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

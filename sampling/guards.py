@@ -1,4 +1,4 @@
-"""What can be wrong with numbers and pictures that a model has made, seen before anybody measures them."""
+"""Checks of sampled latents and pictures, before they are measured: not finite, of one colour."""
 
 import sys
 
@@ -10,30 +10,34 @@ from util.dist import is_half
 
 
 def draw_finite(draw, num_images: int, dtype) -> tuple[torch.Tensor, list[int], list[int]]:
-    """(latents (B, c, h, w), rows drawn twice, rows that are still not finite) of draw(rows, dtype) for all B rows.
+    """(latents (B, c, h, w), images drawn twice, images that are still not finite) of draw(images, dtype), B images.
 
-    In floats of 16 bits a token may overflow. Its image is then drawn once more in float32, for which draw has to use
-    the same seed. One look at the finished batch tells: nothing waits between the steps.
+    In floats of 16 bits a token may overflow. Its image is then drawn again in float32; draw must use the same seed.
+    The finished batch is checked, so that the host does not wait for the device between the steps.
     """
     latents = draw(range(num_images), dtype)
-    bad = _not_finite(latents)
-    if not bad or not is_half(dtype):
-        return latents, [], bad
-    latents[bad] = again = draw(bad, torch.float32)
-    return latents, bad, [bad[i] for i in _not_finite(again)]
+    overflowed = _not_finite(latents)
+    if not overflowed or not is_half(dtype):
+        return latents, [], overflowed
+    redrawn = draw(overflowed, torch.float32)
+    latents[overflowed] = redrawn
+    return latents, overflowed, [overflowed[i] for i in _not_finite(redrawn)]
 
 
 def _not_finite(latents) -> list[int]:
+    """The images in the batch that have a number which is not finite."""
     return (~torch.isfinite(latents).flatten(1).all(dim=1)).nonzero().squeeze(1).tolist()
 
 
 def is_plain(image: np.ndarray) -> bool:
-    """Have all pixels of an image (H, W, C), of more than one, the same colour?"""
+    """Is an image (H, W, C) of one colour? One of a single pixel does not count."""
     return image.size > image.shape[-1] and bool((image == image[:1, :1]).all())
 
 
 def complain(what: str, images: list[int], total: int) -> None:
-    """One line on stderr, above a progress bar, that names the first of the images; nothing where there are none."""
+    """One line on stderr, above a progress bar, that names the first 20 of the images; nothing for no images."""
     if images:
-        shown = ", ".join(map(str, images[:20])) + (", ..." if len(images) > 20 else "")
+        shown = ", ".join(map(str, images[:20]))
+        if len(images) > 20:
+            shown += ", ..."
         tqdm.write(f"warning: {len(images)} of {total} images {what}: {shown}", file=sys.stderr)

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from util.args import flag, make_parser, run_main
-from util.images.datasets import EpochSampler, build_dataset
-from util.images.latent_files import WRITERS, begin, image_labels, image_names, write_json
+from util.images.datasets import EpochSampler, build_dataset, labels_of
+from util.images.latent_files import WRITERS, begin, image_names, write_json
 from util.images.latents import VERSION, open_latents
 
 SHAPE = (32, 16, 16)  # mean and log-variance of KL-16 at 256 pixels
@@ -67,7 +67,7 @@ def make_latents(folder: Path, kind: str, images, size: int = 1024) -> None:
         unit = range(start, min(start + size, len(images)))
         writer.write(unit, list(unit), rng.standard_normal((len(unit), 2, *SHAPE), dtype=np.float32))
     index = settings | dict(tokenizer="none", channels=3, flip=True, broken=[], names=names)
-    write_json(folder / "index.json", index | {"labels": image_labels(images)} | writer.index())
+    write_json(folder / "index.json", index | {"labels": labels_of(images)} | writer.index())
 
 
 def images_per_second(dataset, args: BenchArgs, epoch: int) -> float:

@@ -26,8 +26,8 @@ from training.config import RunConfig, resolve
 from util import dist
 from util.args import check_folder, flag, make_parser, pick, run_main
 from util.evaluation.protocol import reference_hash
-from util.images.datasets import DATASETS
-from util.images.latent_files import WRITERS, begin, image_labels, image_names, write_json
+from util.images.datasets import DATASETS, labels_of
+from util.images.latent_files import WRITERS, begin, image_names, write_json
 from util.images.latents import VERSION, open_latents
 
 
@@ -102,7 +102,7 @@ def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device) -> 
 def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str], writer) -> None:
     """Write index.json, open the cache as training will, and say what it holds."""
     kept = [i for i in range(len(dataset)) if not dataset.broken[i]]
-    labels = image_labels(dataset)
+    labels = labels_of(dataset)
     index = settings | about | writer.index()
     index |= {"names": [names[i] for i in kept], "labels": [labels[i] for i in kept]}
     index["broken"] = [names[i] for i in range(len(dataset)) if dataset.broken[i]]

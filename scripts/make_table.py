@@ -28,9 +28,9 @@ from util.checkpoint import atomic_file
 from util.evaluation.tables import (
     COSTS,
     METRICS,
-    _is_number,
     by_protocol,
     group_seeds,
+    is_number,
     mean_and_spread,
     order_groups,
     pick_figures,
@@ -160,7 +160,7 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
     for axis, (x, metric) in zip(axes[0], panels):
         for (color, rest), points in lines.items():
             where = [point_on(x, *point) for point in points]
-            order = np.argsort(where) if all(map(_is_number, where)) else range(len(points))
+            order = np.argsort(where) if all(map(is_number, where)) else range(len(points))
             stats = [mean_and_spread(points[i][1][metric]) for i in order]
             axis.errorbar(
                 [where[i] for i in order],
@@ -174,7 +174,7 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
                 label=", ".join(filter(None, (color, rest))),
             )
         ticks = {point_on(x, *point) for points in lines.values() for point in points}
-        if all(map(_is_number, ticks)):
+        if all(map(is_number, ticks)):
             mark_numbers(axis, sorted(ticks), x)
         axis.grid(alpha=0.3)
         axis.set_xlabel(AXES.get(x, x))

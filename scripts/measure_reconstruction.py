@@ -21,14 +21,14 @@ from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import load_fid_stats
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.evaluation.reconstruction import score_reconstructions
+from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.images.datasets import labels_of
 
 
 @dataclass(frozen=True)
 class ReconstructionArgs(MeasuringArgs):
-    """Which tokenizer, on which images, by which features, where to."""
+    """A tokenizer, the images to measure it on, the features of the rFID, and the folder of the result."""
 
     split: str = flag("train", "images of the data set; published rFIDs are those of val", choices=("train", "val"))
     num_images: int | None = flag(None, "so many images, spread evenly over the data set (default: all)", low=2)
@@ -42,7 +42,7 @@ class ReconstructionArgs(MeasuringArgs):
 
 
 def run(args: ReconstructionArgs) -> int:
-    """Check everything, measure unless results.jsonl has it already, append, print."""
+    """Check everything, measure unless results.jsonl has the result, append, print."""
     check_folder("output_dir", args.output_dir)
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
@@ -52,7 +52,7 @@ def run(args: ReconstructionArgs) -> int:
         raise ValueError(f"--img_size {images.img_size} is no multiple of the tokenizer's stride, {tokenizer.stride}")
     count = args.num_images or len(images)
     if not 2 <= count <= len(images):
-        raise ValueError(f"--num_images {count} must be from 2 to {len(images)}, the images there are")
+        raise ValueError(f"--num_images {count} must be from 2 to {len(images)}, the size of the data set")
     chosen = Subset(images, [i * len(images) // count for i in range(count)])
     features, stats = None if args.no_rfid else args.features, None
     if features and args.fid_stats:
@@ -62,24 +62,31 @@ def run(args: ReconstructionArgs) -> int:
     dtype_name = dist.dtype_name(dtype)
     evaluation = EvalConfig(num_images=count, features=features, eval_split=args.split, fid_stats=args.fid_stats)
     settings = dict(tokenizer=args.tokenizer, data=args.data, img_size=images.img_size, dtype=dtype_name)
-    row = reconstruction_row(tokenizer.fingerprint, settings, evaluation, images if stats is None else stats)
+    wanted = reconstruction_row(tokenizer.fingerprint, settings, evaluation, images if stats is None else stats)
     results = Path(args.output_dir) / "results.jsonl"
-    present = find_result(read_results(results), row)
-    if present is None:
-        options = dict(batch_size=args.batch_size, num_workers=args.num_workers, device=device, dtype=dtype)
-        options |= dict(features=features, weights=args.fid_weights, stats=stats, verbose=True)
-        found = score_reconstructions(tokenizer.eval().to(device), chosen, **options)
+    row = find_result(read_results(results), wanted)
+    if row is None:
+        metrics = score_reconstructions(
+            tokenizer.eval().to(device),
+            chosen,
+            ReconstructionFID(features, args.fid_weights, stats) if features else None,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            device=device,
+            dtype=dtype,
+            verbose=True,
+        )
         labels = labels_of(images)
-        reference = chosen if stats is None else stats
         labels = [labels[i] for i in chosen.indices]
-        how = protocol("reconstruction", evaluation, labels, reference, args.place, ema=None, dtype=dtype_name)
-        present = row | dict(metrics=found, protocol=how, vae_path=args.weights_path, git_commit=git_commit())
+        reference = chosen if stats is None else stats
+        record = protocol("reconstruction", evaluation, labels, reference, args.place, ema=None, dtype=dtype_name)
+        row = dict(wanted, metrics=metrics, protocol=record, vae_path=args.weights_path, git_commit=git_commit())
         results.parent.mkdir(parents=True, exist_ok=True)
-        append_result(results, present)
+        append_result(results, row)
     else:
         print(f"already in {results}")
-    print(protocol_line(present["protocol"]))
-    print(f"{args.tokenizer}: {metrics_line(present['metrics'])}")
+    print(protocol_line(row["protocol"]))
+    print(f"{args.tokenizer}: {metrics_line(row['metrics'])}")
     return 0
 
 

@@ -1,13 +1,15 @@
 """Train a small classifier whose features stand in for Inception's on small images: digits, or CIFAR-10.
 
-    python scripts/train_classifier.py                                       # digits_classifier.npz in util/evaluation
-    python scripts/train_classifier.py --classifier cifar10 --data_path DIR  # cifar10_classifier.npz
+    python scripts/train_classifier.py
+    python scripts/train_classifier.py --classifier cifar10 --data_path DIR
 
-DIR has torchvision's CIFAR-10, or train/<class>/* as an image folder. It first trains without a fifth (digits) or a
-tenth (CIFAR-10) of the images and prints the accuracy on these, then (digits) trains the network that is kept on all of
-them. On one machine and one version of torch the result is the same each time.
+It writes util/evaluation/digits_classifier.npz or cifar10_classifier.npz. DIR has torchvision's CIFAR-10, or
+train/<class>/* as an image folder. A fifth (digits) or a tenth (CIFAR-10) of the images is held out, to print the
+accuracy on. For digits the committed network is then trained on all images. On one machine and one version of torch the
+result is the same each time.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +29,15 @@ from util.images.datasets import build_dataset
 
 
 class Recipe(NamedTuple):
-    """How one classifier is trained and kept."""
+    """One row of RECIPES: the training of a classifier, and its file."""
 
     net: type
     weights: Path
     epochs: int
-    held_out: int  # one image in so many
+    held_out: int  # one image in `held_out` is not trained on
     shift: int  # pixels, in both directions
     flip: bool
-    final: bool  # train once more, on all images?
+    final: bool  # is the network that is saved trained anew on all images?
     dtype: type  # in the file
 
 
@@ -47,9 +49,9 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class ClassifierArgs:
-    """Which classifier, and where to."""
+    """A classifier, its data, and the file to write."""
 
-    classifier: str = flag("digits", "which one", choices=RECIPES)
+    classifier: str = flag("digits", "the classifier to train", choices=RECIPES)
     data_path: str | None = flag(None, "folder of CIFAR-10")
     output: str | None = flag(None, "the .npz to write (default: the one that is committed)")
     epochs: int | None = flag(None, "passes over the images (default: 60 for digits, 8 for CIFAR-10)", low=1)
@@ -86,7 +88,7 @@ def train(x, y, epochs: int, seed: int, recipe: Recipe = RECIPES["digits"]):
         net = recipe.net()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
-    batches = -(-len(x) // 64)
+    batches = math.ceil(len(x) / 64)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * batches)
     with tqdm(total=epochs * batches, unit="step", desc="training", leave=False) as progress:
         for _ in range(epochs):
@@ -147,7 +149,7 @@ def main(argv=None) -> int:
     try:
         x, y = load_images(args.classifier, args.data_path)
         rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
-        held_out, kept = rows.tensor_split([-(-len(x) // recipe.held_out)])
+        held_out, kept = rows.tensor_split([math.ceil(len(x) / recipe.held_out)])
         net = train(x[kept], y[kept], epochs, args.seed, recipe)
         print(f"held-out accuracy {accuracy(net, x[held_out], y[held_out]):.2%} on {len(held_out)} images")
         if recipe.final:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from models.tokenizers import build_tokenizer
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from models.tokenizers.measuring import measure_latents
-from training.autoencoders import KINDS, centre_latents, make_autoencoder, start_codebook
+from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
 from training.optim import lr_at
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
@@ -39,7 +39,7 @@ from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.metrics import metrics_line
 from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.evaluation.reconstruction import score_reconstructions
+from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.images.datasets import EpochSampler, ImagesArgs, in_memory, labels_of
 from util.images.pictures import make_grid, save_png, to_uint8
@@ -85,7 +85,7 @@ class TokenizerArgs(ImagesArgs):
 
     @property
     def kind(self) -> str:
-        """A row of KINDS."""
+        """A row of LOSSES."""
         return "VQModel" if self.vq else "AutoencoderKL"
 
 
@@ -143,11 +143,10 @@ class Run:
         """A frozen copy of the autoencoder as it is now."""
         return AutoencoderTokenizer(self.args.kind, copy.deepcopy(self.autoencoder))
 
-    def scores(self, tokenizer, rows, features=None, verbose=False) -> dict[str, float]:
-        """{psnr, ssim} of the tokenizer on the images `rows`, and with features rfid."""
-        options = dict(features=features, weights=self.args.fid_weights, batch_size=self.args.batch_size)
-        options |= dict(device=self.device, dtype=self.dtype, verbose=verbose)
-        return score_reconstructions(tokenizer, Subset(self.images, rows), **options)
+    def scores(self, tokenizer, indices, fid: ReconstructionFID | None = None, verbose=False) -> dict[str, float]:
+        """{psnr, ssim} of the tokenizer on the images at these indices; with fid also rfid."""
+        options = dict(batch_size=self.args.batch_size, device=self.device, dtype=self.dtype, verbose=verbose)
+        return score_reconstructions(tokenizer, Subset(self.images, indices), fid, **options)
 
     def draw(self, tokenizer) -> None:
         """Write reconstructions.png: held-out images, and below them what came back."""
@@ -167,7 +166,7 @@ def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
     images = images.contiguous(memory_format=torch.channels_last)
     if args.vq and run.step == 0:
         start_codebook(run.autoencoder, images, draws)
-    terms, penalty = KINDS[args.kind]
+    terms, penalty = LOSSES[args.kind]
     with dist.autocast(run.device, run.dtype):
         found, value = terms(run.autoencoder, images, draws)
         parts = {"l1": F.l1_loss(found.float(), images), penalty: value}
@@ -252,9 +251,10 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
         labels = [labels[i] for i in run.held_out]
         how = protocol("reconstruction", evaluation, labels, run.held_out, args.place, ema=None, dtype=dtype)
         how["split"] = f"every {HOLD_OUT}th of train, not trained on"
-        found = run.scores(tokenizer, run.held_out, args.features, verbose=True)
+        fid = ReconstructionFID(args.features, args.fid_weights) if args.features else None
+        metrics = run.scores(tokenizer, run.held_out, fid, verbose=True)
         training = dict(asdict(args), steps=run.step, minutes=run.minutes)
-        present = row | dict(metrics=found, protocol=how, training=training, git_commit=git_commit())
+        present = row | dict(metrics=metrics, protocol=how, training=training, git_commit=git_commit())
         append_result(results, present)
     print(protocol_line(present["protocol"]))
     print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(present['metrics'])}")

@@ -128,16 +128,16 @@ def test_garbage_file(tmp_path):
         refused(path)
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_nothing_in_a_file_is_executed(tmp_path, how):
+@pytest.mark.parametrize("file_format", ["zip", "legacy", "pickle"])
+def test_nothing_in_a_file_is_executed(tmp_path, file_format):
     victim, path = tmp_path / "victim", tmp_path / FILE_NAME
     bad = {"model": {}, "args": Malicious(victim)}
-    if how == "pickle":
+    if file_format == "pickle":
         path.write_bytes(pickle.dumps(bad, protocol=2))
         pickle.loads(path.read_bytes())
         victim.rmdir()  # it does what it should not, where it is allowed to
     else:
-        torch.save(bad, path, _use_new_zipfile_serialization=how == "zip")
+        torch.save(bad, path, _use_new_zipfile_serialization=file_format == "zip")
     refused(path)
     assert not victim.exists()
 
@@ -145,9 +145,18 @@ def test_nothing_in_a_file_is_executed(tmp_path, how):
 def test_missing_and_foreign_files(tmp_path):
     assert "no checkpoint" in refused(tmp_path)
     assert "no checkpoint" in refused(tmp_path / "nowhere" / "x.pth")
-    for foreign in ({"state_dict": {}}, [1, 2], torch.zeros(3)):
+    tensor = torch.zeros(3)
+    for foreign in ({"state_dict": {}}, [1, 2], tensor, {"model": {}}, {"model": [tensor]}, {"model": {"a": 1}}):
         torch.save(foreign, tmp_path / FILE_NAME)
-        assert "'model'" in refused(tmp_path)
+        assert refused(tmp_path).endswith(" is not a checkpoint of this project: it has no 'model' with tensors")
+    torch.save({"model": {"a": tensor}, "config": [1]}, tmp_path / FILE_NAME)
+    assert "'config'" in refused(tmp_path)
+
+
+def test_the_weights_may_be_of_any_family(tmp_path):
+    """What must be in `model` is for models/loading.py to say."""
+    save_checkpoint(tmp_path, {"model": {"anything": torch.zeros(3)}, "config": {"family": "other"}})
+    assert set(load_checkpoint(tmp_path)["model"]) == {"anything"}
 
 
 def test_load_weights_names_what_differs():

@@ -18,7 +18,7 @@ from util.evaluation.features import RGBImages, feature_batches
 from util.evaluation.fid_stats import compute_fid_stats
 from util.evaluation.metrics import compute_metrics, frechet_distance, gaussian_statistics
 from util.evaluation.protocol import class_balance
-from util.evaluation.reconstruction import PSNR_MAX, psnr, score_reconstructions, ssim
+from util.evaluation.reconstruction import PSNR_MAX, ReconstructionFID, psnr, score_reconstructions, ssim
 from util.images.datasets import build_dataset
 
 
@@ -90,7 +90,7 @@ def test_reconstruction_figures_are_those_of_the_images(digits):
     """In batches as all at once: rFID from compute_metrics' distance, PSNR and SSIM of the rounded images."""
     real = torch.from_numpy(digits[:200]).permute(0, 3, 1, 2)
     images = torch.utils.data.TensorDataset(real)
-    found = score_reconstructions(Rounding(), images, features="digits", batch_size=33)
+    found = score_reconstructions(Rounding(), images, ReconstructionFID("digits"), batch_size=33)
     made = Rounding().decode(Rounding().encode(real / 127.5 - 1, sample=False))
     made = ((made + 1) * 127.5).round().to(torch.uint8)
     assert len(made.unique()) == 4
@@ -99,7 +99,7 @@ def test_reconstruction_figures_are_those_of_the_images(digits):
     assert found["psnr"] == pytest.approx(psnr(made, real).mean().item())
     assert found["ssim"] == pytest.approx(ssim(made, real).mean().item())
     stats = compute_fid_stats(digits[200:], "digits")
-    against = score_reconstructions(Rounding(), images, features="digits", stats=stats)
+    against = score_reconstructions(Rounding(), images, ReconstructionFID("digits", stats=stats))
     moved = [
         np.concatenate([f.numpy() for (f,) in feature_batches(RGBImages(x, "x"), "digits")])
         for x in (made.permute(0, 2, 3, 1), digits[200:])

@@ -12,7 +12,7 @@ from PIL import Image
 import main_mar
 from models.tokenizers import build_tokenizer
 from scripts import train_tokenizer
-from training.autoencoders import KINDS, centre_latents, make_autoencoder, start_codebook
+from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
 from util.args import run_main
 from util.checkpoint import FILE_NAME, read_file, save_checkpoint
 from util.evaluation.perceptual import Perceptual, build_perceptual
@@ -104,7 +104,7 @@ def test_what_is_saved_decodes_as_what_was_trained(trained):
     assert row["metrics"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_centring_moves_the_mean_and_keeps_the_images(kind):
     torch.manual_seed(0)
     sizes = dict(stride=4, latent_channels=3, width=4, codebook_size=8, image_channels=3, img_size=16)
@@ -136,7 +136,7 @@ def test_a_codebook_starts_at_latents():
 # ------------------------------------------------------------------------------------------------------- resumption
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LOSSES)
 def test_resuming_is_exact(tmp_path, monkeypatch, kind):
     """Stopped in the middle of the second epoch, after a step that no checkpoint has."""
     flags = [*KIND_FLAGS[kind], "--epochs", 1.6]  # five steps of three an epoch
@@ -269,13 +269,13 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path, capsys):
 
 
 def test_diverged_training_ends_in_one_line(tmp_path, capsys, monkeypatch):
-    terms, name = KINDS["AutoencoderKL"]
+    terms, name = LOSSES["AutoencoderKL"]
 
     def diverged(*inputs):
         found, penalty = terms(*inputs)
         return found, penalty * float("nan")
 
-    monkeypatch.setitem(KINDS, "AutoencoderKL", (diverged, name))
+    monkeypatch.setitem(LOSSES, "AutoencoderKL", (diverged, name))
     assert run_main(train_tokenizer.main, [*TINY, "--output_dir", str(tmp_path)]) == 1
     assert "--lr" in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())

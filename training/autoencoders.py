@@ -1,4 +1,4 @@
-"""What training an autoencoder needs: the network, its loss terms, and latents moved to mean zero.
+"""Training an autoencoder: the network, its loss terms, and latents moved to mean zero.
 
 Shapes: B images of C channels, H x W pixels, values in [-1, 1]; latents (B, c, h, w) with (h, w) = (H, W) / stride.
 """
@@ -14,26 +14,34 @@ MULTIPLIERS = (1, 1, 2, 2, 4)  # channels of the levels over those of the first 
 def _kl_terms(autoencoder, images, generator):
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    # outside of autocast's low precision
+    # .float(): posterior and divergence are computed in float32 under autocast too
     posterior = DiagonalGaussianDistribution(autoencoder.encode(images).latent_dist.parameters.float())
-    found = autoencoder.decode(posterior.sample(generator)).sample
-    return found, posterior.kl().sum() / images.numel()
+    decoded = autoencoder.decode(posterior.sample(generator)).sample
+    return decoded, posterior.kl().sum() / images.numel()
 
 
 def _vq_terms(autoencoder, images, generator):
-    found, commitment = autoencoder.decode(autoencoder.encode(images).latents.float(), return_dict=False)
-    return found, commitment
+    decoded, commitment = autoencoder.decode(autoencoder.encode(images).latents.float(), return_dict=False)
+    return decoded, commitment
 
 
-# class in diffusers -> (autoencoder, images, generator of a posterior's draws) -> (images found, penalty ()), and the
-# penalty's name: kl, the divergence (nats) for each value of an image, or vq, codebook and commitment loss
-KINDS = {"AutoencoderKL": (_kl_terms, "kl"), "VQModel": (_vq_terms, "vq")}
+# class in diffusers -> (function for its loss terms, name of the penalty). The function takes (autoencoder, images,
+# generator of the posterior's draws) and returns (decoded images, penalty ()). kl: the divergence in nats, divided by
+# the number of values of an image; vq: codebook and commitment loss
+LOSSES = {"AutoencoderKL": (_kl_terms, "kl"), "VQModel": (_vq_terms, "vq")}
 
 
 def make_autoencoder(
-    kind: str, *, stride: int, image_channels: int, img_size: int, latent_channels: int, width: int, codebook_size: int
+    class_name: str,
+    *,
+    stride: int,
+    image_channels: int,
+    img_size: int,
+    latent_channels: int,
+    width: int,
+    codebook_size: int,
 ) -> nn.Module:
-    """A diffusers autoencoder of KINDS with new weights, from torch's global random state.
+    """A diffusers autoencoder of a class in LOSSES with new weights, from torch's global random state.
 
     stride: a power of 2 from 2 to 16. width: channels at full resolution, a multiple of 4. One residual block a level
     (two in the decoder), and no attention, which costs more than it brings in images this small.
@@ -41,8 +49,8 @@ def make_autoencoder(
     import diffusers
 
     levels = int(math.log2(stride)) + 1
-    more = dict(num_vq_embeddings=codebook_size) if kind == "VQModel" else {}
-    autoencoder = getattr(diffusers, kind)(
+    codebook = dict(num_vq_embeddings=codebook_size) if class_name == "VQModel" else {}
+    autoencoder = getattr(diffusers, class_name)(
         in_channels=image_channels,
         out_channels=image_channels,
         down_block_types=["DownEncoderBlock2D"] * levels,
@@ -53,16 +61,16 @@ def make_autoencoder(
         norm_num_groups=math.gcd(32, width // 4),
         sample_size=img_size,
         mid_block_add_attention=False,
-        **more,
+        **codebook,
     )
-    if kind == "VQModel":
-        autoencoder.quantize.legacy = False  # else its commitment weight, 0.25, is on the codebook's term
+    if class_name == "VQModel":
+        autoencoder.quantize.legacy = False  # else the weight 0.25 is on the codebook's term, not on the commitment
     return autoencoder.train()
 
 
 @torch.no_grad()
 def start_codebook(autoencoder, images: torch.Tensor, generator: torch.Generator) -> None:
-    """Start the codes of a VQModel at latents of images (B, C, H, W), drawn at random."""
+    """Set the codes of a VQModel to latents of images (B, C, H, W), drawn at random."""
     latents = autoencoder.encode(images).latents.movedim(1, -1).flatten(0, -2)  # (B·h·w, c)
     codes = autoencoder.quantize.embedding.weight
     codes.copy_(latents[torch.randint(len(latents), (len(codes),), generator=generator)])
@@ -70,12 +78,12 @@ def start_codebook(autoencoder, images: torch.Tensor, generator: torch.Generator
 
 @torch.no_grad()
 def centre_latents(autoencoder, mean: torch.Tensor) -> None:
-    """Subtract mean (c,) from the latents inside the network, whose decoder adds it: images stay what they were.
+    """Let the encoder subtract mean (c,) from the latents and the decoder add it: decoded images stay the same.
 
-    For what diffusers' config cannot say: its shift_factor is one number, and VQModel has none.
+    diffusers' config cannot do this: its shift_factor is one number for all channels, and VQModel has none.
     """
-    into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
-    into.bias[: len(mean)] -= mean  # what follows in AutoencoderKL are log-variances
-    out.bias += out.weight[:, :, 0, 0] @ mean
+    last, first = autoencoder.quant_conv, autoencoder.post_quant_conv  # of the encoder, of the decoder
+    last.bias[: len(mean)] -= mean  # AutoencoderKL's other half are log-variances
+    first.bias += first.weight[:, :, 0, 0] @ mean
     if hasattr(autoencoder, "quantize"):
         autoencoder.quantize.embedding.weight -= mean

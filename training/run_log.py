@@ -1,4 +1,4 @@
-"""What a training run notes step by step: log.jsonl, exact and cut back on resume, and TensorBoard's files."""
+"""Logs of a training run, step by step: log.jsonl, exact and cut back on resume, and TensorBoard's files."""
 
 import json
 import os
@@ -12,8 +12,8 @@ FILE_NAME = "log.jsonl"
 class StepLog:
     """One JSON line a training step in folder/log.jsonl; a kill at any moment costs at most the line being written.
 
-    Opening it at a step drops the lines of later steps (and of a line cut short), so that a run which continues from
-    its checkpoint ends with the file of a run that was never stopped. Where the disk is full, lines wait in memory.
+    Opening it at a step removes the lines of later steps and an incomplete line, so that a run which continues from its
+    checkpoint ends with the file of a run that was never stopped. While the disk is full, lines wait in memory.
     """
 
     def __init__(self, folder: str | Path, step: int):
@@ -28,7 +28,7 @@ class StepLog:
         """Add the line of a step."""
         self.pending += json.dumps({"step": step, **record}).encode() + b"\n"
         try:
-            while self.pending:  # a nearly full disk takes a part
+            while self.pending:  # write() on a nearly full disk writes a part
                 self.pending = self.pending[self.file.write(self.pending) :]
         except OSError as error:
             if not self.complained:
@@ -38,10 +38,10 @@ class StepLog:
             self.complained = False
 
     def sync(self) -> None:
-        """Make the lines survive a crash of the machine; called before a checkpoint that relies on them."""
+        """fsync, before a checkpoint of the same step."""
         try:
             os.fsync(self.file.fileno())
-        except OSError:  # a full network disk; the checkpoint will meet it too, and say so
+        except OSError:  # a full network disk, which the checkpoint reports
             pass
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class RunLog:
         self.board = SummaryWriter(log_dir, purge_step=step)
 
     def step(self, step: int, record: dict[str, float], **speed: float) -> None:
-        """Note a training step; speed, which is another one in every run, is for TensorBoard alone."""
+        """Log a training step; speed, which differs from run to run, goes to TensorBoard only."""
         self.steps.write(step, record)
         for name, value in {**record, **speed}.items():
             self.scalar(f"train/{name}", value, step)
@@ -81,7 +81,7 @@ class RunLog:
         self._to_board(lambda board: board.add_scalar(name, value, step))
 
     def image(self, name: str, image, step: int) -> None:
-        """uint8 (H, W, C)."""
+        """image: uint8 (H, W, C)."""
         self._to_board(lambda board: board.add_image(name, image, step, dataformats="HWC"))
 
     def sync(self) -> None:
@@ -91,12 +91,12 @@ class RunLog:
         self.steps.close()
         self._to_board(lambda board: board.close())
 
-    def _to_board(self, act) -> None:
-        """TensorBoard's thread dies of a full disk; the run goes on without it."""
+    def _to_board(self, write) -> None:
+        """write(board), until a full disk ends TensorBoard's thread: the run goes on without it."""
         if self.board is None:
             return
         try:
-            act(self.board)
+            write(self.board)
         except OSError as error:
             self.board = None
             tqdm.write(f"warning: TensorBoard's files end here ({error.strerror}); log.jsonl goes on")

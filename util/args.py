@@ -68,10 +68,10 @@ def _add_flag(parser, field, hint, sweep):
             help=f"the opposite of --{field.name}" if field.default else argparse.SUPPRESS,
         )
         return
-    kind = meta["type"] or _plain_type(hint)
+    value_type = meta["type"] or _plain_type(hint)
     choices = list(meta["choices"]) if meta["choices"] is not None else None
-    shown = meta["metavar"] or ("{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper())
-    convert = _checked(kind, meta["low"], meta["high"], choices)
+    shown = meta["metavar"] or ("{" + ",".join(map(str, choices)) + "}" if choices else value_type.__name__.upper())
+    convert = _checked(value_type, meta["low"], meta["high"], choices)
     parser.add_argument(
         f"--{field.name}",
         type=_list_of(convert) if sweep else convert,
@@ -87,25 +87,34 @@ def _plain_type(hint):
     return hint
 
 
-def _checked(kind, low, high, choices):
+def _checked(value_type, low, high, choices):
+    """The `type` of an argparse flag: text to a value of value_type, in its bounds and among its choices."""
     names = {int: "a whole number", float: "a number", str: "a text"}
     lower = "" if low is None else f" of at least {low}"
     upper = "" if high is None else f"{' and' if lower else ' of'} at most {high}"
 
     def convert(text):
         try:
-            value = kind(text)
+            value = value_type(text)
         except ValueError as error:
-            wrong = f"invalid value {text!r}: must be {names[kind]}{lower}{upper}" if kind in names else str(error)
-            if choices is None:
-                raise argparse.ArgumentTypeError(wrong) from None
-            value = None
+            if choices is not None:
+                raise not_a_choice(text) from None
+            if value_type not in names:
+                raise argparse.ArgumentTypeError(str(error)) from None
+            raise out_of_bounds(text) from None
         if choices is not None and value not in choices:
-            raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be one of {', '.join(map(str, choices))}")
-        bad = isinstance(value, float) and not math.isfinite(value)
-        if bad or (low is not None and value < low) or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be {names[kind]}{lower}{upper}")
+            raise not_a_choice(text)
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not finite or (low is not None and value < low) or (high is not None and value > high):
+            raise out_of_bounds(text)
         return value
+
+    def not_a_choice(text):
+        valid = ", ".join(map(str, choices))
+        return argparse.ArgumentTypeError(f"invalid value {text!r}: must be one of {valid}")
+
+    def out_of_bounds(text):
+        return argparse.ArgumentTypeError(f"invalid value {text!r}: must be {names[value_type]}{lower}{upper}")
 
     return convert
 
@@ -114,22 +123,23 @@ def _list_of(convert):
     return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
 
 
-def parse_range(name: str, text: str, kind, low, high=math.inf) -> tuple:
+def parse_range(name: str, text: str, number_type, low, high=math.inf) -> tuple:
     """The two numbers of the text "lo,hi"; ValueError, naming the flag, unless low <= lo <= hi <= high."""
     try:
-        first, last = (kind(part) for part in text.split(","))
+        first, last = (number_type(part) for part in text.split(","))
+        valid = low <= first <= last <= high
     except ValueError:
-        first, last = 1, 0
-    if not low <= first <= last <= high:
+        valid = False
+    if not valid:
         upper = "" if high == math.inf else f" <= {high}"
         raise ValueError(f"--{name} must be lo,hi with {low} <= lo <= hi{upper}, got {text!r}")
     return first, last
 
 
-def pick(config_class, values: dict, **more):
-    """An instance of the dataclass from those of the values that are its fields."""
+def pick(config_class, values: dict, **overrides):
+    """An instance of the dataclass from those of the values that are its fields; overrides replace values."""
     names = {field.name for field in dataclasses.fields(config_class)}
-    return config_class(**{k: v for k, v in {**values, **more}.items() if k in names})
+    return config_class(**{k: v for k, v in {**values, **overrides}.items() if k in names})
 
 
 def defaults(*configs) -> dict:
@@ -160,33 +170,33 @@ def check_values(config_class, values: dict, source) -> None:
     for field in dataclasses.fields(config_class):
         if field.name not in values:
             continue
-        value, meta, kinds = values[field.name], field.metadata, hints[field.name]
-        if not isinstance(value, kinds | int if float in (kinds, *typing.get_args(kinds)) else kinds):
+        value, meta, hint = values[field.name], field.metadata, hints[field.name]
+        takes_float = float in (hint, *typing.get_args(hint))
+        if not isinstance(value, hint | int if takes_float else hint):  # 1 may stand for 1.0
             raise ValueError(f"{source} is damaged: its {field.name} is {value!r}")
         if "help" not in meta or value is None or isinstance(value, bool):
             continue
         try:
-            _checked(meta["type"] or _plain_type(kinds), meta["low"], meta["high"], meta["choices"])(str(value))
+            _checked(meta["type"] or _plain_type(hint), meta["low"], meta["high"], meta["choices"])(str(value))
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{source} is damaged: {field.name}: {error}") from None
 
 
 def check_folder(name: str, path: str) -> None:
     """Raise ValueError if --name cannot be a folder to write to; nothing is made yet."""
-    there = Path(path).absolute()
-    if any(len(os.fsencode(part)) > 255 for part in there.parts):
+    folder = Path(path).absolute()
+    if any(len(os.fsencode(part)) > 255 for part in folder.parts):
         raise ValueError(f"--{name} {path[:20]}...: a name in it has more than 255 bytes")
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"--{name} {path}: {there} is a file, not a folder")
-    # a root user may write anywhere by the permissions, but not into what the kernel shows there
-    if not os.access(there, os.W_OK) or there.is_relative_to("/proc"):
-        raise ValueError(f"--{name} {path}: {there} cannot be written to")
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--{name} {path}: {existing} is a file, not a folder")
+    # os.access allows root everything, but nobody can make a folder below /proc
+    if not os.access(existing, os.W_OK) or existing.is_relative_to("/proc"):
+        raise ValueError(f"--{name} {path}: {existing} cannot be written to")
 
 
 def run_main(main, argv=None) -> int:
-    """Exit code of main(argv), with one line on stderr instead of a traceback for what is no fault of the code.
+    """Exit code of main(argv); an error that is no fault of the code is one line on stderr instead of a traceback.
 
     A ValueError or OSError, which is the user's, is code 2; training that diverged (FloatingPointError) 1; Ctrl-C 130.
     """

@@ -4,7 +4,8 @@
     heads, heads_ema, config, rng, step                  ours; a published file has none of them
 
 Files are read with weights_only=True, so nothing in them is executed, and written to a temporary name first. Those that
-`training.keeping` writes are listed in `checkpoints.sha256` beside them.
+`training.keeping` writes have their checksums in `checkpoints.sha256` beside them. What is in `model` and `config` is
+for `models.loading` to judge: this module knows no family of models.
 """
 
 import argparse
@@ -35,12 +36,12 @@ def save_checkpoint(place: str | Path, content: dict) -> Path:
 
 
 def write_content(path: Path, content: dict) -> str:
-    """torch.save and fsync; the sha256 of the file. What the disk has against it is raised as OSError."""
+    """torch.save and fsync; returns the sha256 of the file. A disk that refuses the write raises OSError."""
     with open(path, "wb") as raw:
         file = _HashedFile(raw)
         try:
             torch.save(content, file)
-        except RuntimeError:  # torch's own words about a write that failed
+        except RuntimeError:  # how torch reports a write that failed, without the disk's reason
             if file.error is None:
                 raise
             raise file.error from None
@@ -73,23 +74,23 @@ class atomic_file:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        # 60 characters: with what is added they stay below the 255 bytes that a name may have
+        # 60 characters of at most 4 bytes, a process id and 6 more bytes: below the 255 that a file's name may have
         self.temporary = self.path.with_name(f".{self.path.name[:60]}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
         return self.temporary
 
-    def __exit__(self, kind, value, traceback):
-        if kind is None:
+    def __exit__(self, error_type, error, traceback):
+        if error_type is None:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(place: str | Path) -> dict:
-    """The content, on the CPU. A missing, damaged or unsafe file, or one without `model`, raises ValueError.
+    """The content, on the CPU. A missing, damaged or unsafe file, or one without tensors in `model`, raises ValueError.
 
-    Of a damaged one the message names the newest whole one beside it.
+    Where the file is damaged, the message names the newest whole checkpoint beside it.
     """
     path = checkpoint_path(place)
     if not path.is_file():
@@ -97,22 +98,22 @@ def load_checkpoint(place: str | Path) -> dict:
     try:
         content = read_file(path)
     except ValueError as error:
-        raise ValueError(f"{error}{_newest_whole_one(path)}") from None
+        raise ValueError(f"{error}{_other_checkpoint(path)}") from None
     weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or "class_emb.weight" not in weights:
-        raise ValueError(f"{path} is not a MAR checkpoint: it has no 'model' with a class embedding")
-    if content.get("config", {"mar": None}).keys().isdisjoint({"mar"}):
-        raise ValueError(f"{path} is damaged: its 'config' has no 'mar'")
+    if not weights or not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
+        raise ValueError(f"{path} is not a checkpoint of this project: it has no 'model' with tensors")
+    if not isinstance(content.get("config", {}), dict):
+        raise ValueError(f"{path} is damaged: its 'config' is no dict")
     return content
 
 
 def read_file(path: str | Path):
-    """What torch.save wrote, on the CPU; a damaged file, or one with more than data in it, raises ValueError."""
+    """What torch.save wrote, on the CPU; a damaged file, or one that holds anything but data, raises ValueError."""
     check_whole(Path(path))
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zipfile each raise their own kinds, for garbage even IndexError
+    except Exception as error:  # torch, pickle and zipfile raise many types, for garbage even IndexError
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot read {path}: {reason[:200]}") from None
 
@@ -127,16 +128,16 @@ def read_sums(folder: Path) -> list[tuple[str, str]]:
 
 
 def check_whole(path: Path) -> None:
-    """Raise ValueError unless a file has its checksum: the one in checkpoints.sha256, else those inside of the file."""
+    """Raise ValueError unless a file has its checksum: the one in checkpoints.sha256, else those inside the file."""
     known = [digest for digest, name in read_sums(path.parent) if name == path.name]
     if known:
         with open(path, "rb") as file:
             whole = hashlib.file_digest(file, "sha256").hexdigest() in known
-        why = f"its checksum is not the one in {SUMS_NAME} (remove that file if you changed it yourself)"
+        reason = f"its checksum is not the one in {SUMS_NAME} (remove that file if you changed it yourself)"
     else:
-        whole, why = _crcs_are_right(path), "a checksum in it is wrong"
+        whole, reason = _crcs_are_right(path), "a checksum in it is wrong"
     if not whole:
-        raise ValueError(f"{path} is damaged: {why}")
+        raise ValueError(f"{path} is damaged: {reason}")
 
 
 def _crcs_are_right(path: Path) -> bool:
@@ -147,14 +148,14 @@ def _crcs_are_right(path: Path) -> bool:
                 return True
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except FileNotFoundError:  # for torch to complain about
+    except FileNotFoundError:  # torch.load names the file in its error
         return True
-    except Exception:  # zipfile raises many kinds
+    except Exception:  # zipfile raises many types
         return False
 
 
-def _newest_whole_one(path: Path) -> str:
-    """Words about the newest other checkpoint in the folder that is whole, if there is one."""
+def _other_checkpoint(path: Path) -> str:
+    """The end of a message about a damaged file: the newest whole checkpoint beside it, "" without one."""
     others = [other for other in path.parent.glob("checkpoint-*.pth") if other.name != path.name]
     for other in sorted(others, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
@@ -173,7 +174,7 @@ def load_weights(model: torch.nn.Module, weights: dict, source) -> None:
     if missing or extra or shapes:
         if shapes:
             k = min(shapes)
-            first = f"{k} is {tuple(weights[k].shape)} there and {tuple(own[k].shape)} here"
+            first = f"{k} is {tuple(weights[k].shape)} in the file and {tuple(own[k].shape)} in the model"
         else:
             first = f"{len(missing)} names missing, {len(extra)} unknown, the first is {(missing + extra)[0]}"
         raise ValueError(f"the weights in {source} do not fit the model ({first}); check --model and its sizes")

@@ -43,7 +43,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -66,12 +66,12 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def main_first():
-    """The block runs on the first process before it runs on the others: what it downloads, they find."""
+    """The block runs on the first process before it runs on the others, for downloads and new folders."""
     if not is_main():
         barrier()
     try:
         yield
-    finally:  # also on error, which the others then meet themselves instead of waiting
+    finally:  # on an error too, else the others would wait 30 minutes
         if is_main():
             barrier()
 
@@ -82,20 +82,19 @@ def shutdown() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else CPU. A device that is not there raises ValueError."""
+    """`auto` is CUDA, else Apple's MPS, else CPU. A device that this machine lacks raises ValueError."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    kind = name.split(":")[0]
-    if not available.get(kind, False):
-        raise ValueError(
-            f"device {name!r} is not available; here: auto, {', '.join(k for k, v in available.items() if v)}"
-        )
+        name = next(device_type for device_type, usable in available.items() if usable)
+    device_type = name.split(":")[0]
+    if not available.get(device_type, False):
+        valid = ", ".join(["auto", *(device_type for device_type, usable in available.items() if usable)])
+        raise ValueError(f"device {name!r} is not available; valid on this machine: {valid}")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device {name!r} is not a device; valid: auto, cuda, cuda:N, mps, cpu") from None
-    if kind == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+    if device_type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
 
@@ -113,16 +112,16 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if name not in DTYPES:
         raise ValueError(f"unknown dtype {name!r}; valid: {', '.join(DTYPES)}")
-    where = {"fp16": "cuda", "int8": "cpu"}
-    if where.get(name, device.type) != device.type:
-        valid = ", ".join(other for other in FLOATS if where.get(other, device.type) == device.type)
-        raise ValueError(f"dtype {name} needs the device {where[name]}, this is {device}; valid here: {valid}")
+    only_on = {"fp16": "cuda", "int8": "cpu"}
+    if only_on.get(name, device.type) != device.type:
+        valid = ", ".join(other for other in FLOATS if only_on.get(other, device.type) == device.type)
+        raise ValueError(f"dtype {name} needs the device {only_on[name]}, this is {device}; valid here: {valid}")
     return DTYPES[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Its name on the command line."""
-    return next(name for name, kind in DTYPES.items() if kind == dtype)
+    """The name of a dtype on the command line."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def is_half(dtype: torch.dtype) -> bool:
@@ -133,7 +132,7 @@ def is_half(dtype: torch.dtype) -> bool:
 def set_deterministic(on: bool) -> None:
     """Let torch compute the same bits every time on the same machine, or, switched off, as fast as it can.
 
-    Has to come before anything runs on a GPU. An operation that torch cannot do so raises RuntimeError, naming itself.
+    Must be called before anything runs on a GPU. An operation without a deterministic version raises RuntimeError.
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it starts
@@ -142,7 +141,7 @@ def set_deterministic(on: bool) -> None:
 
 
 def send(tensor: torch.Tensor, device) -> torch.Tensor:
-    """To the device without waiting for what it is doing; the CPU side must not be written to afterwards."""
+    """A copy on the device, without waiting for its queue; the CPU tensor must not be written to afterwards."""
     return tensor.to(device, non_blocking=True)
 
 

@@ -1,7 +1,7 @@
-"""Where every random draw comes from: names and numbers go in, a seed comes out. No hidden state, no stored state.
+"""Seeds of all random draws, each a function of names and numbers, without any stored state.
 
-torch's CPU generator keeps 32 bits of a seed. Training draws are hashed into them; the images of a sampling run are
-numbered inside them, so that no two of a run share a seed.
+torch's CPU generator keeps 32 bits of a seed. For training draws these are a hash; the images of a sampling run have
+consecutive numbers, so that no two of a run share a seed.
 """
 
 import hashlib

@@ -17,7 +17,7 @@ class Stopwatch:
         self.device, self.seconds = device, {}
 
     def now(self) -> float:
-        """The time when all that was asked of the device is done."""
+        """The time, in seconds, at which the device has finished its queue."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         elif self.device.type == "mps":
@@ -52,7 +52,7 @@ class PeakMemory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> float:
-        """Bytes; nan where they cannot be known."""
+        """Bytes; nan on systems that do not report them."""
         if self.cuda:
             return torch.cuda.max_memory_allocated()
         status = Path("/proc/self/status")
@@ -61,7 +61,7 @@ class PeakMemory:
 
 
 def run_seconds(device: torch.device, run) -> float:
-    """How long run() takes."""
+    """Seconds that run() takes."""
     watch = Stopwatch(device)
     began = watch.now()
     run()
@@ -78,7 +78,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> f
 
 
 def print_table(title: str, head: list, rows: list[list]) -> None:
-    """As Markdown, the first column to the left."""
+    """Print a title and a Markdown table whose first column is aligned to the left."""
     print(f"\n{title}\n")
     print("| " + " | ".join(head) + " |")
     print("| --- |" + " ---: |" * (len(head) - 1))

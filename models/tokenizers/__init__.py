@@ -1,6 +1,6 @@
 """Tokenizers: images in [−1, 1] to normalised latents and back. A new one is one file and one row of TOKENIZERS.
 
-A tokenizer owns everything about its latents and has (`models.tokenizers.continuous.Tokenizer` says more)
+The interface, documented in `models.tokenizers.continuous.Tokenizer`:
 
     encode(images (B, image_channels, H, W), sample=True, generator=None) -> (raw − mean)·scale, (B, channels, h, w)
     decode(latents (B, channels, h, w)) -> images
@@ -16,7 +16,7 @@ from models.tokenizers.ldm import LDM, load_ldm
 from models.tokenizers.pixel import PixelTokenizer
 
 TOKENIZERS = {"pixel": PixelTokenizer, **{name: partial(load_ldm, name) for name in LDM}, "diffusers": load_diffusers}
-_OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all but pixel
+_OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all rows but pixel
 
 
 def build_tokenizer(name: str, **options) -> Tokenizer:
@@ -25,23 +25,26 @@ def build_tokenizer(name: str, **options) -> Tokenizer:
     options: channels (of the images) for pixel; vae_path, vae_scale, vae_mean for the others, the last two a number or
     one for each channel. An unknown name, or weights that cannot be read or do not fit, raise ValueError.
     """
-    kind, _, place = name.partition(":")
-    if kind not in TOKENIZERS or (kind == "diffusers") != bool(place):
+    row, _, place = name.partition(":")
+    if row not in TOKENIZERS or (row == "diffusers") != bool(place):
         valid = [f"{key}:PATH_OR_REPO" if key == "diffusers" else key for key in TOKENIZERS]
         raise ValueError(f"unknown tokenizer {name!r}; valid: {', '.join(valid)}")
-    return TOKENIZERS[kind](*([place] if place else []), **options)
+    if row == "diffusers":
+        return load_diffusers(place, **options)
+    return TOKENIZERS[row](**options)
 
 
 def tokenizer_of(settings: dict, image_channels: int | None) -> Tokenizer:
-    """The tokenizer that flags, or a checkpoint's config, describe: their tokenizer, vae_path, vae_scale, vae_mean.
+    """The tokenizer of the flags, or a checkpoint's config: their tokenizer, vae_path, vae_scale and vae_mean.
 
-    One that does not take images of image_channels (None: unknown; pixel needs it) raises ValueError.
+    image_channels: None if unknown; pixel needs it. A tokenizer of images with other channels raises ValueError.
     """
     name = settings["tokenizer"]
     given = {key: settings[key] for key in _OPTIONS if settings.get(key) is not None}
     if name == "pixel":
-        for key in given.keys() - {"vae_path"}:
-            raise ValueError(f"--{key} has no meaning for the tokenizer pixel, whose latents are the pixels")
+        unused = [key for key in given if key != "vae_path"]
+        if unused:
+            raise ValueError(f"--{unused[0]} has no meaning for the tokenizer pixel, whose latents are the pixels")
         return build_tokenizer(name, channels=image_channels)
     tokenizer = build_tokenizer(name, **given)
     if image_channels not in (None, tokenizer.image_channels):

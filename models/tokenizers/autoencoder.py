@@ -7,8 +7,8 @@ import torch
 
 from models.tokenizers.continuous import Tokenizer
 
-# class in diffusers -> which of its settings has one entry a level (each level but the first halves the image), and
-# the image's channels; does an image have a posterior; does decoding draw noise?
+# class in diffusers -> levels: its setting with one entry a level (each level but the first halves the image); images:
+# its setting with the image's channels; gaussian: does an image have a posterior? noisy: does decoding draw noise?
 AUTOENCODERS = {
     "AutoencoderKL": dict(levels="block_out_channels", images="in_channels", gaussian=True, noisy=False),
     "AutoencoderTiny": dict(levels="encoder_block_out_channels", images="in_channels", gaussian=False, noisy=False),
@@ -16,10 +16,10 @@ AUTOENCODERS = {
     "ConsistencyDecoderVAE": dict(
         levels="encoder_block_out_channels", images="encoder_in_channels", gaussian=True, noisy=True
     ),
-    # continuous: latents are taken before quantisation, which becomes the first layer of the decoder, as in LDM
+    # its latents are those before quantisation, which is the first layer of the decoder, as in LDM
     "VQModel": dict(levels="block_out_channels", images="in_channels", gaussian=False, noisy=False),
 }
-# settings that do not change moments
+# settings of scale and mean, which do not change moments
 _NORMALISATION = {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
 
 
@@ -37,15 +37,15 @@ class AutoencoderTokenizer(Tokenizer):
             gaussian=row["gaussian"],
             scale=scale,
             mean=mean,
-            settings={k: v for k, v in config.items() if not k.startswith("_") and k not in _NORMALISATION},
         )
+        self.settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NORMALISATION}
         self.noisy = row["noisy"]
         self.autoencoder = autoencoder.float().requires_grad_(False)
         self.eval()
 
     def _moments(self, images):
-        (found,) = self.autoencoder.encode(images.float(), return_dict=False)
-        return found.parameters if self.gaussian else found
+        (encoded,) = self.autoencoder.encode(images.float(), return_dict=False)  # a posterior or latents
+        return encoded.parameters if self.gaussian else encoded
 
     def _images(self, raw):
         options = {}
@@ -55,10 +55,10 @@ class AutoencoderTokenizer(Tokenizer):
 
 
 def load_diffusers(place: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> AutoencoderTokenizer:
-    """The autoencoder that diffusers saved in the folder `place`, or has on the hub under this name (OWNER/NAME).
+    """The autoencoder that diffusers saved in the folder `place`, or that has this name (OWNER/NAME) on the hub.
 
-    vae_path: where it is now, if not at place. Scale and mean are those of its own config unless they are given. What
-    is not there, cannot be read whole or is not one of AUTOENCODERS raises ValueError.
+    vae_path replaces place. Scale and mean are those of its config unless they are given. A missing or damaged
+    autoencoder, and one of a class that is not in AUTOENCODERS, raises ValueError.
     """
     import diffusers
 
@@ -70,8 +70,8 @@ def load_diffusers(place: str, *, vae_path=None, vae_scale=None, vae_mean=None) 
         raise ValueError(f"{place} holds no autoencoder but a {name}; valid: {', '.join(AUTOENCODERS)}")
     load = getattr(diffusers, name).from_pretrained
     autoencoder, info = _attempt(place, load, output_loading_info=True, low_cpu_mem_usage=False)
-    wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
-    if wrong:  # diffusers would leave what is missing at random values
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:  # diffusers leaves missing tensors at random values
         raise ValueError(f"the weights in {place} do not fit its config: {len(wrong)} tensors, the first is {wrong[0]}")
     config = autoencoder.config
     scale = config.get("scaling_factor") if vae_scale is None else vae_scale
@@ -82,15 +82,16 @@ def load_diffusers(place: str, *, vae_path=None, vae_scale=None, vae_mean=None) 
 
 
 def _attempt(place: str, load, **options):
+    """load(place, **options), whose errors become one ValueError."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # it reports, over several lines, what is checked or refused here
+    logging.set_verbosity(logging.CRITICAL)  # else it prints several lines about what then becomes a ValueError
     try:
         return load(place, **options)
-    except Exception as error:  # diffusers, safetensors, json and the hub each raise their own kinds
+    except Exception as error:  # diffusers, safetensors, json and the hub raise many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        where = place if Path(place).is_dir() else f"{place} (no such folder here, so it was looked for on the hub)"
-        raise ValueError(f"cannot load an autoencoder from {where}: {reason}") from None
+        source = place if Path(place).is_dir() else f"{place} (no such folder here, so it was looked for on the hub)"
+        raise ValueError(f"cannot load an autoencoder from {source}: {reason}") from None
     finally:
         logging.set_verbosity(before)

@@ -1,4 +1,4 @@
-"""What all tokenizers share: normalisation, sampling from a posterior, and moments, which are what a cache stores.
+"""What all tokenizers share: normalisation, sampling from a posterior, and the moments that a cache stores.
 
 Legend: B images, (H, W) pixels, c channels of a latent, (h, w) = (H, W) / stride.
 """
@@ -16,20 +16,19 @@ from util.checkpoint import weights_hash
 class Tokenizer(nn.Module):
     """Images in [−1, 1] to normalised latents, (raw − mean)·scale, and back. Sub-classes have `_moments` and `_images`.
 
-    kind: what it is, without a path. settings: what shapes it besides its weights, as plain values. gaussian: do
-    images have a posterior, so that their moments are its mean and log-variance (2c channels)? Else they are the raw
-    latents (c channels). scale and mean: a number, or one for each channel. clip: (lo, hi) for a predicted x₀ in
-    normalised units, or None.
+    kind: "pixel", a name of LDM's, or the autoencoder's class. gaussian: do images have a posterior, so that their
+    moments are its mean and log-variance (2c channels)? Else they are the raw latents (c channels). scale and mean: a
+    number, or one for each channel. A sub-class may set `clip`, (lo, hi) for a predicted x₀ in normalised units, and
+    `settings`, plain values which besides the weights decide its moments.
     """
 
     clip = None
+    settings: dict = {}
 
-    def __init__(
-        self, kind: str, *, stride, channels, image_channels, gaussian=False, scale=1.0, mean=0.0, settings=()
-    ):
+    def __init__(self, kind: str, *, stride, channels, image_channels, gaussian=False, scale=1.0, mean=0.0):
         super().__init__()
         self.kind, self.stride, self.channels, self.image_channels = kind, stride, channels, image_channels
-        self.gaussian, self.settings = gaussian, dict(settings)
+        self.gaussian = gaussian
         self.scale = per_channel("vae_scale", scale, channels)
         self.mean = per_channel("vae_mean", mean, channels)
         for name, value in (("_scale", self.scale), ("_mean", self.mean)):
@@ -39,17 +38,17 @@ class Tokenizer(nn.Module):
 
     @property
     def moment_channels(self) -> int:
-        """Channels of what `encode_moments` gives."""
+        """Channels of the moments that `encode_moments` returns."""
         return 2 * self.channels if self.gaussian else self.channels
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits that tell whose moments a cache holds: kind, settings and weights, not scale and mean."""
+        """16 hex digits of all that decides the moments: kind, settings and weights, not scale and mean."""
         text = json.dumps([self.kind, self.channels, self.settings], sort_keys=True, default=str)
         return weights_hash({**self.state_dict(), text: torch.zeros(0)})
 
     def describe(self) -> str:
-        """All that decides what `encode` and `decode` give, in one line."""
+        """All that decides the results of `encode` and `decode`, in one line."""
         return f"{self.kind} {self.fingerprint} scale {self.scale} mean {self.mean}"
 
     def encode(self, images: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:
@@ -71,7 +70,7 @@ class Tokenizer(nn.Module):
     def from_moments(self, moments: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:
         """Raw moments (B, moment_channels, h, w) -> normalised latents (B, c, h, w).
 
-        sample: draw from the posterior, where there is one, instead of taking its mean. generator: None, a
+        sample: draw from the posterior of a gaussian tokenizer instead of taking its mean. generator: None, a
         torch.Generator, or a list of one for each image, which makes each image's draw independent of its batch.
         """
         if moments.dim() != 4 or moments.shape[1] != self.moment_channels:
@@ -93,12 +92,13 @@ class Tokenizer(nn.Module):
 
 
 def per_channel(name: str, value, channels: int) -> float | tuple[float, ...]:
-    """A number, or a tuple of one for each channel, from a number, a sequence, or either as text with commas."""
-    parts = value.split(",") if isinstance(value, str) else value
+    """A number, or a tuple of one for each channel, from a number, a sequence, or text with commas; else ValueError."""
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
     try:
-        numbers = [float(parts)] if isinstance(parts, int | float) else [float(part) for part in parts]
+        numbers = [float(part) for part in parts]
+        valid = len(numbers) in (1, channels) and all(math.isfinite(number) for number in numbers)
     except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) not in (1, channels) or not all(math.isfinite(number) for number in numbers):
+        valid = False
+    if not valid:
         raise ValueError(f"{name} must be a number or {channels} of them, one a channel, got {value!r}")
     return numbers[0] if len(numbers) == 1 else tuple(numbers)

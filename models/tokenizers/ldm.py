@@ -1,7 +1,7 @@
 """Autoencoders in the tensor names of latent diffusion (LDM): MAR's KL-16 and LDM's VQ-16, both of stride 16.
 
-diffusers has the same networks under other names; its own conversion forgets the attention inside the levels. So the
-names are translated here: for each tensor of the diffusers model the one of the file.
+diffusers has the same networks under other names; its own conversion forgets the attention inside the levels. This
+module translates the names: each tensor of the diffusers model to the one of the file.
 """
 
 import re
@@ -13,7 +13,8 @@ from models.tokenizers.autoencoder import AutoencoderTokenizer
 from util.checkpoint import read_file
 
 KL16_PATH = "pretrained_models/vae/kl16.ckpt"  # where MAR's own commands have it
-WIDTHS = (128, 128, 256, 256, 512)  # channels of the levels, in both
+WIDTHS = (128, 128, 256, 256, 512)  # channels of the levels, in both autoencoders
+LAST = len(WIDTHS) - 1  # the level at the latents
 # name -> class in diffusers, scale (1/std of the latents; LDM publishes none for VQ-16: scripts/measure_latents.py)
 LDM = {"kl16": ("AutoencoderKL", 0.2325), "vq16": ("VQModel", 1.0)}
 
@@ -22,9 +23,9 @@ _RULES = [  # (pattern in diffusers' name, LDM's name of it)
     (r"down_blocks\.(\d+)\.attentions", r"down.\1.attn"),
     (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
     # LDM counts the decoder's levels from the image, diffusers from the latent
-    (r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{len(WIDTHS) - 1 - int(m[1])}.block"),
-    (r"up_blocks\.(\d+)\.attentions", lambda m: f"up.{len(WIDTHS) - 1 - int(m[1])}.attn"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{len(WIDTHS) - 1 - int(m[1])}.upsample"),
+    (r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{LAST - int(m[1])}.block"),
+    (r"up_blocks\.(\d+)\.attentions", lambda m: f"up.{LAST - int(m[1])}.attn"),
+    (r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{LAST - int(m[1])}.upsample"),
     (r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}"),
     (r"mid_block\.attentions\.0", "mid.attn_1"),
     (r"conv_norm_out", "norm_out"),
@@ -35,12 +36,12 @@ _RULES = [  # (pattern in diffusers' name, LDM's name of it)
 ]
 
 
-# LDM's files were written by Lightning, whose class stands in them as a name (the key of a dict nobody reads)
+# LDM's files were written by Lightning and name this class of it, as the key of a dict that nothing reads
 _LIGHTNING = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
 
 
 class _Ignored:
-    pass
+    """Stands for Lightning's class."""
 
 
 def ldm_name(name: str) -> str:
@@ -67,20 +68,20 @@ def load_ldm(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> Auto
         raise ValueError(f"{vae_path} is no autoencoder: it has no tensors under 'model' or 'state_dict'")
     weights = {key: value for key, value in weights.items() if not key.startswith("loss.")}
     class_name, scale = LDM[name]
-    with torch.device("meta"):  # no time spent on values that are replaced
+    with torch.device("meta"):  # without initial values, which would be replaced
         autoencoder = _build(class_name, weights)
     translated = {}
     for key, value in autoencoder.state_dict().items():
         source = ldm_name(key)
         if source not in weights:
             raise ValueError(f"{vae_path} does not fit {name}: it lacks {source}")
-        found = weights.pop(source)
-        if found.dim() == 4 and value.dim() == 2:  # attention: 1×1 convolutions there, linear layers here
-            found = found.flatten(1)
-        if found.shape != value.shape:
-            shapes = f"{source} is {tuple(found.shape)} there and {tuple(value.shape)} here"
+        stored = weights.pop(source)
+        if stored.dim() == 4 and value.dim() == 2:  # attention: 1×1 convolutions in LDM, linear layers in diffusers
+            stored = stored.flatten(1)
+        if stored.shape != value.shape:
+            shapes = f"{source} is {tuple(stored.shape)} there and {tuple(value.shape)} here"
             raise ValueError(f"{vae_path} does not fit {name}: {shapes}")
-        translated[key] = found.float()
+        translated[key] = stored.float()
     if weights:
         raise ValueError(f"{vae_path} does not fit {name}: {len(weights)} unknown tensors, the first is {min(weights)}")
     autoencoder.load_state_dict(translated, strict=True, assign=True)
@@ -89,12 +90,11 @@ def load_ldm(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> Auto
 
 
 def _build(class_name: str, weights: dict):
-    """The network without values. What differs between published files of the same kind is read off the tensors."""
+    """The network; the sizes in which published files of one class differ are those of the tensors."""
     import diffusers
 
-    more = len(WIDTHS) - 1
-    # MAR's decoder has no attention in its first level, LDM's has
-    in_decoder = any(key.startswith(f"decoder.up.{more}.attn.") for key in weights)
+    # LDM's decoder has attention in the level at the latents, MAR's has none
+    in_decoder = any(key.startswith(f"decoder.up.{LAST}.attn.") for key in weights)
 
     def size(key, axis, usual):
         return weights[key].shape[axis] if key in weights and weights[key].dim() > axis else usual
@@ -106,8 +106,8 @@ def _build(class_name: str, weights: dict):
         sizes["latent_channels"] = size("decoder.conv_in.weight", 1, 8)
     return getattr(diffusers, class_name)(
         block_out_channels=WIDTHS,
-        down_block_types=["DownEncoderBlock2D"] * more + ["AttnDownEncoderBlock2D"],
-        up_block_types=["AttnUpDecoderBlock2D" if in_decoder else "UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * more,
+        down_block_types=["DownEncoderBlock2D"] * LAST + ["AttnDownEncoderBlock2D"],
+        up_block_types=["AttnUpDecoderBlock2D" if in_decoder else "UpDecoderBlock2D"] + ["UpDecoderBlock2D"] * LAST,
         layers_per_block=2,
         **sizes,
     )

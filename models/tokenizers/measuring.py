@@ -1,4 +1,4 @@
-"""Measuring a tokenizer on images: mean and variance of its latents, which --vae_scale and --vae_mean should undo."""
+"""Measuring a tokenizer on images: mean and variance of its latents, from which --vae_scale and --vae_mean follow."""
 
 from dataclasses import dataclass
 
@@ -24,11 +24,11 @@ class MeasuringArgs(ImagesArgs):
 
     @property
     def weights_path(self) -> str | None:
-        """Where the weights of the autoencoder are; None where the tokenizer's name says it."""
+        """Path of the autoencoder's weights; None for a tokenizer whose name contains it or that needs no weights."""
         return self.vae_path or (KL16_PATH if self.tokenizer == "kl16" else None)
 
     def build(self, image_channels: int, **normalisation) -> Tokenizer:
-        """The tokenizer for images of so many channels; normalisation: vae_scale, vae_mean. As `tokenizer_of`."""
+        """The tokenizer for such images; normalisation: vae_scale, vae_mean. Errors as in `tokenizer_of`."""
         return tokenizer_of(dict(tokenizer=self.tokenizer, vae_path=self.weights_path, **normalisation), image_channels)
 
 
@@ -38,7 +38,7 @@ def measure_latents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of each channel of the latents, (c,) float64 each, over images and positions.
 
-    images: a Dataset of (uint8 (C, H, W), label, index), of which num_images (all where there are fewer) are drawn at
+    images: a Dataset of (uint8 (C, H, W), label, index), of which num_images (all of a smaller data set) are drawn at
     random. Posteriors are sampled, as they are in training.
     """
     order = np.random.default_rng(seed).permutation(len(images))[:num_images].tolist()

@@ -6,7 +6,7 @@ from models.tokenizers.continuous import Tokenizer
 class PixelTokenizer(Tokenizer):
     """Latents are the pixels themselves; `--patch_size` decides how many make a token."""
 
-    # An early model's few-step sampling runs away (to 1e7) unless the predicted x₀ is kept inside the data's range.
+    # With few diffusion steps an early model's samples grow to 1e7 unless the predicted x₀ stays in the data's range.
     clip = (-1.0, 1.0)
 
     def __init__(self, channels: int = 3):

@@ -1,8 +1,8 @@
 """What FID and its kin compare: features of images, from networks that torch-fidelity runs.
 
-torch-fidelity unpickles weight files, runs TorchScript (CLIP) or hub code (DINOv2). Here its extractors get weights
-from files that cannot execute anything: each class below is torch-fidelity's with another way to the weights, and is
-registered as `mar-<name>`. Shapes: n images, H x W pixels, C channels (1 or 3), d features.
+torch-fidelity unpickles weight files, runs TorchScript (CLIP) or hub code (DINOv2). The classes below are its
+extractors with weights from files that cannot execute anything, registered as `mar-<name>`.
+Shapes: n images, H x W pixels, C channels (1 or 3), d features.
 """
 
 import functools
@@ -30,7 +30,7 @@ from util.evaluation.classifiers import (
 )
 
 DINOV2_MODEL = "vit_small_patch14_dinov2"
-# of OpenAI's ViT-B/32, the one whose features are called "clip" here
+# shapes of some weights of OpenAI's ViT-B/32, which the features "clip" come from
 CLIP_SHAPES = {
     "visual.conv1.weight": (768, 3, 32, 32),
     "visual.positional_embedding": (50, 768),
@@ -45,7 +45,7 @@ def plain_tensors(path) -> dict[str, torch.Tensor]:
 
     content = load_state_dict(str(path), use_ema=False, weights_only=True)
     if not content or not all(torch.is_tensor(v) and v.device.type == "cpu" for v in content.values()):
-        raise ValueError("there is something else than tensors in it")
+        raise ValueError("it holds something else than tensors")
     return content
 
 
@@ -54,8 +54,8 @@ def _inception():
 
     class Inception(FeatureExtractorInceptionV3):
         def __init__(self, name, features_list, feature_extractor_weights_path=None, **options):
-            # first: the next line would run what is in the file. Both must read the same: a .safetensors file, which
-            # it cannot take, may be a pickle as well.
+            # Before super().__init__, which unpickles the file. It reads .safetensors as a pickle too, and one file
+            # can be valid as both, so that suffix is refused.
             if Path(feature_extractor_weights_path).suffix == ".safetensors":
                 raise ValueError("Inception's weights are a .pth file")
             plain_tensors(feature_extractor_weights_path)
@@ -92,8 +92,8 @@ def _clip():
             FeatureExtractorBase.__init__(self, name, features_list)
             self.feature_extractor_internal_dtype = torch.float32
             path = feature_extractor_weights_path
-            # OpenAI's file is TorchScript, a program. It is loaded if it is theirs to the bit; any other file must be
-            # the plain tensors of its state dict.
+            # OpenAI's file is TorchScript, a program: it is loaded if its SHA-256 is the published one. Any other file
+            # must hold the plain tensors of its state dict.
             with open(path, "rb") as file:
                 trusted = hashlib.file_digest(file, "sha256").hexdigest() == official
             state = torch.jit.load(str(path), map_location="cpu").state_dict() if trusted else plain_tensors(path)
@@ -146,8 +146,9 @@ def _classifier(net_class, path: Path):
                     f"got {x.dtype} {tuple(x.shape)}"
                 )
             x = x.float() / 127.5 - 1
-            found = dict(zip(("features", "logits"), self.net(x.mean(dim=1, keepdim=True) if channels == 1 else x)))
-            return tuple(found[name] for name in self.features_list)
+            features, logits = self.net(x.mean(dim=1, keepdim=True) if channels == 1 else x)
+            layers = {"features": features, "logits": logits}
+            return tuple(layers[name] for name in self.features_list)
 
     return Classifier, path
 
@@ -156,9 +157,9 @@ class Features(NamedTuple):
     """One row of FEATURES."""
 
     layer: str  # for FID, KID, precision and recall
-    logits: str | None  # for the Inception score; None: the network is no classifier, so there is none
-    dim: int  # of the layer
-    make: Callable  # () -> (class for torch-fidelity, URL of its weights or the Path of those committed here)
+    logits: str | None  # layer for the Inception score; None for a network that is no classifier
+    dim: int  # width of the layer
+    make: Callable  # () -> (class for torch-fidelity, URL of its weights or Path of committed ones)
 
 
 FEATURES = {
@@ -183,9 +184,9 @@ def _register(name: str):
 def build_extractor(name: str, weights=None, layers=(), device="cpu"):
     """(extractor, path of its weights): uint8 (B, 3, H, W) -> tuple of a tensor (B, d) for each of the layers.
 
-    weights: path of the weights; None for the published file, downloaded to torch.hub's folder if it is not there;
-    unused by committed classifiers. layers: torch-fidelity's names, that of FID if there are none. One-line ValueError
-    for an unknown name, a missing file, one with anything but the network's tensors, and no file with no network.
+    weights: path of the weights; None for the published file, downloaded to torch.hub's folder unless it has it;
+    unused by committed classifiers. layers: torch-fidelity's names, by default that of FID. One-line ValueError for an
+    unknown name, a missing file, one with anything but the network's tensors, and a download that fails.
     """
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r}: choose from {', '.join(FEATURES)}")
@@ -197,12 +198,12 @@ def build_extractor(name: str, weights=None, layers=(), device="cpu"):
     options = dict(cuda=cuda, feature_extractor_weights_path=str(path), verbose=False)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # construction draws initial weights
-            warnings.simplefilter("ignore")  # of libraries about how they load; what matters raises
+            warnings.simplefilter("ignore")  # libraries warn about their ways of loading; weights that do not fit raise
             with torch.cuda.device(device) if cuda else nullcontext():
                 return create_feature_extractor(f"mar-{name}", list(layers or [FEATURES[name].layer]), **options), path
-    except Exception as error:  # torch, pickle, safetensors and zipfile each raise their own kinds
-        why = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} refused: not the plain tensors of {source} ({why} ...)") from None
+    except Exception as error:  # torch, pickle, safetensors and zipfile raise many types
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} refused: not the plain tensors of {source} ({reason} ...)") from None
 
 
 def _find_weights(name: str, weights, url: str) -> Path:
@@ -257,8 +258,8 @@ class RGBImages(Dataset):
         return image
 
     def __getitems__(self, indices):
-        # A batch at a time from threads (image decoding releases the interpreter): torch-fidelity's worker processes
-        # want a Dataset that can be pickled, and for arrays cost more than they save.
+        # Threads read a batch together, since image decoding releases the interpreter. torch-fidelity's worker
+        # processes need a Dataset that can be pickled, and are slower than no workers for arrays.
         with ThreadPoolExecutor(1 if torch.is_tensor(self.images) else min(8, os.cpu_count() or 1)) as pool:
             return list(pool.map(self.__getitem__, indices))
 
@@ -277,5 +278,5 @@ def feature_batches(
         with torch.random.fork_rng(devices=[]):
             loader = iter(DataLoader(images, batch_size=batch_size))  # draws a random number when it starts
         for batch in loader:
-            yield tuple(found.float().cpu() for found in extractor(batch.to(place)))
+            yield tuple(layer.float().cpu() for layer in extractor(batch.to(place)))
             progress.update(len(batch))

@@ -25,7 +25,7 @@ class Moments:
         """Add the rows of x (b, d)."""
         x = x.double()
         if not self.num:
-            self.shift = x.mean(dim=0)  # near the mean, so that no digits are lost in the difference of two squares
+            self.shift = x.mean(dim=0)  # sums of squares about a near mean lose no digits when the mean is subtracted
         x = x - self.shift
         self.num, self.total, self.products = self.num + len(x), self.total + x.sum(dim=0), self.products + x.T @ x
 
@@ -40,7 +40,7 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class FIDStats:
-    """Mean (d,) and covariance (d, d) of features; of what, where the file says so."""
+    """Mean (d,) and covariance (d, d) of features; the other fields are None where the file lacks them."""
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -51,7 +51,7 @@ class FIDStats:
     source: str = "the statistics"  # for messages
 
     def check(self, features: str, img_size: int | None = None) -> None:
-        """Raise ValueError where images of img_size pixels could not be compared with these, by these features."""
+        """Raise ValueError unless images of img_size pixels can be compared with these statistics by these features."""
         if self.features not in (None, features):
             raise ValueError(f"{self.source} holds statistics of {self.features} features, not of {features}")
         if len(self.mu) != (dim := FEATURES[features].dim):
@@ -76,8 +76,8 @@ def compute_fid_stats(images, features="inception", *, weights=None, batch_size=
     if len(images) < 2:
         raise ValueError(f"statistics need at least 2 images, got {len(images)}")
     options = dict(batch_size=batch_size, device=device, verbose=verbose)
-    for (found,) in feature_batches(images, features, weights, **options):
-        moments.update(found)
+    for (batch,) in feature_batches(images, features, weights, **options):
+        moments.update(batch)
     mu, sigma = moments.result()
     return FIDStats(mu, sigma, num_images=len(images), features=features)
 
@@ -98,13 +98,13 @@ def load_fid_stats(path: str | Path) -> FIDStats:
     try:
         with np.load(path, allow_pickle=False) as file:
             mu, sigma = (np.asarray(file[name]) for name in ("mu", "sigma"))
-            more = {name: file[name].item() for name in ("num_images", "features", "img_size", "split") if name in file}
-    except Exception as error:  # numpy, zipfile and zlib each raise their own kinds
-        why = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} refused: no .npz of plain arrays mu and sigma ({why})") from None
-    shapes = (mu.shape, sigma.shape)
+            known = [name for name in ("num_images", "features", "img_size", "split") if name in file]
+            origin = {name: file[name].item() for name in known}
+    except Exception as error:  # numpy, zipfile and zlib raise many types
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} refused: no .npz of plain arrays mu and sigma ({reason})") from None
     if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma)):
         raise ValueError(f"{path} refused: mu and sigma must be finite floating-point numbers")
-    if mu.ndim != 1 or shapes[1] != 2 * shapes[0]:
-        raise ValueError(f"{path} refused: mu must be (d,) and sigma (d, d), got {shapes[0]} and {shapes[1]}")
-    return FIDStats(mu.astype(np.float64), sigma.astype(np.float64), **more, source=str(path))
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path} refused: mu must be (d,) and sigma (d, d), got {mu.shape} and {sigma.shape}")
+    return FIDStats(mu.astype(np.float64), sigma.astype(np.float64), **origin, source=str(path))

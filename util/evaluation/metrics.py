@@ -1,4 +1,4 @@
-"""Image quality figures: FID, IS, KID and precision/recall through torch-fidelity, and two more for digits.
+"""Image quality figures: FID, IS, KID and precision/recall through torch-fidelity, and two for digits alone.
 
 Shapes: n images, H x W pixels, C channels (1 or 3), d features. Images are uint8, 0..255.
 """
@@ -11,8 +11,8 @@ import torch
 from util.evaluation.features import FEATURES, RGBImages, check_features, feature_batches
 from util.evaluation.fid_stats import FIDStats, Moments
 
-# metric -> (images needed of each kind, is it computed from the reference's images?, {our name of the figure:
-#            torch-fidelity's}); FID needs no more than their statistics, IS nothing
+# metric -> (images needed, generated and of the reference each; is it computed from the reference's images? FID needs
+#            their statistics only, IS no reference; {our name of the figure: torch-fidelity's})
 METRICS = {
     "fid": (2, False, {"fid": "frechet_inception_distance"}),
     "isc": (2, False, {"is_mean": "inception_score_mean", "is_std": "inception_score_std"}),
@@ -38,8 +38,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2) -> float:
     shapes, d = [a.shape for a in arrays], mu1.size
     if shapes != [(d,), (d, d), (d,), (d, d)] or not all(np.isfinite(a).all() for a in arrays):
         raise ValueError(f"need finite arrays of shapes (d,), (d, d), (d,), (d, d), got {shapes}")
-    # The last trace is the sum of the singular values of sigma1^½ sigma2^½. Unlike sqrtm, or eigenvalues of the
-    # product, this takes no root of a rounding error, so null directions cost nothing.
+    # The last trace is the sum of the singular values of sigma1^½ sigma2^½. For singular matrices this is exact:
+    # sqrtm, or eigenvalues of the product, would take roots of rounding errors.
     overlap = np.linalg.svd(_psd_sqrt(sigma1) @ _psd_sqrt(sigma2), compute_uv=False).sum()
     return float(max(0.0, np.sum((mu1 - mu2) ** 2) + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap))
 
@@ -63,10 +63,10 @@ def compute_metrics(
     """FID, IS, KID, precision and recall of `images` against `reference` by torch-fidelity, keyed as in METRICS.
 
     images, reference: uint8 (n, H, W, C), C 1 or 3, or Datasets (read from threads) of uint8 (C, H, W) tensors or of
-    tuples that start with one. reference may be FIDStats, which have FID (and IS) only; None as metrics is all that
-    there are (see `possible_metrics`). With few images KID's subsets shrink to the smaller set and IS's splits get
-    fewer, of 10 images or more. Nothing is cached and the random state is kept. Other types and shapes, too few images,
-    unknown or impossible metrics and what check_features refuses raise ValueError.
+    tuples that start with one. reference may be FIDStats, which have FID (and IS) only. metrics None: all that are
+    possible (see `possible_metrics`). KID's subsets have 1000 images, or all of a smaller set; IS has 10 splits, with
+    fewer than 100 images one for each 10. Nothing is cached and the random state is kept. Other types and shapes, too
+    few images, unknown or impossible metrics and what check_features refuses raise ValueError.
     """
     from_stats = isinstance(reference, FIDStats)
     metrics = possible_metrics(metrics, features, from_stats)
@@ -87,7 +87,7 @@ def compute_metrics(
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
     # The DataLoader and the extractor's construction draw random numbers, which would change a training run.
     with torch.random.fork_rng(devices=[]), torch.cuda.device(device) if cuda else nullcontext():
-        found = torch_fidelity.calculate_metrics(
+        figures = torch_fidelity.calculate_metrics(
             input1=images,
             input2=reference,
             **{name: name in metrics for name in METRICS},
@@ -102,14 +102,18 @@ def compute_metrics(
             save_cpu_ram=True,  # no worker processes; precision/recall in blocks (50k x 50k distances are 10 GB)
             verbose=verbose,
         )
-    return {ours: float(found[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
+    return _with_our_names(figures, metrics)
+
+
+def _with_our_names(figures: dict, metrics) -> dict[str, float]:
+    return {ours: float(figures[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
 
 
 def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...]:
-    """The metrics, each of them found possible; for None all that are. Others and unknown names raise ValueError.
+    """The metrics, None for all that are possible; an impossible one or an unknown name raises ValueError.
 
-    Features of a network that is no classifier have no Inception score; a reference of which there are statistics only
-    (from_stats) has neither KID nor precision and recall.
+    The Inception score needs features of a classifier; KID, precision and recall need the reference's images, so they
+    are impossible with its statistics only (from_stats).
     """
     if features not in FEATURES:
         raise ValueError(f"unknown features {features!r}: choose from {', '.join(FEATURES)}")
@@ -117,8 +121,9 @@ def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...
     if FEATURES[features].logits is None:
         obstacles["isc"] = f"{features} features come from no classifier, which the Inception score needs"
     if from_stats:
-        why = "needs the reference images, of which --fid_stats has the statistics only"
-        obstacles |= {name: f"{name} {why}" for name in METRICS if METRICS[name][1]}
+        for name, (_, from_images, _) in METRICS.items():
+            if from_images:
+                obstacles[name] = f"{name} needs the reference images, of which --fid_stats has the statistics only"
     possible = tuple(name for name in METRICS if name not in obstacles)
     for name in metrics or ():
         if name not in METRICS:
@@ -138,20 +143,20 @@ def _from_statistics(images, stats: FIDStats, features, weights, metrics, **opti
 
     stats.check(features)
     row, moments, logits = FEATURES[features], Moments(), []
-    layers = [row.layer] + ([row.logits] if "isc" in metrics else [])
-    for found, *rest in feature_batches(images, features, weights, layers=layers, **options):
-        moments.update(found)
-        logits += rest
-    found = {}
+    layers = [row.layer, row.logits] if "isc" in metrics else [row.layer]
+    for batch, *batch_logits in feature_batches(images, features, weights, layers=layers, **options):
+        moments.update(batch)
+        logits += batch_logits
+    figures = {}
     if "fid" in metrics:
-        found["frechet_inception_distance"] = frechet_distance(*moments.result(), stats.mu, stats.sigma)
+        figures["frechet_inception_distance"] = frechet_distance(*moments.result(), stats.mu, stats.sigma)
     if "isc" in metrics:
-        found |= isc_features_to_metric(torch.cat(logits), _num_splits(images))
-    return {ours: float(found[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
+        figures.update(isc_features_to_metric(torch.cat(logits), _num_splits(images)))
+    return _with_our_names(figures, metrics)
 
 
 def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
-    """svc_accuracy, the fraction of `images` that an SVC trained on the real pixels labels rightly, and frechet_pixels.
+    """svc_accuracy, the share of `images` that an SVC trained on the real pixels labels rightly, and frechet_pixels.
 
     images, real_images: uint8 (n, 8, 8) or (n, 8, 8, 1), n >= 2; labels, real_labels: (n,) integers; else ValueError.
     The Fréchet distance is that of the 64-vectors of pixels scaled to [-1, 1].
@@ -171,8 +176,8 @@ def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
     return {"svc_accuracy": float(accuracy), "frechet_pixels": distance}
 
 
-def metrics_line(d) -> str:
-    """One line for people from the figures of this module and of `reconstruction`, those that are in `d`."""
+def metrics_line(metrics: dict) -> str:
+    """One line for people from the figures of this module and of `reconstruction`, those that are in `metrics`."""
     parts = {
         "rfid": "rFID {rfid:.3f}",
         "psnr": "PSNR {psnr:.2f} dB",
@@ -185,4 +190,4 @@ def metrics_line(d) -> str:
         "svc_accuracy": "SVC accuracy {svc_accuracy:.1%}",
         "frechet_pixels": "Fréchet (pixels) {frechet_pixels:.2f}",
     }
-    return "  ".join(text.format_map(d) for key, text in parts.items() if key in d)
+    return "  ".join(text.format_map(metrics) for key, text in parts.items() if key in metrics)

@@ -1,4 +1,4 @@
-"""Perceptual distance between images: how differently the convolutions of a network of PERCEPTUAL see them.
+"""Perceptual distance between images: that of their activations in the convolutions of a network of PERCEPTUAL.
 
 Shapes: B images, C channels, H x W pixels, values in [-1, 1].
 """
@@ -34,8 +34,8 @@ class Network(NamedTuple):
     """One row of PERCEPTUAL."""
 
     load: Callable  # path of the weights -> its convolutions, a Sequential
-    weights: Path | None  # those committed here; None: the user has them
-    mean: tuple[float, ...] = (0.0,)  # of the images it was trained on, in [-1, 1], a channel each
+    weights: Path | None  # committed ones; None: --perceptual_weights names them
+    mean: tuple[float, ...] = (0.0,)  # of the images it was trained on, in [-1, 1], one for each channel
     std: tuple[float, ...] = (1.0,)
 
 
@@ -68,15 +68,15 @@ class Perceptual(nn.Module):
 
     def activations(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Of images (B, C, H, W), grey ones too where the network takes colours, (B, c, h, w) for each layer."""
-        x, found = (x.expand(-1, self.channels, -1, -1) - self.mean) / self.std, []
+        x, activations = (x.expand(-1, self.channels, -1, -1) - self.mean) / self.std, []
         for i, layer in enumerate(self.layers):
             x = layer(x)
             if i in self.taps:
-                found.append(F.normalize(x, dim=1))
-        return found
+                activations.append(F.normalize(x, dim=1))
+        return activations
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Gradients flow into x; y is what it should look like."""
+        """() from x and y (B, C, H, W); only x, the reconstruction, gets a gradient."""
         with torch.no_grad():
             wanted = self.activations(y)
         distances = [(a - b).square().sum(dim=1).mean() for a, b in zip(self.activations(x), wanted)]
@@ -86,8 +86,8 @@ class Perceptual(nn.Module):
 def build_perceptual(name: str, weights: str | None, channels: int, img_size: int) -> Perceptual | None:
     """The distance `name` of PERCEPTUAL for images (B, channels, img_size, img_size); None for none.
 
-    weights: path of a file with the network's plain tensors, where it has none here. ValueError for an unknown name, a
-    file that is missing, not expected or has anything else in it, and images that do not fit.
+    weights: path of a file with the network's plain tensors, for a network without committed ones. ValueError for an
+    unknown name, a file that is missing, not expected or has anything else in it, and images that do not fit.
     """
     if name not in PERCEPTUAL:
         raise ValueError(f"unknown --perceptual {name!r}; valid: {', '.join(PERCEPTUAL)}")
@@ -102,9 +102,9 @@ def build_perceptual(name: str, weights: str | None, channels: int, img_size: in
         raise ValueError(f"no weights for --perceptual {name} {where}")
     try:
         layers = network.load(path)
-    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own kinds
-        why = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} refused: not the plain tensors of {name} ({why} ...)") from None
+    except Exception as error:  # torch, pickle, zipfile and safetensors raise many types
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} refused: not the plain tensors of {name} ({reason} ...)") from None
     perceptual = Perceptual(layers, network.mean, network.std)
     if channels not in (1, perceptual.channels):
         raise ValueError(f"--perceptual {name} needs images of {perceptual.channels} channels, these have {channels}")

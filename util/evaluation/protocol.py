@@ -16,7 +16,7 @@ from util.images.datasets import build_dataset
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """How many images, which figures, from which features, against which reference."""
+    """Number of images, figures, features and reference of an evaluation."""
 
     num_images: int = flag(50000, "images to sample, class-balanced", low=1)
     eval_bsz: int = flag(64, "images a batch when sampling", low=1)
@@ -61,9 +61,9 @@ class EvalConfig:
 
 
 def build_reference(config: EvalConfig, name: str, data_path, img_size: int):
-    """What the metrics compare with: FIDStats with --fid_stats, else the data set `name` in the split asked for.
+    """What the metrics compare with: FIDStats with --fid_stats, else the data set `name` in the split --eval_split.
 
-    None where there are no metrics. What cannot be read raises ValueError.
+    None without metrics. What cannot be read raises ValueError.
     """
     if not config.metric_names:
         return None
@@ -81,20 +81,20 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
     """
     if not config.metric_names:
         return {}
-    found = compute_metrics(
+    figures = compute_metrics(
         images,
         reference,
         features=config.features,
         weights=config.fid_weights,
         metrics=config.metric_names,
         device=device,
-        verbose=len(images) > 5000,  # torch-fidelity's own progress bars
+        verbose=len(images) > 5000,  # torch-fidelity's progress bars, for what takes minutes
     )
     if config.features == "digits" and not isinstance(reference, FIDStats):
-        made = np.stack([images[i].numpy()[0] for i in range(len(images))])
-        real = [reference[i] for i in range(len(reference))]
-        found |= digit_metrics(made, labels, np.stack([r[0].numpy()[0] for r in real]), [r[1] for r in real])
-    return found
+        generated = np.stack([images[i].numpy()[0] for i in range(len(images))])
+        real, real_labels, _ = zip(*(reference[i] for i in range(len(reference))))
+        figures.update(digit_metrics(generated, labels, np.stack([image.numpy()[0] for image in real]), real_labels))
+    return figures
 
 
 def reference_hash(reference) -> str:
@@ -111,43 +111,48 @@ def reference_hash(reference) -> str:
 
 
 def reconstruction_row(weights: str, settings: dict, config: EvalConfig, reference) -> dict:
-    """What identifies a tokenizer's result in results.jsonl: its fingerprint, how it is measured, on what."""
-    settings = settings | {k: getattr(config, k) for k in ("num_images", "features", "eval_split", "fid_stats")}
+    """What identifies a tokenizer's result in results.jsonl: fingerprint, settings of the measurement, reference."""
+    measured = {name: getattr(config, name) for name in ("num_images", "features", "eval_split", "fid_stats")}
+    settings = {**settings, **measured}
     return dict(kind="reconstruction", settings=settings, weights=weights, reference=reference_hash(reference))
 
 
 def class_balance(labels) -> str:
-    """How the labels are spread, in words: "180 of each of 10 classes"; −1 is no class."""
+    """The number of images of each class as a phrase: "180 of each of 10 classes"; label −1 is no class."""
     counts = Counter(labels)
     if not counts.keys() - {-1}:
         return "unconditional"
-    few, many = min(counts.values()), max(counts.values())
+    least, most = min(counts.values()), max(counts.values())
+    per_class = f"{least}" if least == most else f"{least} to {most}"
     classes = f"{len(counts)} classes" if len(counts) > 1 else "1 class"
-    classes += " (one of them unconditional)" if -1 in counts else ""
-    return f"{few if few == many else f'{few} to {many}'} of each of {classes}"
+    if -1 in counts:
+        classes += " (one of them unconditional)"
+    return f"{per_class} of each of {classes}"
 
 
 def protocol(kind: str, config: EvalConfig, labels, reference, data: str, *, ema: bool | None, dtype: str) -> dict:
     """What a figure must be quoted with, plain values for JSON.
 
     kind: "generation", or "reconstruction" for a tokenizer's own. data: name and place of the reference's data set.
-    ema: None where there are no weights to average. reference: a data set, FIDStats, or None for no metrics.
+    ema: are the weights averaged ones? None for a tokenizer, which has no averages. reference: a data set, FIDStats, or
+    None for no metrics.
     """
-    found = dict(kind=kind, num_images=len(labels), balance=class_balance(labels), ema=ema, dtype=dtype)
+    sampled = dict(kind=kind, num_images=len(labels), balance=class_balance(labels), ema=ema, dtype=dtype)
+    if reference is None:
+        return sampled
     if isinstance(reference, FIDStats):
-        found |= dict(reference=f"statistics in {config.fid_stats}", split=reference.split or "unknown")
-        found |= dict(num_reference=reference.num_images, features=config.features)
-    elif reference is not None:
-        found |= dict(reference=data, split=config.eval_split, num_reference=len(reference), features=config.features)
-    return found
+        name, split, count = f"statistics in {config.fid_stats}", reference.split or "unknown", reference.num_images
+    else:
+        name, split, count = data, config.eval_split, len(reference)
+    return dict(sampled, reference=name, split=split, num_reference=count, features=config.features)
 
 
-def protocol_line(found: dict) -> str:
-    """The protocol as one line for people."""
-    weights = {True: ", EMA weights", False: ", raw weights", None: ""}[found["ema"]]
-    line = f"{found['kind']} of {found['num_images']} images ({found['balance']}{weights}, {found['dtype']})"
-    if "reference" not in found:
+def protocol_line(record: dict) -> str:
+    """What `protocol` returned, as one line for people."""
+    weights = {True: ", EMA weights", False: ", raw weights", None: ""}[record["ema"]]
+    line = f"{record['kind']} of {record['num_images']} images ({record['balance']}{weights}, {record['dtype']})"
+    if "reference" not in record:
         return line
-    count = "an unknown number of" if found["num_reference"] is None else found["num_reference"]
-    against = f"against {count} images of {found['reference']} (split: {found['split']})"
-    return f"{line} {against}" + (f", features: {found['features']}" if found["features"] else "")
+    count = "an unknown number of" if record["num_reference"] is None else record["num_reference"]
+    line += f" against {count} images of {record['reference']} (split: {record['split']})"
+    return f"{line}, features: {record['features']}" if record["features"] else line

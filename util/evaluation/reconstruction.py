@@ -1,9 +1,10 @@
-"""How well a tokenizer gives back what it was given: rFID, PSNR and SSIM of decode(encode(image)).
+"""What a tokenizer loses: rFID, PSNR and SSIM of decode(encode(image)).
 
 Shapes: B images, C channels, H x W pixels; figures are of uint8 images, 0..255, as they would be saved.
 """
 
-import numpy as np
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
@@ -24,10 +25,10 @@ def psnr(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (B,) in [-1, 1] of images (B, C, H, W) with values 0..255: mean over channels and places.
+    """Structural similarity (B,) in [-1, 1] of images (B, C, H, W), values 0..255: mean over channels and positions.
 
-    Wang et al. 2004, Eq. 13 with their constants: a Gaussian window of 11 pixels, std 1.5 (the largest odd size that
-    fits, for images smaller than that), at all places where it fits whole.
+    Wang et al. 2004, Eq. 13 with their constants: a Gaussian window of 11 pixels, std 1.5, at all positions inside the
+    image. In a smaller image the window has the largest odd size that fits.
     """
     size = min(11, *(side - 1 + side % 2 for side in x.shape[2:]))
     window = torch.exp(-((torch.arange(size, device=x.device).double() - size // 2) ** 2) / (2 * 1.5**2))
@@ -45,14 +46,31 @@ def ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return similarity.mean(dim=(1, 2, 3))
 
 
+@dataclass(frozen=True)
+class ReconstructionFID:
+    """What an rFID is computed from: features, and the statistics to compare with.
+
+    weights: as in `features.check_features`. stats None: those of the images that are reconstructed.
+    """
+
+    features: str = "inception"
+    weights: str | None = None
+    stats: FIDStats | None = None
+
+    def build_features(self, device):
+        """A function uint8 (B, 3, H, W) -> (B, d); unsuitable features, weights and statistics raise ValueError."""
+        extractor, _ = build_extractor(self.features, self.weights, device=device)
+        if self.stats is not None:
+            self.stats.check(self.features)
+        return lambda images: extractor(images)[0]
+
+
 @torch.no_grad()
 def score_reconstructions(
     tokenizer,
     images,
+    fid: ReconstructionFID | None,
     *,
-    features="inception",
-    weights=None,
-    stats: FIDStats | None = None,
     batch_size=64,
     num_workers=0,
     device="cpu",
@@ -61,38 +79,39 @@ def score_reconstructions(
 ) -> dict[str, float]:
     """{rfid, psnr, ssim} of a tokenizer on a Dataset of (uint8 (C, H, W), ...), n >= 2 images, in one pass.
 
-    rfid is against the same images, or against stats where they are given. Latents are the means of their
-    distributions (sample=False). weights: as in `features.check_features`. features None: no rfid. Unsuitable
-    images, features, weights and statistics raise ValueError.
+    fid None: no rfid. Latents are the means of their distributions (sample=False). dtype: arithmetic of the tokenizer.
+    Images that the features cannot take, and what `ReconstructionFID.build_features` refuses, raise ValueError.
     """
-    device, extractor = torch.device(device), None
-    if features is not None:
-        extractor = build_extractor(features, weights, device=device)[0]
-        if stats is not None:
-            stats.check(features)
-    place = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
-    made, real, quality = Moments(), Moments(), []
+    device = torch.device(device)
+    features = None if fid is None else fid.build_features(device)
+    accurate = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
+    decoded_moments, real_moments, quality = Moments(), Moments(), []
     with torch.random.fork_rng(devices=[]):
-        loader = iter(DataLoader(images, batch_size=batch_size, num_workers=num_workers))
+        loader = iter(DataLoader(images, batch_size=batch_size, num_workers=num_workers))  # draws a random number
     with tqdm(total=len(images), unit="image", desc="reconstructing", disable=not verbose, leave=False) as progress:
         for batch, *_ in loader:
             batch = batch.to(device)
-            with autocast(device, dtype):
-                found = tokenizer.decode(tokenizer.encode(batch.float() / 127.5 - 1, sample=False))
-            found = ((found.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            if found.shape != batch.shape:
-                shapes = f"{tuple(found.shape[1:])} from {tuple(batch.shape[1:])}"
-                raise ValueError(f"the tokenizer makes images of another shape: {shapes}")
-            found, batch = found.to(place), batch.to(place)
-            quality.append(torch.stack([psnr(found, batch), ssim(found, batch)]).cpu())
-            if extractor is not None:
-                made.update(extractor(found.expand(-1, 3, -1, -1))[0].cpu())
-                if stats is None:
-                    real.update(extractor(batch.expand(-1, 3, -1, -1))[0].cpu())
+            decoded = _reconstruct(tokenizer, batch, dtype).to(accurate)
+            batch = batch.to(accurate)
+            quality.append(torch.stack([psnr(decoded, batch), ssim(decoded, batch)]).cpu())
+            if fid is not None:
+                decoded_moments.update(features(decoded.expand(-1, 3, -1, -1)).cpu())
+                if fid.stats is None:
+                    real_moments.update(features(batch.expand(-1, 3, -1, -1)).cpu())
             progress.update(len(batch))
-    result = {}
-    if extractor is not None:
-        reference = real.result() if stats is None else (stats.mu, stats.sigma)
-        result["rfid"] = frechet_distance(*made.result(), *reference)
-    averages = np.asarray(torch.cat(quality, dim=1).mean(dim=1))
-    return result | dict(zip(("psnr", "ssim"), averages.tolist()))
+    scores = {}
+    if fid is not None:
+        reference = real_moments.result() if fid.stats is None else (fid.stats.mu, fid.stats.sigma)
+        scores["rfid"] = frechet_distance(*decoded_moments.result(), *reference)
+    scores["psnr"], scores["ssim"] = torch.cat(quality, dim=1).mean(dim=1).tolist()
+    return scores
+
+
+def _reconstruct(tokenizer, images: torch.Tensor, dtype) -> torch.Tensor:
+    """decode(encode(images)) of uint8 images (B, C, H, W), rounded to uint8; another shape raises ValueError."""
+    with autocast(images.device, dtype):
+        decoded = tokenizer.decode(tokenizer.encode(images.float() / 127.5 - 1, sample=False))
+    if decoded.shape != images.shape:
+        shapes = f"{tuple(decoded.shape[1:])} from {tuple(images.shape[1:])}"
+        raise ValueError(f"the tokenizer makes images of another shape: {shapes}")
+    return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -8,7 +8,7 @@ import numpy as np
 from util.evaluation.results import read_results
 
 METRICS = ("fid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
-PROTOCOL = ("kind", "features", "reference")  # figures are comparable where these are the same
+PROTOCOL = ("kind", "features", "reference")  # figures may be compared if these settings are the same
 FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
 COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 
@@ -24,21 +24,23 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def figures(row: dict) -> dict[str, float]:
-    """All numbers that a line reports; the costs only where images were made for it, not found on disk."""
-    found = {k: v for k, v in row.get("metrics", {}).items() if v is not None}
+    """All numbers that a line reports; the costs only if images were made for it, not read from an earlier run."""
+    numbers = {k: v for k, v in row.get("metrics", {}).items() if v is not None}
     if row.get("num_made", 1):
-        found |= {k: row[k] for k in COSTS if row.get(k) is not None}
-    return found
+        numbers.update((k, row[k]) for k in COSTS if row.get(k) is not None)
+    return numbers
 
 
 def read_runs(paths: list[Path]) -> list[dict]:
     """The lines of all files; of several, `run` is the name of the folder, which two with the same raise ValueError."""
     names = [path.absolute().parent.name for path in paths]
+    if len(paths) == 1:
+        return read_lines(paths[0])
     rows = []
     for path, name in zip(paths, names):
         if names.count(name) > 1:
             raise ValueError(f"two of the files are in folders named {name!r}: they would be taken for one run")
-        rows += [row | ({"run": name} if len(paths) > 1 else {}) for row in read_lines(path)]
+        rows += [{**row, "run": name} for row in read_lines(path)]
     return rows
 
 
@@ -51,15 +53,19 @@ def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], in
     groups = {}
     for row in rows:
         settings = {k: v for k, v in row["settings"].items() if k != "seed"}
-        settings |= {k: row.get(k) for k in ("run" if "run" in row else "weights", "reference")}
-        settings["kind"] = row.get("kind", "generation")
+        repeat = row["settings"].get("seed")
+        if "run" in row:
+            settings["run"] = row["run"]
+            repeat = repeat, row.get("checkpoint", row.get("weights"))  # a path: its weights change as training goes on
+        else:
+            settings["weights"] = row.get("weights")
+        settings["reference"], settings["kind"] = row.get("reference"), row.get("kind", "generation")
         _, repeats = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}))
-        trained = row.get("checkpoint", row.get("weights"))  # whose file may have been trained on since
-        repeats[row["settings"].get("seed"), trained if "run" in row else None] = figures(row)
+        repeats[repeat] = figures(row)
     result = []
     for settings, repeats in groups.values():
-        names = dict.fromkeys(name for found in repeats.values() for name in found)
-        values = {name: [found[name] for found in repeats.values() if name in found] for name in names}
+        names = dict.fromkeys(name for numbers in repeats.values() for name in numbers)
+        values = {name: [numbers[name] for numbers in repeats.values() if name in numbers] for name in names}
         result.append((settings, values, len(repeats)))
     return result
 
@@ -75,9 +81,9 @@ def by_protocol(groups) -> dict[str, list]:
 
 
 def varying(groups) -> list[str]:
-    """The settings that are not the same in all groups, the best known ones first."""
-    there = {name for settings, *_ in groups for name in settings}
-    names = [*(n for n in FIRST if n in there), *sorted(there - set(FIRST))]
+    """The settings that are not the same in all groups, those of FIRST in its order before the others by name."""
+    present = {name for settings, *_ in groups for name in settings}
+    names = [*(n for n in FIRST if n in present), *sorted(present - set(FIRST))]
     return [n for n in names if len({json.dumps(settings.get(n)) for settings, *_ in groups}) > 1]
 
 
@@ -87,12 +93,13 @@ def order_groups(groups, columns):
 
     def key(group):
         values = [(c, group[0].get(c)) for c in columns]
-        return [(0, v) if _is_number(v) else (1, seen[c].index(json.dumps(v))) for c, v in values]
+        return [(0, v) if is_number(v) else (1, seen[c].index(json.dumps(v))) for c, v in values]
 
     return sorted(groups, key=key)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Is it an int or a float? A bool is none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -102,11 +109,14 @@ def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
 
 
 def pick_figures(groups, wanted: str | None) -> list[str]:
-    """The figures to show: those asked for, else the usual ones there are; one that is nowhere raises ValueError."""
-    there = dict.fromkeys(name for _, values, _ in groups for name in values)
-    metrics = [m for m in METRICS if m in there] if wanted is None else wanted.split(",")
+    """The figures to show: those of the comma list `wanted`, else those of METRICS that the groups have; the costs.
+
+    A wanted one that no group has raises ValueError.
+    """
+    present = dict.fromkeys(name for _, values, _ in groups for name in values)
+    metrics = [m for m in METRICS if m in present] if wanted is None else wanted.split(",")
     for name in metrics:
-        if name not in there:
-            valid = ", ".join(n for n in there if n not in COSTS) or "none"
+        if name not in present:
+            valid = ", ".join(n for n in present if n not in COSTS) or "none"
             raise ValueError(f"unknown metric {name!r}; these results have: {valid}")
-    return [*metrics, *(c for c in COSTS if c in there and c not in metrics)]
+    return [*metrics, *(c for c in COSTS if c in present and c not in metrics)]

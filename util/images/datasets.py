@@ -1,8 +1,8 @@
 """Image datasets and the order in which training visits them.
 
 Every dataset gives ``ds[i] -> (image uint8 (C, H, W), label int, i int)`` and carries ``classes``, ``num_classes``,
-``channels``, ``img_size``, ``flip`` (may an image be mirrored?), ``broken`` and ``num_broken``. Nothing here is random
-but the permutation of `EpochSampler`: the training loop flips images itself, from per-sample seeds.
+``channels``, ``img_size``, ``flip`` (may an image be mirrored?), ``broken`` and ``num_broken``. Only the permutation of
+`EpochSampler` is random: the training loop flips images itself, from per-sample seeds.
 """
 
 import itertools
@@ -35,19 +35,19 @@ class ImageDataset(Dataset):
         self.channels = channels
         self.img_size = img_size
         self.flip = flip
-        # One flag an image, in shared memory, so that what a DataLoader worker meets (fork or spawn) is seen here too.
+        # One flag an image, in shared memory: DataLoader workers (fork or spawn) set it for this process too.
         self.broken = torch.zeros(num_images, dtype=torch.uint8).share_memory_()
 
     @property
     def num_broken(self) -> int:
-        """Number of unreadable images met so far by this process and its DataLoader workers."""
+        """Number of images that this process and its DataLoader workers could not read so far."""
         return int(self.broken.sum())
 
     def __len__(self) -> int:
         return len(self.broken)
 
     def _index(self, i: int) -> int:
-        # IndexError is what ends `for image, label, i in dataset`.
+        # IndexError ends `for image, label, i in dataset`
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of a dataset of {len(self)} images")
         return int(i)
@@ -87,7 +87,7 @@ class FolderDataset(ImageDataset):
             path, label = self.samples[k]
             try:
                 return self._load(path), label, i
-            except Exception as error:  # damaged files make PIL leak almost any type: struct, zlib, IndexError, ...
+            except Exception as error:  # PIL raises almost any type for damaged files: struct.error, IndexError, ...
                 self.broken[k] = 1
                 warnings.warn(f"broken image skipped: {path} ({_one_line(error)})", stacklevel=2)
         raise ValueError(f"no readable image in {self.folder}: all {len(self)} files are broken")
@@ -103,9 +103,9 @@ def labels_of(images: ImageDataset) -> list[int]:
 
 
 def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
-    """The same images read once and for all, where they take up to MEMORY_LIMIT bytes; else, or if they are, as given.
+    """The same images in memory if they take at most MEMORY_LIMIT bytes, else the data set itself.
 
-    num_workers: processes that read. Progress is shown.
+    num_workers: processes that read. Shows a progress bar.
     """
     size = images.channels * images.img_size**2 * len(images)
     if isinstance(images, MemoryDataset) or size > MEMORY_LIMIT:
@@ -113,17 +113,17 @@ def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
     pixels = torch.empty(len(images), images.channels, images.img_size, images.img_size, dtype=torch.uint8)
     labels = torch.empty(len(images), dtype=torch.long)
     with tqdm(total=len(images), unit="image", desc="reading", leave=False) as progress:
-        for batch, batch_labels, rows in DataLoader(images, batch_size=64, num_workers=num_workers):
-            pixels[rows], labels[rows] = batch, batch_labels
-            progress.update(len(rows))
+        for batch, batch_labels, indices in DataLoader(images, batch_size=64, num_workers=num_workers):
+            pixels[indices], labels[indices] = batch, batch_labels
+            progress.update(len(batch))
     return MemoryDataset(pixels, labels, images.classes, images.flip)
 
 
 def read_rgb(path: str) -> Image.Image:
     """Read an image file of any mode as 8-bit RGB; 16-bit values are divided by 256, float ones span 0..1 or 0..255.
 
-    EXIF orientation is not applied (as in ADM and MAR). Raises whatever PIL raises on damaged files, and ValueError on
-    float images out of range and on a decompression bomb, more than twice Image.MAX_IMAGE_PIXELS (179 million pixels).
+    EXIF orientation is not applied (as in ADM and MAR). Raises what PIL raises on damaged files, and ValueError on
+    float images out of range and on a decompression bomb (above 179 million pixels, twice Image.MAX_IMAGE_PIXELS).
     """
     try:
         image = Image.open(path)  # reads the header only
@@ -136,22 +136,22 @@ def read_rgb(path: str) -> Image.Image:
         elif image.mode == "F":
             values = np.asarray(image)
             low, high = values.min(), values.max()
-            if not (low >= 0 and high <= 255):  # so written, NaN is refused as well
+            if not (low >= 0 and high <= 255):  # true for NaN
                 raise ValueError(f"float image with values in [{low}, {high}], expected 0..1 or 0..255")
             image = Image.fromarray((values * (255 if high <= 1 else 1)).round().astype(np.uint8))
         elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the same colours; straight to RGB makes PIL warn about each file
+            image = image.convert("RGBA")  # the same colours; PIL warns about each file converted directly to RGB
         return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side of an image to `size` pixels and cut out the central (size, size) square (ADM)."""
-    while min(image.size) >= 2 * size:  # box halving first: bicubic alone would leave aliasing
+    while min(image.size) >= 2 * size:  # box filters halve it first: bicubic alone would leave aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     left, top = (width - size) // 2, (height - size) // 2
-    # Only the cropped part of the (width, height) image is computed: a 1 x 10,000 strip would be gigabytes otherwise.
+    # Only the cropped part of the (width, height) image is computed: of a 1 x 10,000 strip the whole has gigabytes.
     sx, sy = image.width / width, image.height / height
     box = (left * sx, top * sy, min((left + size) * sx, image.width), min((top + size) * sy, image.height))
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
@@ -174,11 +174,11 @@ def build_digits(*, data_path=None, img_size=None, split="train", download=True)
 def build_torchvision(
     source: str, size: int, flip: bool, layout: str, *, data_path=None, img_size=None, split="train", download=True
 ) -> MemoryDataset:
-    """torchvision's data set `source` of native `size`, from `data_path` (./data), downloaded there when missing.
+    """torchvision's data set `source` of native `size` in `data_path` (./data), downloaded if missing.
 
-    ValueError when it can neither be read nor downloaded. CIFAR-10's own files are pickles, the only ones that this
-    repository lets anyone load: torchvision does so after it has found the published MD5 of each, so that what is in
-    them is known. Any other file of these names is refused unread.
+    layout: its files below data_path, for the error. ValueError when it can neither be read nor downloaded. CIFAR-10's
+    files are pickles, the only ones that this repository loads: torchvision unpickles a file only if it has the
+    published MD5, so its content is known.
     """
     _check_native_size(source, img_size, size)
     root = Path(data_path or "./data").expanduser()
@@ -213,12 +213,12 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     loose = [e.path for e in entries if e.is_file() and has_file_allowed_extension(e.name, IMG_EXTENSIONS)]
-    found = {name: make_dataset(folder, {name: 0}, IMG_EXTENSIONS, allow_empty=True) for name in names}
-    classes = [name for name in names if found[name]]
+    files = {name: make_dataset(folder, {name: 0}, IMG_EXTENSIONS, allow_empty=True) for name in names}
+    classes = [name for name in names if files[name]]
     if classes:
-        samples = [(path, label) for label, name in enumerate(classes) for path, _ in found[name]]
+        samples = [(path, label) for label, name in enumerate(classes) for path, _ in files[name]]
         if len(classes) < len(names):
-            empty = ", ".join(name for name in names if not found[name])
+            empty = ", ".join(name for name in names if not files[name])
             warnings.warn(f"class folders without images are ignored in {folder}: {empty}", stacklevel=2)
         if loose:
             warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=2)
@@ -227,7 +227,7 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
     else:
         raise ValueError(f"no images in {folder}, expected <class>/* or plain files with {' '.join(IMG_EXTENSIONS)}")
     dataset = FolderDataset(folder, samples, classes, img_size)
-    dataset[0]  # nothing readable is found out here, in one line, not inside a DataLoader worker
+    _ = dataset[0]  # without a readable image this raises one line; a DataLoader worker would add a traceback
     return dataset
 
 
@@ -251,7 +251,7 @@ def build_dataset(name: str, *, data_path=None, img_size=None, split="train", do
 
 @dataclass(frozen=True)
 class ImagesArgs:
-    """Flags of the scripts that look at the images of a data set in their order."""
+    """Flags of the scripts that read the images of a data set in order."""
 
     data: str = flag("imagefolder", "data set", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")

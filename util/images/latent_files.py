@@ -1,7 +1,7 @@
 """Writing latents to disk, in either format of util/images/latents.py, so that an interrupted run can go on.
 
-The images are cut into units, runs of images that are written whole; what a unit holds does not depend on who writes
-the others, or when.
+A unit is a range of images that is written at once. Its content does not depend on the other units, so any process may
+write it at any time.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import numpy as np
 
 from util import dist
 from util.checkpoint import atomic_file
-from util.images.datasets import FolderDataset, ImageDataset
+from util.images.datasets import FolderDataset, ImageDataset, labels_of
 from util.images.latents import SETTINGS, checksum, npz_path, open_shard, read_json, read_npz, shard_path
 
 
@@ -25,24 +25,19 @@ def image_names(dataset: ImageDataset) -> list[str]:
         prefix = len(os.path.join(dataset.folder, ""))
         return [_short(path[prefix:].replace(os.sep, "/")) for path, _ in dataset.samples]
     folders = [quote(name, safe=" ") for name in dataset.classes]  # one class of Fashion-MNIST is "T-shirt/top"
-    return [f"{folders[label]}/{i:06d}" for i, label in enumerate(image_labels(dataset))]
+    return [f"{folders[label]}/{i:06d}" for i, label in enumerate(labels_of(dataset))]
 
 
 def _short(name: str) -> str:
-    """The name, its last part replaced by a beginning and a checksum where `.npz` would make it too long for a file."""
+    """The name; if its last part with `.npz` has more than 255 bytes, that is 50 characters of it and a checksum."""
     folder, slash, file = name.rpartition("/")
     if len(os.fsencode(file)) <= 255 - len(".npz"):
         return name
     return f"{folder}{slash}{file[:50]}-{hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()}"
 
 
-def image_labels(dataset: ImageDataset) -> list[int]:
-    """The label of each image, without reading any."""
-    return [label for _, label in dataset.samples] if isinstance(dataset, FolderDataset) else dataset.labels.tolist()
-
-
 def write_json(path: Path, content: dict) -> None:
-    """Write atomically; the file survives a crash that follows."""
+    """Write atomically and with fsync."""
     with atomic_file(path) as temporary, open(temporary, "w") as file:
         json.dump(content, file)
         file.flush()
@@ -50,29 +45,29 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def begin(folder: Path, settings: dict) -> None:
-    """Start a cache in a new or empty folder, or go on with the one there; one with other settings raises ValueError.
+    """Start a cache in a new or empty folder, or continue one with the same settings; others raise ValueError.
 
-    The first process has to be the first here (`dist.main_first`); it removes what an interrupted run left.
+    The first process must call it before the others do (`dist.main_first`): it removes an interrupted run's files.
     """
-    there = read_json(folder / "settings.json", SETTINGS)
-    if there is None:
+    stored = read_json(folder / "settings.json", SETTINGS)
+    if stored is None:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"--cached_path {folder} is not empty and no cache of this program; give another")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", settings)
         return
     for key, value in settings.items():
-        if there[key] != value:
-            raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, there[key], value)})")
-    if dist.is_main():  # only before anyone writes
+        if stored[key] != value:
+            raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, stored[key], value)})")
+    if dist.is_main():  # no other process writes yet
         for file in folder.rglob(".*.tmp"):
             file.unlink()
 
 
-def _difference(key: str, there, here) -> str:
+def _difference(key: str, stored, wanted) -> str:
     if key != "classes":
-        return f"{key} {there!r} instead of {here!r}"
-    missing, extra = sorted(set(here) - set(there)), sorted(set(there) - set(here))
+        return f"{key} {stored!r} instead of {wanted!r}"
+    missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
     first = f", the first is {(missing + extra)[0]!r}" if missing or extra else ""
     return f"{len(missing)} classes of the data are not in it, {len(extra)} are only in it{first}"
 
@@ -84,7 +79,7 @@ class PackedWriter:
         self.folder, self.settings = folder, settings
 
     def unit_size(self, batch_size: int) -> int:
-        """Images a unit; units are written whole."""
+        """Images in a unit: those of a file."""
         return self.settings["shard_size"]
 
     def broken(self, unit: range) -> list[int] | None:
@@ -116,11 +111,12 @@ class PackedWriter:
         write_json(path.with_suffix(".json"), note)
 
     def index(self) -> dict:
-        """What index.json needs besides the names."""
-        numbers = range(math.ceil(self.settings["num_images"] / self.settings["shard_size"]))
-        notes = [shard_path(self.folder, number).with_suffix(".json") for number in numbers]
-        notes = [read_json(path, {"count", "checksum"}) for path in notes]
-        return {"shards": [(note["count"], note["checksum"]) for note in notes]}
+        """The entries of index.json that only this format has."""
+        shards = []
+        for number in range(math.ceil(self.settings["num_images"] / self.settings["shard_size"])):
+            note = read_json(shard_path(self.folder, number).with_suffix(".json"), {"count", "checksum"})
+            shards.append((note["count"], note["checksum"]))
+        return {"shards": shards}
 
 
 class NpzWriter:
@@ -133,11 +129,11 @@ class NpzWriter:
         return batch_size
 
     def broken(self, unit: range) -> list[int] | None:
-        """[] if all files of the unit are there and whole, else None: a batch with a broken image is made again."""
+        """[] if all files of the unit exist and are whole, else None: a batch with a broken image is made again."""
         try:
             for i in unit:
                 read_npz(npz_path(self.folder, self.names[i]), self.shape)
-        except Exception:  # zipfile and numpy raise many kinds
+        except Exception:  # zipfile and numpy raise many types
             return None
         return []
 

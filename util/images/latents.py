@@ -1,6 +1,6 @@
 """Latents on disk: written once by scripts/cache_latents.py, read by training in place of images.
 
-    FOLDER/settings.json      written first: what the latents are made of and how; who continues must say the same
+    FOLDER/settings.json      written first: data, tokenizer and format; a run that continues must have the same
     FOLDER/index.json         written last: the settings, classes, name and label of each image, names of broken ones
     packed (the default): a few large files, memory-mapped
         shard-00000.npy       (n, 2, c, h, w): moments of n images in a row, each with those of its mirror image
@@ -8,7 +8,7 @@
     npz: MAR's own layout
         CLASS/IMAGE.npz       float arrays `moments` and `moments_flip` (c, h, w)
 
-Moments are what a tokenizer's `encode_moments` gives, raw: scale, mean and sampling come when they are used. A folder
+Moments are those of a tokenizer's `encode_moments`: scale, mean and sampling are applied when they are read. A folder
 of .npz files without settings.json and index.json is a cache of MAR's main_cache.py.
 """
 
@@ -28,9 +28,9 @@ from util.images.datasets import FolderDataset, ImageDataset
 
 VERSION = 1
 AGAIN = "run scripts/cache_latents.py again to make it anew"
-# what index.json and settings.json must have
-SETTINGS = {"version", "format", "dtype", "shard_size", "img_size", "shape", "fingerprint", "classes", "num_images"}
-SETTINGS |= {"images"}
+# keys of settings.json, and of index.json
+FORMAT = {"version", "format", "dtype", "shard_size"}
+SETTINGS = FORMAT | {"img_size", "shape", "fingerprint", "classes", "num_images", "images"}
 INDEX = SETTINGS | {"tokenizer", "channels", "flip", "names", "labels", "broken"}
 
 
@@ -43,14 +43,14 @@ def npz_path(folder: Path, name: str) -> Path:
 
 
 def read_json(path: Path, keys: set[str]) -> dict | None:
-    """The dict in a file, None where there is no file; anything else, or one without these keys, raises ValueError."""
+    """The dict in a file, None without a file; anything but a dict with these keys raises ValueError."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    missing = sorted(keys - content.keys()) if isinstance(content, dict) else sorted(keys)
+    missing = sorted(keys - content.keys() if isinstance(content, dict) else keys)
     if missing:
         raise ValueError(f"{path} is damaged, it has no {missing[0]!r}: {AGAIN}")
     return content
@@ -62,10 +62,10 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def read_npz(path, shape=None) -> np.ndarray:
-    """(2, c, h, w) from a file of MAR's layout, every byte checked (CRC). Raises whatever is wrong with the file."""
+    """(2, c, h, w) from a file of MAR's layout, every byte checked (CRC). A bad file raises errors of many types."""
     try:
         file = np.load(path, allow_pickle=False)
-    except ValueError:  # numpy takes anything else for a pickle, and says how to run it
+    except ValueError:  # numpy takes any other file for a pickle, and its error advises to load it as one
         raise ValueError("it is no .npz file") from None
     with file:
         pair = np.stack([file["moments"], file["moments_flip"]])
@@ -97,7 +97,7 @@ def checksum(array: np.ndarray) -> str:
 class Latents:
     """What data sets of cached latents have in common: ds[i] -> (moments (2, c, h, w) plain and mirrored, label, i).
 
-    Also `shape` (c, h, w) of the moments and `fingerprint` of the tokenizer that made them, None if nobody wrote it.
+    Also `shape` (c, h, w) of the moments and `fingerprint` of the tokenizer that made them, None in caches of MAR's.
     """
 
     def check(self, tokenizer, name: str) -> None:
@@ -112,7 +112,7 @@ class Latents:
         if self.fingerprint not in (None, tokenizer.fingerprint):
             raise ValueError(
                 f"the latents in {self.folder} were made by another tokenizer than {name} (fingerprint "
-                f"{self.fingerprint}, here {tokenizer.fingerprint})"
+                f"{self.fingerprint}, not {tokenizer.fingerprint})"
             )
 
 
@@ -124,14 +124,15 @@ class PackedLatents(Latents, ImageDataset):
         self.folder, self.shape, self.fingerprint = folder, tuple(index["shape"]), index["fingerprint"]
         self.labels, self.dtype, self.shards = index["labels"], index["dtype"], index.get("shards", [])
         self.ends = list(itertools.accumulate(count for count, _ in self.shards))
-        if [len(self)] != self.ends[-1:]:
-            raise ValueError(f"{folder}: index.json names {len(self)} images, its files hold {sum(self.ends[-1:])}")
+        num_stored = self.ends[-1] if self.ends else 0
+        if not self.ends or len(self) != num_stored:
+            raise ValueError(f"{folder}: index.json names {len(self)} images, its files hold {num_stored}")
         self.open = {}
         for number in range(len(self.shards)):
             self.shard(number)
 
     def shard(self, number: int) -> np.ndarray:
-        """The (n, 2, c, h, w) of one file."""
+        """The array (n, 2, c, h, w) of file `number`."""
         if number not in self.open:
             path = shard_path(self.folder, number)
             self.open[number] = open_shard(path, self.shards[number][0], self.shape, self.dtype)
@@ -162,17 +163,17 @@ class NpzLatents(Latents, FolderDataset):
     """
 
     def __init__(self, folder: Path, index: dict | None, img_size: int | None = None):
-        found = find_npz(folder)
+        stored = find_npz(folder)
         if index is None:
-            classes = sorted({name.split("/")[0] for name in found if "/" in name})
-            names = [name for name in found if "/" in name or not classes]
-            number = {name: label for label, name in enumerate(classes)}
-            labels = [number[name.split("/")[0]] if classes else 0 for name in names]
-            if len(names) < len(found):
-                warnings.warn(f"{len(found) - len(names)} .npz outside the class folders ignored", stacklevel=2)
+            classes = sorted({name.split("/")[0] for name in stored if "/" in name})
+            names = [name for name in stored if "/" in name] if classes else stored
+            class_labels = {name: label for label, name in enumerate(classes)}
+            labels = [class_labels[name.split("/")[0]] if classes else 0 for name in names]
+            if len(names) < len(stored):
+                warnings.warn(f"{len(stored) - len(names)} .npz outside the class folders ignored", stacklevel=2)
         else:
             classes, names, labels = index["classes"], index["names"], index["labels"]
-            missing, extra = sorted(set(names) - set(found)), sorted(set(found) - set(names))
+            missing, extra = sorted(set(names) - set(stored)), sorted(set(stored) - set(names))
             if missing or extra:
                 raise ValueError(
                     f"{folder}: {len(missing)} files that index.json names are missing and {len(extra)} are not in it, "
@@ -185,7 +186,7 @@ class NpzLatents(Latents, FolderDataset):
             self.fingerprint, self.shape = index["fingerprint"], tuple(index["shape"])
             self.flip, self.channels = index["flip"], index["channels"]
         elif samples:
-            self.shape = tuple(self[0][0].shape[1:])  # the others must have it too
+            self.shape = tuple(self[0][0].shape[1:])  # from now on `_load` refuses another one
 
     def _load(self, path: str) -> torch.Tensor:
         return torch.from_numpy(read_npz(path, self.shape))
@@ -196,9 +197,9 @@ class NpzLatents(Latents, FolderDataset):
             for path, _ in progress:
                 try:
                     self._load(path)
-                except Exception as error:  # as for images: zipfile and numpy raise many kinds
-                    again = "run MAR's main_cache.py again to make it anew" if self.fingerprint is None else AGAIN
-                    raise ValueError(f"{path} is damaged ({error}): {again}") from None
+                except Exception as error:  # zipfile and numpy raise many types
+                    remedy = "run MAR's main_cache.py again to make it anew" if self.fingerprint is None else AGAIN
+                    raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
 
 
 def find_npz(folder: Path) -> list[str]:
@@ -218,7 +219,7 @@ FORMATS = {"packed": PackedLatents, "npz": NpzLatents}
 def open_latents(folder, img_size: int | None = None) -> PackedLatents | NpzLatents:
     """The data set of a cache in any of the formats, of images of img_size pixels.
 
-    No cache there, an unfinished or a damaged one, or one of another image size raises ValueError.
+    A folder without a cache, an unfinished or damaged cache, or one of another image size raises ValueError.
     """
     if not folder or not Path(folder).is_dir():
         raise ValueError(f"no folder of cached latents at --cached_path {str(folder)!r}")

@@ -44,16 +44,16 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def is_readable(path: Path) -> bool:
-    """Is there a whole picture at path, to the last byte?"""
+    """Does path hold a whole picture, to the last byte?"""
     try:
         read_png(path)
     except ValueError:
         return False
-    return path.read_bytes().endswith(PNG_END)  # PIL does not miss it once it has all pixels
+    return path.read_bytes().endswith(PNG_END)  # PIL reads a file that ends after the last pixel
 
 
 def prepare_folder(folder: Path, run: dict) -> None:
-    """Make the folder of a sampling run; where its run.json says something else, remove what an earlier run left."""
+    """Make the folder of a sampling run; if its run.json describes another run, remove that run's files."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(".*.tmp"):  # of a process that was killed
         file.unlink()
@@ -65,29 +65,29 @@ def prepare_folder(folder: Path, run: dict) -> None:
                 file.unlink()
         with atomic_file(note) as temporary:
             temporary.write_text(text)
-    for file in folder.iterdir():  # what is numbered but not of this run
+    for file in folder.iterdir():  # images beyond the last one of this run
         if re.fullmatch(r"\d+\.png", file.name) and int(file.stem) >= len(run["labels"]):
             file.unlink()
 
 
 def is_whole(folder: Path, weights: str, num_images: int) -> bool:
-    """Does the folder hold all pictures of a run with these weights? By their names: nothing is read but run.json."""
+    """Does the folder hold all pictures of a run with these weights? It reads run.json and file names only."""
     try:
         run = json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    there = {file.name for file in folder.iterdir()}
+    stored = {file.name for file in folder.iterdir()}
     wanted = {"grid.png", *(image_path(folder, i).name for i in range(num_images))}
-    return run.get("weights") == weights and wanted <= there
+    return run.get("weights") == weights and wanted <= stored
 
 
 class PNGFolder(Dataset):
     """The images 0…n−1 of a sampling run as uint8 tensors (C, H, W). Fewer or more files than n raise ValueError."""
 
     def __init__(self, folder: Path, num_images: int):
-        found = sum(1 for f in folder.iterdir() if re.fullmatch(r"\d+\.png", f.name))
-        if found != num_images:
-            raise ValueError(f"{folder} holds {found} images, expected {num_images}")
+        num_stored = sum(1 for file in folder.iterdir() if re.fullmatch(r"\d+\.png", file.name))
+        if num_stored != num_images:
+            raise ValueError(f"{folder} holds {num_stored} images, expected {num_images}")
         self.folder, self.num_images = folder, num_images
 
     def __len__(self):
@@ -97,12 +97,12 @@ class PNGFolder(Dataset):
         return torch.from_numpy(read_png(image_path(self.folder, i)).copy()).permute(2, 0, 1)
 
     def grid(self, captions: list[str], columns: int, draw=None) -> np.ndarray:
-        """The first images as one picture, as many as there are captions; draw: `make_grid` or a function like it."""
+        """The first images as one picture, one for each caption; draw: a function with make_grid's parameters."""
         images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(captions))])
         return (draw or make_grid)(images, captions, columns)
 
     def save_npz(self, labels) -> None:
-        """Write samples.npz (images (n, H, W, C) uint8, labels (n,)) beside the pictures, if it stays under 1 GB."""
+        """Write samples.npz, images (n, H, W, C) uint8 and labels (n,), beside the pictures if below NPZ_LIMIT."""
         if self[0].numel() * len(self) < NPZ_LIMIT:
             images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(self))])
             with atomic_file(self.folder / "samples.npz") as temporary, open(temporary, "wb") as file:

@@ -3,8 +3,8 @@
     python scripts/plot_training.py output_dir/heads --out curves.png
     python scripts/plot_training.py RUN RUN --tags rho_mean,k_over_cosine_mean,tau_mean,w_mean --out curves.png
 
-One panel a quantity, one line a run, a running mean over --smooth steps; where a run also logged the spread (x_std
-beside x_mean), a band of that width.
+One panel a quantity, one line a run, a running mean over --smooth steps; for a quantity x_mean whose spread x_std the
+run logged, a band of that width.
 """
 
 import math

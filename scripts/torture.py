@@ -1,4 +1,4 @@
-"""Kill runs without warning, again and again, and compare what they leave with runs that nobody stopped.
+"""Kill runs without warning, again and again, and compare their files with those of uninterrupted runs.
 
     python scripts/torture.py                     # everything, 20 kills each
     python scripts/torture.py --what train --kills 100 --seed 1
@@ -96,7 +96,7 @@ def compare_sampling(a: Path, b: Path) -> list[str]:
     return differences(*rows, "results.jsonl") + file_differences(a, b, skip=("results.jsonl",))
 
 
-# -------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- the scenarios
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def run_through(processes, what: str) -> None:
 
 
 def unfinished(folder: Path, pid: int) -> bool:
-    """Is there a temporary file of this process?"""
+    """Has this process a temporary file in the folder?"""
     return any(f.name.startswith(".") and f.name.endswith(f".{pid}.tmp") for f in folder.rglob(".*"))
 
 

@@ -129,7 +129,7 @@ def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...
         if name not in METRICS:
             raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
         if name in obstacles:
-            raise ValueError(f"{obstacles[name]}; possible: --metrics {','.join(possible)}")
+            raise ValueError(f"{obstacles[name]}; possible here: --metrics {','.join(possible)}")
     return possible if metrics is None else tuple(metrics)
 
 

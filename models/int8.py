@@ -52,7 +52,7 @@ def _round_rows(x):
 def quantize(mar) -> None:
     """Let the blocks of a MAR on the CPU, those of its diffusion MLP included, compute in 8 bits, in place.
 
-    Raises ValueError where this processor's 8-bit products are not exact.
+    Raises ValueError on a processor whose 8-bit products are not exact.
     """
     if not is_exact():
         raise ValueError("dtype int8 needs a processor with exact 8-bit products (VNNI); valid here: fp32, bf16")
@@ -73,7 +73,7 @@ def fast_dtype(device: torch.device, width: int) -> str:
     """The dtype in which this device computes a model of this width fastest; all processes get the first one's answer.
 
     A CPU is measured, since many that have bf16 do it at half the speed of float32, and small layers gain nothing from
-    int8. Another dtype than fp32 must be 1.5 times as fast, more than the noise of the measurement.
+    int8. Another dtype than fp32 must be 1.5 times as fast, a difference that noise does not make.
     """
     if device.type != "cpu":
         return "bf16" if dist.pick_dtype(None, device) == torch.bfloat16 else "fp32"

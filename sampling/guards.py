@@ -34,10 +34,10 @@ def is_plain(image: np.ndarray) -> bool:
     return image.size > image.shape[-1] and bool((image == image[:1, :1]).all())
 
 
-def complain(what: str, images: list[int], total: int) -> None:
+def complain(fault: str, images: list[int], total: int) -> None:
     """One line on stderr, above a progress bar, that names the first 20 of the images; nothing for no images."""
     if images:
         shown = ", ".join(map(str, images[:20]))
         if len(images) > 20:
             shown += ", ..."
-        tqdm.write(f"warning: {len(images)} of {total} images {what}: {shown}", file=sys.stderr)
+        tqdm.write(f"warning: {len(images)} of {total} images {fault}: {shown}", file=sys.stderr)

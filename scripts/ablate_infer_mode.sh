@@ -5,7 +5,7 @@
 # about 10 minutes on 2 CPU cores. Interrupted, the same command continues; finished settings are skipped.
 #   PRESET=mar_base CHECKPOINT=DIR IMAGENET_PATH=DIR GPUS=8 bash scripts/ablate_infer_mode.sh
 # ImageNet 256: 4 modes x 16, 32, 64 steps at cfg 2.9, 50,000 images each, 100 diffusion steps, on all GPUs.
-# More arguments go to sample.py, the last one counts: bash scripts/ablate_infer_mode.sh --infer_mode baseline --seed 0
+# Further arguments go to sample.py, where the last one counts: bash scripts/ablate_infer_mode.sh --infer_mode baseline --seed 0
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}

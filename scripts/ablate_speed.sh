@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What each lever that makes sampling faster does to the images: one added after the other, then the feature cache and
-# the number of diffusion steps by themselves, 3 sampling seeds, as a table and a plot.
+# The quality of images with each lever that makes sampling faster: one added after the other, then the feature cache
+# and the number of diffusion steps by themselves, 3 sampling seeds, as a table and a plot.
 #   CHECKPOINT=output_dir/quickstart OUT=output_dir/speed bash scripts/ablate_speed.sh
 # Digits by default: 1,800 images a setting, 16 steps, cfg 1.5; about 50 minutes on 2 CPU cores.
-# For another checkpoint say how to sample it: SAMPLING="--num_iter 64 --cfg 2.9 --num_images 50000".
+# SAMPLING has the flags for another checkpoint: SAMPLING="--num_iter 64 --cfg 2.9 --num_images 50000".
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 out=${OUT:-output_dir/speed}

@@ -1,12 +1,13 @@
-"""Speed on this device: published settings in float32, then each lever added in turn; training: bench_training.py.
+"""Speed on this device: sampling, with published settings in float32 and with each lever added in turn; and training.
 
     python scripts/bench.py                 # MAR-B, random weights, batch 8, 16 steps: under 20 minutes on 2 CPU cores
     python scripts/bench.py --quick         # batch 1, 8 steps, one repeat, nothing compiled: under 3 minutes
 
-Seconds are medians of up to --repeats runs (no further one after ROW_SECONDS), ratios compare rows of this run. FLOPs
-are counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype,
-timed in the same run. 100 diffusion steps are timed as 5 and multiplied: every step is the same work. Where only
-diffusion settings differ from a row before, the transformer is not run again and its seconds are that row's.
+Seconds are medians of up to --repeats runs (none starts after ROW_SECONDS), ratios compare rows of this run. FLOPs are
+counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed
+in the same run. 100 diffusion steps are timed as 5 and multiplied: every step is the same work. A row that differs from
+an earlier one in diffusion settings only has its transformer's seconds and does not run it. The table of training is
+that of bench_training.py.
 """
 
 import json
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,17 +41,17 @@ from util import dist
 from util.args import flag, make_parser, run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 
-TIMED_STEPS = 5  # of a row with many more diffusion steps
+TIMED_STEPS = 5  # diffusion steps that stand for a constant number above 20
 ROW_SECONDS = 45
 QUICK = dict(batch_size=1, train_batch_size=1, num_iter=8, repeats=1, only="sampling,training")
 PUBLISHED = dict(dtype="fp32", mode="baseline", solver="ddpm", num_sampling_steps="100", refresh_every=1, compile=False)
 FEW = dict(solver=FAST["solver"], num_sampling_steps=str(step_range(FAST["num_sampling_steps"])[0]))
-# name: what it changes in the row above; a dtype of None is the one that --fast takes here
+# name: the settings that differ from the row above; dtype None is that of --fast on this machine
 SAMPLING = {
     "published settings, fp32": {},
     "the same, bf16": dict(dtype="bf16"),
     "the same, int8": dict(dtype="int8"),
-    f"fp32, solver {FEW['solver']}, {FEW['num_sampling_steps']} steps": dict(FEW, dtype="fp32"),
+    f"fp32, solver {FEW['solver']}, {FEW['num_sampling_steps']} steps": {**FEW, "dtype": "fp32"},
     f"+ annealing, {FAST['num_sampling_steps']} steps": dict(num_sampling_steps=FAST["num_sampling_steps"]),
     f"+ feature cache, a whole pass in {FAST['refresh_every']}": dict(refresh_every=FAST["refresh_every"]),
     "+ the fastest dtype: --fast": dict(dtype=None),
@@ -61,7 +62,7 @@ SAMPLING = {
 
 @dataclass(frozen=True)
 class BenchArgs:
-    """What is timed."""
+    """The flags."""
 
     preset: str = flag("mar_base", "model and settings", choices=PRESETS)
     batch_size: int = flag(8, "images sampled together", low=1)
@@ -75,8 +76,24 @@ class BenchArgs:
     dry_run: bool = flag(False, "print the rows and stop")
 
 
+@contextmanager
+def without_transformer(num_images: int, config, device):
+    """In this context FeatureCache returns zeros for z instead of running the transformer."""
+    zeros = torch.zeros(num_images, config.seq_len, config.decoder_embed_dim, device=device)
+    flat = zeros.flatten(0, 1)
+
+    def look(cache, step, tokens, unknown, images):
+        return zeros[: len(images)], None
+
+    def at(cache, step, tokens, unknown, rows, guided):
+        return flat[: len(rows)], flat[: len(guided)] if len(guided) else None
+
+    with patch.object(FeatureCache, "look", look), patch.object(FeatureCache, "at", at):
+        yield
+
+
 class Bench:
-    """A model with random weights, and what all rows are compared with."""
+    """A model with random weights, its twin for FLOPs, and the rate and memory of the device."""
 
     def __init__(self, args: BenchArgs):
         self.args, self.device = args, dist.pick_device(args.device)
@@ -87,25 +104,25 @@ class Bench:
     @cached_property
     def fast(self) -> dict:
         """The settings of --fast."""
-        return PUBLISHED | FAST | dict(dtype=fast_dtype(self.device, self.config.decoder_embed_dim))
+        return {**PUBLISHED, **FAST, "dtype": fast_dtype(self.device, self.config.decoder_embed_dim)}
 
     def rate(self, dtype: str) -> float:
         """Operations a second in large matrix products of this dtype."""
         return matmul_rate(self.device, dist.DTYPES[dtype])
 
     def build(self) -> None:
-        """The model that is sampled from, and its twin without memory."""
+        """Make the model and its twin on the meta device."""
         torch.manual_seed(0)
         self.mar = MAR(self.config).to(self.device).eval().requires_grad_(False)
         self.heads = PolicyHeads(self.config.decoder_embed_dim).to(self.device).eval()
         self.meta = MAR(self.config).to("meta").eval()
 
     def forget(self) -> None:
-        """Make room."""
+        """Free the models' memory."""
         self.mar = self.int8 = self.meta = None
 
     def model(self, dtype: str) -> MAR:
-        """The one that is sampled from in this dtype; that of int8 has the same parameters."""
+        """The model to sample in this dtype; that of int8 shares the parameters of the other."""
         if self.mar is None:
             self.build()
         if dtype != "int8":
@@ -119,28 +136,21 @@ class Bench:
     def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
         """({transformer, diffusion, total}: seconds of a batch, [(rows, which of them are guided, T) of each step]).
 
-        stub: the transformer is left out.
+        stub: the transformer is not run.
         """
         mar = self.model(row["dtype"])
-        batch_size, asked = batch_size or self.args.batch_size, row["num_sampling_steps"]
-        shortened = ":" not in asked and int(asked) > 4 * TIMED_STEPS
+        batch_size, num_steps = batch_size or self.args.batch_size, row["num_sampling_steps"]
+        shortened = ":" not in num_steps and int(num_steps) > 4 * TIMED_STEPS
         rules = build_rules(row["mode"], self.heads, cfg=self.args.cfg)
-        watch, steps, dim = Stopwatch(self.device), [], self.config.decoder_embed_dim
+        watch, steps = Stopwatch(self.device), []
 
-        def seen(step, rows, plan, tokens):
+        def record(step, rows, plan, tokens):
             guided = (plan.cfg != 1).expand_as(plan.select)[plan.select].nonzero().squeeze(1)
-            steps.append((rows, guided.cpu(), asked if shortened else plan.num_steps))
+            steps.append((rows, guided.cpu(), num_steps if shortened else plan.num_steps))
 
         with ExitStack() as stack:
             stack.enter_context(dist.autocast(self.device, dist.DTYPES[row["dtype"]]))
-            if stub:
-                empty = torch.zeros(batch_size, self.config.seq_len, dim, device=self.device)
-                look = patch.object(FeatureCache, "look", lambda *args: (empty[: len(args[-1])], None))
-                stack.enter_context(look)
-                rows = empty.flatten(0, 1)
-                both = lambda *args: [rows[: len(some)] if len(some) else None for some in args[-2:]]  # noqa: E731
-                at = patch.object(FeatureCache, "at", both)
-                stack.enter_context(at)
+            stack.enter_context(without_transformer(batch_size, self.config, self.device) if stub else nullcontext())
             stack.enter_context(watch.watch(FeatureCache, "look", "transformer"))
             stack.enter_context(watch.watch(FeatureCache, "at", "transformer"))
             stack.enter_context(watch.watch(DiffusionSampler, "draw", "diffusion"))
@@ -150,21 +160,21 @@ class Bench:
                 torch.arange(batch_size) % self.config.class_num,
                 rules,
                 num_iter or self.args.num_iter,
-                TIMED_STEPS if shortened else asked,
+                TIMED_STEPS if shortened else num_steps,
                 seeds=range(batch_size),
                 solver=row["solver"],
                 refresh_every=row["refresh_every"],
-                callback=seen,
+                callback=record,
             )
             total = watch.now() - began
-        found = dict(watch.seconds, total=total)
+        transformer, diffusion = watch.seconds["transformer"], watch.seconds["diffusion"]
         if shortened:
-            more = found["diffusion"] * (int(asked) / TIMED_STEPS - 1)
-            found = found | {k: found[k] + more for k in ("diffusion", "total")}
-        return found, steps
+            left_out = diffusion * (int(num_steps) / TIMED_STEPS - 1)
+            diffusion, total = diffusion + left_out, total + left_out
+        return dict(transformer=transformer, diffusion=diffusion, total=total), steps
 
     def sampling_flops(self, steps: list, refresh_every: int) -> dict:
-        """FLOPs of {transformer, diffusion} for a batch, counted while its shapes pass through the twin."""
+        """FLOPs of {transformer, diffusion} for a batch, counted on the twin with tensors of the same shapes."""
         size, length = self.args.batch_size, self.config.seq_len
         tokens = torch.zeros(size, length, self.config.token_dim, device="meta")
         unknown, flops = torch.ones(size, length, dtype=torch.bool), {}
@@ -193,24 +203,26 @@ class Bench:
 
 
 def has_int8(device) -> bool:
-    """Can be sampled in int8 here?"""
+    """Can this device sample in int8?"""
     return device.type == "cpu" and is_exact()
 
 
 def sampling(bench: Bench) -> None:
     """The levers of sampling, one added after the other."""
-    args, settings, table, known, totals = bench.args, PUBLISHED, [], {}, []
+    args, settings, table, transformers, totals = bench.args, PUBLISHED, [], {}, []
     for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
-        settings = settings | change
+        settings = {**settings, **change}
         settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
-        if settings["dtype"] == "int8" and not has_int8(bench.device) or settings["compile"] and args.quick:
+        impossible = settings["dtype"] == "int8" and not has_int8(bench.device)
+        if impossible or (settings["compile"] and args.quick):
             continue
-        passes = tuple(settings[k] for k in ("dtype", "mode", "refresh_every", "compile"))  # of the transformer
-        stub = passes in known
+        # all settings that the transformer's seconds depend on
+        passes = tuple(settings[k] for k in ("dtype", "mode", "refresh_every", "compile"))
+        stub = passes in transformers
         if settings["compile"]:
             try:
                 bench.model(settings["dtype"]).compile_parts()
-            except ValueError as error:  # no reason to lose the other rows
+            except ValueError as error:  # the other rows need no compiler
                 tqdm.write(f"warning: no row {name!r}: {error}", file=sys.stderr)
                 continue
             bench.sample(settings)  # compiles
@@ -218,37 +230,37 @@ def sampling(bench: Bench) -> None:
         runs, began = [], time.perf_counter()
         while len(runs) < args.repeats and time.perf_counter() - began < ROW_SECONDS:
             runs.append(bench.sample(settings, stub=stub))
-        found = {k: statistics.median(run[k] for run, _ in runs) for k in runs[0][0]}
+        seconds = {k: statistics.median(run[k] for run, _ in runs) for k in runs[0][0]}
         memory = "=" if stub else f"{bench.peak.read() / 1e9:.1f}"
         if stub:
-            found |= dict(transformer=known[passes][0], total=known[passes][1] + found["diffusion"])
-        known[passes] = found["transformer"], found["total"] - found["diffusion"]
+            seconds["transformer"], all_but_diffusion = transformers[passes]
+            seconds["total"] = all_but_diffusion + seconds["diffusion"]
+        transformers[passes] = seconds["transformer"], seconds["total"] - seconds["diffusion"]
         flops = bench.sampling_flops(runs[0][1], settings["refresh_every"])
-        peak = {k: flops[k] / found[k] / bench.rate(settings["dtype"]) for k in flops}
-        totals.append(found["total"])
-        each = args.batch_size
+        totals.append(seconds["total"])
         if name.endswith("--fast"):
             name += f" ({settings['dtype']})"
         if "both" in name:
             name += f" ({totals[-1] / totals[-2] - 1:+.1%})"
-        seconds = [f"{found[k] / each:.2f}" for k in ("total", "transformer", "diffusion")]
-        share = [f"{peak[k]:.0%}" for k in ("transformer", "diffusion")]
-        work = f"{sum(flops.values()) / each / 1e12:.2f}"
-        table.append([name, *seconds, f"{totals[0] / totals[-1]:.2f}", work, *share, memory, len(runs)])
-    bench.forget()  # what is compiled
+        per_image = [f"{seconds[k] / args.batch_size:.2f}" for k in ("total", "transformer", "diffusion")]
+        rate = bench.rate(settings["dtype"])
+        of_peak = [f"{flops[k] / seconds[k] / rate:.0%}" for k in ("transformer", "diffusion")]
+        work = f"{sum(flops.values()) / args.batch_size / 1e12:.2f}"
+        table.append([name, *per_image, f"{totals[0] / totals[-1]:.2f}", work, *of_peak, memory, len(runs)])
+    bench.forget()  # the compiled model
     head = ["", "seconds", "transformer", "diffusion", "faster by", "TFLOPs", "transformer, of peak"]
     head += ["diffusion, of peak", "peak memory, GB", "runs"]
-    title = f"Sampling: {args.preset}, {args.num_iter} steps, batch {each}, cfg {args.cfg:g}, seconds an image"
-    print_table(title, head, table)
+    sizes = f"{args.num_iter} steps, batch {args.batch_size}, cfg {args.cfg:g}"
+    print_table(f"Sampling: {args.preset}, {sizes}, seconds an image", head, table)
 
 
 def training(bench: Bench) -> None:
     """The table of scripts/bench_training.py, in a process of its own."""
     bench.forget()
     args = bench.args
-    same = dict(preset=args.preset, batch_size=args.train_batch_size, repeats=args.repeats, device=args.device)
+    flags = dict(preset=args.preset, batch_size=args.train_batch_size, repeats=args.repeats, device=args.device)
     command = [sys.executable, str(Path(__file__).with_name("bench_training.py"))]
-    done = subprocess.run([*command, *(f"--{name}={value}" for name, value in same.items())])
+    done = subprocess.run([*command, *(f"--{name}={value}" for name, value in flags.items())])
     if done.returncode:
         raise ValueError(f"bench_training.py ended with code {done.returncode}")
 
@@ -262,12 +274,12 @@ def scaling(bench: Bench) -> None:
         table.append([batch_size, num_iter, 1, f"{seconds / batch_size:.2f}"])
     bench.forget()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    same = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
-    command += ["--only=fast", *(f"--{name}={value}" for name, value in same.items())]
+    flags = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
+    command += ["--only=fast", *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["see --only fast"]
-        raise ValueError(f"the run in two processes ended with code {done.returncode}: {said[0]}")
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["see --only fast"]
+        raise ValueError(f"the run in two processes ended with code {done.returncode}: {errors[0]}")
     seconds = max(json.loads(line)["total"] for line in done.stdout.splitlines() if line.startswith("{"))
     table.append([f"{args.batch_size} each", args.num_iter, 2, f"{seconds / args.batch_size / 2:.2f}"])
     title = f"--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each"
@@ -275,10 +287,11 @@ def scaling(bench: Bench) -> None:
 
 
 def fast(bench: Bench) -> None:
-    """--fast alone, as a line of JSON; what `scaling` starts twice."""
+    """--fast alone, as a line of JSON; `scaling` starts two processes that do this."""
     bench.sample(bench.fast, batch_size=1, num_iter=1)  # warm up
     dist.barrier()
-    print(json.dumps(bench.sample(bench.fast)[0] | {"rank": dist.rank()}), flush=True)
+    seconds, _ = bench.sample(bench.fast)
+    print(json.dumps({**seconds, "rank": dist.rank()}), flush=True)
 
 
 SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "fast": fast}
@@ -287,10 +300,13 @@ SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "fas
 def main(argv=None) -> int:
     """Run the sections asked for, print their tables; returns the exit code."""
     given = vars(make_parser("bench.py", __doc__.splitlines()[0], BenchArgs).parse_args(argv))
-    args = BenchArgs(**{**(QUICK if given.get("quick") else {}), **given})
+    if given.get("quick"):
+        given = {**QUICK, **given}
+    args = BenchArgs(**given)
     names = args.only.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        raise ValueError(f"--only {unknown[0]!r} is not a section; valid: {', '.join(SECTIONS)}")
+    for name in names:
+        if name not in SECTIONS:
+            raise ValueError(f"--only {name!r} is not a section; valid: {', '.join(SECTIONS)}")
     if args.dry_run:
         print("\n".join(SAMPLING))
         return 0

@@ -1,9 +1,9 @@
-"""How fast training can read its data: images/s from JPEG files, from .npz files of latents, and from packed latents.
+"""Speed of reading training data: images/s from JPEG files, from .npz files of latents, and from packed latents.
 
     python scripts/bench_loader.py --num_images 4000 --num_workers 2
 
-The data are made up: photograph-like 256-pixel JPEGs, and moments of KL-16's shape. One epoch warms up, then every
-source is read once per repeat, in turn and in shuffled order; the table has medians. Files are in the page cache.
+The data are random: JPEGs with the spectrum of photographs, and moments of KL-16's shape. One epoch warms up, then
+each source is read once per repeat, in turn and in shuffled order; the table has medians. Files are in the page cache.
 """
 
 import statistics
@@ -32,9 +32,9 @@ SHAPE = (32, 16, 16)  # mean and log-variance of KL-16 at 256 pixels
 
 @dataclass(frozen=True)
 class BenchArgs:
-    """How much is read, and how."""
+    """The flags."""
 
-    num_images: int = flag(2000, "images to make up", low=1)
+    num_images: int = flag(2000, "random images to make", low=1)
     img_size: int = flag(256, "pixels of an image's side", low=16)
     batch_size: int = flag(64, "images a batch", low=1)
     num_workers: int = flag(0, "processes that load", low=0)
@@ -55,23 +55,32 @@ def make_images(folder: Path, args: BenchArgs) -> None:
         Image.fromarray(pixels).save(path, quality=90)
 
 
-def make_latents(folder: Path, kind: str, images, size: int = 1024) -> None:
+def make_latents(folder: Path, file_format: str, images, size: int = 1024) -> None:
     """A cache of random moments for a data set of images."""
     names, rng = image_names(images), np.random.default_rng(0)
-    settings = dict(version=VERSION, format=kind, dtype="float32", shard_size=size, img_size=images.img_size)
-    settings |= dict(shape=list(SHAPE), fingerprint="none", images="none", classes=images.classes)
-    settings["num_images"] = len(images)
+    settings = dict(
+        version=VERSION,
+        format=file_format,
+        dtype="float32",
+        shard_size=size,
+        img_size=images.img_size,
+        shape=list(SHAPE),
+        fingerprint="none",
+        images="none",
+        classes=images.classes,
+        num_images=len(images),
+    )
     begin(folder, settings)
-    writer = WRITERS[kind](folder, settings, names)
+    writer = WRITERS[file_format](folder, settings, names)
     for start in range(0, len(images), size):
         unit = range(start, min(start + size, len(images)))
         writer.write(unit, list(unit), rng.standard_normal((len(unit), 2, *SHAPE), dtype=np.float32))
-    index = settings | dict(tokenizer="none", channels=3, flip=True, broken=[], names=names)
-    write_json(folder / "index.json", index | {"labels": labels_of(images)} | writer.index())
+    about = dict(tokenizer="none", channels=3, flip=True, broken=[], names=names, labels=labels_of(images))
+    write_json(folder / "index.json", {**settings, **about, **writer.index()})
 
 
 def images_per_second(dataset, args: BenchArgs, epoch: int) -> float:
-    """Rate of one epoch, without its first batch: starting the workers is not what is measured."""
+    """Rate of one epoch without its first batch, whose time is that of starting the workers."""
     sampler = EpochSampler(len(dataset), args.batch_size, seed=0)
     sampler.set_epoch(epoch)
     loaded = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=args.num_workers))
@@ -91,20 +100,19 @@ def main(argv=None) -> int:
         make_images(root / "folder", args)
         images = build_dataset("imagefolder", data_path=root / "folder", img_size=args.img_size)
         sources = {"folder": images}
-        for kind in ("npz", "packed"):
-            make_latents(root / kind, kind, images)
-            sources[kind] = open_latents(root / kind)
+        for file_format in ("npz", "packed"):
+            make_latents(root / file_format, file_format, images)
+            sources[file_format] = open_latents(root / file_format)
         rates = {name: [] for name in sources}
         for epoch in tqdm(range(args.repeats + 1), desc="reading", leave=False):
             for name, dataset in sources.items():
                 rates[name].append(images_per_second(dataset, args, epoch))
         print("| read from | files | MB | images/s, median | lowest to highest |\n| --- | --: | --: | --: | --: |")
-        for name, found in rates.items():
-            files = [file.stat().st_size for file in (root / name).rglob("*") if file.is_file()]
-            found = found[1:]  # the first epoch warms up
-            spread = f"{min(found):,.0f} to {max(found):,.0f}"
-            median = statistics.median(found)
-            print(f"| {name} | {len(files)} | {sum(files) / 1e6:,.0f} | {median:,.0f} | {spread} |")
+        for name, (_, *timed) in rates.items():  # the first epoch warms up
+            sizes = [file.stat().st_size for file in (root / name).rglob("*") if file.is_file()]
+            spread = f"{min(timed):,.0f} to {max(timed):,.0f}"
+            median = statistics.median(timed)
+            print(f"| {name} | {len(sizes)} | {sum(sizes) / 1e6:,.0f} | {median:,.0f} | {spread} |")
     print(f"{args.num_images} images, batches of {args.batch_size}, {args.num_workers} workers, {args.repeats} repeats")
     return 0
 

@@ -1,10 +1,10 @@
-"""What a training step costs on this device: the published one, then each lever; and what heads and their masks add.
+"""Seconds of a training step on this device: the published one, then each lever; the cost of heads and their masks.
 
     python scripts/bench_training.py                           # MAR-B, random weights, batch 4
     python scripts/bench_training.py --only heads --preset digits
 
 Seconds are medians of --repeats steps after one that warms up, ratios compare rows of this run. FLOPs are counted on
-the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed here.
+the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, also timed.
 """
 
 import statistics
@@ -30,7 +30,8 @@ from util import dist
 from util.args import flag, make_parser, run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 
-# name: (flags of main_mar.py, do all rows go through the diffusion MLP instead of the masked ones?)
+NUM_STEPS = 8  # of a turn in the table of heads
+# name: (flags of main_mar.py, does the diffusion MLP compute all tokens instead of the masked ones?)
 TRAINING = {
     "all rows, fp32": (dict(dtype="fp32"), True),
     "masked rows, fp32": (dict(dtype="fp32"), False),
@@ -42,20 +43,20 @@ POLICY = dict(train_masks="policy", train_targets="next", learn="order,group")
 HEAD_COSTS = {
     "random masks": {},
     "random masks of every ratio": STAGE,
-    **{f"+ {kind} head": STAGE | dict(learn=kind) for kind in HEADS},
-    "+ all four": STAGE | dict(learn=",".join(HEADS)),
-    "all four, all else frozen": STAGE | dict(learn=",".join(HEADS), freeze_backbone=True, train_diffloss=False),
+    **{f"+ {head} head": dict(STAGE, learn=head) for head in HEADS},
+    "+ all four": dict(STAGE, learn=",".join(HEADS)),
+    "all four, all else frozen": dict(STAGE, learn=",".join(HEADS), freeze_backbone=True, train_diffloss=False),
     "visited masks": dict(train_masks="visited", order="halton"),
     "visited masks, next targets": dict(train_masks="visited", **NEXT),
     "policy masks, 1 pass, group on halton": dict(train_masks="policy", learn="group", order_base="halton", **NEXT),
     "policy masks, 1 pass, order and group": POLICY,
-    "policy masks, 4 passes, order and group": POLICY | dict(policy_passes=4),
+    "policy masks, 4 passes, order and group": dict(POLICY, policy_passes=4),
 }
 
 
 @dataclass(frozen=True)
 class BenchTrainingArgs:
-    """What is timed."""
+    """The flags."""
 
     preset: str = flag("mar_base", "model and settings", choices=PRESETS)
     batch_size: int = flag(4, "images a training step; --only heads has the preset's", low=1)
@@ -99,8 +100,8 @@ def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: in
     return watch.now() - began
 
 
-def all_rows(draws, encode, device):
-    """In the place of `Visits`: the published masks, with every token in the diffusion MLP."""
+def all_tokens(draws, encode, device):
+    """Replaces `Visits`: the published masks, with every token a target of the diffusion MLP."""
     return draws.with_mask(draws.mask, None, torch.ones_like(draws.mask))
 
 
@@ -115,44 +116,46 @@ def training_flops(state: TrainState, args: TrainConfig) -> int:
 
 
 def training(args: BenchTrainingArgs, device) -> None:
-    """A training step: the rows that the diffusion MLP computes, then bf16."""
-    peak, table, first = PeakMemory(device), [], None
-    for name, (flags, whole) in tqdm(TRAINING.items(), desc="training", leave=False):
-        state, config = training_state(args.preset, device, flags | dict(batch_size=args.batch_size))
-        if whole:
+    """The table of TRAINING: a step on all tokens, on the masked ones, and in bf16."""
+    peak, table, medians = PeakMemory(device), [], []
+    for name, (flags, every_token) in tqdm(TRAINING.items(), desc="training", leave=False):
+        state, config = training_state(args.preset, device, {**flags, "batch_size": args.batch_size})
+        if every_token:
             preparation = state.objective.preparation
             draws = replace(preparation.draws, every_token=True)
-            state.objective.preparation = replace(preparation, draws=draws, visits=all_rows)
+            state.objective.preparation = replace(preparation, draws=draws, visits=all_tokens)
         peak.reset()
         times = [training_seconds(device, state, config) for _ in range(args.repeats + 1)]
-        middle, memory = statistics.median(times[1:]), peak.read() / 1e9
-        flops, first = training_flops(state, config), first or middle
-        share = flops / middle / matmul_rate(device, dist.DTYPES[flags["dtype"]])
-        table.append(
-            [name, f"{middle:.2f}", f"{first / middle:.2f}", f"{flops / 1e12:.2f}", f"{share:.0%}", f"{memory:.1f}"]
-        )
-        del state  # two large models do not fit
+        medians.append(statistics.median(times[1:]))
+        memory, flops = peak.read() / 1e9, training_flops(state, config)
+        of_peak = flops / medians[-1] / matmul_rate(device, dist.DTYPES[flags["dtype"]])
+        ratio = medians[0] / medians[-1]
+        row = [name, f"{medians[-1]:.2f}", f"{ratio:.2f}", f"{flops / 1e12:.2f}", f"{of_peak:.0%}", f"{memory:.1f}"]
+        table.append(row)
+        del state  # before the next one is made: memory holds one large model
     head = ["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB"]
     print_table(f"Training: {args.preset}, batch {args.batch_size}, seconds a step", head, table)
 
 
 def heads(args: BenchTrainingArgs, device) -> None:
-    """What each head and each kind of mask costs in training, at the preset's batch size.
+    """The table of HEAD_COSTS, at the preset's batch size.
 
     Each row takes turns with the first one, and the ratio is the median of the turns: the machine's speed drifts.
     """
-    first, table = training_state(args.preset, device, HEAD_COSTS["random masks"]), []
+    plain, table = training_state(args.preset, device, HEAD_COSTS["random masks"]), []
     for name, flags in tqdm(HEAD_COSTS.items(), desc="heads", leave=False):
-        here = training_state(args.preset, device, flags)
-        turns = [[training_seconds(device, *run, 8) for run in (first, here)] for _ in range(args.repeats + 1)][1:]
-        rate = 8 * here[1].batch_size / statistics.median(own for _, own in turns)
-        ratios = [own / plain for plain, own in turns]
-        table.append(
-            [name, f"{rate:.1f}", f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-        )
-        del here
+        run = training_state(args.preset, device, flags)
+        turns = [
+            (training_seconds(device, *plain, NUM_STEPS), training_seconds(device, *run, NUM_STEPS))
+            for _ in range(args.repeats + 1)
+        ][1:]  # the first warms up
+        rate = NUM_STEPS * run[1].batch_size / statistics.median(seconds for _, seconds in turns)
+        ratios = [seconds / plain_seconds for plain_seconds, seconds in turns]
+        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+        table.append([name, f"{rate:.1f}", f"{statistics.median(ratios):.2f}", spread])
+        del run  # before the next one is made
     head = ["training step", "images/s", "time against random masks", "lowest to highest"]
-    print_table(f"Training: {args.preset}, batch {first[1].batch_size}", head, table)
+    print_table(f"Training: {args.preset}, batch {plain[1].batch_size}", head, table)
 
 
 SECTIONS = {"training": training, "heads": heads}
@@ -164,8 +167,9 @@ def main(argv=None) -> int:
         **vars(make_parser("bench_training.py", __doc__.splitlines()[0], BenchTrainingArgs).parse_args(argv))
     )
     names = args.only.split(",")
-    if unknown := [name for name in names if name not in SECTIONS]:
-        raise ValueError(f"--only {unknown[0]!r} is not a section; valid: {', '.join(SECTIONS)}")
+    for name in names:
+        if name not in SECTIONS:
+            raise ValueError(f"--only {name!r} is not a section; valid: {', '.join(SECTIONS)}")
     if args.dry_run:
         print("\n".join([*TRAINING, *HEAD_COSTS]))
         return 0

@@ -33,7 +33,7 @@ from util.images.latents import VERSION, open_latents
 
 @dataclass(frozen=True)
 class CacheArgs:
-    """What to encode with what, and where the latents go."""
+    """The flags: data, tokenizer, and the cache to write."""
 
     cached_path: str = flag("", "folder for the latents")
     format: str = flag("packed", "packed: a few large files; npz: a file an image, as MAR has it", choices=WRITERS)
@@ -51,10 +51,10 @@ class CacheArgs:
     num_workers: int = flag(10, "processes that load images", low=0)
     pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
     device: str = flag("auto", "auto, cuda, mps, cpu")
-    seed: int = flag(0, "without effect, nothing is random here; for MAR's command lines")
+    seed: int = flag(0, "without effect, since nothing is random; for MAR's command lines")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
-    world_size: int = flag(1, "set by the launcher; here for MAR's command lines", low=1)
-    local_rank: int = flag(-1, "set by the launcher; here for MAR's command lines")
+    world_size: int = flag(1, "without effect, the launcher sets it; for MAR's command lines", low=1)
+    local_rank: int = flag(-1, "without effect, the launcher sets it; for MAR's command lines")
     dist_url: str = flag("env://", "where processes meet")
     dist_on_itp: bool = flag(False, "read ranks from Open MPI's environment")
 
@@ -78,8 +78,7 @@ def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
 
 def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device) -> None:
     """Encode and write the images of each unit, batch by batch."""
-    batch_size = args.batch_size
-    batches = [unit[i : i + batch_size] for unit in units for i in range(0, len(unit), batch_size)]
+    batches = [unit[i : i + args.batch_size] for unit in units for i in range(0, len(unit), args.batch_size)]
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
@@ -90,22 +89,28 @@ def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device) -> 
     with tqdm(total=sum(map(len, units)), unit="image", desc="encoding", disable=not dist.is_main()) as progress:
         for unit in units:
             parts, kept = [], []
-            for _ in range(math.ceil(len(unit) / batch_size)):
+            for _ in range(math.ceil(len(unit) / args.batch_size)):
                 images, _, indices = next(loaded)
-                whole = dataset.broken[indices] == 0  # another image stands in for a broken one
-                parts.append(encode(tokenizer, images, device, args.cache_dtype)[whole.numpy()])
-                kept += indices[whole].tolist()
+                readable = dataset.broken[indices] == 0  # for a broken one `images` has another image
+                parts.append(encode(tokenizer, images, device, args.cache_dtype)[readable.numpy()])
+                kept += indices[readable].tolist()
                 progress.update(len(images))
             writer.write(unit, kept, np.concatenate(parts))
 
 
 def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str], writer) -> None:
-    """Write index.json, open the cache as training will, and say what it holds."""
-    kept = [i for i in range(len(dataset)) if not dataset.broken[i]]
+    """Write index.json, open the cache as training will, and print what it holds."""
+    broken = dataset.broken.tolist()
+    kept = [i for i in range(len(dataset)) if not broken[i]]
     labels = labels_of(dataset)
-    index = settings | about | writer.index()
-    index |= {"names": [names[i] for i in kept], "labels": [labels[i] for i in kept]}
-    index["broken"] = [names[i] for i in range(len(dataset)) if dataset.broken[i]]
+    index = {
+        **settings,
+        **about,
+        **writer.index(),
+        "names": [names[i] for i in kept],
+        "labels": [labels[i] for i in kept],
+        "broken": [names[i] for i in range(len(dataset)) if broken[i]],
+    }
     write_json(folder / "index.json", index)
     try:
         latents = open_latents(folder, settings["img_size"])
@@ -118,7 +123,7 @@ def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str],
 
 
 def run(args: CacheArgs, config: RunConfig) -> int:
-    """Make the cache, or what is missing of it."""
+    """Make the cache, or its missing units; config: the settings of main_mar.py that these flags give."""
     device = dist.pick_device(args.device)
     folder = Path(args.cached_path)
     check_folder("cached_path", args.cached_path)
@@ -127,40 +132,56 @@ def run(args: CacheArgs, config: RunConfig) -> int:
     if args.img_size % tokenizer.stride:
         raise ValueError(f"--img_size {args.img_size} must be a multiple of the tokenizer's {tokenizer.stride}")
     side = args.img_size // tokenizer.stride
-    settings = dict(version=VERSION, format=args.format, dtype=args.cache_dtype, img_size=args.img_size)
-    settings |= dict(shape=[tokenizer.moment_channels, side, side], fingerprint=tokenizer.fingerprint)
-    settings |= dict(classes=dataset.classes, num_images=len(dataset), images=reference_hash(dataset))
-    settings["shard_size"] = args.shard_size if args.format == "packed" else None
+    settings = dict(
+        version=VERSION,
+        format=args.format,
+        dtype=args.cache_dtype,
+        img_size=args.img_size,
+        shape=[tokenizer.moment_channels, side, side],
+        fingerprint=tokenizer.fingerprint,
+        classes=dataset.classes,
+        num_images=len(dataset),
+        images=reference_hash(dataset),
+        shard_size=args.shard_size if args.format == "packed" else None,
+    )
     about = dict(tokenizer=args.tokenizer, channels=dataset.channels, flip=dataset.flip)
     names = image_names(dataset)
     writer = WRITERS[args.format](folder, settings, names)
     with dist.main_first():
         begin(folder, settings)
 
-    size = writer.unit_size(args.batch_size)
-    units = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
-    todo = []
-    mine = units[dist.rank() :: dist.world_size()]
-    for unit in tqdm(mine, desc="checking", leave=False, disable=not dist.is_main()):
-        broken = writer.broken(unit)
-        if broken is None:
-            todo.append(unit)
-        else:
-            dataset.broken[broken] = 1
-    num_todo = int(dist.all_sum(torch.tensor(len(todo), device=device)))
-    if dist.is_main() and num_todo:
-        (folder / "index.json").unlink(missing_ok=True)
-        if num_todo < len(units):
-            print(f"{num_todo} of {len(units)} parts of {folder} are still to do")
-    dist.barrier()
+    todo = missing_units(folder, dataset, writer, args.batch_size, device)
     if todo:
         encode_units(todo, dataset, tokenizer, writer, args, device)
-    broken = dist.all_sum(dataset.broken.int().to(device))  # each process has met its own
+    broken = dist.all_sum(dataset.broken.int().to(device))  # each process knows those of its own units
     dataset.broken.copy_(broken > 0)
     if dist.is_main():
         finish(folder, settings, about, dataset, names, writer)
     dist.barrier()
     return 0
+
+
+def missing_units(folder: Path, dataset, writer, batch_size: int, device) -> list[range]:
+    """The units of this process that are missing or damaged. dataset.broken gets the broken images of the others.
+
+    If any process has such a unit, index.json is removed before this returns.
+    """
+    size = writer.unit_size(batch_size)
+    units = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
+    own, missing = units[dist.rank() :: dist.world_size()], []
+    for unit in tqdm(own, desc="checking", leave=False, disable=not dist.is_main()):
+        broken = writer.broken(unit)
+        if broken is None:
+            missing.append(unit)
+        else:
+            dataset.broken[broken] = 1
+    num_missing = int(dist.all_sum(torch.tensor(len(missing), device=device)))
+    if dist.is_main() and num_missing:
+        (folder / "index.json").unlink(missing_ok=True)
+        if num_missing < len(units):
+            print(f"{num_missing} of {len(units)} parts of {folder} are still to do")
+    dist.barrier()
+    return missing
 
 
 def main(argv=None) -> int:

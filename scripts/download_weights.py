@@ -2,9 +2,9 @@
 
     python scripts/download_weights.py mar_base kl16
 
-They go where MAR's commands look for them, below pretrained_models/. A download that was cut continues where it was.
-The SHA-256 of a file is compared with --sha256 NAME=HEX, else with the <file>.sha256 that the first download left; a
-file that is there and has it is not fetched again.
+They go to the places below pretrained_models/ that MAR's commands name. An interrupted download continues. The SHA-256
+of a file is compared with --sha256 NAME=HEX, else with the <file>.sha256 that the first download wrote; an existing
+file that has it is not fetched again.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from util.args import OneLineParser, check_folder, run_main
 from util.checkpoint import atomic_file
 
 _DROPBOX = "https://www.dropbox.com/scl/fi"
-# name: (file below pretrained_models/, where the README of github.com/LTH14/mar has it published). The addresses are
-# from memory and could not be tried where this was written; their checksums are not known.
+# name: (file below pretrained_models/, address in the README of github.com/LTH14/mar). The addresses were written down
+# without network access and are not tested; the checksums of the files are not known.
 FILES = {
     "mar_base": (
         "mar/mar_base/checkpoint-last.pth",
@@ -45,7 +45,7 @@ FILES = {
         f"{_DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
     ),
 }
-ATTEMPTS = 5  # in a row, each of which continues where the last was cut
+ATTEMPTS = 5  # requests in a row, each for the bytes that the last one left out
 TIMEOUT = 30  # seconds without a byte
 
 
@@ -56,62 +56,63 @@ def sha256_of(path: Path) -> str:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The file of this name with the ending added."""
+    """The path with the ending added to its name."""
     return path.with_name(path.name + ending)
 
 
 def recorded_sha256(path: Path) -> str | None:
-    """The checksum that <path>.sha256 has; None without such a file, ValueError where it holds something else."""
+    """The checksum in <path>.sha256; None without such a file, ValueError if it holds something else."""
     note = beside(path, ".sha256")
     if not note.is_file():
         return None
-    found = re.match(r"[0-9a-f]{64}\b", note.read_text())
-    if found is None:
+    digest = re.match(r"[0-9a-f]{64}\b", note.read_text())
+    if digest is None:
         raise ValueError(f"{note} holds no SHA-256: remove it, or give --sha256")
-    return found[0]
+    return digest[0]
 
 
 def fetch(name: str, url: str, partial: Path) -> None:
-    """Continue the file `partial` until it is whole; ValueError where the server does not have it or stays away."""
-    why = ""
+    """Continue the file `partial` until it is whole; ValueError if the server lacks it or ATTEMPTS requests fail."""
+    reason = ""
     for _ in range(ATTEMPTS):
         try:
             if _fetch_rest(name, url, partial):
                 return
-            why = "the connection was cut"
+            reason = "the connection was cut"
         except urllib.error.HTTPError as error:
             if error.code < 500:
                 raise ValueError(f"{name}: {url} gives HTTP {error.code} {error.reason}") from None
-            why = f"HTTP {error.code} {error.reason}"
+            reason = f"HTTP {error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-            why = " ".join(str(error).split())
-    have = partial.stat().st_size if partial.is_file() else 0
-    raise ValueError(f"{name}: {url} failed ({why}); {have} bytes are kept, the same command continues")
+            reason = " ".join(str(error).split())
+    size = partial.stat().st_size if partial.is_file() else 0
+    raise ValueError(f"{name}: {url} failed ({reason}); {size} bytes are kept, the same command continues")
 
 
 def _fetch_rest(name: str, url: str, partial: Path) -> bool:
-    """One request for what is missing of the file; is it whole now?"""
-    have = partial.stat().st_size if partial.is_file() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    """One request for the missing end of the file; is it whole now?"""
+    start = partial.stat().st_size if partial.is_file() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:  # 416: there is nothing from there on
+        if error.code != 416 or not start:  # 416: the server's file ends before `start`, or at it
             raise
-        if error.headers.get("Content-Range") == f"bytes */{have}":
+        if error.headers.get("Content-Range") == f"bytes */{start}":
             return True
-        partial.unlink()  # of another file
+        partial.unlink()  # longer than the server's file, so it is of another one
         return False
     with response:
         if response.headers.get_content_type() == "text/html":
             raise ValueError(f"{name}: {url} gives a web page, not a file; is the address still right?")
-        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise ValueError(f"{name}: {url} sends another part of the file than it was asked for")
-        have = have if response.status == 206 else 0  # a server without ranges sends everything
+        if response.status != 206:  # a server without ranges sends the whole file
+            start = 0
         length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        bar = dict(total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, desc=name)
-        with open(partial, "ab" if have else "wb") as file, tqdm(**bar) as progress:
+        total = start + int(length) if length else None
+        bar = dict(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=name)
+        with open(partial, "ab" if start else "wb") as file, tqdm(**bar) as progress:
             while block := response.read(2**20):
                 file.write(block)
                 progress.update(len(block))
@@ -119,36 +120,38 @@ def _fetch_rest(name: str, url: str, partial: Path) -> bool:
 
 
 def download(name: str, url: str, path: Path, expected: str | None) -> str:
-    """Make sure that path is the file, fetching what is missing; returns what was done. Errors are ValueErrors."""
+    """Fetch the file unless path exists, check and record its SHA-256; returns a line about it. Raises ValueError."""
     expected = expected or recorded_sha256(path)
-    partial = beside(path, ".part")
-    there = path.is_file()
-    if not there:
+    if path.is_file():
+        digest, action = sha256_of(path), "already there"
+        if expected not in (None, digest):
+            refusal = f"{path} is another file: remove it to fetch it again"
+            raise ValueError(f"{name}: SHA-256 {digest}, expected {expected}; {refusal}")
+    else:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial = beside(path, ".part")
         fetch(name, url, partial)
-    found = sha256_of(path if there else partial)
-    if expected not in (None, found):
-        if not there:
+        digest, action = sha256_of(partial), "fetched"
+        if expected not in (None, digest):
             partial.unlink()
-        what = f"{path} is another file: remove it" if there else f"{url} gave another file, it was removed: try"
-        raise ValueError(f"{name}: SHA-256 {found}, expected {expected}; {what} to fetch it again")
-    if not there:
+            refusal = f"{url} gave another file, it was removed: try to fetch it again"
+            raise ValueError(f"{name}: SHA-256 {digest}, expected {expected}; {refusal}")
         os.replace(partial, path)
     with atomic_file(beside(path, ".sha256")) as temporary:
-        temporary.write_text(f"{found}  {path.name}\n")
+        temporary.write_text(f"{digest}  {path.name}\n")
     known = "as expected" if expected else "not known before, recorded"
-    return f"{path}: {'already there' if there else 'fetched'}, SHA-256 {found} ({known})"
+    return f"{path}: {action}, SHA-256 {digest} ({known})"
 
 
 def parse_sha256(texts: list[str]) -> dict[str, str]:
     """{name: checksum} from NAME=HEX; anything else raises ValueError."""
-    found = {}
+    checksums = {}
     for text in texts:
         name, _, digest = text.partition("=")
         if name not in FILES or not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
             raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits; names: {', '.join(FILES)}")
-        found[name] = digest.lower()
-    return found
+        checksums[name] = digest.lower()
+    return checksums
 
 
 def main(argv=None) -> int:
@@ -156,7 +159,7 @@ def main(argv=None) -> int:
     parser = OneLineParser(prog="download_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)} (default: all)")
     parser.add_argument("--out", default="pretrained_models", help="folder to put them below (default: %(default)s)")
-    parser.add_argument("--base_url", help="a mirror, which has them under the same paths as --out")
+    parser.add_argument("--base_url", help="a mirror with the files at the same paths as below --out")
     parser.add_argument("--sha256", action="append", default=[], metavar="NAME=HEX", help="checksum a file must have")
     parser.add_argument("--dry_run", action="store_true", help="print what would be fetched and stop")
     args = parser.parse_args(argv)
@@ -164,7 +167,7 @@ def main(argv=None) -> int:
         if name not in FILES:
             raise ValueError(f"unknown weights {name!r}; valid: {', '.join(FILES)}")
     expected = parse_sha256(args.sha256)
-    base = args.base_url and args.base_url.rstrip("/")
+    base = args.base_url.rstrip("/") if args.base_url else None
     if base and not re.match(r"https?://\w", base):
         raise ValueError(f"--base_url {base!r} must start with http:// or https://")
     wanted = {}

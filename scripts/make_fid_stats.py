@@ -20,7 +20,7 @@ from util.images.datasets import ImagesArgs
 
 @dataclass(frozen=True)
 class StatsArgs(ImagesArgs):
-    """Of which images, by which features, where to."""
+    """The flags: images, features, and the file to write."""
 
     split: str = flag("train", "images of the data set", choices=("train", "val"))
     features: str = flag("inception", "features", choices=FEATURES)

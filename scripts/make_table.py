@@ -53,9 +53,14 @@ HEADINGS = {
     "mlp_evals": "MLP evals",
     "images_per_second": "images/s",
 }
-# of the plot's axes, where the name says too little
-AXES = {"mar_evals": "transformer evaluations an image", "mlp_evals": "diffusion MLP evaluations an image"}
-AXES |= {"num_iter": "autoregressive steps", "num_sampling_steps": "diffusion steps", "images_per_second": "images/s"}
+# labels of the plot's axes; other settings have their name
+AXES = {
+    "mar_evals": "transformer evaluations an image",
+    "mlp_evals": "diffusion MLP evaluations an image",
+    "num_iter": "autoregressive steps",
+    "num_sampling_steps": "diffusion steps",
+    "images_per_second": "images/s",
+}
 
 
 def decimals(numbers: list[float]) -> int:
@@ -66,47 +71,59 @@ def decimals(numbers: list[float]) -> int:
     return min(max(3 - math.floor(math.log10(largest)), 0), 4) if largest else 0
 
 
-def told(groups, columns: list[str]) -> list[dict[str, str]]:
-    """{setting: text} of each group; long ones are shortened in the middle, unless two would look the same."""
-    found = [{} for _ in groups]
+def setting_texts(groups, columns: list[str]) -> list[dict[str, str]]:
+    """{setting: text} of each group; long texts of a setting are cut in the middle, unless two would become equal."""
+    rows = [{} for _ in groups]
     for c in columns:
         values = [settings.get(c) for settings, *_ in groups]
         texts = ["–" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         short = [text if len(text) <= 24 else f"{text[:10]}…{text[-10:]}" for text in texts]
-        for group, text in zip(found, short if len({*short}) == len({*texts}) else texts):
-            group[c] = text
-    return found
+        if len({*short}) == len({*texts}):
+            texts = short
+        for row, text in zip(rows, texts):
+            row[c] = text
+    return rows
 
 
 def markdown(groups, columns: list[str], names: list[str]) -> str:
     """The table in Markdown, its columns aligned."""
-    many = any(n > 1 for *_, n in groups)
-    table = [[*columns, *(["seeds"] if many else []), *(HEADINGS.get(n, n) for n in names)]]
+    several_seeds = any(count > 1 for *_, count in groups)
+    head = [*columns, "seeds"] if several_seeds else [*columns]
+    table = [head + [HEADINGS.get(n, n) for n in names]]
     stats = [{n: mean_and_spread(values[n]) for n in names if n in values} for _, values, _ in groups]
     digits = {n: decimals([x for s in stats if n in s for x in s[n] if x is not None]) for n in names}
-    for (*_, count), texts, found in zip(groups, told(groups, columns), stats):
-        line = [texts[c].replace("|", "\\|") for c in columns] + ([str(count)] if many else [])
+    for (*_, count), texts, figures in zip(groups, setting_texts(groups, columns), stats):
+        line = [texts[c].replace("|", "\\|") for c in columns]
+        if several_seeds:
+            line.append(str(count))
         for n in names:
-            mean, spread = found.get(n, (None, None))
+            mean, spread = figures.get(n, (None, None))
             text = "–" if mean is None else f"{mean:.{digits[n]}f}"
             exact = spread is None or (n in COSTS and spread == 0)  # the same count for all seeds
             line.append(text if exact else f"{text} ± {spread:.{digits[n]}f}")
         table.append(line)
+    return align(table, len(columns))
+
+
+def align(table: list[list[str]], num_left: int) -> str:
+    """A Markdown table of these lines, of which the first is the head; the first num_left columns to the left."""
     widths = [max(3, *(len(line[i]) for line in table)) for i in range(len(table[0]))]
-    table.insert(1, ["-" * w if i < len(columns) else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    rule = ["-" * w if i < num_left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
     padded = [
-        [text.ljust(w) if i < len(columns) else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
-        for line in table
+        [text.ljust(w) if i < num_left else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))]
+        for line in (table[0], rule, *table[1:])
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
 def print_tables(groups, names: list[str]) -> None:
-    """The groups in Markdown, a table for each protocol; a heading above each where there are several."""
+    """The groups in Markdown, a table for each protocol; of several tables each has a heading."""
     parts = by_protocol(groups)
     for i, (heading, part) in enumerate(parts.items()):
+        if i > 0:
+            print()
         if len(parts) > 1:
-            print(("\n" if i else "") + heading + ":\n")
+            print(f"{heading}:\n")
         print(markdown(part, varying(part), [n for n in names if any(n in values for _, values, _ in part)]))
 
 
@@ -123,62 +140,78 @@ def write_csv(path: Path, groups, columns: list[str], names: list[str]) -> None:
         file.write(text.getvalue())
 
 
-def point_on(x: str, settings: dict, values: dict):
-    """Where a group stands on the axis x, a setting or a figure; None where it has neither."""
-    found = settings.get(x)
-    return found if found is not None else np.mean(values[x]) if x in values else None
+def coordinate(x: str, settings: dict, values: dict):
+    """A group's value on the axis x, a setting or a figure; None if it has neither."""
+    if settings.get(x) is not None:
+        return settings[x]
+    return np.mean(values[x]) if x in values else None
+
+
+def plot_lines(groups, columns: list[str], panels: list[tuple[str, str]]) -> dict[tuple, list[tuple[dict, dict]]]:
+    """{(run or mode, other settings as text): points (settings, values)}, the groups with all that the panels show.
+
+    A line joins the groups that differ in x only; with a figure for x, in the number of steps only. Nothing to draw, or
+    figures that must not be compared: ValueError.
+    """
+    groups = [group for group in groups if any(metric in group[1] for _, metric in panels)]
+    parts = by_protocol(groups)
+    if len(parts) > 1:
+        metrics = ", ".join(dict.fromkeys(metric for _, metric in panels))
+        raise ValueError(f"{metrics} cannot be in one plot, measured in {len(parts)} ways: {'; '.join(parts)}")
+    first_x = panels[0][0]
+    color_by = "run" if "run" in columns and first_x != "run" else "infer_mode"
+    along = "num_iter" if any(first_x in values for _, values, _ in groups) else first_x
+    lines = {}
+    for (settings, values, _), texts in zip(groups, setting_texts(groups, columns)):
+        if all(metric in values and coordinate(x, settings, values) is not None for x, metric in panels):
+            others = ", ".join(f"{c} {texts[c]}" for c in columns if c not in (color_by, along))
+            lines.setdefault((settings.get(color_by), others), []).append((settings, values))
+    if not lines:
+        needed = ", ".join(dict.fromkeys(name for panel in panels for name in panel))
+        raise ValueError(f"no line has all of {needed}: there is nothing to plot")
+    return lines
+
+
+def draw_panel(axis, x: str, metric: str, lines: dict) -> None:
+    """The metric against x, with the lines of `plot_lines`; bars are standard deviations."""
+    colors, styles = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+    for (color, style), points in lines.items():
+        places = [coordinate(x, *point) for point in points]
+        order = np.argsort(places) if all(map(is_number, places)) else range(len(points))
+        stats = [mean_and_spread(points[i][1][metric]) for i in order]
+        axis.errorbar(
+            [places[i] for i in order],
+            [mean for mean, _ in stats],
+            yerr=[spread or 0 for _, spread in stats],
+            color=f"C{colors.index(color) % 10}",
+            linestyle=("-", "--", ":", "-.")[styles.index(style) % 4],
+            marker="osD^vPX*"[styles.index(style) % 8],
+            markersize=5,
+            capsize=3,
+            label=", ".join(filter(None, (color, style))),
+        )
+    ticks = {coordinate(x, *point) for points in lines.values() for point in points}
+    if all(map(is_number, ticks)):
+        mark_numbers(axis, sorted(ticks), x)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel(AXES.get(x, x))
+    axis.set_ylabel(HEADINGS.get(metric, metric))
 
 
 def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, str]]) -> None:
     """Panels (x, metric) side by side: a colour a run (of a single file: a mode), a line style the other settings.
 
-    x is a setting or a figure. A line joins the groups that differ in x only; with a figure for x, in the number of
-    steps only. Nothing to draw, or figures that must not be compared: ValueError.
+    x is a setting or a figure. What is refused, and which groups a line joins: see `plot_lines`.
     """
-    groups = [group for group in groups if any(metric in group[1] for _, metric in panels)]
-    if len(parts := by_protocol(groups)) > 1:
-        what = ", ".join(dict.fromkeys(metric for _, metric in panels))
-        raise ValueError(f"{what} cannot be in one plot, measured in {len(parts)} ways: {'; '.join(parts)}")
+    lines = plot_lines(groups, columns, panels)
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    x_name = panels[0][0]
-    color_by = "run" if "run" in columns and x_name != "run" else "infer_mode"
-    moves = "num_iter" if any(x_name in values for _, values, _ in groups) else x_name
-    lines = {}
-    for (settings, values, _), texts in zip(groups, told(groups, columns)):
-        if all(metric in values and point_on(x, settings, values) is not None for x, metric in panels):
-            rest = ", ".join(f"{c} {texts[c]}" for c in columns if c not in (color_by, moves))
-            lines.setdefault((settings.get(color_by), rest), []).append((settings, values))
-    if not lines:
-        needed = ", ".join(dict.fromkeys(name for panel in panels for name in panel))
-        raise ValueError(f"no line has all of {needed}: there is nothing to plot")
-    colors, rests = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
     for axis, (x, metric) in zip(axes[0], panels):
-        for (color, rest), points in lines.items():
-            where = [point_on(x, *point) for point in points]
-            order = np.argsort(where) if all(map(is_number, where)) else range(len(points))
-            stats = [mean_and_spread(points[i][1][metric]) for i in order]
-            axis.errorbar(
-                [where[i] for i in order],
-                [mean for mean, _ in stats],
-                yerr=[spread or 0 for _, spread in stats],
-                color=f"C{colors.index(color) % 10}",
-                linestyle=("-", "--", ":", "-.")[rests.index(rest) % 4],
-                marker="osD^vPX*"[rests.index(rest) % 8],
-                markersize=5,
-                capsize=3,
-                label=", ".join(filter(None, (color, rest))),
-            )
-        ticks = {point_on(x, *point) for points in lines.values() for point in points}
-        if all(map(is_number, ticks)):
-            mark_numbers(axis, sorted(ticks), x)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel(AXES.get(x, x))
-        axis.set_ylabel(HEADINGS.get(metric, metric))
+        draw_panel(axis, x, metric, lines)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     if len(labels) > 1:
         figure.legend(
@@ -195,7 +228,7 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
 
 
 def mark_numbers(axis, numbers: list[float], x: str) -> None:
-    """Ticks at the numbers themselves, on a logarithmic axis where they are costs or far apart."""
+    """Ticks at the numbers, at most 8; the axis is logarithmic for costs and where the largest is 8 times the least."""
     if x in COSTS or (numbers[0] > 0 and numbers[-1] / numbers[0] >= 8):
         axis.set_xscale("log", base=2)
     while len(numbers) > 8:
@@ -205,13 +238,16 @@ def mark_numbers(axis, numbers: list[float], x: str) -> None:
 
 
 def choose_panels(x: str | None, groups, names: list[str]) -> list[tuple[str, str]]:
-    """What to draw: the first metric against network evaluations, or every metric against x, which must be there."""
+    """(x, metric) of each panel: the first metric against network evaluations; with --x every metric against it.
+
+    An x that does not differ between the groups raises ValueError.
+    """
     metrics = [n for n in names if n not in COSTS] or ["fid"]
     if x is None:
         return [(cost, metrics[0]) for cost in ("mar_evals", "mlp_evals")]
-    there = {*varying(groups), *(n for n in names if n in COSTS)}
-    if x not in there:
-        raise ValueError(f"--x {x!r} is nothing that differs between these results; valid: {', '.join(sorted(there))}")
+    valid = {*varying(groups), *(n for n in names if n in COSTS)}
+    if x not in valid:
+        raise ValueError(f"--x {x!r} is nothing that differs between these results; valid: {', '.join(sorted(valid))}")
     return [(x, metric) for metric in metrics]
 
 
@@ -222,7 +258,8 @@ def parse(argv=None):
     parser.add_argument("--csv", type=Path, help="file for the same table as CSV, in full precision")
     parser.add_argument("--plot", type=Path, help="file (.png) for the first metric against network evaluations")
     parser.add_argument("--x", help="with --plot: all metrics against this setting, or against images_per_second")
-    parser.add_argument("--metrics", help=f"comma list of metrics (default: of {','.join(METRICS)} those there are)")
+    usual = ",".join(METRICS)
+    parser.add_argument("--metrics", help=f"comma list of metrics (default: of {usual} those in the results)")
     args = parser.parse_args(argv)
     if args.x and not args.plot:
         parser.error("--x is the horizontal axis of --plot, which is missing")

@@ -1,8 +1,8 @@
-"""Measure the latents of a tokenizer on a data set, and say which --vae_scale and --vae_mean normalise them.
+"""Measure the latents of a tokenizer on a data set, and print the --vae_scale and --vae_mean that normalise them.
 
     python scripts/measure_latents.py --data_path IMAGENET --tokenizer kl16 --vae_path pretrained_models/vae/kl16.ckpt
 
-MAR wants latents of mean 0 and standard deviation 1. The posterior is sampled, as it is in training.
+MAR needs latents of mean 0 and standard deviation 1. The posterior is sampled, as it is in training.
 """
 
 import sys
@@ -18,9 +18,9 @@ from util.args import flag, make_parser, run_main
 
 @dataclass(frozen=True)
 class MeasureArgs(MeasuringArgs):
-    """Which tokenizer, on which images."""
+    """The flags."""
 
-    num_images: int = flag(10000, "images to measure, drawn at random; all where there are fewer", low=1)
+    num_images: int = flag(10000, "images to measure, drawn at random; all of a smaller data set", low=1)
     num_workers: int = flag(4, "processes that load images", low=0)
     seed: int = flag(0, "seed of the choice of images and of the posterior's noise", low=0, high=2**63 - 1)
 
@@ -30,9 +30,9 @@ def main(argv=None) -> int:
     given = make_parser("measure_latents.py", __doc__.splitlines()[0], MeasureArgs).parse_args(argv)
     args = MeasureArgs(**vars(given))
     device = dist.pick_device(args.device)
-    raw = {} if args.tokenizer == "pixel" else dict(vae_scale=1.0, vae_mean=0.0)
+    unnormalised = {} if args.tokenizer == "pixel" else dict(vae_scale=1.0, vae_mean=0.0)
     dataset = args.images()
-    tokenizer = args.build(dataset.channels, **raw).to(device)
+    tokenizer = args.build(dataset.channels, **unnormalised).to(device)
     mean, variance = measure_latents(
         tokenizer,
         dataset,
@@ -47,15 +47,15 @@ def main(argv=None) -> int:
     print(f"{'channel':>8} {'mean':>10} {'std':>10}")
     for channel, (m, v) in enumerate(zip(mean, variance)):
         print(f"{channel:>8} {m:>10.5f} {v**0.5:>10.5f}")
-    # 1/std of all values at once: about the means of the channels, or about one mean, as LDM measures it
-    scale, plain = variance.mean() ** -0.5, (variance.mean() + mean.var()) ** -0.5
+    scale = variance.mean() ** -0.5  # 1/std of all values about the means of their channels
+    scale_alone = (variance.mean() + mean.var()) ** -0.5  # about the mean of all, as LDM measures it
     images = min(args.num_images, len(dataset))
     means = ",".join(f"{m:.5g}" for m in mean)
     print(
         f"{images} images, latents of stride {tokenizer.stride} with {tokenizer.channels} channels. Pass to main_mar.py"
     )
     print(f"    --vae_scale {scale:.5g} --vae_mean {means}")
-    print(f"or, to leave the means as they are,\n    --vae_scale {plain:.5g}")
+    print(f"or, to leave the means as they are,\n    --vae_scale {scale_alone:.5g}")
     if args.tokenizer == "pixel":
         print("(pixel itself takes neither: its latents are the images as they are)")
     return 0

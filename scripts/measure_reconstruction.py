@@ -28,10 +28,10 @@ from util.images.datasets import labels_of
 
 @dataclass(frozen=True)
 class ReconstructionArgs(MeasuringArgs):
-    """A tokenizer, the images to measure it on, the features of the rFID, and the folder of the result."""
+    """The flags: tokenizer, images, features of the rFID, and the folder of the result."""
 
     split: str = flag("train", "images of the data set; published rFIDs are those of val", choices=("train", "val"))
-    num_images: int | None = flag(None, "so many images, spread evenly over the data set (default: all)", low=2)
+    num_images: int | None = flag(None, "images to measure, spread evenly over the data set (default: all)", low=2)
     features: str = flag("inception", "features of the rFID", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
     fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of the same images")

@@ -4,7 +4,7 @@
 #       MAR-L, the published weights in CHECKPOINT (pretrained_models/mar/mar_large)
 #   PRESET=digits bash scripts/paper_diffusion_steps.sh
 #       mar_tiny, trained first unless CHECKPOINT is given
-#   STEPS=5,100 …: other numbers. See paper_env.sh for more variables. More arguments go to sample.py.
+#   STEPS=5,100 …: other numbers. paper_env.sh has the other variables. Further arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 if [ "$preset" = digits ]; then

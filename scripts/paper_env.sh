@@ -1,6 +1,6 @@
-# Sourced by the paper_*.sh: the Python environment, what all of them read from the shell's, and how they end.
+# Sourced by the paper_*.sh: the Python environment, the variables that all of them read, and their table and figure.
 #   PRESET=imagenet|digits   ImageNet 256 as published, or the same experiment in small on scikit-learn's digits
-#   OUT=DIR                  where everything goes (output_dir/<script>/<preset>); run again, it continues
+#   OUT=DIR                  folder of all files (output_dir/<script>/<preset>); the same command continues a run
 #   SEEDS=0,1,2              seeds to average over; NUM_IMAGES: images a figure; EPOCHS: of the digits
 #   IMAGENET_PATH=DIR GPUS=N for ImageNet; the global batch is the published 2048 on any number of GPUs up to 32
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"

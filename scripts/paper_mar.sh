@@ -6,7 +6,7 @@
 #       the published weights, which scripts/download_weights.py has put into WEIGHTS/mar_base, …
 #   PRESET=digits bash scripts/paper_mar.sh
 #       mar_tiny on digits, in as many steps as it has tokens
-# See paper_env.sh for more variables. More arguments go to sample.py.
+# paper_env.sh has the other variables. Further arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 if [ "$preset" = digits ]; then
@@ -18,7 +18,7 @@ if [ "$preset" = digits ]; then
 else
     models=${MODELS:-mar_base,mar_large,mar_huge}
     for model in ${models//,/ }; do
-        cfg_of "$model" >/dev/null # an unknown one ends here, before hours of training
+        cfg_of "$model" >/dev/null # fails for an unknown name, before hours of training
     done
     results=()
     for model in ${models//,/ }; do

@@ -4,7 +4,7 @@
 #       MAR-L with 3 blocks of width 256, 512, 1024, 1536; 400 epochs
 #   PRESET=digits bash scripts/paper_mlp_width.sh
 #       mar_tiny with 3 blocks of width 16, 32, 64, 128
-#   WIDTHS=256,1024 …: other widths. See paper_env.sh for more variables. More arguments go to main_mar.py.
+#   WIDTHS=256,1024 …: other widths. paper_env.sh has the other variables. Further arguments go to main_mar.py.
 source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 widths=${WIDTHS:-256,512,1024,1536}

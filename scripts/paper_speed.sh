@@ -4,7 +4,7 @@
 #       MAR-B, -L and -H, the published weights in WEIGHTS/mar_base, … (pretrained_models/mar)
 #   PRESET=digits bash scripts/paper_speed.sh
 #       mar_tiny in 2 to 64 steps, trained first unless CHECKPOINT is given
-#   NUM_ITERS=8,64 …: other numbers. See paper_env.sh for more variables. More arguments go to sample.py.
+#   NUM_ITERS=8,64 …: other numbers. paper_env.sh has the other variables. Further arguments go to sample.py.
 # The speed is measured: nothing else should run on the machine.
 source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 

@@ -4,7 +4,7 @@
 #       MAR-L, the published weights in CHECKPOINT (pretrained_models/mar/mar_large)
 #   PRESET=digits bash scripts/paper_temperature.sh
 #       mar_tiny, trained first unless CHECKPOINT is given
-#   TEMPERATURES=0.9,1 …: other ones. See paper_env.sh for more variables. More arguments go to sample.py.
+#   TEMPERATURES=0.9,1 …: other temperatures. paper_env.sh has the other variables. Further arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 temperatures=${TEMPERATURES:-0.90,0.92,0.94,0.96,0.98,1.00,1.02,1.04}

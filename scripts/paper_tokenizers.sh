@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tokenizers, each with MAR-L trained on it for 400 epochs: what they lose themselves (rFID, PSNR, SSIM), then FID and
-# IS of what is generated with them. A token is 16x16 pixels throughout.
+# Tokenizers, each with MAR-L trained on it for 400 epochs: rFID, PSNR and SSIM of their reconstructions, FID and IS of
+# the generated images. A token is 16x16 pixels throughout.
 #   IMAGENET_PATH=DIR GPUS=8 VQ16_SCALE=S bash scripts/paper_tokenizers.sh
 #       kl16, vq16, kl8 and consistency
 #   PRESET=digits bash scripts/paper_tokenizers.sh
@@ -8,7 +8,7 @@
 # kl16: MAR's; vq16: LDM's in VAE_DIR/vq16.ckpt (pretrained_models/vae), before quantisation, its scale S as
 # scripts/measure_latents.py reports it; kl8, consistency: Stable Diffusion's encoder, with its own decoder or with
 # OpenAI's consistency decoder, from the hub. TOKENIZERS=kl16,kl8: some of them.
-# See paper_env.sh for more variables. More arguments go to main_mar.py, such as --use_cached --cached_path DIR.
+# paper_env.sh has the other variables. Further arguments go to main_mar.py, such as --use_cached --cached_path DIR.
 source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 vae=${VAE_DIR:-pretrained_models/vae}

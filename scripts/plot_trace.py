@@ -1,10 +1,10 @@
-"""Draw how images grew, from the trace.npz of `sample.py --save_trace N`: one PNG and one GIF an image.
+"""Draw the growth of images, from the trace.npz of `sample.py --save_trace N`: one PNG and one GIF an image.
 
 python scripts/plot_trace.py OUT/<setting>/trace.npz --out DIR [--images 0,1,2]
 
-DIR/trace_<i>.png: the step at which each token came, tokens a step, τ and guidance scale of each token, the image
-after each step. DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange. The
-tokens that an edited image had from the start are left blank in the maps.
+DIR/trace_<i>.png: maps of the step, τ and guidance scale of each token, tokens a step, the image after each step.
+DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange. The tokens that an
+edited image had from the start are blank in the maps.
 """
 
 import math
@@ -39,11 +39,14 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
 
 def parse_images(text: str | None, count: int) -> list[int]:
     """The image numbers in the comma list; all of them for None."""
+    if text is None:
+        return list(range(count))
     try:
-        images = list(range(count)) if text is None else [int(part) for part in text.split(",")]
+        images = [int(part) for part in text.split(",")]
+        valid = all(0 <= i < count for i in images)
     except ValueError:
-        images = [-1]
-    if any(not 0 <= i < count for i in images):
+        valid = False
+    if not valid:
         raise ValueError(f"--images must be numbers from 0 to {count - 1} with commas between, got {text!r}")
     return images
 
@@ -60,10 +63,10 @@ def picture(frame: np.ndarray) -> np.ndarray:
 
 
 def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False) -> None:
-    """A heat map of values (side, side), which may be masked, with its colour bar; numbers writes them into it."""
+    """A heat map of values (side, side), which may be masked, with its colour bar; numbers: write them into the map."""
     low, high = float(values.min()), float(values.max())
     constant = high - low < 1e-6
-    if constant:  # one colour needs a range too
+    if constant:  # a colour map needs a range
         title, low, high = f"{title}: {low:g} for all", low - 0.5, high + 0.5
     image = axis.imshow(values, cmap=cmap, vmin=low, vmax=high)
     bar = figure.colorbar(image, ax=axis, fraction=0.046, pad=0.03)
@@ -133,7 +136,7 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
 
 
 def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
-    """The GIF of image i: image and mask side by side, a picture a step, a pause at the end."""
+    """The GIF of image i: image and mask side by side, a frame a step, a pause at the end."""
     order, frames = as_grid(trace["order_step"][i]), trace["frames"][i]
     height, width = frames.shape[1:3]
     size = (width * math.ceil(GIF_SIDE / width), height * math.ceil(GIF_SIDE / height))

@@ -1,10 +1,10 @@
-"""Draw curves of training runs from their TensorBoard files: losses, and what the heads say as they learn.
+"""Draw curves of training runs from their TensorBoard files: losses, and the outputs of the heads.
 
     python scripts/plot_training.py output_dir/heads --out curves.png
     python scripts/plot_training.py RUN RUN --tags rho_mean,k_over_cosine_mean,tau_mean,w_mean --out curves.png
 
-One panel a quantity, one line a run, a running mean over --smooth steps; where a run also logged the spread (x_std
-beside x_mean), a band of that width.
+One panel a quantity, one line a run, a running mean over --smooth steps; for a quantity x_mean whose spread x_std the
+run logged, a band of that width.
 """
 
 import math
@@ -29,19 +29,17 @@ def read_run(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 1})
     events.Reload()
-    found = {}
+    curves = {}
     for tag in events.Tags()["scalars"]:
         if tag.startswith("train/"):
             points = events.Scalars(tag)
-            found[tag.removeprefix("train/")] = (
-                np.array([point.step for point in points]),
-                np.array([point.value for point in points]),
-            )
-    return found
+            steps, values = [point.step for point in points], [point.value for point in points]
+            curves[tag.removeprefix("train/")] = np.array(steps), np.array(values)
+    return curves
 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean of the last `width` values at each place, of as many as there are at the beginning."""
+    """At each place the mean of the value and those before it, `width` in all; fewer at the beginning."""
     total = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - width, 0)
@@ -59,17 +57,17 @@ def draw(runs: dict[str, dict], tags: list[str], width: int, path: Path) -> None
     rows = math.ceil(len(tags) / columns)
     figure, panels = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
     for panel, tag in zip(panels.flat, tags):
-        for number, (name, found) in enumerate(runs.items()):
-            if tag not in found:
+        for number, (name, curves) in enumerate(runs.items()):
+            if tag not in curves:
                 continue
-            steps, values = found[tag]
-            values = smoothed(values, width)
+            steps, values = curves[tag]
+            mean = smoothed(values, width)
             color = f"C{number % 10}"
-            panel.plot(steps, values, linewidth=1.2, label=name, color=color)
-            spread = found.get(tag.removesuffix("_mean") + "_std") if tag.endswith("_mean") else None
-            if spread is not None:
-                half = smoothed(spread[1], width)
-                panel.fill_between(steps, values - half, values + half, color=color, alpha=0.15, linewidth=0)
+            panel.plot(steps, mean, linewidth=1.2, label=name, color=color)
+            std_tag = tag.removesuffix("_mean") + "_std"
+            if tag.endswith("_mean") and std_tag in curves:
+                std = smoothed(curves[std_tag][1], width)
+                panel.fill_between(steps, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
         panel.set_title(tag)
         panel.set_xlabel("step")
         panel.grid(alpha=0.3)
@@ -101,10 +99,10 @@ def main(argv=None) -> int:
     if args.dry_run:
         return 0
     runs = {"/".join(folder.absolute().parts[-2:]): read_run(folder) for folder in args.runs}
-    there = set().union(*runs.values())
-    tags = [tag for tag in args.tags.split(",") if tag in there]
+    logged = set().union(*runs.values())
+    tags = [tag for tag in args.tags.split(",") if tag in logged]
     if not tags:
-        raise ValueError(f"none of {args.tags} was logged; there are {', '.join(sorted(there)) or 'no scalars'}")
+        raise ValueError(f"none of {args.tags} was logged; there are {', '.join(sorted(logged)) or 'no scalars'}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, tags, args.smooth, args.out)
     print(f"picture: {args.out}")

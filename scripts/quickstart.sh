@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up; train mar_tiny on scikit-learn's digits, then four heads on the frozen model; compare the four inference
-# modes, draw how images grow; sample 1,800 digits and measure them. What is made already is reused.
+# modes, draw traces of images; sample 1,800 digits and measure them. Finished parts are not run again.
 #   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [--seed S,… of the comparison] [other flags]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 

@@ -1,5 +1,5 @@
-# Sourced by the other scripts: a Python environment with the requirements, made where there is none.
-# An active virtual environment is used as it is; otherwise .venv in the repository is made and used.
+# Sourced by the other scripts: a Python environment with the requirements. It is the active virtual environment, else
+# .venv in the repository, which is made if missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,7 +17,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     source .venv/bin/activate
 fi
 
-# Install when requirements.txt is not the one that this environment was last installed from.
+# Install if requirements.txt is not the one of the last installation in this environment.
 stamp="$VIRTUAL_ENV/.mar_requirements"
 if ! cmp -s requirements.txt "$stamp"; then
     echo "installing requirements.txt (once; a few minutes)"

@@ -1,12 +1,12 @@
-"""Kill runs without warning, again and again, and compare what they leave with runs that nobody stopped.
+"""Kill runs without warning, again and again, and compare their files with those of uninterrupted runs.
 
     python scripts/torture.py                     # everything, 20 kills each
     python scripts/torture.py --what train --kills 100 --seed 1
 
 Each program of the table SCENARIOS is started as a process of its own, gets SIGKILL at a random moment, in a third of
-the cases while it is writing a file, and is started again with the same command, until it is finished. Whatever it made
-must then be, bit for bit, what one uninterrupted run makes. `two` is training by two processes, one of which is killed:
-the other must end with an error within a minute. Everything runs on the CPU and needs no network.
+the cases while it is writing a file, and is started again with the same command, until it is finished. Its files must
+then be, bit for bit, those of one uninterrupted run. `two` is training by two processes, one of which is killed: the
+other must end with an error within a minute. Everything runs on the CPU and needs no network.
 """
 
 import json
@@ -30,14 +30,14 @@ from util.args import flag, make_parser, run_main
 from util.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 60  # seconds that the process left over may take to notice
+PATIENCE = 60  # seconds within which the other process must end
 AIMED = 1 / 3  # share of the kills that wait for a file to be written
-TIMING = {"seconds", "images_per_second", "num_made", "mar_evals", "mlp_evals"}  # of the last life of a run
+TIMING = {"seconds", "images_per_second", "num_made", "mar_evals", "mlp_evals"}  # they depend on when a run was killed
 
 
 @dataclass(frozen=True)
 class TortureArgs:
-    """What is killed, and how often."""
+    """The flags."""
 
     what: str = flag("all", "comma list of train, sample, sweep, cache, two; or all")
     kills: int = flag(20, "kills in each of them", low=1)
@@ -52,10 +52,12 @@ class TortureArgs:
 
 
 def differences(a, b, where: str = "") -> list[str]:
-    """Where two nests of dicts, lists and tensors are not bitwise the same."""
+    """A line for each place at which two nests of dicts, lists and tensors are not bitwise the same."""
     if isinstance(a, dict) and isinstance(b, dict):
-        found = [f"{where}/{key} is in one only" for key in sorted(map(str, a.keys() ^ b.keys()))]
-        return found + [line for key in a.keys() & b.keys() for line in differences(a[key], b[key], f"{where}/{key}")]
+        lines = [f"{where}/{key} is in one only" for key in sorted(map(str, a.keys() ^ b.keys()))]
+        for key in a.keys() & b.keys():
+            lines += differences(a[key], b[key], f"{where}/{key}")
+        return lines
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         return [line for i, (x, y) in enumerate(zip(a, b)) for line in differences(x, y, f"{where}/{i}")]
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -67,37 +69,39 @@ def differences(a, b, where: str = "") -> list[str]:
 
 def file_differences(a: Path, b: Path, suffixes=(".png", ".npz", ".npy", ".json", ".jsonl"), skip=()) -> list[str]:
     """Files below two folders that are not in both, or not byte by byte the same."""
-    found = [
-        {str(f.relative_to(folder)): f for f in folder.rglob("[!.]*") if f.suffix in suffixes and f.name not in skip}
+    names_a, names_b = (
+        {str(f.relative_to(folder)) for f in folder.rglob("[!.]*") if f.suffix in suffixes and f.name not in skip}
         for folder in (a, b)
-    ]
-    lines = [f"{name} is in one only" for name in sorted(found[0].keys() ^ found[1].keys())]
-    common = sorted(found[0].keys() & found[1].keys())
-    return lines + [f"{name} differs" for name in common if found[0][name].read_bytes() != found[1][name].read_bytes()]
+    )
+    lines = [f"{name} is in one only" for name in sorted(names_a ^ names_b)]
+    for name in sorted(names_a & names_b):
+        if (a / name).read_bytes() != (b / name).read_bytes():
+            lines.append(f"{name} differs")
+    return lines
 
 
 def compare_training(a: Path, b: Path) -> list[str]:
-    """Weights, averages, optimizer, place in the run; log.jsonl; pictures."""
+    """Compare weights, averages, optimizer and step; log.jsonl; pictures."""
     contents = [{k: v for k, v in load_checkpoint(folder).items() if k != "args"} for folder in (a, b)]
     return differences(*contents) + file_differences(a, b)
 
 
 def compare_sampling(a: Path, b: Path) -> list[str]:
-    """All pictures and arrays; results.jsonl with each row once, but for what measures time."""
+    """Compare all pictures and arrays, and the rows of results.jsonl without TIMING."""
     rows = []
     for folder in (a, b):
         lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
         rows.append([{k: v for k, v in row.items() if k not in TIMING} for row in lines])
-    # run.json names the weights and settings, the rows do so too
+
     return differences(*rows, "results.jsonl") + file_differences(a, b, skip=("results.jsonl",))
 
 
-# -------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- the scenarios
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A program, its flags for a folder, and how two finished folders are compared."""
+    """A program, its flags for a folder, and the comparison of two finished folders."""
 
     program: str
     flags: Callable[[TortureArgs, Path, Path], list]  # (args, work, folder)
@@ -136,7 +140,7 @@ SCENARIOS = {
 
 
 def prepare(names, args: TortureArgs, work: Path) -> None:
-    """Import what the programs import, once; make the model and the autoencoder that they need."""
+    """Import modules that the forked processes share; make the model and the autoencoder that they need."""
     torch.set_num_threads(1)
     from torch.utils import tensorboard  # noqa: F401
 
@@ -198,17 +202,18 @@ def run_through(processes, what: str) -> None:
 
 
 def unfinished(folder: Path, pid: int) -> bool:
-    """Is there a temporary file of this process?"""
+    """Has this process a temporary file in the folder?"""
     return any(f.name.startswith(".") and f.name.endswith(f".{pid}.tmp") for f in folder.rglob(".*"))
 
 
 def kill_one(processes, folder: Path, draws: random.Random, seconds: float) -> tuple[bool, bool, float]:
     """Kill one of the processes at a random moment: (was it alive, was it writing, seconds until the others ended)."""
     victim = draws.choice(processes)
-    if len(processes) > 1:  # they have to meet first: a launcher, not these, notices who never comes
-        steps, size = folder / "log.jsonl", 0
-        size = steps.stat().st_size if steps.is_file() else 0
-        while victim.is_alive() and not (steps.is_file() and steps.stat().st_size not in (0, size)):
+    if len(processes) > 1:
+        # Wait for a training step: before the processes meet, only a launcher would notice that one is missing.
+        log = folder / "log.jsonl"
+        size = log.stat().st_size if log.is_file() else 0
+        while victim.is_alive() and not (log.is_file() and log.stat().st_size not in (0, size)):
             victim.join(0.01)
     victim.join(draws.uniform(0, seconds))
     if draws.random() < AIMED:
@@ -235,36 +240,41 @@ def kill_one(processes, folder: Path, draws: random.Random, seconds: float) -> t
 
 
 def torture(name: str, args: TortureArgs, work: Path) -> bool:
-    """Kill a scenario args.kills times, print a line about it; was everything the same in the end?"""
+    """Kill a scenario args.kills times, print a line about it; are the results those of an uninterrupted run?"""
     scenario, draws = SCENARIOS[name], random.Random(f"{args.seed} {name}")
     whole = work / name / "whole"
     whole.parent.mkdir()
     began = time.perf_counter()
     run_through(start_all(name, args, work, whole), f"the uninterrupted {name}")
     seconds = time.perf_counter() - began
-    longest_life = seconds * min(1, 2 / args.epochs)  # two epochs of training: the run gets on
-    kills, writing, longest, wrong, folders = 0, 0, 0.0, [], [work / name / "run0"]
+    longest_life = seconds * min(1, 2 / args.epochs)  # two epochs of training, so that a life may save a checkpoint
+    kills, kills_while_writing, longest_wait, folders = 0, 0, 0.0, [work / name / "run0"]
     while True:
         processes = start_all(name, args, work, folders[-1])
         if kills == args.kills:
             run_through(processes, str(folders[-1]))
             break
-        alive, inside, waited = kill_one(processes, folders[-1], draws, longest_life)
-        kills, writing, longest = kills + alive, writing + inside, max(longest, waited)
-        if not alive:  # it was faster: compare it, and kill another run
+        killed, was_writing, waited = kill_one(processes, folders[-1], draws, longest_life)
+        longest_wait = max(longest_wait, waited)
+        if killed:
+            kills += 1
+        else:  # the run ended before the kill: kill another one
             run_through(processes, str(folders[-1]))
             folders.append(work / name / f"run{len(folders)}")
+        if was_writing:
+            kills_while_writing += 1
     wrong = [f"{folder}: {line}" for folder in folders for line in scenario.compare(whole, folder)]
-    told = f"{name:7} {kills} kills survived, {writing} of them while writing a file; {len(folders)} runs finished, "
-    told += "all bit for bit as without" if not wrong else f"{len(wrong)} DIFFERENCES"
+    summary = f"{name:7} {kills} kills survived, {kills_while_writing} of them while writing a file; "
+    summary += f"{len(folders)} runs finished, "
+    summary += f"{len(wrong)} DIFFERENCES" if wrong else "all bit for bit as without"
     if scenario.processes > 1:
-        told += f"; the other process ended within {longest:.1f} s"
-    print(f"{told} ({seconds:.0f} s)", *wrong[:10], sep="\n  ", flush=True)
+        summary += f"; the other process ended within {longest_wait:.1f} s"
+    print(f"{summary} ({seconds:.0f} s)", *wrong[:10], sep="\n  ", flush=True)
     return not wrong
 
 
 def main(argv=None) -> int:
-    """Parse, kill; 0 if nothing was lost, 1 if anything was."""
+    """Parse, kill; 0 if all results are those of uninterrupted runs, else 1."""
     args = TortureArgs(**vars(make_parser("torture.py", __doc__.splitlines()[0], TortureArgs).parse_args(argv)))
     names = list(SCENARIOS) if args.what == "all" else args.what.split(",")
     for name in names:
@@ -281,7 +291,8 @@ def main(argv=None) -> int:
         work = Path(args.work_dir or temporary).absolute()
         work.mkdir(parents=True, exist_ok=True)
         prepare(names, args, work)
-        return 0 if all([torture(name, args, work) for name in names]) else 1
+        same = [torture(name, args, work) for name in names]  # all of them run, also after a difference
+        return 0 if all(same) else 1
 
 
 if __name__ == "__main__":

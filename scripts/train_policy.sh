@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Train the backbone on the states that an order visits, by itself or together with heads, and compare: second stages from
-# one checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
-#   random   published masks: the checkpoint trained on
+# Train the backbone on the states that an order visits, with or without heads, and compare: second stages from one
+# checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
+#   random   published masks: the checkpoint is trained as before
 #   visited  the states and next groups of the best hand-made order, low-discrepancy
-#   policy   as visited for four fifths of its epochs, then the states and next groups of the heads named in LEARN, which are
-#            trained together with the backbone from there on (--heads_from)
-#   early    the same with heads from the start
-#   joint    the states of visited, with the same heads trained beside the backbone: no scoring pass
+#   policy   as visited for four fifths of its epochs, then the states and next groups of the heads named in LEARN, which
+#            are trained together with the backbone from that epoch on (--heads_from)
+#   early    as policy, with heads from the start
+#   joint    the states of visited; a group head is trained beside the backbone, without a scoring pass
 #   INIT=output_dir/quickstart OUT=output_dir/policy SEEDS="1 2 3" bash scripts/train_policy.sh
 # Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS chooses what is compared, LEARN the heads of policy and early. EPOCHS is that of random and visited; policy and
-# joint get 93 % of it, early 72 %, since their steps cost more (scripts/bench_training.py --only heads). What is made
-# already is reused. About an hour and a half on 2 CPU cores.
+# ARMS names the stages to compare, LEARN the heads of policy and early. EPOCHS is that of random and visited; policy and
+# joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py --only heads). Finished parts
+# are not run again. About an hour and a half on 2 CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}

@@ -3,11 +3,11 @@
     python scripts/train_tokenizer.py --data_path IMAGES --img_size 32 --stride 4 --latent_channels 8 --output_dir OUT
 
 Every tenth image is held out of training, to measure PSNR, SSIM and (with --features) rFID on. OUT gets autoencoder/
-(diffusers' own format, its latents centred and their scale in its config), reconstructions.png (originals above what
-came back of them), a line of kind "reconstruction" in results.jsonl, and checkpoint-last.pth for --resume.
+(diffusers' own format, its latents centred and their scale in its config), reconstructions.png (originals above their
+reconstructions), a line of kind "reconstruction" in results.jsonl, and checkpoint-last.pth for --resume.
 
-Loss: mean absolute error + perceptual_weight · perceptual distance + the penalty of the kind, which is kl_weight · KL
-(both summed over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE).
+Loss: mean absolute error + perceptual_weight · perceptual distance + a penalty, which is kl_weight · KL (both summed
+over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE).
 """
 
 import copy
@@ -16,6 +16,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,16 +48,16 @@ from util.rng import generator, seed_of
 
 SAVE_EVERY = 500  # steps, besides the end of each epoch
 HOLD_OUT = 10  # every tenth image
-WARMUP = 0.02  # of the run
+WARMUP = 0.02  # share of the run
 NUM_PICTURES = 8
 NUM_MEASURED = 10000  # images for mean and scale of the latents
-# what a run cannot change half-way
+# flags that must be the same with --resume
 FIXED = "data data_path img_size stride latent_channels width vq codebook_size batch_size seed".split()
 
 
 @dataclass(frozen=True)
 class TokenizerArgs(ImagesArgs):
-    """Which autoencoder, trained on what, for how long, where to."""
+    """The flags: autoencoder, data, loss, length of the run, and the folder of its files."""
 
     stride: int = flag(4, "pixels of a latent's side", choices=(2, 4, 8, 16))
     latent_channels: int = flag(8, "channels of a latent", low=1)
@@ -66,7 +67,7 @@ class TokenizerArgs(ImagesArgs):
     vq: bool = flag(False, "train a VQModel instead of an AutoencoderKL")
     codebook_size: int = flag(1024, "codes of the VQModel", low=2)
     epochs: float = flag(10.0, "passes over the images, which may be a fraction", low=0)
-    max_minutes: float | None = flag(None, "stop after so many minutes of training, if the epochs take longer", low=0)
+    max_minutes: float | None = flag(None, "minutes after which training stops, if the epochs take longer", low=0)
     batch_size: int = flag(32, "images a step", low=1)
     lr: float = flag(1e-3, "peak learning rate of Adam; it falls to 0 along a cosine", low=0)
     kl_weight: float = flag(1e-6, "weight of the KL divergence", low=0)
@@ -75,22 +76,22 @@ class TokenizerArgs(ImagesArgs):
     perceptual_weight: float = flag(0.1, "weight of the perceptual distance", low=0)
     features: str | None = flag(None, "features of the rFID (default: PSNR and SSIM only)", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
-    num_eval: int = flag(5000, "held-out images to measure on, where there are so many", low=2)
+    num_eval: int = flag(5000, "held-out images to measure on, at most", low=2)
     num_workers: int = flag(0, "processes that load images", low=0)
     seed: int = flag(0, "seed of weights, order, mirroring and the posterior's noise", low=0, high=2**63 - 1)
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=("fp32", "bf16"))
     output_dir: str = flag("output_dir/tokenizer", "folder to write to")
-    resume: bool = flag(False, "continue the run in --output_dir, if there is one")
+    resume: bool = flag(False, "continue the run in --output_dir, if it has one")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
     @property
-    def kind(self) -> str:
-        """A row of LOSSES."""
+    def class_name(self) -> str:
+        """The autoencoder's class in diffusers, a row of LOSSES."""
         return "VQModel" if self.vq else "AutoencoderKL"
 
 
 class Run:
-    """What training changes, with what it is trained on."""
+    """The state of a training run, its images and the loss network."""
 
     def __init__(self, args: TokenizerArgs, images):
         self.args, self.images = args, images
@@ -108,21 +109,27 @@ class Run:
         sizes = {name: getattr(args, name) for name in ("stride", "latent_channels", "width", "codebook_size")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(args.seed)
-            sizes |= dict(image_channels=images.channels, img_size=images.img_size)
-            autoencoder = make_autoencoder(args.kind, **sizes)
+            autoencoder = make_autoencoder(
+                args.class_name, **sizes, image_channels=images.channels, img_size=images.img_size
+            )
         self.autoencoder = autoencoder.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.autoencoder.parameters(), lr=args.lr, betas=(0.9, 0.99))
-        self.step, self.minutes = 0, 0.0  # done so far
+        self.step, self.minutes = 0, 0.0  # trained so far
 
     @property
     def done(self) -> float:
-        """The part of the run that is done, by steps or by time."""
+        """The share of the run that is done, by steps or by time."""
         return max(self.step / self.num_steps, self.minutes / (self.args.max_minutes or math.inf))
 
     def save(self) -> None:
         """Write the checkpoint."""
-        content = dict(autoencoder=self.autoencoder.state_dict(), optimizer=self.optimizer.state_dict())
-        content |= dict(step=self.step, minutes=self.minutes, settings=asdict(self.args))
+        content = dict(
+            autoencoder=self.autoencoder.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            minutes=self.minutes,
+            settings=asdict(self.args),
+        )
         save_checkpoint(self.args.output_dir, content)
 
     def load(self, path: Path) -> None:
@@ -132,16 +139,16 @@ class Run:
         if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError(f"{path} is no checkpoint of train_tokenizer.py")
         for name in FIXED:
-            there, here = content["settings"].get(name), getattr(self.args, name)
-            if there != here:
-                raise ValueError(f"{path} was trained with --{name} {there}, not {here}: choose another --output_dir")
+            stored, given = content["settings"].get(name), getattr(self.args, name)
+            if stored != given:
+                raise ValueError(f"{path} was trained with --{name} {stored}, not {given}: choose another --output_dir")
         load_weights(self.autoencoder, content["autoencoder"], path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.minutes = content["step"], content["minutes"]
 
     def tokenizer(self) -> AutoencoderTokenizer:
         """A frozen copy of the autoencoder as it is now."""
-        return AutoencoderTokenizer(self.args.kind, copy.deepcopy(self.autoencoder))
+        return AutoencoderTokenizer(self.args.class_name, copy.deepcopy(self.autoencoder))
 
     def scores(self, tokenizer, indices, fid: ReconstructionFID | None = None, verbose=False) -> dict[str, float]:
         """{psnr, ssim} of the tokenizer on the images at these indices; with fid also rfid."""
@@ -149,31 +156,34 @@ class Run:
         return score_reconstructions(tokenizer, Subset(self.images, indices), fid, **options)
 
     def draw(self, tokenizer) -> None:
-        """Write reconstructions.png: held-out images, and below them what came back."""
-        rows = self.held_out[:: max(1, len(self.held_out) // NUM_PICTURES)][:NUM_PICTURES]
-        batch = torch.stack([self.images[i][0] for i in rows])
-        found = tokenizer.decode(tokenizer.encode(batch.to(self.device).float() / 127.5 - 1, sample=False))
-        pair = np.concatenate([batch.permute(0, 2, 3, 1).numpy(), to_uint8(found)])
-        grid = make_grid(pair, ["original"] * len(rows) + ["decoded"] * len(rows), len(rows))
+        """Write reconstructions.png: held-out images above their reconstructions."""
+        indices = self.held_out[:: max(1, len(self.held_out) // NUM_PICTURES)][:NUM_PICTURES]
+        originals = torch.stack([self.images[i][0] for i in indices])
+        decoded = tokenizer.decode(tokenizer.encode(originals.to(self.device).float() / 127.5 - 1, sample=False))
+        pictures = np.concatenate([originals.permute(0, 2, 3, 1).numpy(), to_uint8(decoded)])
+        count = len(indices)
+        grid = make_grid(pictures, ["original"] * count + ["decoded"] * count, count)
         save_png(Path(self.args.output_dir, "reconstructions.png"), grid)
 
 
 def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
     """One step on uint8 images (B, C, H, W); the loss terms. A loss or gradient that is not finite raises."""
     args, draws = run.args, generator(seed_of("tokenizer", run.args.seed, run.step))
-    flip = torch.rand(len(pixels), generator=draws) < 0.5 if run.images.flip else torch.zeros(len(pixels), dtype=bool)
-    images = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels).to(run.device).float() / 127.5 - 1
+    if run.images.flip:
+        flip = torch.rand(len(pixels), generator=draws) < 0.5
+        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
+    images = pixels.to(run.device).float() / 127.5 - 1
     images = images.contiguous(memory_format=torch.channels_last)
     if args.vq and run.step == 0:
         start_codebook(run.autoencoder, images, draws)
-    terms, penalty = LOSSES[args.kind]
+    loss_terms, penalty_name = LOSSES[args.class_name]
     with dist.autocast(run.device, run.dtype):
-        found, value = terms(run.autoencoder, images, draws)
-        parts = {"l1": F.l1_loss(found.float(), images), penalty: value}
+        decoded, penalty = loss_terms(run.autoencoder, images, draws)
+        terms = {"l1": F.l1_loss(decoded.float(), images), penalty_name: penalty}
         if run.perceptual is not None:
-            parts["perceptual"] = run.perceptual(found, images)
+            terms["perceptual"] = run.perceptual(decoded, images)
     weights = {"l1": 1.0, "vq": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
-    loss = sum(weights[name] * part for name, part in parts.items())
+    loss = sum(weights[name] * term for name, term in terms.items())
     run.optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.autoencoder.parameters(), 1.0)
@@ -183,7 +193,7 @@ def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(progress, lr=args.lr, min_lr=0.0, schedule="cosine", warmup_epochs=WARMUP, epochs=1.0)
     run.optimizer.step()
-    return {name: part.item() for name, part in parts.items()}
+    return {name: term.item() for name, term in terms.items()}
 
 
 def train(run: Run) -> None:
@@ -195,13 +205,16 @@ def train(run: Run) -> None:
         while run.done < 1:
             epoch, batch = divmod(run.step, epoch_steps)
             run.sampler.set_epoch(epoch, batch)
-            began, totals, count = time.monotonic(), {}, 0
+            began, totals, count = time.monotonic(), Counter(), 0
             for pixels, *_ in loader:
-                parts = optimize(run, pixels)
-                run.step, now = run.step + 1, time.monotonic()
-                run.minutes, began = run.minutes + (now - began) / 60, now
-                totals, count = {name: totals.get(name, 0) + part for name, part in parts.items()}, count + 1
-                progress.set_postfix({name: f"{part:.4f}" for name, part in parts.items()}, refresh=False)
+                terms = optimize(run, pixels)
+                now = time.monotonic()
+                run.minutes += (now - began) / 60
+                began = now
+                run.step += 1
+                count += 1
+                totals.update(terms)
+                progress.set_postfix({name: f"{term:.4f}" for name, term in terms.items()}, refresh=False)
                 progress.update(min(run.done, 1.0) - progress.n)
                 if run.step % SAVE_EVERY == 0:
                     run.save()
@@ -238,31 +251,33 @@ def publish(run: Run) -> AutoencoderTokenizer:
 
 
 def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
-    """Measure on the held-out images, unless results.jsonl has it already, append a line, print it."""
+    """Measure on the held-out images unless results.jsonl has the result, append a line, print it."""
     args, results = run.args, Path(run.args.output_dir, "results.jsonl")
     dtype = dist.dtype_name(run.dtype)
     evaluation = EvalConfig(num_images=len(run.held_out), features=args.features)
-    place = str(Path(args.output_dir, "autoencoder"))
-    settings = dict(tokenizer=f"diffusers:{place}", data=args.data, img_size=run.images.img_size, dtype=dtype)
-    row = reconstruction_row(tokenizer.fingerprint, settings, evaluation, run.images)
-    present = find_result(read_results(results), row)
-    if present is None:
+    folder = str(Path(args.output_dir, "autoencoder"))
+    settings = dict(tokenizer=f"diffusers:{folder}", data=args.data, img_size=run.images.img_size, dtype=dtype)
+    wanted = reconstruction_row(tokenizer.fingerprint, settings, evaluation, run.images)
+    row = find_result(read_results(results), wanted)
+    if row is None:
         labels = labels_of(run.images)
         labels = [labels[i] for i in run.held_out]
-        how = protocol("reconstruction", evaluation, labels, run.held_out, args.place, ema=None, dtype=dtype)
-        how["split"] = f"every {HOLD_OUT}th of train, not trained on"
+        record = protocol("reconstruction", evaluation, labels, run.held_out, args.place, ema=None, dtype=dtype)
+        record["split"] = f"every {HOLD_OUT}th of train, not trained on"
         fid = ReconstructionFID(args.features, args.fid_weights) if args.features else None
         metrics = run.scores(tokenizer, run.held_out, fid, verbose=True)
         training = dict(asdict(args), steps=run.step, minutes=run.minutes)
-        present = row | dict(metrics=metrics, protocol=how, training=training, git_commit=git_commit())
-        append_result(results, present)
-    print(protocol_line(present["protocol"]))
-    print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(present['metrics'])}")
+        row = dict(wanted, metrics=metrics, protocol=record, training=training, git_commit=git_commit())
+        append_result(results, row)
+    print(protocol_line(row["protocol"]))
+    print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(row['metrics'])}")
     shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}, scale {tokenizer.scale:.4f}"
     print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its latents:")
-    command = ["--data", args.data, *(["--data_path", args.data_path] if args.data_path else [])]
-    command += ["--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{place}"]
-    print(f"    main_mar.py {shlex.join(command)}")
+    flags = ["--data", args.data]
+    if args.data_path:
+        flags += ["--data_path", args.data_path]
+    flags += ["--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{folder}"]
+    print(f"    main_mar.py {shlex.join(flags)}")
 
 
 def run_training(args: TokenizerArgs) -> int:
@@ -282,14 +297,14 @@ def run_training(args: TokenizerArgs) -> int:
     if len(images) <= HOLD_OUT:
         raise ValueError(f"{len(images)} images are too few, expected at least {HOLD_OUT + 1}: one in ten is held out")
     run = Run(args, images)
-    if args.features:  # what does not fit is found out now
+    if args.features:  # images that do not fit the features are refused before training
         extractor, _ = build_extractor(args.features, args.fid_weights, device=run.device)
         extractor(images[0][0][None].expand(-1, 3, -1, -1).to(run.device))
     if path.exists():
         run.load(path)
         print(f"continuing at step {run.step} of {run.num_steps}")
-    images = in_memory(images, args.num_workers)
-    run.images = run.kept.dataset = images
+    run.images = in_memory(images, args.num_workers)
+    run.kept.dataset = run.images
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train(run)
     tokenizer = publish(run)

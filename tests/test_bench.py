@@ -35,9 +35,9 @@ def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, seconds, expected):
 @pytest.mark.parametrize("exact", (True, False))
 def test_every_dtype_that_is_there_is_timed(monkeypatch, exact):
     monkeypatch.setattr(int8, "is_exact", lambda: exact)
-    found = int8.layer_seconds(8)
-    assert set(found) == {"fp32", "bf16", "int8"} - (set() if exact else {"int8"})
-    assert all(0 < seconds < 1 for seconds in found.values())
+    seconds_of = int8.layer_seconds(8)
+    assert set(seconds_of) == {"fp32", "bf16", "int8"} - (set() if exact else {"int8"})
+    assert all(0 < seconds < 1 for seconds in seconds_of.values())
 
 
 SMALL = ("--preset", "digits", "--batch_size", "2", "--repeats", "1")
@@ -60,8 +60,8 @@ def test_every_lever_has_a_row(capsys, monkeypatch):
     for name in (*SAMPLING, *bench_training.TRAINING):
         if "int8" in name and not int8.is_exact():
             continue
-        found = next(rest for row, rest in rows.items() if row.startswith(name))
-        assert float(found[0]) > 0
+        cells = next(rest for row, rest in rows.items() if row.startswith(name))
+        assert float(cells[0]) > 0
     assert len(compiled) == 1
     stubbed = [row for row, rest in rows.items() if rest[-2] == "="]  # they run no transformer
     assert [row.split(",")[0] for row in stubbed][:2] == ["fp32", "+ annealing"]
@@ -99,7 +99,7 @@ def test_training_is_timed_in_a_process_of_its_own(monkeypatch):
 def test_flops_are_those_of_the_formula(cfg):
     run = Bench(BenchArgs(preset="digits", batch_size=2, num_iter=3, cfg=cfg, device="cpu"))
     _, steps = run.sample(PUBLISHED)
-    found = run.sampling_flops(steps, 1)
+    flops = run.sampling_flops(steps, 1)
     c, size, width = run.config, 2, run.config.encoder_embed_dim
     slots = c.buffer_size + c.seq_len
 
@@ -115,12 +115,12 @@ def test_flops_are_those_of_the_formula(cfg):
         images = size + (halves - 1) * (size if known else 1)
         transformer += images * (blocks(c.encoder_depth, seen) + embed + blocks(c.decoder_depth, slots))
         known += len(rows) // size
-    assert known == c.seq_len and found["transformer"] == transformer
+    assert known == c.seq_len and flops["transformer"] == transformer
     w, num_rows = c.diffloss_w, halves * size * c.seq_len
     a_row = 2 * (c.token_dim * w + c.diffloss_d * 5 * w**2 + 2 * w**2 + 2 * w * c.token_dim)
     a_step = 2 * (256 * w + w**2)  # the embedding of the time, one for all rows
     condition = 2 * num_rows * width * w
-    assert found["diffusion"] == 100 * (num_rows * a_row + len(steps) * a_step) + condition
+    assert flops["diffusion"] == 100 * (num_rows * a_row + len(steps) * a_step) + condition
 
 
 def test_stopwatch_and_memory():

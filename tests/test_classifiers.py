@@ -54,5 +54,5 @@ def test_augmentation_shifts_by_at_most_one_pixel():
     x = torch.full((200, 1, 8, 8), -1.0)
     x[:, 0, 3, 4] = 9.0  # far above the noise
     shifted = train_classifier.augment(x, torch.Generator().manual_seed(0))
-    found = {divmod(i, 8) for i in shifted.flatten(1).argmax(1).tolist()}
-    assert found == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}
+    places = {divmod(i, 8) for i in shifted.flatten(1).argmax(1).tolist()}
+    assert places == {(row, column) for row in (2, 3, 4) for column in (3, 4, 5)}

@@ -118,9 +118,9 @@ def test_pictures_of_any_mode_are_read(channels, tmp_path):
     photos, mask = Image.fromarray(photo(3)), Image.fromarray(lower_half())
     for mode in ("L", "RGB", "RGBA", "P", "CMYK"):
         photos.convert(mode).save(image := tmp_path / "i.tif")
-        for kind in ("1", "L", "P", "RGB", "I;16"):
+        for mode in ("1", "L", "P", "RGB", "I;16"):
             wide = np.asarray(mask).astype(np.uint16) * 257
-            (Image.fromarray(wide) if kind == "I;16" else mask.convert(kind)).save(tmp_path / "m.png")
+            (Image.fromarray(wide) if mode == "I;16" else mask.convert(mode)).save(tmp_path / "m.png")
             edit = read_edit(image, tmp_path / "m.png", img_size=8, channels=channels, cell=1)
             assert edit.source.shape == (8, 8, channels) and np.array_equal(edit.unknown, lower_half() > 0)
     photos.save(image)

@@ -29,16 +29,16 @@ def checkpoint(tmp_path_factory):
 
 def test_sampling_against_statistics_is_sampling_against_their_images(checkpoint, stats_file, tmp_path, capsys):
     flags = "--features digits --num_images 40 --no_ema".split()  # its own --metrics none comes first
-    for name, more in (("images", ["--metrics", "fid,isc"]), ("stats", ["--fid_stats", stats_file])):
-        more = [*more] if name == "images" else [*more, "--metrics", "fid,isc"]
-        assert draw(checkpoint, tmp_path / name, *flags, *more) == 0
+    for name, metric_flags in (("images", ["--metrics", "fid,isc"]), ("stats", ["--fid_stats", stats_file])):
+        metric_flags = [*metric_flags] if name == "images" else [*metric_flags, "--metrics", "fid,isc"]
+        assert draw(checkpoint, tmp_path / name, *flags, *metric_flags) == 0
     (images,), (stats,) = rows(tmp_path / "images"), rows(tmp_path / "stats")
     assert stats["metrics"] == pytest.approx({k: images["metrics"][k] for k in ("fid", "is_mean", "is_std")}, rel=1e-3)
     assert images["reference"] != stats["reference"] == load_fid_stats(stats_file).hash()
-    how = dict(kind="generation", num_images=40, balance="4 of each of 10 classes", ema=False, dtype="fp32")
-    how |= dict(split="train", num_reference=1797, features="digits")
-    assert images["protocol"] == how | dict(reference="digits") and images["kind"] == "generation"
-    assert stats["protocol"] == how | dict(reference=f"statistics in {stats_file}")
+    record = dict(kind="generation", num_images=40, balance="4 of each of 10 classes", ema=False, dtype="fp32")
+    record |= dict(split="train", num_reference=1797, features="digits")
+    assert images["protocol"] == record | dict(reference="digits") and images["kind"] == "generation"
+    assert stats["protocol"] == record | dict(reference=f"statistics in {stats_file}")
     start = "generation of 40 images (4 of each of 10 classes, raw weights, fp32) against 1797 images of "
     printed = [text for text in capsys.readouterr().out.splitlines() if text.startswith("generation")]
     assert printed == [
@@ -129,19 +129,19 @@ def test_bad_references_are_one_line_before_anything_is_sampled(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change, found", [("missing", 3), ("one too many", 5)])
-def test_another_number_of_images_than_asked_for_is_not_measured(change, found, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change, num_stored", [("missing", 3), ("one too many", 5)])
+def test_another_number_of_images_than_asked_for_is_not_measured(change, num_stored, tmp_path, monkeypatch):
     def made(parts, sampling, labels, seed, folder, **options):
         folder.mkdir()
-        for i in range(found):
+        for i in range(num_stored):
             save_png(folder / f"{i}.png", np.full((8, 8, 1), i, np.uint8))
         return {}
 
     monkeypatch.setattr(engine_mar, "sample_images", made)
     monkeypatch.setattr(engine_mar, "score", lambda *a: pytest.fail("measured"))
-    with pytest.raises(ValueError, match=f"out holds {found} images, expected 4$"):
+    with pytest.raises(ValueError, match=f"out holds {num_stored} images, expected 4$"):
         engine_mar.evaluate(None, None, EvalConfig(num_images=4), None, [0] * 4, 0, tmp_path / "out")
-    with pytest.raises(ValueError, match=f"out holds {found} images, expected 4$"):
+    with pytest.raises(ValueError, match=f"out holds {num_stored} images, expected 4$"):
         PNGFolder(tmp_path / "out", 4)
 
 
@@ -173,9 +173,9 @@ def test_class_balance_in_words(labels, words):
 def test_the_protocol_of_no_metrics_names_no_reference():
     config = EvalConfig(metrics="none")
     assert build_reference(config, "digits", None, 8) is None
-    found = protocol("generation", config, [0, 1], None, "digits", ema=True, dtype="bf16")
-    assert protocol_line(found) == "generation of 2 images (1 of each of 2 classes, EMA weights, bf16)"
-    assert json.loads(json.dumps(found)) == found
+    record = protocol("generation", config, [0, 1], None, "digits", ema=True, dtype="bf16")
+    assert protocol_line(record) == "generation of 2 images (1 of each of 2 classes, EMA weights, bf16)"
+    assert json.loads(json.dumps(record)) == record
 
 
 # ------------------------------------------------------------------------------------------------- commands shown

@@ -46,14 +46,14 @@ def clip_state():
     """As published, with the first of the text tower's tensors; norms and biases are drawn too."""
     state = {k: hankel(shape) for k, shape in features.CLIP_SHAPES.items()}
     state |= {"visual.class_embedding": hankel((768,)), "text_projection": hankel((512, 512))}
-    state |= {f"visual.ln_{end}.{kind}": torch.ones(768) for end in ("pre", "post") for kind in ("weight", "bias")}
+    state |= {f"visual.ln_{end}.{name}": torch.ones(768) for end in ("pre", "post") for name in ("weight", "bias")}
     for i in range(12):
         block = f"visual.transformer.resblocks.{i}"
         state |= {f"{block}.attn.in_proj_weight": hankel((2304, 768)), f"{block}.attn.in_proj_bias": hankel((2304,))}
         linears = {"attn.out_proj": (768, 768), "mlp.c_fc": (3072, 768), "mlp.c_proj": (768, 3072)}
         for name, shape in linears.items():
             state |= {f"{block}.{name}.weight": hankel(shape), f"{block}.{name}.bias": hankel(shape[:1])}
-        state |= {f"{block}.ln_{j}.{kind}": torch.ones(768) for j in (1, 2) for kind in ("weight", "bias")}
+        state |= {f"{block}.ln_{j}.{name}": torch.ones(768) for j in (1, 2) for name in ("weight", "bias")}
     return state | {"logit_scale": torch.tensor(4.6), "ln_final.weight": torch.ones(512)}
 
 
@@ -112,20 +112,20 @@ def of_clip(state):
 def test_features_are_those_of_the_network(name, expected, weights):
     """At the network's own size nothing is resized: the library's network on normalised pixels."""
     before = torch.get_rng_state()
-    ((found,),) = list(feature_batches(RGBImages(IMAGES, "test"), name, weights[name]))
+    ((ours,),) = list(feature_batches(RGBImages(IMAGES, "test"), name, weights[name]))
     assert torch.equal(torch.get_rng_state(), before)
     with torch.random.fork_rng():
         theirs = expected(torch.load(weights[name], weights_only=True))
-    assert found.shape == (2, FEATURES[name].dim) and found.dtype == torch.float32
-    spread = found.std()
-    assert spread > 0 and not torch.allclose(found[0], found[1], atol=1e-6 * float(spread))
-    torch.testing.assert_close(found, theirs, rtol=1e-3, atol=2e-3 * float(spread))
+    assert ours.shape == (2, FEATURES[name].dim) and ours.dtype == torch.float32
+    spread = ours.std()
+    assert spread > 0 and not torch.allclose(ours[0], ours[1], atol=1e-6 * float(spread))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * float(spread))
 
 
 def test_other_features_go_through_torch_fidelity(weights):
     sets = np.random.default_rng(1).integers(0, 256, (2, 2, 16, 16, 3), dtype=np.uint8)
-    found = compute_metrics(*sets, features="dinov2", weights=weights["dinov2"], metrics=("kid",))
-    assert found.keys() == {"kid_mean", "kid_std"} and np.isfinite(list(found.values())).all()
+    figures = compute_metrics(*sets, features="dinov2", weights=weights["dinov2"], metrics=("kid",))
+    assert figures.keys() == {"kid_mean", "kid_std"} and np.isfinite(list(figures.values())).all()
 
 
 def test_safetensors_are_weights_too(tmp_path):
@@ -150,13 +150,13 @@ class Named(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", STATES)
-@pytest.mark.parametrize("kind", ["pickle", "torchscript", "other shapes", "a tensor too few", "no tensors", "text"])
-def test_other_files_are_refused_and_not_run(name, kind, weights, tmp_path):
+@pytest.mark.parametrize("content", ["pickle", "torchscript", "other shapes", "a tensor too few", "no tensors", "text"])
+def test_other_files_are_refused_and_not_run(name, content, weights, tmp_path):
     file, target = tmp_path / "weights.pth", tmp_path / "executed"
-    if kind == "torchscript":  # a program, which could do anything when loaded
+    if content == "torchscript":  # a program, which could do anything when loaded
         with warnings.catch_warnings(action="ignore"):
             torch.jit.trace(Named(clip_state()["visual.proj"]), torch.zeros(1)).save(file)
-    elif kind == "text":
+    elif content == "text":
         file.write_text("weights")
     else:
         state = torch.load(weights[name], weights_only=True)
@@ -167,13 +167,13 @@ def test_other_files_are_refused_and_not_run(name, kind, weights, tmp_path):
             "a tensor too few": {k: v for k, v in state.items() if k != victim},
             "no tensors": {"epoch": 3},
         }
-        torch.save(changed[kind], file)
+        torch.save(changed[content], file)
     with (
         pytest.raises(ValueError, match=r"weights\.pth refused: [^\n]+$") as caught,
         warnings.catch_warnings(action="error"),
     ):
         check_features(name, file)
-    assert kind != "torchscript" or "weights_only" in str(caught.value)  # refused before it is loaded
+    assert content != "torchscript" or "weights_only" in str(caught.value)  # refused before it is loaded
     assert not target.exists()
 
 

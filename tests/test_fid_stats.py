@@ -38,9 +38,9 @@ def test_fid_from_a_file_is_fid_from_the_images(digits, tmp_path):
     save_fid_stats(tmp_path / "new" / "a.npz", compute_fid_stats(real, "digits", batch_size=33))
     stats = load_fid_stats(tmp_path / "new" / "a.npz")
     assert (stats.num_images, stats.features, stats.mu.shape, stats.sigma.shape) == (400, "digits", (64,), (64, 64))
-    found = compute_metrics(made, stats, features="digits", batch_size=77)
+    figures = compute_metrics(made, stats, features="digits", batch_size=77)
     expected = compute_metrics(made, real, features="digits", metrics=("fid", "isc"))
-    assert found == pytest.approx(expected, rel=1e-3) and found["fid"] > 0.01
+    assert figures == pytest.approx(expected, rel=1e-3) and figures["fid"] > 0.01
     itself = compute_metrics(real, stats, features="digits", metrics=("fid",))
     assert itself == {"fid": pytest.approx(0, abs=1e-9)}
     assert compute_metrics(real, stats, features="digits", metrics=("isc",)).keys() == {"is_mean", "is_std"}
@@ -52,8 +52,8 @@ def test_the_program_makes_plain_arrays_and_nothing_else(stats_file, digits):
         arrays = {name: file[name] for name in file.files}
     assert arrays.keys() == {"mu", "sigma", "num_images", "features", "img_size", "split"}
     assert [arrays[k].item() for k in ("num_images", "features", "img_size", "split")] == [1797, "digits", 8, "train"]
-    found = np.concatenate([f.numpy() for (f,) in feature_batches(RGBImages(digits, "all"), "digits")])
-    mu, sigma = gaussian_statistics(found)
+    features = np.concatenate([f.numpy() for (f,) in feature_batches(RGBImages(digits, "all"), "digits")])
+    mu, sigma = gaussian_statistics(features)
     np.testing.assert_allclose(arrays["mu"], mu, rtol=1e-6)
     np.testing.assert_allclose(arrays["sigma"], sigma, rtol=1e-5, atol=1e-8)
 
@@ -78,8 +78,8 @@ def test_statistics_of_a_folder_at_another_size_and_of_the_other_split(tmp_path,
 def test_adms_files_are_read_and_no_more_of_them_than_is_needed(tmp_path):
     """They also hold sFID's statistics and sample images; what is not needed may be anything."""
     mu, sigma = np.zeros(2048), np.eye(2048)
-    more = dict(mu_s=np.zeros(9), sigma_s=np.eye(9), arr_0=np.array([Malicious(tmp_path / "executed")], dtype=object))
-    np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, **more)
+    extra = dict(mu_s=np.zeros(9), sigma_s=np.eye(9), arr_0=np.array([Malicious(tmp_path / "executed")], dtype=object))
+    np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma, **extra)
     stats = load_fid_stats(tmp_path / "adm.npz")
     assert (stats.features, stats.num_images, stats.img_size) == (None, None, None)
     assert not (tmp_path / "executed").exists()
@@ -88,14 +88,14 @@ def test_adms_files_are_read_and_no_more_of_them_than_is_needed(tmp_path):
         stats.check("digits")
 
 
-def damaged(kind: str, path: Path) -> None:
+def damaged(damage: str, path: Path) -> None:
     """Write a statistics file that is no good in this way."""
     mu, sigma = np.zeros(4), np.eye(4)
-    if kind in ("text", "truncated", "array"):
+    if damage in ("text", "truncated", "array"):
         np.savez(path, mu=mu, sigma=sigma)
         whole = path.read_bytes()
-        path.write_bytes({"text": b"mu = 0", "truncated": whole[:300], "array": b""}[kind])
-        if kind == "array":
+        path.write_bytes({"text": b"mu = 0", "truncated": whole[:300], "array": b""}[damage])
+        if damage == "array":
             with open(path, "wb") as file:
                 np.save(file, mu)
         return
@@ -110,7 +110,7 @@ def damaged(kind: str, path: Path) -> None:
         "matrix mu": dict(mu=sigma),
         "other sizes": dict(sigma=np.eye(5)),
     }
-    arrays = {"mu": mu, "sigma": sigma} | changes[kind]
+    arrays = {"mu": mu, "sigma": sigma} | changes[damage]
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
 
 
@@ -118,10 +118,10 @@ DAMAGES = ["text", "truncated", "array", "objects", "object features", "two feat
 DAMAGES += ["whole numbers", "matrix mu", "other sizes"]
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_and_unsafe_statistics_are_one_line(kind, tmp_path):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_and_unsafe_statistics_are_one_line(damage, tmp_path):
     path = tmp_path / "bad.npz"
-    damaged(kind, path)
+    damaged(damage, path)
     with pytest.raises(ValueError, match=r"bad\.npz refused: [^\n]+$"):
         load_fid_stats(path)
     assert not (tmp_path / "executed").exists()

@@ -104,9 +104,9 @@ def tiny_images(seed):
 
 def test_inception_features(inception_file):
     names = ("isc", "kid", "prc")
-    found = compute_metrics(tiny_images(0), tiny_images(1), weights=inception_file, metrics=names)
-    assert list(found) == ["is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall"]
-    assert np.isfinite(list(found.values())).all() and found["is_mean"] >= 1
+    figures = compute_metrics(tiny_images(0), tiny_images(1), weights=inception_file, metrics=names)
+    assert list(figures) == ["is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall"]
+    assert np.isfinite(list(figures.values())).all() and figures["is_mean"] >= 1
 
 
 @pytest.mark.slow  # eigenvalues of 2048 x 2048 matrices
@@ -119,5 +119,5 @@ def test_inception_fid(inception_file):
     sets = [tiny_images(0), tiny_images(1)]
     statistics = [gaussian_statistics(net(torch.from_numpy(x).permute(0, 3, 1, 2))[0].numpy()) for x in sets]
     expected = frechet_distance(*statistics[0], *statistics[1])
-    found = compute_metrics(*sets, weights=inception_file, metrics=("fid",), batch_size=8)
-    assert found == {"fid": pytest.approx(expected, rel=1e-3)}
+    figures = compute_metrics(*sets, weights=inception_file, metrics=("fid",), batch_size=8)
+    assert figures == {"fid": pytest.approx(expected, rel=1e-3)}

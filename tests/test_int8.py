@@ -39,8 +39,8 @@ def test_exact_on_integers(seed, rows, width, out):
     x = torch.randint(-127, 128, (rows, width), generator=draws(seed)).float()
     w = torch.randint(-127, 128, (out, width), generator=draws(seed + 1)).float()
     x[:, 0] = w[:, 0] = 127
-    found = Int8Linear(layer_of(w))(x)
-    assert found.dtype == torch.float32 and torch.equal(found.double(), (x.double() @ w.double().t()).float().double())
+    y = Int8Linear(layer_of(w))(x)
+    assert y.dtype == torch.float32 and torch.equal(y.double(), (x.double() @ w.double().t()).float().double())
 
 
 @needs_int8
@@ -51,8 +51,8 @@ def test_error_is_that_of_the_rounding(seed, scale, outlier):
     x[0, 3], b = outlier * scale, torch.randn(5, generator=draws(seed), dtype=torch.float64)
     s_x, s_w = (a.abs().amax(dim=1, keepdim=True) / 127 for a in (x, w))
     bound = s_x / 2 * w.abs().sum(dim=1) + x.abs().sum(dim=1, keepdim=True) * s_w.t() / 2 + 40 * s_x * s_w.t() / 4
-    found = Int8Linear(layer_of(w.float(), b.float()))(x.float()).double()
-    assert ((found - (x @ w.t() + b)).abs() <= bound * 1.001 + 1e-5).all()
+    y = Int8Linear(layer_of(w.float(), b.float()))(x.float()).double()
+    assert ((y - (x @ w.t() + b)).abs() <= bound * 1.001 + 1e-5).all()
 
 
 @needs_int8
@@ -74,9 +74,9 @@ def test_zeros_and_what_is_not_finite():
     layer = Int8Linear(layer_of(torch.ones(3, 4), torch.arange(3.0)))
     x = torch.zeros(3, 4)
     x[1, 2], x[2, 0] = float("nan"), float("inf")
-    found = layer(x)
-    assert torch.equal(found[0], torch.arange(3.0))
-    assert not torch.isfinite(found[1:]).any()
+    y = layer(x)
+    assert torch.equal(y[0], torch.arange(3.0))
+    assert not torch.isfinite(y[1:]).any()
 
 
 def quantized(mar):
@@ -111,14 +111,14 @@ def test_images_are_near_those_of_float32(refresh_every):
     def images(mar, seeds=range(12), rows=slice(None)):
         return generate(mar, labels[rows], rules, seeds=seeds[rows], **options)
 
-    exact, found, other = images(mar), images(quantized(mar)), images(mar, range(12, 24))
+    exact, rounded, other = images(mar), images(quantized(mar)), images(mar, range(12, 24))
     parts = torch.cat([images(quantized(mar), rows=slice(i, i + 5)) for i in (0, 5, 10)])
 
     def distance(a, b):
         return (a - b).abs().mean()
 
-    assert 0 < distance(found, exact) < 0.1 * distance(other, exact)
-    assert distance(parts, found) < 0.5 * distance(found, exact)
+    assert 0 < distance(rounded, exact) < 0.1 * distance(other, exact)
+    assert distance(parts, rounded) < 0.5 * distance(rounded, exact)
 
 
 def test_a_processor_that_loses_bits_is_refused(monkeypatch):

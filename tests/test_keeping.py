@@ -84,14 +84,14 @@ def damaged(place):
     return str(error.value)
 
 
-@pytest.mark.parametrize("how", ["flip", "truncate", "empty"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, how):
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, damage):
     for step in (10, 20):
         keep_checkpoint(tmp_path, content(step), 2)
     newest, before = tmp_path / "checkpoint-00000020.pth", tmp_path / "checkpoint-00000010.pth"
     whole = bytearray((tmp_path / FILE_NAME).read_bytes())
     whole[len(whole) // 2] ^= 1
-    bad = {"flip": whole, "truncate": whole[:-1], "empty": b""}[how]
+    bad = {"flip": whole, "truncate": whole[:-1], "empty": b""}[damage]
     newest.write_bytes(bad)  # the same file under two names
     assert str(before) in damaged(tmp_path / FILE_NAME)
     assert step_of(before) == 10

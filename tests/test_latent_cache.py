@@ -71,8 +71,8 @@ def test_a_cache_that_mar_wrote_is_read(pictures, tmp_path, monkeypatch, capsys)
     damaged = mars / f"{NAMES[3]}.npz"
     whole = damaged.read_bytes()
     damaged.write_bytes(bytes(300))
-    told = refused(cache_latents.main, capsys, "--cached_path", mars, "--verify")
-    assert f"{NAMES[3]}.npz is damaged" in told and "main_cache.py" in told and "pickle" not in told
+    message = refused(cache_latents.main, capsys, "--cached_path", mars, "--verify")
+    assert f"{NAMES[3]}.npz is damaged" in message and "main_cache.py" in message and "pickle" not in message
     damaged.write_bytes(whole)
     assert "(3, 8, 8)" in refused(main_mar.main, capsys, *SMALL, *TRAIN, "--use_cached", "--cached_path", mars,
                                   "--img_size", 16, "--output_dir", tmp_path / "no")  # fmt: skip

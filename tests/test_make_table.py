@@ -13,12 +13,12 @@ from tests.test_cli import refused
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
-def line(mode, num_iter, seed, fid, **more) -> dict:
+def line(mode, num_iter, seed, fid, **changes) -> dict:
     """One line of results as sample.py writes it, as far as the table reads it."""
     settings = dict(infer_mode=mode, order=None, num_iter=num_iter, cfg=1.5, num_images=600, class_labels=[0, 1])
     row = dict(settings=dict(settings, seed=seed), weights="aa", reference="bb", num_made=600, images_per_second=80.0)
     row |= dict(mar_evals=2.0 * num_iter, mlp_evals=3200.0, metrics=dict(fid=fid, is_mean=7.5))
-    for key, value in more.items():
+    for key, value in changes.items():
         row["settings" if key in settings else key] = row["settings"] | {key: value} if key in settings else value
     return row
 
@@ -60,13 +60,13 @@ def test_long_settings_are_shortened_but_stay_different(capsys, tmp_path):
 
 def test_the_table_is_mean_and_deviation_over_seeds(results, capsys, tmp_path):
     path, lines = results
-    found = table(capsys, path, "--csv", tmp_path / "t.csv")
-    assert list(found[0])[:4] == ["infer_mode", "num_iter", "seeds", "FID"]  # what does not vary is not shown
-    points = [(row["infer_mode"], int(row["num_iter"])) for row in found]
+    table_rows = table(capsys, path, "--csv", tmp_path / "t.csv")
+    assert list(table_rows[0])[:4] == ["infer_mode", "num_iter", "seeds", "FID"]  # what does not vary is not shown
+    points = [(row["infer_mode"], int(row["num_iter"])) for row in table_rows]
     assert points == [(m, k) for m in ("policy", "both") for k in (4, 8, 16)]
     with open(tmp_path / "t.csv", newline="") as file:
         exact = list(csv.DictReader(file))
-    for (mode, k), row, full in zip(points, found, exact):
+    for (mode, k), row, full in zip(points, table_rows, exact):
         of_point = [r for r in lines if (r["settings"]["infer_mode"], r["settings"]["num_iter"]) == (mode, k)]
         fids = [r["metrics"]["fid"] for r in of_point]
         mean, spread = np.mean(fids), np.std(fids, ddof=1)
@@ -80,11 +80,11 @@ def test_the_table_is_mean_and_deviation_over_seeds(results, capsys, tmp_path):
 @pytest.mark.parametrize("change", [dict(weights="cc"), dict(num_images=900), dict(cfg=3.0)])
 def test_what_must_not_be_averaged_becomes_a_column(change, tmp_path, capsys):
     lines = [line("both", 8, 0, 1.0), line("both", 8, 1, 2.0), line("both", 8, 0, 5.0, **change)]
-    found = table(capsys, write(tmp_path / "r.jsonl", lines), "--metrics", "fid")
+    table_rows = table(capsys, write(tmp_path / "r.jsonl", lines), "--metrics", "fid")
     ((name, value),) = change.items()
-    assert [row["FID"] for row in found] == ["1.500 ± 0.707", "5.000"]
-    assert found[1][name] == (f"{value:g}" if isinstance(value, float) else str(value))
-    assert [row["seeds"] for row in found] == ["2", "1"]
+    assert [row["FID"] for row in table_rows] == ["1.500 ± 0.707", "5.000"]
+    assert table_rows[1][name] == (f"{value:g}" if isinstance(value, float) else str(value))
+    assert [row["seeds"] for row in table_rows] == ["2", "1"]
 
 
 def test_gaps_and_repetitions_in_the_results(tmp_path, capsys):
@@ -124,10 +124,10 @@ def test_several_files_are_runs_whose_trainings_are_averaged(tmp_path, capsys):
     stale = line("both", 8, 2, 99.0, weights="old", checkpoint="narrow/2")
     wide = [line("both", 8, 0, f, weights=w, checkpoint=w) for f, w in ((4.0, "a"), (6.0, "b"))]  # one sampling seed
     paths = [run_file(tmp_path / "width_9", stale, *narrow), run_file(tmp_path / "width_10", *wide)]
-    found = table(capsys, *paths, "--csv", tmp_path / "t.csv")
-    assert [row["run"] for row in found] == ["width_9", "width_10"]  # as they were given
-    assert [(row["seeds"], row["FID"]) for row in found] == [("3", "2.000 ± 1.000"), ("2", "5.000 ± 1.414")]
-    assert list(found[0])[:2] == ["run", "seeds"]  # weights are no column
+    table_rows = table(capsys, *paths, "--csv", tmp_path / "t.csv")
+    assert [row["run"] for row in table_rows] == ["width_9", "width_10"]  # as they were given
+    assert [(row["seeds"], row["FID"]) for row in table_rows] == [("3", "2.000 ± 1.000"), ("2", "5.000 ± 1.414")]
+    assert list(table_rows[0])[:2] == ["run", "seeds"]  # weights are no column
     with open(tmp_path / "t.csv", newline="") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["width_9", "width_10"]
     # in one file other weights are another setting, as before
@@ -136,8 +136,8 @@ def test_several_files_are_runs_whose_trainings_are_averaged(tmp_path, capsys):
 
 def test_settings_that_differ_within_a_run_are_rows_of_it(tmp_path, capsys):
     paths = [run_file(tmp_path / r, *(line("both", k, 0, k * f) for k in (8, 4))) for r, f in (("b", 1), ("a", 2))]
-    found = table(capsys, *paths, "--metrics", "fid")
-    assert [(row["run"], row["num_iter"], float(row["FID"])) for row in found] == [
+    table_rows = table(capsys, *paths, "--metrics", "fid")
+    assert [(row["run"], row["num_iter"], float(row["FID"])) for row in table_rows] == [
         ("b", "4", 4), ("b", "8", 8), ("a", "4", 8), ("a", "8", 16)
     ]  # fmt: skip
 
@@ -151,15 +151,15 @@ def plotted(monkeypatch, capsys, *argv) -> list[tuple]:
     capsys.readouterr()
     figure = plt.gcf()
     monkeypatch.undo()
-    found = []
+    curves = []
     for axis in figure.axes:
         for bars in axis.containers:
             curve = bars[0]
             x, y = curve.get_xdata(orig=True), curve.get_ydata()
             where = f"{axis.get_xlabel()}: {axis.get_ylabel()} {axis.get_xscale()}"
-            found.append((where, bars.get_label(), curve.get_color(), list(x), list(y)))
+            curves.append((where, bars.get_label(), curve.get_color(), list(x), list(y)))
     plt.close(figure)
-    return found
+    return curves
 
 
 def test_a_plot_of_runs_has_a_colour_for_each(tmp_path, monkeypatch, capsys):
@@ -169,7 +169,7 @@ def test_a_plot_of_runs_has_a_colour_for_each(tmp_path, monkeypatch, capsys):
     ]
     lines = plotted(monkeypatch, capsys, *paths, "--plot", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
-    first = [found for found in lines if found[0].startswith("transformer")]
+    first = [curve for curve in lines if curve[0].startswith("transformer")]
     assert [(label, colour) for _, label, colour, *_ in first] == [
         (f"{r}, infer_mode {m}", c) for r, c in (("b", "C0"), ("aa", "C1")) for m in ("both", "policy")
     ]
@@ -188,12 +188,12 @@ def test_a_plot_against_a_setting_or_the_speed(x, far, tmp_path, monkeypatch, ca
             row["settings"][setting] = value
             lines.append(row)
     path = write(tmp_path / "r.jsonl", lines)
-    found = plotted(monkeypatch, capsys, path, "--plot", tmp_path / "p.png", "--x", x, "--metrics", "is_mean,fid")
+    curves = plotted(monkeypatch, capsys, path, "--plot", tmp_path / "p.png", "--x", x, "--metrics", "is_mean,fid")
     along = dict(zip(speeds if x == "images_per_second" else values, range(3)))
-    assert len(found) == 4 and {len(where.split(": ")) for where, *_ in found} == {2}
-    assert [where.split(": ")[1].split()[0] for where, *_ in found] == ["IS", "IS", "FID", "FID"]
-    assert all(where.endswith("log" if far else "linear") for where, *_ in found)
-    for (_, label, colour, at, fid), shift in zip(found[2:], (0, 100)):
+    assert len(curves) == 4 and {len(where.split(": ")) for where, *_ in curves} == {2}
+    assert [where.split(": ")[1].split()[0] for where, *_ in curves] == ["IS", "IS", "FID", "FID"]
+    assert all(where.endswith("log" if far else "linear") for where, *_ in curves)
+    for (_, label, colour, at, fid), shift in zip(curves[2:], (0, 100)):
         assert (label, colour) == (("both", "C0") if not shift else ("policy", "C1"))
         assert at == sorted(along) and fid == [shift + along[value] for value in at]
 
@@ -218,13 +218,13 @@ def tables(path, capsys, *flags) -> dict[str, list[list[str]]]:
     """{heading, "" for none: the cells of the table under it}."""
     capsys.readouterr()
     assert make_table.main([str(path), *flags]) == 0
-    found, heading = {}, ""
+    parts, heading = {}, ""
     for text in capsys.readouterr().out.splitlines():
         if text.endswith(":"):
             heading = text[:-1]
         elif text.startswith("|"):
-            found.setdefault(heading, []).append([part.strip() for part in text.strip("|").split("|")])
-    return found
+            parts.setdefault(heading, []).append([part.strip() for part in text.strip("|").split("|")])
+    return parts
 
 
 def test_kinds_references_and_features_are_not_mixed(tmp_path, capsys):
@@ -234,16 +234,16 @@ def test_kinds_references_and_features_are_not_mixed(tmp_path, capsys):
     by_clip = line("both", 8, 0, 70.0)
     by_clip["settings"]["features"] = "clip"
     path = write(tmp_path / "r.jsonl", [*lines, reconstruction, by_clip])
-    found = tables(path, capsys)
-    assert list(found) == [
+    parts = tables(path, capsys)
+    assert list(parts) == [
         "generation, features None, reference bb",
         "generation, features None, reference cc",
         "reconstruction, features None, reference bb",
         "generation, features clip, reference bb",
     ]
-    first, other, rec, clip = ({h: c for h, c in zip(t[0], t[2])} for t in found.values())
+    first, other, rec, clip = ({h: c for h, c in zip(t[0], t[2])} for t in parts.values())
     assert (first["FID"], first["seeds"]) == ("2.000 ± 0.500", "3")
-    assert (other["FID"], clip["FID"]) == ("50", "70") and all(len(t) == 3 for t in found.values())
+    assert (other["FID"], clip["FID"]) == ("50", "70") and all(len(t) == 3 for t in parts.values())
     assert (rec["rFID"], rec["PSNR (dB)"], rec["SSIM"]) == ("0.5000", "25", "0.9000")
     assert "FID" not in rec and "rFID" not in first
 

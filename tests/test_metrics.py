@@ -55,18 +55,18 @@ def digit_features(x):
 
 def test_all_metrics_of_half_the_digits_against_the_rest(digits):
     x, _ = digits
-    found = compute_metrics(x[:300], x[300:700], features="digits")
-    assert list(found) == ["fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall"]
-    assert all(type(value) is float for value in found.values())
-    assert found["fid"] < 0.5 and abs(found["kid_mean"]) < 0.02
-    assert found["is_mean"] > 8 and found["precision"] > 0.8 and found["recall"] > 0.8
+    figures = compute_metrics(x[:300], x[300:700], features="digits")
+    assert list(figures) == ["fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall"]
+    assert all(type(value) is float for value in figures.values())
+    assert figures["fid"] < 0.5 and abs(figures["kid_mean"]) < 0.02
+    assert figures["is_mean"] > 8 and figures["precision"] > 0.8 and figures["recall"] > 0.8
     ours = frechet_distance(
         *gaussian_statistics(digit_features(x[:300])), *gaussian_statistics(digit_features(x[300:700]))
     )
-    assert found["fid"] == pytest.approx(ours, rel=1e-3)
+    assert figures["fid"] == pytest.approx(ours, rel=1e-3)
     noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1), dtype=np.uint8)
     bad = compute_metrics(noise, x[300:700], features="digits")
-    assert bad["fid"] > 20 * found["fid"] and bad["kid_mean"] > 20 * abs(found["kid_mean"])
+    assert bad["fid"] > 20 * figures["fid"] and bad["kid_mean"] > 20 * abs(figures["kid_mean"])
     assert bad["precision"] < 0.3 and bad["is_mean"] < 5
 
 
@@ -86,9 +86,9 @@ def test_kid_of_few_images_is_the_unbiased_estimate(digits):
     f, g = digit_features(x[:n]).astype(np.float64), digit_features(x[n : 2 * n]).astype(np.float64)
     ff, gg, fg = ((a @ b.T / 64 + 1) ** 3 for a, b in ((f, f), (g, g), (f, g)))
     expected = (ff.sum() - np.trace(ff) + gg.sum() - np.trace(gg)) / (n * (n - 1)) - 2 * fg.mean()
-    found = compute_metrics(x[:n], x[n : 2 * n], features="digits", metrics=("kid",))
-    assert found["kid_mean"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
-    assert found["kid_std"] < 1e-5
+    figures = compute_metrics(x[:n], x[n : 2 * n], features="digits", metrics=("kid",))
+    assert figures["kid_mean"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert figures["kid_std"] < 1e-5
 
 
 class Folder(Dataset):
@@ -114,8 +114,8 @@ def test_forms_of_input_agree(digits):
         Folder(x),
         TensorDataset(torch.from_numpy(x).permute(0, 3, 1, 2)),
     ):
-        found = compute_metrics(images, Folder(reference), features="digits", metrics=names, batch_size=33)
-        assert found == pytest.approx(expected, rel=1e-3)
+        figures = compute_metrics(images, Folder(reference), features="digits", metrics=names, batch_size=33)
+        assert figures == pytest.approx(expected, rel=1e-3)
 
 
 def test_quiet_no_cache_and_random_state_kept(digits, tmp_path, monkeypatch, capfd):

@@ -1,6 +1,7 @@
 """How well tokenizers reconstruct: PSNR, SSIM and rFID against closed forms, and the program that measures them."""
 
 import re
+from dataclasses import replace
 
 import diffusers
 import numpy as np
@@ -90,14 +91,14 @@ def test_reconstruction_figures_are_those_of_the_images(digits):
     """In batches as all at once: rFID from compute_metrics' distance, PSNR and SSIM of the rounded images."""
     real = torch.from_numpy(digits[:200]).permute(0, 3, 1, 2)
     images = torch.utils.data.TensorDataset(real)
-    found = score_reconstructions(Rounding(), images, ReconstructionFID("digits"), batch_size=33)
+    scores = score_reconstructions(Rounding(), images, ReconstructionFID("digits"), batch_size=33)
     made = Rounding().decode(Rounding().encode(real / 127.5 - 1, sample=False))
     made = ((made + 1) * 127.5).round().to(torch.uint8)
     assert len(made.unique()) == 4
     by_images = compute_metrics(made.permute(0, 2, 3, 1), digits[:200], features="digits", metrics=("fid",))
-    assert found["rfid"] == pytest.approx(by_images["fid"], rel=1e-3) and found["rfid"] > 0.001
-    assert found["psnr"] == pytest.approx(psnr(made, real).mean().item())
-    assert found["ssim"] == pytest.approx(ssim(made, real).mean().item())
+    assert scores["rfid"] == pytest.approx(by_images["fid"], rel=1e-3) and scores["rfid"] > 0.001
+    assert scores["psnr"] == pytest.approx(psnr(made, real).mean().item())
+    assert scores["ssim"] == pytest.approx(ssim(made, real).mean().item())
     stats = compute_fid_stats(digits[200:], "digits")
     against = score_reconstructions(Rounding(), images, ReconstructionFID("digits", stats=stats))
     moved = [
@@ -108,6 +109,17 @@ def test_reconstruction_figures_are_those_of_the_images(digits):
     assert against["rfid"] == pytest.approx(expected, rel=1e-4)
 
 
+def test_what_cannot_be_compared_is_refused(digits):
+    images = torch.utils.data.TensorDataset(torch.from_numpy(digits[:4]).permute(0, 3, 1, 2))
+    other = replace(compute_fid_stats(digits[:4], "digits"), features="inception")
+    with pytest.raises(ValueError, match="holds statistics of inception features, not of digits"):
+        score_reconstructions(Rounding(), images, ReconstructionFID("digits", stats=other))
+    tokenizer = Rounding()
+    tokenizer.decode = lambda latents: latents[..., :4]
+    with pytest.raises(ValueError, match=r"images of another shape: \(1, 8, 4\) from \(1, 8, 8\)"):
+        score_reconstructions(tokenizer, images, None)
+
+
 def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch, capsys):
     base = ["--tokenizer", "pixel", "--data", "digits", "--features", "digits", "--device", "cpu"]
     base += ["--output_dir", str(tmp_path)]
@@ -115,10 +127,11 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
     (row,) = rows(tmp_path)
     assert row["kind"] == "reconstruction"
     assert row["metrics"] == {"rfid": pytest.approx(0, abs=1e-9), "psnr": PSNR_MAX, "ssim": pytest.approx(1)}
-    how = row["protocol"]
-    assert (how["kind"], how["num_images"], how["num_reference"], how["ema"]) == ("reconstruction", 50, 50, None)
+    record = row["protocol"]
+    expected = dict(kind="reconstruction", num_images=50, num_reference=50, ema=None)
+    assert {key: record[key] for key in expected} == expected
     labels = build_dataset("digits").labels.tolist()
-    assert how["balance"] == class_balance([labels[i * 1797 // 50] for i in range(50)])
+    assert record["balance"] == class_balance([labels[i * 1797 // 50] for i in range(50)])
     assert "reconstruction of 50 images" in capsys.readouterr().out
 
     monkeypatch.setattr(measure_reconstruction, "score_reconstructions", lambda *a, **k: pytest.fail("measured again"))

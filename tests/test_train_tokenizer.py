@@ -22,7 +22,7 @@ from util.images.pictures import save_png
 # one epoch is three steps
 TINY = "--data digits --stride 2 --latent_channels 3 --width 4 --codebook_size 16 --batch_size 500 --num_eval 20"
 TINY = f"{TINY} --lr 1e-2 --epochs 0.6 --device cpu".split()
-KIND_FLAGS = {"AutoencoderKL": [], "VQModel": ["--vq"]}
+CLASS_FLAGS = {"AutoencoderKL": [], "VQModel": ["--vq"]}
 
 
 def train(folder, *flags) -> dict:
@@ -37,8 +37,8 @@ def test_the_command_for_training_on_it_can_be_pasted(tmp_path, capsys):
     for i in range(12):
         save_png(folder / "train" / "a" / f"{i}.png", np.full((8, 8, 3), 20 * i, np.uint8))
     train(tmp_path / "out", "--data", "imagefolder", "--data_path", folder, "--img_size", 8, "--batch_size", 5)
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    main_mar.py ")]
-    assert main_mar.main([*shlex.split(told)[1:], "--dry_run"]) == 0
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    main_mar.py ")]
+    assert main_mar.main([*shlex.split(command)[1:], "--dry_run"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert (values["data"], values["data_path"], values["img_size"]) == ("imagefolder", str(folder), 8)
     assert values["tokenizer"] == f"diffusers:{tmp_path / 'out' / 'autoencoder'}"
@@ -56,20 +56,20 @@ def digits() -> torch.Tensor:
     return build_dataset("digits").images.float() / 127.5 - 1
 
 
-@pytest.fixture(scope="module", params=KIND_FLAGS)
+@pytest.fixture(scope="module", params=CLASS_FLAGS)
 def trained(request, tmp_path_factory):
-    """(kind, folder) of a run of two steps."""
+    """(class, folder) of a run of two steps."""
     folder = tmp_path_factory.mktemp(request.param)
-    train(folder, *KIND_FLAGS[request.param], "--features", "digits")
+    train(folder, *CLASS_FLAGS[request.param], "--features", "digits")
     return request.param, folder
 
 
 def test_a_run_leaves_a_tokenizer_a_picture_and_a_result(trained):
-    kind, folder = trained
+    class_name, folder = trained
     names = {"autoencoder", "reconstructions.png", "results.jsonl", FILE_NAME}
     assert {path.name for path in folder.iterdir()} == names  # and nothing temporary
     tokenizer = build_tokenizer(f"diffusers:{folder / 'autoencoder'}")
-    assert (tokenizer.kind, tokenizer.stride, tokenizer.channels, tokenizer.image_channels) == (kind, 2, 3, 1)
+    assert (tokenizer.kind, tokenizer.stride, tokenizer.channels, tokenizer.image_channels) == (class_name, 2, 3, 1)
     (row,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert (row["kind"], row["protocol"]["num_images"], row["training"]["steps"]) == ("reconstruction", 20, 2)
     assert row["metrics"].keys() == {"rfid", "psnr", "ssim"}
@@ -85,14 +85,14 @@ def test_the_latents_are_normalised(trained):
 
 def test_what_is_saved_decodes_as_what_was_trained(trained):
     """Centring and scaling the latents changes no image, and the figures are those of the images it makes."""
-    kind, folder = trained
+    class_name, folder = trained
     sizes = dict(stride=2, latent_channels=3, width=4, codebook_size=16, image_channels=1, img_size=8)
-    raw = make_autoencoder(kind, **sizes).eval()
+    raw = make_autoencoder(class_name, **sizes).eval()
     raw.load_state_dict(read_file(folder / FILE_NAME)["autoencoder"])
     x = digits()[::10]
     with torch.no_grad():
-        (found,) = raw.encode(x, return_dict=False)
-        wanted = raw.decode(found.mode() if kind == "AutoencoderKL" else found).sample
+        (encoded,) = raw.encode(x, return_dict=False)
+        wanted = raw.decode(encoded.mode() if class_name == "AutoencoderKL" else encoded).sample
     tokenizer = build_tokenizer(f"diffusers:{folder / 'autoencoder'}")
     made = tokenizer.decode(tokenizer.encode(x, sample=False))
     # a code may tip over where two are as near
@@ -104,19 +104,19 @@ def test_what_is_saved_decodes_as_what_was_trained(trained):
     assert row["metrics"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_centring_moves_the_mean_and_keeps_the_images(kind):
+@pytest.mark.parametrize("class_name", LOSSES)
+def test_centring_moves_the_mean_and_keeps_the_images(class_name):
     torch.manual_seed(0)
     sizes = dict(stride=4, latent_channels=3, width=4, codebook_size=8, image_channels=3, img_size=16)
-    autoencoder = make_autoencoder(kind, **sizes).eval()
+    autoencoder = make_autoencoder(class_name, **sizes).eval()
     x, shift = torch.randn(4, 3, 16, 16), torch.tensor([3.0, -5.0, 0.5])
     with torch.no_grad():
         before = autoencoder.encode(x, return_dict=False)[0]
-        before = before.mode() if kind == "AutoencoderKL" else before
+        before = before.mode() if class_name == "AutoencoderKL" else before
         images = autoencoder.decode(before).sample
         centre_latents(autoencoder, shift)
         after = autoencoder.encode(x, return_dict=False)[0]
-        after = after.mode() if kind == "AutoencoderKL" else after
+        after = after.mode() if class_name == "AutoencoderKL" else after
         torch.testing.assert_close(after, before - shift[:, None, None])
         torch.testing.assert_close(autoencoder.decode(after).sample, images, rtol=1e-4, atol=1e-4)
 
@@ -136,10 +136,10 @@ def test_a_codebook_starts_at_latents():
 # ------------------------------------------------------------------------------------------------------- resumption
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-def test_resuming_is_exact(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("class_name", LOSSES)
+def test_resuming_is_exact(tmp_path, monkeypatch, class_name):
     """Stopped in the middle of the second epoch, after a step that no checkpoint has."""
-    flags = [*KIND_FLAGS[kind], "--epochs", 1.6]  # five steps of three an epoch
+    flags = [*CLASS_FLAGS[class_name], "--epochs", 1.6]  # five steps of three an epoch
     whole = train(tmp_path / "whole", *flags)
     monkeypatch.setattr(train_tokenizer, "SAVE_EVERY", 2)
     step = train_tokenizer.optimize
@@ -174,8 +174,8 @@ def test_time_limits_a_run(tmp_path):
 def test_the_perceptual_distance_changes_the_training(tmp_path):
     weights = []
     for name in ("none", "digits"):
-        found = train(tmp_path / name, "--perceptual", name)["autoencoder"]
-        weights.append(torch.cat([v.flatten() for v in found.values()]))
+        autoencoder = train(tmp_path / name, "--perceptual", name)["autoencoder"]
+        weights.append(torch.cat([v.flatten() for v in autoencoder.values()]))
     assert not torch.equal(*weights)
 
 
@@ -199,9 +199,9 @@ def test_perceptual_layers_are_those_before_a_pooling_and_the_last():
     assert sorted(vgg.taps) == [3, 8, 15, 22, 29] and vgg.min_size == 16  # relu1_2, 2_2, 3_3, 4_3, 5_3, as in LPIPS
     small = Perceptual(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.MaxPool2d(2), torch.nn.Conv2d(2, 5, 1)))
     assert sorted(small.taps) == [0, 2]
-    found = small.activations(torch.randn(1, 1, 4, 4))  # grey images become colours
-    assert [tuple(a.shape) for a in found] == [(1, 2, 4, 4), (1, 5, 2, 2)]
-    torch.testing.assert_close(found[1].norm(dim=1), torch.ones(1, 2, 2))
+    activations = small.activations(torch.randn(1, 1, 4, 4))  # grey images become colours
+    assert [tuple(a.shape) for a in activations] == [(1, 2, 4, 4), (1, 5, 2, 2)]
+    torch.testing.assert_close(activations[1].norm(dim=1), torch.ones(1, 2, 2))
 
 
 def test_vgg_takes_torchvisions_file(tmp_path, monkeypatch):
@@ -221,9 +221,9 @@ def test_vgg_takes_torchvisions_file(tmp_path, monkeypatch):
     file = tmp_path / "vgg.pth"
     torch.save(net.state_dict(), file)
     x = torch.rand(2, 3, 8, 8)
-    (found,) = build_perceptual("vgg16", str(file), 3, 8).activations(2 * x - 1)
+    (activation,) = build_perceptual("vgg16", str(file), 3, 8).activations(2 * x - 1)
     wanted = net.features[0](Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(x)).relu()
-    torch.testing.assert_close(found, torch.nn.functional.normalize(wanted, dim=1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(activation, torch.nn.functional.normalize(wanted, dim=1), rtol=1e-4, atol=1e-5)
     torch.save({**net.state_dict(), "extra": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="vgg.pth refused"):
         build_perceptual("vgg16", str(file), 3, 8)
@@ -272,8 +272,8 @@ def test_diverged_training_ends_in_one_line(tmp_path, capsys, monkeypatch):
     terms, name = LOSSES["AutoencoderKL"]
 
     def diverged(*inputs):
-        found, penalty = terms(*inputs)
-        return found, penalty * float("nan")
+        decoded, penalty = terms(*inputs)
+        return decoded, penalty * float("nan")
 
     monkeypatch.setitem(LOSSES, "AutoencoderKL", (diverged, name))
     assert run_main(train_tokenizer.main, [*TINY, "--output_dir", str(tmp_path)]) == 1

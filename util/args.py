@@ -40,8 +40,8 @@ class OneLineParser(argparse.ArgumentParser):
 def make_parser(prog: str, description: str, *configs, sweep=()) -> argparse.ArgumentParser:
     """A parser with one flag for each `flag` field of the dataclasses; a field in two of them is one flag.
 
-    Flags not given are absent from the result, so that a preset or a checkpoint can fill them in. Those named in sweep
-    take a comma list too, and their value is the list of its different values, each checked like a single one.
+    Flags not given are absent from the result, so that a preset or a checkpoint can fill them in. A flag named in sweep
+    takes a comma list; its value is the list of its different values, each checked like a single one.
     """
     parser = OneLineParser(prog=prog, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     seen = set()
@@ -162,9 +162,9 @@ def run_with(run, config_class, prog: str, description: str, argv=None) -> int:
 
 
 def check_values(config_class, values: dict, source) -> None:
-    """Raise ValueError unless the values, read from a file that source names, are what fields of the dataclass may be.
+    """Raise ValueError unless the values, read from the file `source`, fit the fields of the dataclass.
 
-    Flags must be what the command line would let through, other fields of their type. Fields that are absent are fine.
+    Values of flags must be ones that the command line accepts, others of their field's type. Fields may be absent.
     """
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

@@ -51,7 +51,7 @@ def write_content(path: Path, content: dict) -> str:
 
 
 class _HashedFile:
-    """What torch.save needs of a file; hashes what goes through it, and remembers why a write failed."""
+    """A file for torch.save that hashes the bytes written to it and keeps the error of a failed write."""
 
     def __init__(self, file):
         self.file, self.digest, self.error = file, hashlib.sha256(), None

@@ -12,7 +12,7 @@ import torch
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from util.checkpoint import read_file
 
-KL16_PATH = "pretrained_models/vae/kl16.ckpt"  # where MAR's own commands have it
+KL16_PATH = "pretrained_models/vae/kl16.ckpt"  # the path in MAR's commands
 WIDTHS = (128, 128, 256, 256, 512)  # channels of the levels, in both autoencoders
 LAST = len(WIDTHS) - 1  # the level at the latents
 # name -> class in diffusers, scale (1/std of the latents; LDM publishes none for VQ-16: scripts/measure_latents.py)

@@ -4,7 +4,7 @@ from models.tokenizers.continuous import Tokenizer
 
 
 class PixelTokenizer(Tokenizer):
-    """Latents are the pixels themselves; `--patch_size` decides how many make a token."""
+    """The latents are the pixels; a token has `--patch_size` of them a side."""
 
     # With few diffusion steps an early model's samples grow to 1e7 unless the predicted x₀ stays in the data's range.
     clip = (-1.0, 1.0)

@@ -1,4 +1,4 @@
-"""What is measured on sampled images, against which reference, and how a result says so (docs/evaluation.md)."""
+"""The metrics of sampled images, their reference, and the protocol of a result (docs/evaluation.md)."""
 
 import hashlib
 from collections import Counter

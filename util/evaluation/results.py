@@ -26,17 +26,17 @@ def read_results(path: Path) -> list[dict]:
 
 
 def is_folder_name(name) -> bool:
-    """Is it the name of a folder inside another one, whoever wrote the file that has it?"""
+    """Is it a plain folder name, which cannot lead out of the folder it is joined to?"""
     return isinstance(name, str) and name == Path(name).name and name != ".."
 
 
 def find_result(rows: list[dict], wanted: dict) -> dict | None:
-    """The first of the rows that has all that is wanted."""
+    """The first of the rows that has all keys and values of wanted; None if none has."""
     return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
 
 
 def append_result(path: Path, row: dict) -> None:
-    """Add one line; where a crash cut the last one short, after a new line."""
+    """Add one line, after a line break if a crash cut the last line short."""
     text = path.read_text() if path.is_file() else ""
     with open(path, "a") as file:
         file.write(("" if not text or text.endswith("\n") else "\n") + json.dumps(row) + "\n")

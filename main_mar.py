@@ -15,11 +15,13 @@ from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
 from models.families import SIZES
 from training.build import build_data, build_model, find_reference, make_tokenizer, new_state
-from training.checkpoints import check_resume, find_checkpoint, restore, restore_weights
+from training.checkpoints import check_output, check_resume, find_checkpoint, restore, restore_weights
 from training.config import CONFIGS, RunConfig, resolve
+from training.describe import attention_kernel, size_line
 from training.state import TrainState
 from util import dist
-from util.args import check_folder, make_parser, run_main
+from util.args import check_folder, make_parser
+from util.door import run_main
 from util.evaluation.metrics import metrics_line
 
 
@@ -31,6 +33,8 @@ def run(config: RunConfig) -> int:
     for name in ("output_dir", "log_dir"):
         check_folder(name, getattr(launch, name))
     content, resumed = find_checkpoint(launch)
+    if not launch.evaluate:
+        check_output(launch, resumed)
     dataset = build_data(config.data, img_size)
     reference = partial(find_reference, config.evaluation, config.data, img_size, dataset)
     if launch.online_eval or launch.evaluate:
@@ -50,6 +54,9 @@ def run(config: RunConfig) -> int:
     state = new_state(config, model, tokenizer, heads, dataset.flip)
     if resumed:
         check_resume(launch, state.stored, content, dataset.classes)
+    if dist.is_main() and not launch.evaluate:
+        kernel = attention_kernel(model.head_dim, device, state.dtype)
+        print(f"{size_line(config.model.model, model, heads)}; attention: {kernel}")
     first = begin(state, config, content, resumed, len(dataset))
     samples = EpochSamples(
         sampling=config.sampling,

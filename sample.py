@@ -29,8 +29,9 @@ from sampling.run import Parts, sample_images
 from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
 from util import dist
-from util.args import check_folder, check_values, defaults, flag, make_parser, pick, run_main
+from util.args import check_folder, check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
+from util.door import run_main
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
 from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results

@@ -36,6 +36,7 @@ class Backbone(Protocol):
 
     config: object  # with seq_len (L) and class_num
     width: int  # D
+    head_dim: int  # width of an attention head
     token_head: TokenHead
     fixed_rules: dict[str, str]  # {} where any order and group size will do, else the names of those that it needs
 

@@ -85,6 +85,9 @@ MAR_CONFIGS = {
 }
 
 
+PUBLISHED = ("mar_base", "mar_large", "mar_huge")
+
+
 class MAR(nn.Module):
     """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
 
@@ -121,6 +124,11 @@ class MAR(nn.Module):
     def width(self) -> int:
         """Width D of z."""
         return self.config.decoder_embed_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head of the decoder."""
+        return self.width // self.config.decoder_num_heads
 
     @property
     def token_head(self) -> DiffLoss:

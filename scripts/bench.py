@@ -38,7 +38,8 @@ from sampling.loop import generate
 from sampling.settings import FAST
 from training.config import PRESETS, resolve
 from util import dist
-from util.args import flag, make_parser, run_main
+from util.args import flag, make_parser
+from util.door import run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 
 TIMED_STEPS = 5  # diffusion steps that stand for a constant number above 20

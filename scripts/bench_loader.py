@@ -22,7 +22,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util.args import flag, make_parser, run_main
+from util.args import flag, make_parser
+from util.door import run_main
 from util.images.datasets import EpochSampler, build_dataset, labels_of
 from util.images.latent_files import WRITERS, begin, image_names, write_json
 from util.images.latents import VERSION, open_latents

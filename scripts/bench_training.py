@@ -27,7 +27,8 @@ from training.objectives.token import Batch, TokenObjective
 from training.state import TrainState
 from training.step import forward_backward, optimizer_step
 from util import dist
-from util.args import flag, make_parser, run_main
+from util.args import flag, make_parser
+from util.door import run_main
 from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
 
 NUM_STEPS = 8  # of a turn in the table of heads

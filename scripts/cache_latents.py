@@ -24,7 +24,8 @@ from tqdm import tqdm
 from training.build import build_images, make_tokenizer
 from training.config import RunConfig, resolve
 from util import dist
-from util.args import check_folder, flag, make_parser, pick, run_main
+from util.args import check_folder, flag, make_parser, pick
+from util.door import run_main
 from util.evaluation.protocol import reference_hash
 from util.images.datasets import DATASETS, labels_of
 from util.images.latent_files import WRITERS, begin, image_names, write_json

@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder, run_main
+from util.args import OneLineParser, check_folder
 from util.checkpoint import atomic_file
+from util.door import run_main
 
 _DROPBOX = "https://www.dropbox.com/scl/fi"
 # name: (file below pretrained_models/, address in the README of github.com/LTH14/mar). The addresses were written down

@@ -12,7 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from util import dist
-from util.args import check_folder, flag, run_main, run_with
+from util.args import check_folder, flag, run_with
+from util.door import run_main
 from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import compute_fid_stats, save_fid_stats
 from util.images.datasets import ImagesArgs

@@ -23,8 +23,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, run_main
+from util.args import OneLineParser
 from util.checkpoint import atomic_file
+from util.door import run_main
 from util.evaluation.tables import (
     COSTS,
     METRICS,

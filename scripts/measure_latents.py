@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from models.tokenizers.measuring import MeasuringArgs, measure_latents
 from util import dist
-from util.args import flag, make_parser, run_main
+from util.args import flag, make_parser
+from util.door import run_main
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch.utils.data import Subset
 
 from models.tokenizers.measuring import MeasuringArgs
 from util import dist
-from util.args import check_folder, flag, run_main, run_with
+from util.args import check_folder, flag, run_with
+from util.door import run_main
 from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import load_fid_stats
 from util.evaluation.metrics import metrics_line

@@ -17,8 +17,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder, run_main
+from util.args import OneLineParser, check_folder
 from util.checkpoint import atomic_file
+from util.door import run_main
 
 KEYS = ("order_step", "tau", "cfg", "group_size", "frames", "labels")
 FILM_ROW, FILM_MAX = 8, 16  # pictures a row of the film strip, and altogether

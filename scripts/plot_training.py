@@ -15,8 +15,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder, run_main
+from util.args import OneLineParser, check_folder
 from util.checkpoint import atomic_file
+from util.door import run_main
 
 TAGS = ("mse", "order", "rho_mean", "k_over_cosine_mean", "tau_mean", "w_mean")
 

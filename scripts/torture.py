@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 import torch
 
-from util.args import flag, make_parser, run_main
+from util.args import flag, make_parser
 from util.checkpoint import load_checkpoint
+from util.door import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60  # seconds within which the other process must end

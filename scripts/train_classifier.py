@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import check_folder, flag, make_parser, run_main
+from util.args import check_folder, flag, make_parser
 from util.checkpoint import atomic_file
+from util.door import run_main
 from util.evaluation.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier
 from util.images.datasets import build_dataset
 

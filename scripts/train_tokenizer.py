@@ -34,8 +34,9 @@ from models.tokenizers.measuring import measure_latents
 from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
 from training.optim import lr_at
 from util import dist
-from util.args import check_folder, flag, run_main, run_with
+from util.args import check_folder, flag, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
+from util.door import run_main
 from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.metrics import metrics_line
 from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
@@ -286,6 +287,9 @@ def run_training(args: TokenizerArgs) -> int:
     path = checkpoint_path(args.output_dir)
     if path.exists() and not args.resume:
         raise ValueError(f"{path} is there already: continue it with --resume, or choose another --output_dir")
+    stored = Path(args.output_dir, "autoencoder")
+    if stored.exists() and not path.exists():
+        raise ValueError(f"{stored} is not of a run in this folder, and would be replaced: choose another --output_dir")
     for name in ("epochs", "max_minutes"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} must be above 0, got 0")

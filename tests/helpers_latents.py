@@ -10,7 +10,7 @@ import main_mar
 from models.tokenizers.continuous import Tokenizer
 from scripts import cache_latents
 from training import step as step_module
-from util.args import run_main
+from util.door import run_main
 from util.images.latent_files import WRITERS
 
 FORMATS = list(WRITERS)

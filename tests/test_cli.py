@@ -12,7 +12,7 @@ import sample
 from heads.policy import INFER_MODES
 from scripts import bench, bench_training, cache_latents, plot_training, torture, train_classifier, train_tokenizer
 from tests.test_sample import train_tiny
-from util.args import run_main
+from util.door import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (

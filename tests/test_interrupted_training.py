@@ -19,8 +19,8 @@ from training import build, keeping
 from training import step as step_module
 from training.checkpoints import check_resume
 from training.config import LaunchConfig
-from util.args import run_main
 from util.checkpoint import load_checkpoint
+from util.door import run_main
 from util.evaluation.protocol import EvalConfig
 
 TRAIN = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 4 --buffer_size 2 --proj_dropout 0".split()

@@ -14,7 +14,7 @@ from scripts import cache_latents
 from tests.helpers_latents import CACHE, FORMATS, NAMES, NUM, SMALL, TRAIN, TinyKL, cache, content, refused, write_image
 from training import build
 from util import dist
-from util.args import run_main
+from util.door import run_main
 from util.images import latent_files
 from util.images.latents import open_latents
 

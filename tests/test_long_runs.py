@@ -19,7 +19,7 @@ from scripts import torture
 from tests.helpers import on_cpu, tiny_mar
 from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
 from training import step as step_module
-from util.args import run_main
+from util.door import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES = 8  # a leak of one image or one set of gradients a step would be hundreds

@@ -20,8 +20,8 @@ from models.tokenizers import build_tokenizer
 from sampling.run import sample_images
 from sampling.settings import FAST, SampleConfig
 from tests.helpers import each_rank, on_cpu, tiny_mar
-from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.door import run_main
 
 SMALL = "--preset digits --epochs 1 --batch_size 256 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1".split()
 SMALL += "--buffer_size 2 --warmup_epochs 0 --num_iter 2 --device cpu".split()

@@ -17,8 +17,8 @@ import main_mar
 from main_mar import main
 from training import step as step_module
 from training.objectives.token import TokenObjective
-from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.door import run_main
 from util.images.pictures import read_png
 
 # a small model on a folder of small pictures, four steps an epoch

@@ -13,8 +13,8 @@ import main_mar
 from models.tokenizers import build_tokenizer
 from scripts import train_tokenizer
 from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
-from util.args import run_main
 from util.checkpoint import FILE_NAME, read_file, save_checkpoint
+from util.door import run_main
 from util.evaluation.perceptual import Perceptual, build_perceptual
 from util.images.datasets import MemoryDataset, build_dataset, in_memory
 from util.images.pictures import save_png

@@ -15,8 +15,8 @@ import sample
 from models.tokenizers import build_tokenizer
 from scripts import measure_latents
 from tests.helpers_tokenizers import TINY, ldm_tensors, message, save
-from util.args import run_main
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.door import run_main
 from util.rng import generator
 
 

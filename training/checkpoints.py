@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, and how a run continues from one. The file itself: util/checkpoint.py."""
 
 from dataclasses import asdict
+from pathlib import Path
 
 from models.families import family_of
 from training.config import LaunchConfig, RunConfig
@@ -66,6 +67,17 @@ def find_checkpoint(launch: LaunchConfig) -> tuple[dict | None, bool]:
     if source and dist.is_main():
         print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
     return (load_checkpoint(first) if first else None), False
+
+
+def check_output(launch: LaunchConfig, resumed: bool) -> None:
+    """Raise ValueError where training would replace checkpoints that are not those it continues from."""
+    folder, source = Path(launch.output_dir), checkpoint_path(launch.resume)
+    stored = sorted(folder.glob("checkpoint-*.pth"))
+    if stored and not (resumed and source.parent.resolve() == folder.resolve()):
+        raise ValueError(
+            f"--output_dir {folder} has checkpoints of another run ({stored[0].name}): continue that with "
+            f"--resume {folder}, or choose another folder"
+        )
 
 
 def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: list[str]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from heads.policy import SCOPES, PolicyHeads
 from heads.schedules import RuleOptions
 from models.families import FAMILIES, SIZES, Family
-from models.mar import MARConfig
+from models.mar import PUBLISHED, MARConfig
 from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
@@ -244,11 +244,19 @@ PRESETS = {
 def resolve(given: dict) -> RunConfig:
     """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order."""
     preset = choose_preset(given)
-    chosen = {**defaults(*CONFIGS), **_CLI_DEFAULTS, **PRESETS.get(preset, {}), **given}
-    chosen |= {"preset": preset if preset in PRESETS else None}
+    fixed = {**PRESETS.get(preset, {}), **given, "preset": preset if preset in PRESETS else None}
+    row = own_row(fixed.get("model", ModelConfig.model))
+    chosen = {**defaults(*CONFIGS), **_CLI_DEFAULTS, **row, **fixed}
     config = RunConfig.from_flat(chosen | derive(chosen, given))
     check(config, given)
     return config
+
+
+def own_row(model: str) -> dict:
+    """The diffusion MLP of a model that MAR has not published: its command-line defaults are for those that it has."""
+    family = FAMILIES[SIZES[model]]
+    names = ("diffloss_d", "diffloss_w")
+    return {} if model in PUBLISHED else {name: getattr(family.sizes[model], name) for name in names}
 
 
 def choose_preset(given: dict) -> str | None:

@@ -18,6 +18,10 @@ def flag(default, help, *, low=None, high=None, choices=None, type=None, metavar
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# a path's ~, which a shell leaves alone in --flag=~/x and diffusers:~/x
+HOME = r"(?:^|(?<==)|(?<=^diffusers:)|(?<==diffusers:))~(?=/|$)"
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse, with errors of one line and exit code 2 instead of a page of usage."""
 
@@ -25,6 +29,7 @@ class OneLineParser(argparse.ArgumentParser):
         # argparse takes the value in `--class_labels -1,3` for a flag, and that in `--lr=--` (before 3.12) for none
         joined = []
         for word in sys.argv[1:] if args is None else args:
+            word = re.sub(HOME, os.path.expanduser("~"), word)
             if re.fullmatch(r"--\w+=--", word):
                 self.error(f"argument {word[:-3]}: invalid value '--'")
             if re.fullmatch(r"-\d[-\d.,e]*", word) and joined and re.fullmatch(r"--\w+", joined[-1]):
@@ -193,21 +198,3 @@ def check_folder(name: str, path: str) -> None:
     # os.access allows root everything, but nobody can make a folder below /proc
     if not os.access(existing, os.W_OK) or existing.is_relative_to("/proc"):
         raise ValueError(f"--{name} {path}: {existing} cannot be written to")
-
-
-def run_main(main, argv=None) -> int:
-    """Exit code of main(argv); an error that is no fault of the code is one line on stderr instead of a traceback.
-
-    A ValueError or OSError, which is the user's, is code 2; training that diverged (FloatingPointError) 1; Ctrl-C 130.
-    """
-    try:
-        return main(argv)
-    except (ValueError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130

@@ -3,9 +3,13 @@
 import contextlib
 import datetime
 import os
+import sys
+import threading
 
 import torch
 import torch.distributed as dist
+
+WAIT_SECONDS = 5  # for other processes, before the waiting one says so
 
 
 def init(device: torch.device, dist_url: str = "env://", dist_on_itp: bool = False) -> None:
@@ -25,16 +29,48 @@ def init(device: torch.device, dist_url: str = "env://", dist_on_itp: bool = Fal
         keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
     else:
         return
-    rank, size = int(env[keys[0]]), int(env[keys[1]])
+    rank, size, local = int(env[keys[0]]), int(env[keys[1]]), int(env.get(keys[2], 0))
     if device.type == "cuda":
-        torch.cuda.set_device(int(env.get(keys[2], 0)))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=dist_url,
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(minutes=30),
+        check_local_rank(local, torch.cuda.device_count())
+        torch.cuda.set_device(local)
+    place = f"{env.get('MASTER_ADDR', '')}:{env.get('MASTER_PORT', '')}" if dist_url == "env://" else dist_url
+    with said_after(WAIT_SECONDS, waiting_for(rank, size, place, keys[0])):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=dist_url,
+            rank=rank,
+            world_size=size,
+            timeout=datetime.timedelta(minutes=30),
+        )
+
+
+def check_local_rank(local_rank: int, num_devices: int) -> None:
+    """Raise ValueError for a process without a GPU of its own."""
+    if local_rank >= num_devices:
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU of its own, there are {num_devices}: --nproc_per_node "
+            f"must be at most {num_devices}, or use --device cpu"
+        )
+
+
+def waiting_for(rank: int, size: int, place: str, variable: str) -> str:
+    """What a process that waits for its peers has to say."""
+    return (
+        f"waiting for the other {size - 1} of {size} processes at {place} (this is number {rank}); to run alone unset "
+        f"{variable}"
     )
+
+
+@contextlib.contextmanager
+def said_after(seconds: float, line: str):
+    """The line goes to stderr if the block takes longer than this."""
+    timer = threading.Timer(seconds, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def rank() -> int:

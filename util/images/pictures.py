@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from util.checkpoint import atomic_file
 
 NPZ_LIMIT = 2**30  # bytes of images above which no .npz is written
+MADE = r"(\d+|grid)\.png|(samples|trace)\.npz"  # names of a sampling run's files
 PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
 
 
@@ -53,16 +54,21 @@ def is_readable(path: Path) -> bool:
 
 
 def prepare_folder(folder: Path, run: dict) -> None:
-    """Make the folder of a sampling run; if its run.json describes another run, remove that run's files."""
+    """Make the folder of a sampling run; if its run.json describes another run, remove that run's files.
+
+    Files of these names in a folder without run.json are nobody's of ours: ValueError, and nothing is touched.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(".*.tmp"):  # of a process that was killed
         file.unlink()
     note = folder / "run.json"
     text = json.dumps(run)
     if not note.is_file() or note.read_text() != text:
-        for file in folder.iterdir():
-            if re.fullmatch(r"(\d+|grid)\.png|(samples|trace)\.npz", file.name):
-                file.unlink()
+        made = [file for file in folder.iterdir() if re.fullmatch(MADE, file.name)]
+        if made and not note.is_file():
+            raise ValueError(f"{folder} holds {made[0].name} and no run.json: not ours, choose another folder")
+        for file in made:
+            file.unlink()
         with atomic_file(note) as temporary:
             temporary.write_text(text)
     for file in folder.iterdir():  # images beyond the last one of this run

@@ -1,0 +1,206 @@
+"""The door of the programs: exit codes, one line, output that cannot be encoded; processes that wait or are lost."""
+
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_mar
+from models.mar import MAR, MAR_CONFIGS
+from scripts import train_tokenizer
+from tests.helpers import SMALLEST
+from training.config import resolve
+from util import dist
+from util.args import make_parser
+from util.door import run_main
+from util.images.pictures import prepare_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def raising(error):
+    def main(argv=None):
+        raise error
+
+    return main
+
+
+def library_value_error(argv=None):
+    torch.distributions.Normal(torch.tensor(0.0), torch.tensor(-1.0))  # torch raises ValueError
+
+
+def undecodable(argv=None):
+    b"\xff".decode()
+
+
+def code_and_line(main, capsys):
+    code, said = run_main(main), capsys.readouterr()
+    return code, said.err.splitlines()
+
+
+def test_input_is_one_line_and_code_2(capsys):
+    def main(argv=None):
+        raise ValueError("--x\n must be 1")
+
+    from util import args  # a check in this repository, of a flag's range
+
+    assert code_and_line(lambda argv: args.parse_range("x", "2,1", int, 0), capsys)[0] == 2
+    code, lines = code_and_line(raising(OSError(28, "No space left on device")), capsys)
+    assert code == 2 and lines == ["error: [Errno 28] No space left on device"]
+    assert code_and_line(main, capsys) == (2, ["error: --x must be 1"])
+
+
+@pytest.mark.parametrize("main", [library_value_error, raising(TypeError("x")), raising(KeyError("x"))])
+def test_a_fault_of_the_code_is_not_blamed_on_the_user(main, capsys):
+    code, lines = code_and_line(main, capsys)
+    assert code == 1 and lines[0].startswith("Traceback") and lines[-1].startswith("error: internal error, not your")
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (FloatingPointError("diverged"), 1, "diverged"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "--batch_size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "--eval_bsz"),
+        (MemoryError("Unable to allocate 3 TiB"), 2, "--eval_bsz"),
+        (RuntimeError("NCCL error: Duplicate GPU detected : rank 0 and rank 1"), 2, "--nproc_per_node"),
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:25"),
+            1,
+            "another process",
+        ),
+        (RuntimeError("Read error: Connection reset by peer"), 1, "another process"),
+    ],
+)
+def test_devices_and_peers_are_one_line(error, code, words, capsys):
+    found, lines = code_and_line(raising(error), capsys)
+    assert found == code and len(lines) == 1 and words in lines[0]
+
+
+def test_output_that_cannot_be_encoded_ends_nothing():
+    """Class names and ± on a terminal of ASCII."""
+    program = (
+        "from util.door import run_main; raise SystemExit(run_main(lambda _: print('caf\u00e9 \u00b1 \u2212') or 0))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stdout == b"caf? ? ?\n" and not done.stderr
+
+
+def test_streams_without_encoding_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert run_main(lambda argv: 0) == 0
+
+
+@pytest.mark.parametrize("word", ["--output_dir=~/x", "--output_dir ~/x", "--resume=~", "--tokenizer=diffusers:~/x"])
+def test_a_home_folder_is_expanded_in_every_flag(word):
+    given = vars(make_parser("x", "", *main_mar.CONFIGS).parse_args(word.split()))
+    (value,) = given.values()
+    assert os.path.expanduser("~") in value and "~" not in value
+
+
+@pytest.mark.parametrize("word", ["--output_dir=a~b", "--output_dir=x/~/y", "--init_from=~other/x"])
+def test_other_tildes_stay(word):
+    (value,) = vars(make_parser("x", "", *main_mar.CONFIGS).parse_args([word])).values()
+    assert value == word.partition("=")[2]
+
+
+def test_a_process_without_a_gpu_names_the_flag():
+    dist.check_local_rank(1, 2)
+    with pytest.raises(ValueError, match="process 1 .* no GPU .* there are 1: --nproc_per_node must be at most 1"):
+        dist.check_local_rank(1, 1)
+
+
+def test_a_process_that_waits_says_so_after_a_while(capsys):
+    import threading
+
+    with dist.said_after(0.05, "waiting"):
+        threading.Event().wait(0.5)
+    assert capsys.readouterr().err == "waiting\n"
+    with dist.said_after(5, "waiting"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lonely_process_of_a_cluster_says_what_it_waits_for(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    program = "import torch; from util import dist; dist.WAIT_SECONDS = 0.1; dist.init(torch.device('cpu'))"
+    run = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+    line = run.stderr.readline()
+    run.kill()
+    run.communicate()
+    assert line.startswith(f"waiting for the other 1 of 2 processes at 127.0.0.1:{port} (this is number 0)")
+    assert line.endswith("to run alone unset SLURM_PROCID\n")
+
+
+def train(folder, *flags):
+    words = [*SMALLEST.split(), "--epochs", "1", "--num_images", "20", "--metrics", "none", "--output_dir", str(folder)]
+    return run_main(main_mar.main, [*words, *map(str, flags)])
+
+
+def test_a_fresh_start_where_checkpoints_are_is_refused(tmp_path, capsys):
+    """A mistyped, forgotten or foreign --resume, and a second stage into its base's folder; nothing is touched."""
+    assert train(tmp_path / "run", "--resume", tmp_path / "run") == 0
+    assert train(tmp_path / "other") == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    run = tmp_path / "run"
+    wrong = ([], ["--resume", tmp_path / "typo"], ["--resume", tmp_path / "other"], ["--init_from", run])
+    for flags in wrong:
+        assert train(run, *flags) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(run) in said and "--resume" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert train(run, "--resume", run / "checkpoint-last.pth", "--epochs", 2) == 0  # a file in it is the run's own
+    assert train(tmp_path / "third", "--init_from", run) == 0
+
+
+@pytest.mark.parametrize("model", MAR_CONFIGS)
+def test_own_data_with_a_small_model_has_its_own_diffusion_mlp(model):
+    """MAR's command-line defaults (12 blocks of 1536) are for MAR's models; a flag by hand wins over both."""
+    given = dict(data="imagefolder", data_path="x", tokenizer="pixel", model=model, img_size=32, patch_size=4)
+    config = resolve(given).model.build()
+    row = MAR_CONFIGS[model]
+    published = model in ("mar_base", "mar_large", "mar_huge")
+    wanted = (12, 1536) if published else (row.diffloss_d, row.diffloss_w)
+    assert (config.diffloss_d, config.diffloss_w) == wanted
+    assert resolve(given | dict(diffloss_w=77)).model.build().diffloss_w == 77
+    if not published:
+        with torch.device("meta"):
+            assert sum(p.numel() for p in MAR(config).diffloss.parameters()) < 1e6
+
+
+def test_the_start_says_how_large_the_model_is(tmp_path, capsys):
+    assert train(tmp_path, "--learn", "order") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mar_tiny: ")]
+    pattern = r"mar_tiny: transformer 0\.\d+ M parameters, token head 0\.\d+ M, policy heads 0\.\d+ M; attention: \w+"
+    assert re.fullmatch(pattern, line)
+
+
+def test_pictures_that_no_run_has_made_are_left_alone(tmp_path):
+    """A folder of one's own in the place of a setting's: refused, nothing removed."""
+    (tmp_path / "0.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="0.png and no run.json"):
+        prepare_folder(tmp_path, {"labels": [0]})
+    assert [path.name for path in tmp_path.iterdir()] == ["0.png"]
+    (tmp_path / "run.json").write_text("an earlier run's")
+    prepare_folder(tmp_path, {"labels": [0]})
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_an_autoencoder_of_another_origin_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "autoencoder").mkdir()
+    flags = ["--data", "digits", "--img_size", "8", "--stride", "2", "--output_dir", str(tmp_path)]
+    assert run_main(train_tokenizer.main, flags) == 2
+    assert "autoencoder is not of a run in this folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]

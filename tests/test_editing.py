@@ -1,5 +1,6 @@
 """Conditional editing: what is kept stays, the rest is generated, and what cannot be edited is one line."""
 
+import json
 import re
 
 import numpy as np
@@ -241,3 +242,12 @@ def test_a_dry_run_reads_no_pictures(checkpoint, capsys):
     flags = ["--checkpoint", str(checkpoint), *"--edit_image x.png --edit_mask y.png --class_labels 3,7".split()]
     assert sample.main([*flags, "--dry_run"]) == 0
     assert '"num_images": 2' in capsys.readouterr().out
+
+
+def test_a_dry_run_names_the_folder_of_the_edit(checkpoint, tmp_path, given, capsys):
+    command = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--num_iter", "2"]
+    command += ["--num_sampling_steps", "2", "--class_labels", "3", *map(str, given)]
+    assert sample.main([*command, "--dry_run"]) == 0
+    (name,) = json.loads(capsys.readouterr().out)["settings"]
+    assert sample.main(command) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == [name]

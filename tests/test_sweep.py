@@ -117,6 +117,17 @@ def test_a_dry_run_shows_the_lists_and_the_settings(checkpoint, capsys):
     assert len(shown["settings"]) == len(set(shown["settings"])) == 4
 
 
+@pytest.mark.parametrize("flags", [[], ["--fast"], ["--dtype", "bf16"], ["--no_ema", "--class_labels", "3,1"]])
+def test_a_dry_run_names_the_folders_of_the_run(checkpoint, tmp_path, capsys, monkeypatch, flags):
+    monkeypatch.setattr(sample, "fast_dtype", lambda device, width: "bf16")
+    command = [*SMALL, "--cfg", "1,2", "--num_images", "4", "--metrics", "none", *flags]
+    capsys.readouterr()
+    assert draw(checkpoint, tmp_path, *command, "--dry_run") == 0
+    names = json.loads(capsys.readouterr().out)["settings"]
+    assert draw(checkpoint, tmp_path, *command) == 0
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set(names) and len(names) == 2
+
+
 def test_what_can_be_swept_is_a_flag_of_one_value():
     names = sample.defaults(sample.SampleArgs, SampleConfig)
     assert set(sample.SWEEPS) <= names.keys() and "cfg_interval" not in sample.SWEEPS  # has a comma in it

@@ -28,6 +28,8 @@ from util.evaluation.protocol import EvalConfig, protocol, protocol_line, score
 from util.images.datasets import EpochSampler
 from util.images.pictures import PNGFolder, save_png
 
+MUCH_BROKEN = 0.01  # share of unreadable files that is warned about
+
 __all__ = ["EpochSamples", "evaluate", "generate", "sample_epoch", "sample_images", "train", "train_one_epoch"]
 
 
@@ -114,6 +116,7 @@ def train(
             if state.stopping:
                 break
             sampler.set_epoch(epoch, state.batch)
+            dataset.set_epoch(config.seed, epoch)
             state.wrapped.train()
             whole = train_one_epoch(state, loader, epoch, config, progress, log)
             finish_epoch(state, samples, epoch if whole else epoch - 1, epoch, config, launch, log)
@@ -123,7 +126,7 @@ def train(
     if dist.is_main():
         seconds = time.perf_counter() - began
         rate = (state.step - first_step) * config.global_batch / seconds
-        print_end(state, launch.output_dir, broken, rate)
+        print_end(state, launch.output_dir, broken_note(broken, len(dataset)), rate)
     return 128 + stop_number(state) if state.stopping else 0
 
 
@@ -269,9 +272,20 @@ def stop_number(state: TrainState) -> signal.Signals:
     return signal.Signals(state.stop_signal or signal.SIGTERM)
 
 
-def print_end(state: TrainState, output_dir: str, num_broken: int, rate: float) -> None:
-    """What a run has to say at its end."""
-    notes = [f"{num_broken} broken images were skipped"] if num_broken else []
+def broken_note(num_broken: int, num_images: int) -> str:
+    """What is said of unreadable files, whose draws others of their class replaced; "" without any."""
+    if not num_broken:
+        return ""
+    share = num_broken / num_images
+    note = f"{num_broken} of {num_images} images are broken: {share:.2%} of the draws were of others of their class"
+    return (
+        f"warning: {note}; more than {MUCH_BROKEN:.0%}, look at the files named above" if share > MUCH_BROKEN else note
+    )
+
+
+def print_end(state: TrainState, output_dir: str, broken: str, rate: float) -> None:
+    """What a run has to say at its end; broken: of unreadable files."""
+    notes = [broken] if broken else []
     notes += [f"{state.bad_steps} steps without a finite gradient were skipped"] if state.bad_steps else []
     where = checkpoint_path(output_dir)
     if state.stopping:

@@ -29,10 +29,11 @@ from util.evaluation.protocol import reference_hash
 from util.images.datasets import DATASETS, labels_of
 from util.images.latent_files import WRITERS, begin, image_names, write_json
 from util.images.latents import VERSION, open_latents
+from util.images.reading import Reading
 
 
 @dataclass(frozen=True)
-class CacheArgs:
+class CacheArgs(Reading):
     """What to encode with what, and where the latents go."""
 
     cached_path: str = flag("", "folder for the latents")
@@ -129,6 +130,7 @@ def run(args: CacheArgs, config: RunConfig) -> int:
     side = args.img_size // tokenizer.stride
     settings = dict(version=VERSION, format=args.format, dtype=args.cache_dtype, img_size=args.img_size)
     settings |= dict(shape=[tokenizer.moment_channels, side, side], fingerprint=tokenizer.fingerprint)
+    settings["reading"] = asdict(config.data.reading) if config.data.data == "imagefolder" else None
     settings |= dict(classes=dataset.classes, num_images=len(dataset), images=reference_hash(dataset))
     settings["shard_size"] = args.shard_size if args.format == "packed" else None
     about = dict(tokenizer=args.tokenizer, channels=dataset.channels, flip=dataset.flip)

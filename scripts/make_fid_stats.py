@@ -40,7 +40,7 @@ def run(args: StatsArgs) -> int:
     stats = compute_fid_stats(images, args.features, **options)
     save_fid_stats(args.out, replace(stats, img_size=images.img_size, split=args.split))
     if images.num_broken:
-        print(f"{images.num_broken} broken images: the next readable one counted in place of each")
+        print(f"{images.num_broken} broken images: another of its class counted in place of each")
     size = f"{images.img_size}x{images.img_size}"
     print(f"{args.out}: {args.features} features of {len(images)} {args.split} images of {args.data} at {size}")
     return 0

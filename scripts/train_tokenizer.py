@@ -16,7 +16,7 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ from util.evaluation.reconstruction import ReconstructionFID, score_reconstructi
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.images.datasets import EpochSampler, ImagesArgs, in_memory, labels_of
 from util.images.pictures import make_grid, save_png, to_uint8
+from util.images.reading import MARS_WAY, Reading
 from util.rng import generator, seed_of
 
 SAVE_EVERY = 500  # steps, besides the end of each epoch
@@ -52,6 +53,7 @@ NUM_PICTURES = 8
 NUM_MEASURED = 10000  # images for mean and scale of the latents
 # what a run cannot change half-way
 FIXED = "data data_path img_size stride latent_channels width vq codebook_size batch_size seed".split()
+FIXED += [field.name for field in fields(Reading)]
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ class Run:
         keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
         if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError(f"{path} is no checkpoint of train_tokenizer.py")
+        settings = {**asdict(MARS_WAY if self.args.data == "imagefolder" else Reading()), **content["settings"]}
         for name in FIXED:
-            there, here = content["settings"].get(name), getattr(self.args, name)
+            there, here = settings.get(name), getattr(self.args, name)
             if there != here:
                 raise ValueError(f"{path} was trained with --{name} {there}, not {here}: choose another --output_dir")
         load_weights(self.autoencoder, content["autoencoder"], path)
@@ -195,6 +198,7 @@ def train(run: Run) -> None:
         while run.done < 1:
             epoch, batch = divmod(run.step, epoch_steps)
             run.sampler.set_epoch(epoch, batch)
+            run.images.set_epoch(run.args.seed, epoch)
             began, totals, count = time.monotonic(), {}, 0
             for pixels, *_ in loader:
                 parts = optimize(run, pixels)

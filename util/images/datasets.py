@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from util.args import flag
 from util.images.folders import find_images, training_folder
-from util.images.reading import Reading, center_crop, find_ranges, read_rgb
+from util.images.reading import DEFAULT, Reading, center_crop, find_ranges, read_rgb
 
 MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
 FEW = 16  # draws before all images of a class are shuffled
@@ -89,7 +89,7 @@ class FolderDataset(ImageDataset):
     No readable file at all: ValueError.
     """
 
-    def __init__(self, folder: Path, samples: list, classes: list[str], img_size: int, reading: Reading = Reading()):
+    def __init__(self, folder: Path, samples: list, classes: list[str], img_size: int, reading: Reading = DEFAULT):
         super().__init__(len(samples), classes, 3, img_size, reading.flip)
         self.folder = folder
         self.samples = samples  # (path, label) of each
@@ -170,7 +170,7 @@ class Source(NamedTuple):
 
 
 def build_torchvision(
-    source: Source, *, data_path=None, img_size=None, split="train", download=True, reading=Reading()
+    source: Source, *, data_path=None, img_size=None, split="train", download=True, reading=DEFAULT
 ) -> MemoryDataset:
     """torchvision's data set `source` in `data_path` (./data), downloaded if missing.
 
@@ -191,9 +191,7 @@ def build_torchvision(
     return MemoryDataset(images, raw.targets, raw.classes, flip and reading.flip)
 
 
-def build_imagefolder(
-    *, data_path=None, img_size=None, split="train", download=True, reading=Reading()
-) -> FolderDataset:
+def build_imagefolder(*, data_path=None, img_size=None, split="train", download=True, reading=DEFAULT) -> FolderDataset:
     """Images below `data_path/<split>/<class>/`, or `data_path/<class>/` for train; img_size in pixels (256).
 
     A folder with images directly inside and none in sub-folders is one class. Empty class folders are named in a
@@ -224,7 +222,7 @@ DATASETS = {
 
 
 def build_dataset(
-    name: str, *, data_path=None, img_size=None, split="train", download=True, reading: Reading = Reading()
+    name: str, *, data_path=None, img_size=None, split="train", download=True, reading: Reading = DEFAULT
 ) -> ImageDataset:
     """The dataset `name` of DATASETS at img_size pixels (None: its own size); anything unusable raises ValueError."""
     if name not in DATASETS:

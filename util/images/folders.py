@@ -11,7 +11,17 @@ from pathlib import Path
 from util.images.reading import extensions
 
 # what systems and programs leave among images, in small letters; besides names that start with a dot
-SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "@tmp", "@recycle", "#recycle"}
+SYSTEM = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "#recycle",
+}
 SYSTEM |= {"#snapshot", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found"}
 _WORDS = "train|training|trainval|val|valid|validation|test|testing|eval|evaluation|dev"
 _ABOUT = "images?|imgs?|pictures?|photos?|data|dataset|set|split"
@@ -25,7 +35,7 @@ def is_system(name: str) -> bool:
 
 
 def looks_like_split(name: str) -> bool:
-    """Is a folder's name that of a part of a data set rather than of a class: Train, validation, images_test, val2017?"""
+    """Is a folder's name that of a part of a data set, not of a class: Train, validation, images_test, val2017?"""
     return _SPLIT.fullmatch(name) is not None
 
 
@@ -96,7 +106,8 @@ class ImageFiles:
         number = f"{len(self.classes)} class{'es' if len(self.classes) > 1 else ''}"
         line = f"{len(self.samples)} images in {shown([self.folder])}: {number} ({shown(self.classes)}), {each} each"
         if self.skipped:
-            line += f"; skipped: {shown(f'{count} {ending}' for ending, count in self.skipped.most_common())}"
+            endings = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))
+            line += f"; skipped: {shown(f'{count} {ending}' for ending, count in endings)}"
         return f"{line}; not read: {shown(self.beside)}" if self.beside else line
 
 

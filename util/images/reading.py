@@ -93,6 +93,7 @@ class Reading:
                 raise ValueError(f"{given} has no meaning for the data set {data}, only for imagefolder")
 
 
+DEFAULT = Reading()
 MARS_WAY = Reading(exif=False, background="none")  # also that of checkpoints and caches which do not say theirs
 
 
@@ -108,7 +109,7 @@ def extensions() -> frozenset[str]:
     return frozenset(ending for ending, name in names.items() if name in Image.OPEN and name not in NO_PICTURES)
 
 
-def read_rgb(path: str, reading: Reading = Reading(), ranges: dict | None = None) -> Image.Image:
+def read_rgb(path: str, reading: Reading = DEFAULT, ranges: dict | None = None) -> Image.Image:
     """Read an image file of any mode as 8-bit RGB, of several frames the first.
 
     Grey and colour values of more than 8 bits are scaled from reading.value_range, else from `ranges` (of `find_ranges`
@@ -173,7 +174,7 @@ def _shallow(values: np.ndarray, pinned: tuple | None, ranges: dict) -> Image.Im
     values, alpha = _without_alpha(values)
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(low + high):
-        raise ValueError(f"values from {low:g} to {high:g}: some are no numbers")
+        raise ValueError(f"float image with values in [{low:g}, {high:g}]: some are no numbers")
     kind = values.dtype.kind
     chosen = pinned or ranges.get(kind)
     if chosen is None:

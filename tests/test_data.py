@@ -273,7 +273,7 @@ def test_stand_ins_spread_over_the_class_and_depend_on_seed_epoch_and_index_only
     broken = range(0, 24, 2)
     seen = [draws(ds, epoch, broken) for epoch in range(20)]
     counts = np.bincount([red for epoch in seen for red, _ in epoch.values()], minlength=12)
-    assert counts.min() >= 8 and counts.max() <= 36  # 240 draws over 12 images
+    assert counts.min() >= 4 and counts.max() <= 40  # 240 draws over 12 images
     assert all(label == 0 for epoch in seen for _, label in epoch.values())
     # whatever was met before, in whatever order, in another process's copy
     assert draws(folder(half_broken), 4, reversed(range(24))) == seen[4] | draws(ds, 4, range(1, 24, 2))

@@ -41,8 +41,8 @@ def looks_like_split(name: str) -> bool:
 
 def shown(names) -> str:
     """The first of some names with commas between, printable on one line whatever is in them."""
-    names = list(names)
-    texts = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name)) for name in names[:NUM_NAMED]]
+    names = [str(name) for name in names]
+    texts = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names[:NUM_NAMED]]
     return ", ".join([*texts, f"{len(names) - NUM_NAMED} more"] if len(names) > NUM_NAMED else texts)
 
 

@@ -25,10 +25,8 @@ from util import dist
 from util.checkpoint import checkpoint_path
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, score
-from util.images.datasets import EpochSampler
+from util.images.datasets import EpochSampler, broken_note
 from util.images.pictures import PNGFolder, save_png
-
-MUCH_BROKEN = 0.01  # share of unreadable files that is warned about
 
 __all__ = ["EpochSamples", "evaluate", "generate", "sample_epoch", "sample_images", "train", "train_one_epoch"]
 
@@ -119,6 +117,8 @@ def train(
             dataset.set_epoch(config.seed, epoch)
             state.wrapped.train()
             whole = train_one_epoch(state, loader, epoch, config, progress, log)
+            if epoch == first < config.epochs - 1:  # at the end it would be late to look at the files
+                say_broken(state, dataset)
             finish_epoch(state, samples, epoch if whole else epoch - 1, epoch, config, launch, log)
     if log is not None:
         log.close()
@@ -267,20 +267,16 @@ def count_broken(state: TrainState, dataset) -> int:
     return int((broken > 0).sum())
 
 
+def say_broken(state: TrainState, dataset) -> None:
+    """Say how many unreadable files there are, if any."""
+    note = broken_note(count_broken(state, dataset), len(dataset))
+    if note and dist.is_main():
+        tqdm.write(note)
+
+
 def stop_number(state: TrainState) -> signal.Signals:
     """The signal that stopped the run; it may have gone to another process."""
     return signal.Signals(state.stop_signal or signal.SIGTERM)
-
-
-def broken_note(num_broken: int, num_images: int) -> str:
-    """What is said of unreadable files, whose draws others of their class replaced; "" without any."""
-    if not num_broken:
-        return ""
-    share = num_broken / num_images
-    note = f"{num_broken} of {num_images} images are broken: {share:.2%} of the draws were of others of their class"
-    return (
-        f"warning: {note}; more than {MUCH_BROKEN:.0%}, look at the files named above" if share > MUCH_BROKEN else note
-    )
 
 
 def print_end(state: TrainState, output_dir: str, broken: str, rate: float) -> None:

@@ -41,7 +41,7 @@ from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
 from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
-from util.images.datasets import EpochSampler, ImagesArgs, in_memory, labels_of
+from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
 from util.images.pictures import make_grid, save_png, to_uint8
 from util.images.reading import MARS_WAY, Reading
 from util.rng import generator, seed_of
@@ -265,7 +265,7 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}, scale {tokenizer.scale:.4f}"
     print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its latents:")
     command = ["--data", args.data, *(["--data_path", args.data_path] if args.data_path else [])]
-    command += ["--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{place}"]
+    command += [*args.reading.flags(), "--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{place}"]
     print(f"    main_mar.py {shlex.join(command)}")
 
 
@@ -292,10 +292,13 @@ def run_training(args: TokenizerArgs) -> int:
     if path.exists():
         run.load(path)
         print(f"continuing at step {run.step} of {run.num_steps}")
-    images = in_memory(images, args.num_workers)
-    run.images = run.kept.dataset = images
+    if getattr(images, "layout", ""):
+        print(images.layout)
+    run.images = run.kept.dataset = in_memory(images, args.num_workers)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train(run)
+    if images.num_broken:
+        print(broken_note(images.num_broken, len(images)))
     tokenizer = publish(run)
     run.draw(tokenizer)
     report(run, tokenizer)

@@ -9,14 +9,13 @@ from PIL import Image
 
 import main_mar
 import sample
-from engine_mar import broken_note
 from scripts import cache_latents
 from tests.helpers_latents import CACHE, FORMATS, NAMES, SMALL, TRAIN, cache, content, losses, refused
 from training.build import as_cached
 from training.config import resolve
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.evaluation import protocol
-from util.images.datasets import build_dataset
+from util.images.datasets import broken_note, build_dataset
 from util.images.latents import open_latents
 from util.images.reading import MARS_WAY, Reading
 
@@ -77,6 +76,12 @@ def test_old_checkpoints_keep_their_reference(some, tmp_path, readings):
     save_checkpoint(tmp_path / "copy", stored)
     with pytest.raises(ValueError, match="damaged: its exif is 'yes'"):
         measure(tmp_path / "copy", tmp_path / "bad")
+
+
+def test_settings_as_words():
+    assert Reading().flags() == [] and MARS_WAY.flags() == ["--no_exif", "--background", "none"]
+    config = resolve({"data_path": "x", "split_dir": "a b", "flip": False})
+    assert config.data.reading.flags() == ["--split_dir", "a b", "--no_flip"]
 
 
 def test_a_run_that_goes_on_says_what_is_read_differently(some, tmp_path, capsys):
@@ -206,5 +211,6 @@ def test_a_run_with_broken_images_is_the_same_whoever_reads_them(some, tmp_path,
     for name in NAMES[1:4]:
         (some / "train" / name).write_text("no picture")
     one = losses(monkeypatch, tmp_path / "one", "--data_path", some)
-    assert "warning: 3 of 13 images are broken: 23.08% of the draws" in capsys.readouterr().out
+    out = capsys.readouterr().out  # after the first epoch and after the last
+    assert out.count("warning: 3 of 13 images are broken: 23.08% of the draws") == 2
     assert losses(monkeypatch, tmp_path / "two", "--data_path", some, "--num_workers", 2) == one

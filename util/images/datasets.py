@@ -26,6 +26,7 @@ from util.images.folders import find_images, training_folder
 from util.images.reading import DEFAULT, Reading, center_crop, find_ranges, read_rgb
 
 MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
+MUCH_BROKEN = 0.01  # share of unreadable files that is warned about
 FEW = 16  # draws before all images of a class are shuffled
 
 
@@ -122,6 +123,17 @@ class FolderDataset(ImageDataset):
     def _load(self, path: str) -> torch.Tensor:
         image = center_crop(read_rgb(path, self.reading, self.ranges), self.img_size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def broken_note(num_broken: int, num_images: int) -> str:
+    """What is said of unreadable files, whose draws others of their class replaced; "" without any."""
+    if not num_broken:
+        return ""
+    share = num_broken / num_images
+    note = f"{num_broken} of {num_images} images are broken: {share:.2%} of the draws were of others of their class"
+    if share <= MUCH_BROKEN:
+        return note
+    return f"warning: {note}; that is more than {MUCH_BROKEN:.0%}, look at the files named above"
 
 
 def labels_of(images: ImageDataset) -> list[int]:

@@ -7,7 +7,7 @@ colour with 16 bits a channel.
 import functools
 import math
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -84,13 +84,16 @@ class Reading:
             f"--background must be R,G,B of 0 to 255, a colour's name such as white, or none; got {self.background!r}"
         )
 
+    def flags(self) -> list[str]:
+        """The words of a command line that say these settings."""
+        changed = [(f.name, getattr(self, f.name)) for f in fields(Reading) if getattr(self, f.name) != f.default]
+        return [word for k, v in changed for word in ([f"--no_{k}"] if v is False else [f"--{k}", v])]
+
     def check(self, data: str | None) -> None:
         """Raise ValueError where these settings have no meaning for the data set of this name."""
-        for field in fields(Reading):
-            value = getattr(self, field.name)
-            if field.name != "flip" and value != field.default and data != "imagefolder":
-                given = f"--no_{field.name}" if value is False else f"--{field.name} {value}"
-                raise ValueError(f"{given} has no meaning for the data set {data}, only for imagefolder")
+        words = replace(self.reading, flip=True).flags()
+        if words and data != "imagefolder":
+            raise ValueError(f"{' '.join(words)} has no meaning for the data set {data}, only for imagefolder")
 
 
 DEFAULT = Reading()

@@ -97,7 +97,7 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
         )
     if isinstance(args, dict) and not launch.evaluate and dist.is_main():
         settings = stored["args"]
-        if settings["data"] == "imagefolder":  # older checkpoints do not say how images were read
+        if settings.get("data") == "imagefolder":  # older checkpoints do not say how images were read
             args = {**asdict(MARS_WAY), **args}
         names = [k for k in settings if k in args and k not in PLACES and args[k] != settings[k]]
         if names:

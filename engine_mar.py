@@ -25,7 +25,7 @@ from util import dist
 from util.checkpoint import checkpoint_path
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, score
-from util.images.datasets import EpochSampler
+from util.images.datasets import EpochSampler, broken_note
 from util.images.pictures import PNGFolder, save_png
 
 __all__ = ["EpochSamples", "evaluate", "generate", "sample_epoch", "sample_images", "train", "train_one_epoch"]
@@ -114,8 +114,11 @@ def train(
             if state.stopping:
                 break
             sampler.set_epoch(epoch, state.batch)
+            dataset.set_epoch(config.seed, epoch)
             state.wrapped.train()
             whole = train_one_epoch(state, loader, epoch, config, progress, log)
+            if epoch == first < config.epochs - 1:  # at the end it would be late to look at the files
+                say_broken(state, dataset)
             finish_epoch(state, samples, epoch if whole else epoch - 1, epoch, config, launch, log)
     if log is not None:
         log.close()
@@ -123,7 +126,7 @@ def train(
     if dist.is_main():
         seconds = time.perf_counter() - began
         rate = (state.step - first_step) * config.global_batch / seconds
-        print_end(state, launch.output_dir, broken, rate)
+        print_end(state, launch.output_dir, broken_note(broken, len(dataset)), rate)
     return 128 + stop_number(state) if state.stopping else 0
 
 
@@ -264,14 +267,21 @@ def count_broken(state: TrainState, dataset) -> int:
     return int((broken > 0).sum())
 
 
+def say_broken(state: TrainState, dataset) -> None:
+    """Say how many unreadable files there are, if any."""
+    note = broken_note(count_broken(state, dataset), len(dataset))
+    if note and dist.is_main():
+        tqdm.write(note)
+
+
 def stop_number(state: TrainState) -> signal.Signals:
     """The signal that stopped the run; it may have gone to another process."""
     return signal.Signals(state.stop_signal or signal.SIGTERM)
 
 
-def print_end(state: TrainState, output_dir: str, num_broken: int, rate: float) -> None:
-    """What a run has to say at its end."""
-    notes = [f"{num_broken} broken images were skipped"] if num_broken else []
+def print_end(state: TrainState, output_dir: str, broken: str, rate: float) -> None:
+    """What a run has to say at its end; broken: of unreadable files."""
+    notes = [broken] if broken else []
     notes += [f"{state.bad_steps} steps without a finite gradient were skipped"] if state.bad_steps else []
     where = checkpoint_path(output_dir)
     if state.stopping:

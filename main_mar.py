@@ -5,7 +5,7 @@ MAR's flags keep their published spelling, default and meaning; --preset fills i
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import torch
 from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
 from models.families import SIZES
-from training.build import build_data, build_model, find_reference, make_tokenizer, new_state
+from training.build import as_cached, build_data, build_model, find_reference, make_tokenizer, new_state
 from training.checkpoints import check_output, check_resume, find_checkpoint, fit_classes, restore, restore_weights
 from training.config import CONFIGS, RunConfig, resolve
 from training.describe import attention_kernel, size_line
@@ -36,6 +36,7 @@ def run(config: RunConfig) -> int:
     if not launch.evaluate:
         check_output(launch, resumed)
     dataset = build_data(config.data, img_size)
+    config = replace(config, data=as_cached(config.data, dataset))
     reference = partial(find_reference, config.evaluation, config.data, img_size, dataset)
     if launch.online_eval or launch.evaluate:
         with dist.main_first():

@@ -14,7 +14,7 @@ changing fastest. What results.jsonl has already is skipped.
 import itertools
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
 from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results
 from util.images.pictures import PNGFolder, is_whole, save_png
+from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
@@ -254,6 +255,14 @@ def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
     return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
 
 
+def reference_reading(data: dict, data_path: str | None) -> Reading:
+    """How the images of the reference are read: as in training, data being the checkpoint's; data_path: the flag."""
+    reading = stored_reading(data.get("reading"))
+    if data_path and reading.split_dir and not (Path(data_path) / reading.split_dir).is_dir():
+        return replace(reading, split_dir=None)  # another folder, with a layout of its own
+    return reading
+
+
 def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
     sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
@@ -283,7 +292,8 @@ def run(args: SampleArgs, given: dict) -> int:
     if evaluation.metric_names and evaluation.fid_stats is None and not args.data_path:
         source = stored_place(source, folder, "images to compare with (--data_path names another place)")
     with dist.main_first():
-        reference = build_reference(evaluation, data, source, model.config.img_size)
+        reading = reference_reading(config["data"], args.data_path)
+        reference = build_reference(evaluation, data, source, model.config.img_size, reading)
         evaluation.check(reference, model.config.img_size)
     sweep.rows(settings, reference)
     for part in filter(None, (model, tokenizer, heads)):

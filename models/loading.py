@@ -9,6 +9,7 @@ from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights, stored_place
+from util.images.reading import Reading
 
 _SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
 
@@ -96,6 +97,9 @@ def check_config(config: dict, source) -> None:
         raise ValueError(f"{source} is damaged: its config has no names of classes")
     if not isinstance(config["data"].get("name"), str) or not isinstance(config["data"].get("path"), str | None):
         raise ValueError(f"{source} is damaged: its config does not name the data")
+    if not isinstance(config["data"].get("reading", {}), dict):
+        raise ValueError(f"{source} is damaged: its config does not say how images are read")
+    check_values(Reading, config["data"].get("reading", {}), source)
     check_values(FAMILIES[family].config, config[family], source)
 
 

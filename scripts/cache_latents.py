@@ -30,10 +30,11 @@ from util.evaluation.protocol import reference_hash
 from util.images.datasets import DATASETS, labels_of
 from util.images.latent_files import WRITERS, begin, image_names, write_json
 from util.images.latents import VERSION, open_latents
+from util.images.reading import Reading
 
 
 @dataclass(frozen=True)
-class CacheArgs:
+class CacheArgs(Reading):
     """The flags: data, tokenizer, and the cache to write."""
 
     cached_path: str = flag("", "folder for the latents")
@@ -140,6 +141,7 @@ def run(args: CacheArgs, config: RunConfig) -> int:
         img_size=args.img_size,
         shape=[tokenizer.moment_channels, side, side],
         fingerprint=tokenizer.fingerprint,
+        reading=asdict(config.data.reading) if config.data.data == "imagefolder" else None,
         classes=dataset.classes,
         num_images=len(dataset),
         images=reference_hash(dataset),

@@ -16,7 +16,7 @@ from util.args import check_folder, flag, run_with
 from util.door import run_main
 from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import compute_fid_stats, save_fid_stats
-from util.images.datasets import ImagesArgs
+from util.images.datasets import ImagesArgs, broken_note
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def run(args: StatsArgs) -> int:
     stats = compute_fid_stats(images, args.features, **options)
     save_fid_stats(args.out, replace(stats, img_size=images.img_size, split=args.split))
     if images.num_broken:
-        print(f"{images.num_broken} broken images: the next readable one counted in place of each")
+        print(broken_note(images.num_broken, len(images)))
     size = f"{images.img_size}x{images.img_size}"
     print(f"{args.out}: {args.features} features of {len(images)} {args.split} images of {args.data} at {size}")
     return 0

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,9 @@ from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
 from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
-from util.images.datasets import EpochSampler, ImagesArgs, in_memory, labels_of
+from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
 from util.images.pictures import make_grid, save_png, to_uint8
+from util.images.reading import MARS_WAY, Reading
 from util.rng import generator, seed_of
 
 SAVE_EVERY = 500  # steps, besides the end of each epoch
@@ -54,6 +55,7 @@ NUM_PICTURES = 8
 NUM_MEASURED = 10000  # images for mean and scale of the latents
 # flags that must be the same with --resume
 FIXED = "data data_path img_size stride latent_channels width vq codebook_size batch_size seed".split()
+FIXED += [field.name for field in fields(Reading)]
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,9 @@ class Run:
         keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
         if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError(f"{path} is no checkpoint of train_tokenizer.py")
+        settings = {**asdict(MARS_WAY if self.args.data == "imagefolder" else Reading()), **content["settings"]}
         for name in FIXED:
-            stored, given = content["settings"].get(name), getattr(self.args, name)
+            stored, given = settings.get(name), getattr(self.args, name)
             if stored != given:
                 raise ValueError(f"{path} was trained with --{name} {stored}, not {given}: choose another --output_dir")
         load_weights(self.autoencoder, content["autoencoder"], path)
@@ -206,6 +209,7 @@ def train(run: Run) -> None:
         while run.done < 1:
             epoch, batch = divmod(run.step, epoch_steps)
             run.sampler.set_epoch(epoch, batch)
+            run.images.set_epoch(run.args.seed, epoch)
             began, totals, count = time.monotonic(), Counter(), 0
             for pixels, *_ in loader:
                 terms = optimize(run, pixels)
@@ -277,7 +281,7 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     flags = ["--data", args.data]
     if args.data_path:
         flags += ["--data_path", args.data_path]
-    flags += ["--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{folder}"]
+    flags += [*args.reading.flags(), "--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{folder}"]
     print(f"    main_mar.py {shlex.join(flags)}")
 
 
@@ -307,10 +311,14 @@ def run_training(args: TokenizerArgs) -> int:
     if path.exists():
         run.load(path)
         print(f"continuing at step {run.step} of {run.num_steps}")
+    if getattr(images, "layout", ""):
+        print(images.layout)
     run.images = in_memory(images, args.num_workers)
     run.kept.dataset = run.images
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     train(run)
+    if images.num_broken:
+        print(broken_note(images.num_broken, len(images)))
     tokenizer = publish(run)
     run.draw(tokenizer)
     report(run, tokenizer)

@@ -6,6 +6,7 @@ be wrong with one flag is in test_bad_flags.py.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -38,8 +39,20 @@ HERE = "{tmp}/missing"
 TRAIN = [*TINY]
 DRAW = "--checkpoint {good} --output_dir {out} --device cpu".split()
 FOLDER = "--data imagefolder --tokenizer pixel --img_size 8 --batch_size 1 --data_path"
+# of every program that reads a folder of images, on a run of digits
+READING = [
+    ("--split_dir Train", "--split_dir Train", "digits", "imagefolder"),
+    ("--value_range 0,4095", "--value_range 0,4095", "digits", "imagefolder"),
+    ("--no_exif", "--no_exif", "digits", "imagefolder"),
+    ("--background black", "--background black", "digits", "imagefolder"),
+    *((f"--value_range {text}", "--value_range", f"'{text}'") for text in ("5", "x,1", "3,1", "2,2", "nan,1", "0,inf")),
+    *((f"--background {text}", "--background", f"'{text}'", "white") for text in ("blueish", "1,2", "1,2,256")),
+    ("--data imagefolder --img_size 8 --data_path {splits}", "Train, Val", "--split_dir Train", "rename"),
+    ("--data imagefolder --img_size 8 --data_path {splits} --split_dir x", "--split_dir x", "Train, Val"),
+]
 # flags after those of a run that would work -> what the line must say besides; {names}: see `places`
 TRAINING = [
+    *READING,
     ("--preset nope", "'nope'", "digits, mnist"),
     ("--tokenizer nope", "'nope'", "pixel, kl16, vq16, diffusers:PATH_OR_REPO"),
     ("--tokenizer diffusers:", "'diffusers:'", "diffusers:PATH_OR_REPO"),
@@ -170,6 +183,7 @@ SAMPLING = [
     ("--nope 3", "--nope"),
 ]
 CACHING = [
+    *READING,
     ("--cached_path=", "--cached_path"),
     ("--cached_path {file}", "--cached_path {file}", "not a folder"),
     ("--cached_path {texts}", "{texts}", "not empty"),
@@ -186,6 +200,7 @@ CACHING = [
     ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
 ]
 STATISTICS = [
+    *READING,
     ("--out x.txt", "--out", "x.txt", ".npz"),
     ("--out {file}/x.npz", "--out", "{file}"),
     ("--out /proc/x/y.npz", "--out /proc/x"),
@@ -199,6 +214,7 @@ STATISTICS = [
     ("--device nope", "'nope'", "cpu"),
 ]
 RECONSTRUCTION = [
+    *READING,
     ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
     ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
     ("--img_size 9", "9", "8"),
@@ -212,6 +228,7 @@ RECONSTRUCTION = [
     ("--device nope", "'nope'", "cpu"),
 ]
 MEASURING = [
+    *READING,
     ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
     ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
     ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
@@ -219,6 +236,7 @@ MEASURING = [
     ("--device nope", "'nope'", "cpu"),
 ]
 AUTOENCODER = [
+    *READING,
     ("--stride 16", "--stride 16", "8"),
     ("--width 6", "--width", "6", "multiple of 4"),
     ("--epochs 0", "--epochs", "above 0"),
@@ -321,13 +339,15 @@ def good(tmp_path_factory):
 @pytest.fixture
 def places(good, tmp_path):
     """The paths that the tables above name; `out` and `missing` are not there."""
-    names = "out empty texts classes broken one file truncated stats wide trace results".split()
+    names = "out empty texts classes broken one splits file truncated stats wide trace results".split()
     paths = {name: tmp_path / name for name in names} | {"good": good, "tmp": tmp_path, "long": tmp_path / ("x" * 300)}
     for name in ("empty", "texts", "classes/a", "classes/b", "broken/a", "one"):
         (tmp_path / name).mkdir(parents=True)
     for name in ("file", "file.pth", "texts/a.txt", "broken/a/0.png"):
         (tmp_path / name).write_text("this is no checkpoint, no picture and no array")
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
+    for name in ("Train", "Val"):
+        shutil.copytree(tmp_path / "one", tmp_path / "splits" / name / "a")
     whole = (good / FILE_NAME).read_bytes()
     (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
     for name, width in (("stats", 64), ("wide", 99)):

@@ -1,6 +1,7 @@
 """Datasets and image reading of util/images/datasets.py (its epoch sampler: test_sampler.py)."""
 
 import multiprocessing.reduction
+import os
 import pickle
 import struct
 import types
@@ -15,7 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from util.images.datasets import DATASETS, build_dataset, center_crop, read_rgb
+from util.evaluation.protocol import reference_hash
+from util.images.datasets import DATASETS, build_dataset
 
 RNG = np.random.default_rng(0)
 
@@ -31,7 +33,7 @@ def folder(path, **kwargs):
 
 @pytest.fixture
 def broken_folder(tmp_path):
-    """Classes a (0 good, 1 not an image, 2 truncated) and b (3 good, 4 not an image): wraps around at the end."""
+    """Classes a (0 good, 1 not an image, 2 truncated) and b (3 good, 4 not an image)."""
     save(tmp_path / "a" / "0.png", color=(100, 0, 0))
     (tmp_path / "a" / "1.png").write_bytes(b"no image")
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "a" / "2.jpg")
@@ -211,8 +213,8 @@ def test_broken_images_are_named_once_and_replaced(broken_folder):
     texts = [str(w.message) for w in caught]
     assert before == 0 and ds.num_broken == 3 and len(texts) == 3
     assert all(sum(name in text for text in texts) == 1 for name in ("a/1.png", "a/2.jpg", "b/4.png"))
-    assert [label for _, label, _ in first] == [0, 1, 1, 1, 0] and [i for *_, i in first] == list(range(5))
-    assert [int(image[0, 0, 0]) for image, *_ in first] == [100, 200, 200, 200, 100]
+    assert [label for _, label, _ in first] == [0, 0, 0, 1, 1] and [i for *_, i in first] == list(range(5))
+    assert [int(image[0, 0, 0]) for image, *_ in first] == [100, 100, 100, 200, 200]
     for image, label, i in second:
         assert label == first[i][1] and torch.equal(image, first[i][0])
 
@@ -231,7 +233,7 @@ def test_broken_images_over_workers(broken_folder, tmp_path, monkeypatch):
         # Worker 0 meets 1.png and 2.jpg, worker 1 meets 4.png: no file is first read by both at once.
         loader = DataLoader(ds, batch_sampler=[[0, 1, 2], [3, 4]], num_workers=2, multiprocessing_context="fork")
         epochs = [[labels.tolist() for _, labels, _ in loader] for _ in range(2)]
-    assert epochs == [[[0, 1, 1], [1, 0]]] * 2
+    assert epochs == [[[0, 0, 0], [1, 1]]] * 2
     assert ds.num_broken == 3 and len(log.read_text().splitlines()) == 3
 
 
@@ -241,93 +243,65 @@ def test_broken_count_crosses_spawn(broken_folder):
     other = pickle.loads(multiprocessing.reduction.ForkingPickler.dumps(ds))
     with pytest.warns(UserWarning, match="broken image"):
         other[1]
-    assert ds.num_broken == other.num_broken == 2
+    assert ds.broken[1] and torch.equal(ds.broken, other.broken)
+    ds.set_epoch(3, 5)
+    assert other.when.tolist() == [3, 5]
 
 
-# ---------------------------------------------------------------- reading and cropping
+@pytest.fixture
+def half_broken(tmp_path):
+    """Class a: 12 images, numbered by their red value, with a broken one before each; class b: 3 broken files."""
+    for i in range(12):
+        (tmp_path / "a" / f"{i:02d} 0.png").parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / f"{i:02d} 0.png").write_bytes(b"x")
+        save(tmp_path / "a" / f"{i:02d} 1.png", color=(i, 0, 0))
+    (tmp_path / "b").mkdir()
+    for i in range(3):
+        (tmp_path / "b" / f"{i}.png").write_bytes(b"x")
+    return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("mode", "color", "rgb"),
-    [
-        ("L", 77, (77, 77, 77)),
-        ("1", 1, (255, 255, 255)),
-        ("LA", (77, 0), (77, 77, 77)),
-        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
-        ("P", 0, (9, 8, 7)),
-        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
-        ("I;16", 0x8000, (128, 128, 128)),
-        ("I;16B", 0xFFFF, (255, 255, 255)),
-        ("I", 70_000, (255, 255, 255)),
-        ("I", 0x8000, (128, 128, 128)),
-        ("F", 0.2, (51, 51, 51)),
-        ("F", 200.0, (200, 200, 200)),
-    ],
-)
-def test_modes_become_rgb(tmp_path, mode, color, rgb):
-    image = Image.new(mode, (9, 12), color)
-    if mode == "P":
-        image.putpalette([9, 8, 7] * 256)
-    path = tmp_path / ("0.tif" if mode in ("CMYK", "I", "I;16B", "F") else "0.png")
-    image.save(path, **({"transparency": bytes([0] * 256)} if mode == "P" else {}))
-    with Image.open(path) as stored:
-        assert stored.mode == mode
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pixels = folder(tmp_path)[0][0]
-    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 8, 8)
-    assert torch.equal(pixels, torch.tensor(rgb, dtype=torch.uint8)[:, None, None].expand(3, 8, 8))
+def draws(ds, epoch, order, seed=7):
+    """{index: (red, label)} of the images, read in this order."""
+    ds.set_epoch(seed, epoch)
+    return {i: (int(ds[i][0][0, 0, 0]), ds[i][1]) for i in order}
 
 
-def test_float_out_of_range_and_huge_images_are_broken(tmp_path, monkeypatch):
-    for value in (-1.0, 300.0, float("nan")):
-        save(tmp_path / "0.tif", color=value, mode="F")
-        with pytest.raises(ValueError, match="float image"):
-            read_rgb(tmp_path / "0.tif")
-    save(tmp_path / "1.png", size=(8, 8))
-    save(tmp_path / "2.png", size=(100, 100))
-    (tmp_path / "0.tif").unlink()
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.warns(UserWarning, match="2.png.*decompression bomb"):
-        ds = folder(tmp_path)
-        assert ds[1][2] == 1 and ds.num_broken == 1
+@pytest.mark.filterwarnings("ignore:broken image skipped")
+def test_stand_ins_spread_over_the_class_and_depend_on_seed_epoch_and_index_only(half_broken):
+    ds = folder(half_broken)
+    broken = range(0, 24, 2)
+    seen = [draws(ds, epoch, broken) for epoch in range(20)]
+    counts = np.bincount([red for epoch in seen for red, _ in epoch.values()], minlength=12)
+    assert counts.min() >= 4 and counts.max() <= 40  # 240 draws over 12 images
+    assert all(label == 0 for epoch in seen for _, label in epoch.values())
+    # whatever was met before, in whatever order, in another process's copy
+    assert draws(folder(half_broken), 4, reversed(range(24))) == seen[4] | draws(ds, 4, range(1, 24, 2))
+    assert draws(ds, 4, broken, seed=8) != seen[4] != seen[5]
+    ds.set_epoch(7, 5)
+    still = ds.as_reference()
+    assert [int(still[i][0][0, 0, 0]) for i in broken] == [red for red, _ in draws(ds, 0, broken, seed=0).values()]
+    assert all(label == 0 for _, label in draws(ds, 0, range(24, 27)).values())  # b has nothing to read
 
 
-def test_exif_orientation_is_not_applied(tmp_path):
-    pixels = np.zeros((8, 8, 3), dtype=np.uint8)
-    pixels[:, :4] = 255
-    image = Image.fromarray(pixels)
-    image.getexif()[0x0112] = 6
-    image.save(tmp_path / "0.png", exif=image.getexif())
-    assert np.array_equal(folder(tmp_path)[0][0].permute(1, 2, 0), pixels)
+@pytest.mark.filterwarnings("ignore:broken image skipped")
+def test_workers_that_stay_hear_of_the_epoch(half_broken):
+    ds = folder(half_broken)
+    loader = DataLoader(ds, batch_size=6, num_workers=2, persistent_workers=True, multiprocessing_context="fork")
+    for epoch in range(3):
+        expected = list(draws(folder(half_broken), epoch, range(27)).values())
+        ds.set_epoch(7, epoch)
+        assert [(int(x[0, 0, 0]), int(y)) for images, labels, _ in loader for x, y in zip(images, labels)] == expected
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (8, 13), (14, 8)])
-def test_crop_at_native_size_is_a_slice(shape):
-    pixels = RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)
-    top, left = (shape[0] - 8) // 2, (shape[1] - 8) // 2
-    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), pixels[top : top + 8, left : left + 8])
-
-
-def test_crop_at_twice_the_size_is_a_box_mean():
-    pixels = RNG.integers(0, 64, (16, 24, 3), dtype=np.uint8) * 4  # multiples of 4: the mean of 4 is whole
-    mean = pixels.reshape(8, 2, 12, 2, 3).mean((1, 3))
-    assert np.array_equal(center_crop(Image.fromarray(pixels), 8), mean[:, 2:10])
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 2), (13, 9), (31, 17), (20, 45), (100, 33)])
-def test_crop_equals_scaling_the_whole_image(size):
-    image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-    whole = image
-    while min(whole.size) >= 16:
-        whole = whole.resize(tuple(side // 2 for side in whole.size), Image.BOX)
-    whole = whole.resize(tuple(round(side * 8 / min(whole.size)) for side in whole.size), Image.BICUBIC)
-    rows, columns = ((side - 8) // 2 for side in (whole.height, whole.width))
-    expected = np.asarray(whole, dtype=int)[rows : rows + 8, columns : columns + 8]
-    assert np.abs(np.asarray(center_crop(image, 8), dtype=int) - expected).max() <= 1
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 30_000), (5, 5), (37, 90), (64, 64)])
-def test_crop_keeps_constant_images(size):
-    image = center_crop(Image.new("RGB", size, (3, 141, 250)), 16)
-    assert image.size == (16, 16) and image.getcolors() == [(256, (3, 141, 250))]
+def test_links_to_nothing_are_broken_images(tmp_path):
+    """In class folders as beside each other, and counted in the hash as files of any other length are."""
+    save(tmp_path / "x" / "0.png")
+    (tmp_path / "x" / "dangling.png").symlink_to(tmp_path / "nothing.png")
+    (tmp_path / "x" / os.fsdecode(b"\xff.png")).symlink_to("nothing.png")
+    for place in (tmp_path, tmp_path / "x"):
+        with pytest.warns(UserWarning, match="broken image skipped"):
+            ds = folder(place)
+            assert len(ds) == 3 == sum(1 for _ in ds) and ds.num_broken == 2
+        hashed = reference_hash(ds)
+        assert len(hashed) == 16 and hashed == reference_hash(folder(place))

@@ -4,6 +4,7 @@ What single modes and sizes become is tested in test_data.py, test_editing.py an
 """
 
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -36,7 +37,7 @@ IMAGES = {
     "strip.png": ("RGB", (1, 3000)),
     LONG + ".png": ("RGB", (8, 8)),
     "UPPER.JPEG": ("RGB", (33, 7)),
-    ".hidden but an image.png": ("RGB", (8, 8)),
+    os.fsdecode(b"not utf-8 \xfe.png"): ("RGB", (8, 8)),
 }
 
 
@@ -58,7 +59,7 @@ def write(folder: Path, images: dict) -> Path:
 def odd(tmp_path_factory):
     """A class of all images, and classes of one image each, with names that few would give."""
     folder = tmp_path_factory.mktemp("odd")
-    write(folder / "all", IMAGES)
+    write(folder / "all", {**IMAGES, ".hidden but an image.png": ("RGB", (8, 8))})
     for name in CLASSES:
         write(folder / name, {"0.png": ("RGB", (8, 8))})
     return folder
@@ -80,6 +81,24 @@ def test_odd_images_are_trained_on_and_sampled(odd, tmp_path):
     argv = ["--checkpoint", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out"), *QUICK]
     assert sample.main(argv) == 0
     assert len(list((tmp_path / "out").glob("*/[01].png"))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:broken image skipped")
+def test_links_to_nothing_do_not_keep_from_measuring_and_caching(odd, tmp_path, capsys):
+    """Nor do names that are no UTF-8, which training takes too."""
+    for i, name in enumerate(("dangling.png", os.fsdecode(b"\xff.png"))):
+        place = shutil.copytree(odd, tmp_path / f"data{i}", symlinks=True)
+        (place / "all" / name).symlink_to(tmp_path / "nothing.png")
+        train(place, tmp_path / f"in{i}", "--batch_size", len(IMAGES) + len(CLASSES) + 1)
+        assert "warning: 1 of 19 images are broken: 5.26% of the draws" in capsys.readouterr().out
+        flags = ["--checkpoint", str(tmp_path / f"in{i}"), "--output_dir", str(tmp_path / f"out{i}"), *QUICK]
+        assert sample.main([*flags, "--metrics", "fid", "--features", "digits"]) == 0
+        assert "FID" in capsys.readouterr().out
+        for style in ("packed", "npz"):
+            argv = f"{FOLDER} --format {style} --device cpu".replace("--patch_size 4 --model mar_tiny", "").split()
+            argv += ["--data_path", str(place), "--cached_path", str(tmp_path / f"{style}{i}")]
+            assert cache_latents.main(argv) == 0
+            assert len(open_latents(tmp_path / f"{style}{i}")) == len(IMAGES) + len(CLASSES)
 
 
 @pytest.mark.parametrize("below", [".", "train/one class"])

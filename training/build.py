@@ -1,5 +1,7 @@
 """From settings to the parts of a run: data, tokenizer, model, objective, state."""
 
+from dataclasses import asdict, fields, replace
+
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ from util import dist
 from util.evaluation.protocol import EvalConfig, build_reference
 from util.images.datasets import build_dataset
 from util.images.latents import open_latents
+from util.images.reading import Reading
 
 
 def build_data(data: DataConfig, img_size: int):
@@ -27,21 +30,41 @@ def build_data(data: DataConfig, img_size: int):
     latents = open_latents(data.cached_path, img_size)
     if latents.fingerprint is None and dist.is_main():
         print(f"{latents.folder} does not say which tokenizer made its latents: only their shape is checked")
+    latents.flip = latents.flip and data.flip
     return latents
 
 
 def build_images(data: DataConfig, img_size: int):
-    """The data set, downloaded by the first process where it has to be."""
+    """The data set, downloaded by the first process where it has to be, which says what it recognised in a folder."""
     with dist.main_first():
-        return build_dataset(data.data, data_path=data.place, img_size=img_size)
+        images = build_dataset(data.data, data_path=data.place, img_size=img_size, reading=data.reading)
+    if dist.is_main() and getattr(images, "layout", ""):
+        print(images.layout)
+    return images
+
+
+def as_cached(data: DataConfig, latents) -> DataConfig:
+    """The settings with those by which the images of cached latents were read; flags that say otherwise: ValueError."""
+    if not data.use_cached or latents.reading is None:
+        return data
+    stored = asdict(latents.reading)
+    for field in fields(Reading):
+        value = getattr(data, field.name)
+        if field.name not in ("flip", "split_dir") and value not in (field.default, stored[field.name]):
+            raise ValueError(
+                f"the latents in {data.cached_path} were made with --{field.name} {stored[field.name]}, not {value}: "
+                "leave the flag out, or make another cache"
+            )
+    split_dir = data.split_dir or stored["split_dir"]  # of the images for the metrics, which may lie elsewhere
+    return replace(data, **stored | dict(split_dir=split_dir, flip=data.flip and stored["flip"]))
 
 
 def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, dataset):
     """What the metrics compare with: the data set in use, unless it is latents or the flags name something else."""
     images_in_use = evaluation.fid_stats is None and evaluation.eval_split == "train" and not data.use_cached
     if evaluation.metric_names and images_in_use:
-        return dataset
-    reference = build_reference(evaluation, data.data, data.place, img_size)
+        return dataset.as_reference()
+    reference = build_reference(evaluation, data.data, data.place, img_size, data.reading)
     if data.use_cached and getattr(reference, "classes", dataset.classes) != dataset.classes:
         raise ValueError(
             f"the {dataset.num_classes} classes of the latents in {data.cached_path} and the "

@@ -8,6 +8,7 @@ from training.config import LaunchConfig, RunConfig
 from training.state import TrainState
 from util import dist
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights
+from util.images.reading import MARS_WAY
 
 # fields of MARConfig that may change within a run
 FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "num_sampling_steps"}
@@ -37,7 +38,11 @@ def stored_settings(config: RunConfig, family: str, model_config, tokenizer, hea
             **asdict(config.tokenizer),
             "latents": tokenizer.describe(),
             "heads": heads.settings() if heads is not None else None,
-            "data": {"name": config.data.data, "path": config.data.data_path},
+            "data": {
+                "name": config.data.data,
+                "path": config.data.data_path,
+                "reading": asdict(config.data.reading),
+            },
             "sample": asdict(config.sampling),
             "eval": asdict(config.evaluation),
         },
@@ -114,6 +119,8 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
         )
     if isinstance(args, dict) and not launch.evaluate and dist.is_main():
         settings = stored["args"]
+        if settings.get("data") == "imagefolder":  # older checkpoints do not say how images were read
+            args = {**asdict(MARS_WAY), **args}
         names = [k for k in settings if k in args and k not in PLACES and args[k] != settings[k]]
         if names:
             print("changed since the checkpoint: " + ", ".join(f"--{k} {args[k]} -> {settings[k]}" for k in names))

@@ -20,12 +20,13 @@ from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
 from util.images.datasets import DATASETS
+from util.images.reading import Reading
 from util.rng import DEFAULT_SEED
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What is trained on."""
+class DataConfig(Reading):
+    """What is trained on, and how its images are read."""
 
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
@@ -305,6 +306,7 @@ def check(config: RunConfig, given: dict) -> None:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
     if given.get("data_path") and config.data.data == "digits":
         raise ValueError(f"--data_path {config.data.data_path} has no meaning for --data digits, which need no folder")
+    config.data.check(config.data.data)
     config.evaluation.resolved()
     if launch.evaluate:  # with the heads of the checkpoint
         return

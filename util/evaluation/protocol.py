@@ -1,6 +1,7 @@
 """The metrics of sampled images, their reference, and the protocol of a result (docs/evaluation.md)."""
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from util.evaluation.features import FEATURES, check_features
 from util.evaluation.fid_stats import FIDStats, load_fid_stats
 from util.evaluation.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
 from util.images.datasets import build_dataset
+from util.images.reading import DEFAULT, MARS_WAY, Reading
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class EvalConfig:
         check_features(self.features, self.fid_weights)
 
 
-def build_reference(config: EvalConfig, name: str, data_path, img_size: int):
+def build_reference(config: EvalConfig, name: str, data_path, img_size: int, reading: Reading = DEFAULT):
     """What the metrics compare with: FIDStats with --fid_stats, else the data set `name` in the split --eval_split.
 
     None without metrics. What cannot be read raises ValueError.
@@ -68,7 +70,8 @@ def build_reference(config: EvalConfig, name: str, data_path, img_size: int):
     if not config.metric_names:
         return None
     if config.fid_stats is None:
-        return build_dataset(name, data_path=data_path, img_size=img_size, split=config.eval_split)
+        where = dict(data_path=data_path, img_size=img_size, split=config.eval_split)
+        return build_dataset(name, **where, reading=reading)
     if config.eval_split != "train":
         raise ValueError(f"--eval_split {config.eval_split} has no meaning with --fid_stats: the file is of one split")
     return load_fid_stats(config.fid_stats)
@@ -98,7 +101,10 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
 
 
 def reference_hash(reference) -> str:
-    """16 hex digits that change with the reference: its statistics, bytes, or for a folder names and sizes of files."""
+    """16 hex digits that change with the reference: its statistics, bytes, or for a folder names and sizes of files.
+
+    For a folder also with the way its images are read; MAR's, the only one of old results, adds nothing.
+    """
     if isinstance(reference, FIDStats):
         return reference.hash()
     digest = hashlib.blake2b(digest_size=8)
@@ -106,8 +112,20 @@ def reference_hash(reference) -> str:
         digest.update(reference.images.numpy().tobytes())
     else:
         for path, label in reference.samples:
-            digest.update(f"{Path(path).name}/{Path(path).stat().st_size}/{label}".encode())
+            digest.update(os.fsencode(Path(path).name) + f"/{_size(path)}/{label}".encode())
+        for name in ("value_range", "exif", "background"):
+            value = getattr(reference.reading, name)
+            if value != getattr(MARS_WAY, name):
+                digest.update(f"{name}={value}".encode())
     return digest.hexdigest()
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; −1 for a link to nothing, which is a broken image."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def reconstruction_row(weights: str, settings: dict, config: EvalConfig, reference) -> dict:

@@ -2,28 +2,32 @@
 
 Every dataset gives ``ds[i] -> (image uint8 (C, H, W), label int, i int)`` and carries ``classes``, ``num_classes``,
 ``channels``, ``img_size``, ``flip`` (may an image be mirrored?), ``broken`` and ``num_broken``. Only the permutation of
-`EpochSampler` is random: the training loop flips images itself, from per-sample seeds.
+`EpochSampler` and what stands in for broken files are random: the training loop flips images itself, from per-sample
+seeds. Files are found by util/images/folders.py and read by util/images/reading.py.
 """
 
+import copy
 import itertools
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension, make_dataset
 from tqdm import tqdm
 
 from util.args import flag
+from util.images.folders import find_images, training_folder
+from util.images.reading import DEFAULT, Reading, center_crop, find_ranges, read_rgb
 
 MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
+MUCH_BROKEN = 0.01  # share of unreadable files that is warned about
+FEW = 16  # draws before all images of a class are shuffled
 
 
 class ImageDataset(Dataset):
@@ -37,6 +41,17 @@ class ImageDataset(Dataset):
         self.flip = flip
         # One flag an image, in shared memory: DataLoader workers (fork or spawn) set it for this process too.
         self.broken = torch.zeros(num_images, dtype=torch.uint8).share_memory_()
+        self.when = torch.zeros(2, dtype=torch.long).share_memory_()  # seed and epoch, which workers see too
+
+    def set_epoch(self, seed: int, epoch: int) -> None:
+        """Choose what stands in for broken files, between two passes over the images; 0, 0 from the start."""
+        self.when.copy_(torch.tensor([seed, epoch]))
+
+    def as_reference(self) -> "ImageDataset":
+        """The same images as they are in epoch 0 of seed 0, whatever `set_epoch` says here."""
+        images = copy.copy(self)
+        images.when = torch.zeros_like(self.when)
+        return images
 
     @property
     def num_broken(self) -> int:
@@ -70,18 +85,23 @@ class MemoryDataset(ImageDataset):
 class FolderDataset(ImageDataset):
     """Image files, read as RGB and center-cropped to (3, img_size, img_size).
 
-    A file that cannot be read is named in one warning, and from then on the next readable file (in dataset order, from
-    the end back to the start) stands in for it, with its own label. No readable file at all: ValueError.
+    A file that cannot be read is named in one warning, and a readable one of its class stands in for it: drawn from
+    (seed, epoch, index) alone, see `set_epoch`. Of a class without any, one of the other classes, with its own label.
+    No readable file at all: ValueError.
     """
 
-    def __init__(self, folder: Path, samples: list[tuple[str, int]], classes: list[str], img_size: int):
-        super().__init__(len(samples), classes, 3, img_size, flip=True)
+    def __init__(self, folder: Path, samples: list, classes: list[str], img_size: int, reading: Reading = DEFAULT):
+        super().__init__(len(samples), classes, 3, img_size, reading.flip)
         self.folder = folder
-        self.samples = samples
+        self.samples = samples  # (path, label) of each
+        self.reading = reading
+        self.ranges = {}  # see `find_ranges`
+        self.layout = ""  # what was recognised, for people
+        self.labels = torch.tensor([label for _, label in samples], dtype=torch.long)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int, int]:
         i = self._index(i)
-        for k in itertools.chain(range(i, len(self)), range(i)):
+        for k in itertools.chain([i], self._stand_ins(i)):
             if self.broken[k]:
                 continue
             path, label = self.samples[k]
@@ -92,14 +112,33 @@ class FolderDataset(ImageDataset):
                 warnings.warn(f"broken image skipped: {path} ({_one_line(error)})", stacklevel=2)
         raise ValueError(f"no readable image in {self.folder}: all {len(self)} files are broken")
 
+    def _stand_ins(self, i: int) -> Iterator[int]:
+        """All images in a random order, some of them twice; those of the class of image i come first."""
+        draws, same = np.random.default_rng([*self.when.tolist(), i]), self.labels == self.labels[i]
+        for members in (same.nonzero()[:, 0].numpy(), (~same).nonzero()[:, 0].numpy()):
+            if len(members):
+                yield from members[draws.integers(len(members), size=FEW)]
+                yield from draws.permutation(members)
+
     def _load(self, path: str) -> torch.Tensor:
-        image = center_crop(read_rgb(path), self.img_size)
+        image = center_crop(read_rgb(path, self.reading, self.ranges), self.img_size)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def broken_note(num_broken: int, num_images: int) -> str:
+    """What is said of unreadable files, whose draws others of their class replaced; "" without any."""
+    if not num_broken:
+        return ""
+    share = num_broken / num_images
+    note = f"{num_broken} of {num_images} images are broken: {share:.2%} of the draws were of others of their class"
+    if share <= MUCH_BROKEN:
+        return note
+    return f"warning: {note}; that is more than {MUCH_BROKEN:.0%}, look at the files named above"
 
 
 def labels_of(images: ImageDataset) -> list[int]:
     """The labels of a data set, without reading its images."""
-    return images.labels.tolist() if hasattr(images, "labels") else [label for _, label in images.samples]
+    return images.labels.tolist()
 
 
 def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
@@ -119,45 +158,7 @@ def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
     return MemoryDataset(pixels, labels, images.classes, images.flip)
 
 
-def read_rgb(path: str) -> Image.Image:
-    """Read an image file of any mode as 8-bit RGB; 16-bit values are divided by 256, float ones span 0..1 or 0..255.
-
-    EXIF orientation is not applied (as in ADM and MAR). Raises what PIL raises on damaged files, and ValueError on
-    float images out of range and on a decompression bomb (above 179 million pixels, twice Image.MAX_IMAGE_PIXELS).
-    """
-    try:
-        image = Image.open(path)  # reads the header only
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error).rstrip(".")) from None
-    with image:
-        image.load()
-        if image.mode.startswith("I"):  # I;16, I;16B, I: PIL's own conversion clips at 255 instead of scaling
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        elif image.mode == "F":
-            values = np.asarray(image)
-            low, high = values.min(), values.max()
-            if not (low >= 0 and high <= 255):  # true for NaN
-                raise ValueError(f"float image with values in [{low}, {high}], expected 0..1 or 0..255")
-            image = Image.fromarray((values * (255 if high <= 1 else 1)).round().astype(np.uint8))
-        elif image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")  # the same colours; PIL warns about each file converted directly to RGB
-        return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side of an image to `size` pixels and cut out the central (size, size) square (ADM)."""
-    while min(image.size) >= 2 * size:  # box filters halve it first: bicubic alone would leave aliasing
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    left, top = (width - size) // 2, (height - size) // 2
-    # Only the cropped part of the (width, height) image is computed: of a 1 x 10,000 strip the whole has gigabytes.
-    sx, sy = image.width / width, image.height / height
-    box = (left * sx, top * sy, min((left + size) * sx, image.width), min((top + size) * sy, image.height))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-
-
-def build_digits(*, data_path=None, img_size=None, split="train", download=True) -> MemoryDataset:
+def build_digits(*, data_path=None, img_size=None, split="train", download=True, reading=None) -> MemoryDataset:
     """scikit-learn's 1,797 scanned digits (1, 8, 8); there is one split, "train"; ValueError for another or size."""
     from sklearn.datasets import load_digits
 
@@ -171,86 +172,80 @@ def build_digits(*, data_path=None, img_size=None, split="train", download=True)
     return MemoryDataset(images, digits.target, [str(name) for name in digits.target_names], flip=False)
 
 
-def build_torchvision(
-    source: str, size: int, flip: bool, layout: str, *, data_path=None, img_size=None, split="train", download=True
-) -> MemoryDataset:
-    """torchvision's data set `source` of native `size` in `data_path` (./data), downloaded if missing.
+class Source(NamedTuple):
+    """A data set of torchvision."""
 
-    layout: its files below data_path, for the error. ValueError when it can neither be read nor downloaded. CIFAR-10's
-    files are pickles, the only ones that this repository loads: torchvision unpickles a file only if it has the
-    published MD5, so its content is known.
+    name: str
+    size: int  # pixels of a side
+    flip: bool
+    layout: str  # its files below data_path, for the error
+
+
+def build_torchvision(
+    source: Source, *, data_path=None, img_size=None, split="train", download=True, reading=DEFAULT
+) -> MemoryDataset:
+    """torchvision's data set `source` in `data_path` (./data), downloaded if missing.
+
+    ValueError when it can neither be read nor downloaded. CIFAR-10's files are pickles, the only ones that this
+    repository loads: torchvision unpickles a file only if it has the published MD5, so its content is known.
     """
-    _check_native_size(source, img_size, size)
+    name, size, flip, layout = source
+    _check_native_size(name, img_size, size)
     root = Path(data_path or "./data").expanduser()
     try:
-        raw = getattr(torchvision.datasets, source)(str(root), train=split == "train", download=download)
+        raw = getattr(torchvision.datasets, name)(str(root), train=split == "train", download=download)
     except Exception as error:  # no network, full disk, half-extracted files: all the same to the user
         action = "download or read" if download else "read"
         remedy = f"put torchvision's files at {root / layout}, or give the folder that holds {layout} as data_path"
-        raise ValueError(f"cannot {action} {source} in {root} ({_one_line(error)}): {remedy}") from error
+        raise ValueError(f"cannot {action} {name} in {root} ({_one_line(error)}): {remedy}") from error
     images = torch.as_tensor(raw.data)
     images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)  # (N, C, H, W)
-    return MemoryDataset(images, raw.targets, raw.classes, flip)
+    return MemoryDataset(images, raw.targets, raw.classes, flip and reading.flip)
 
 
-def build_imagefolder(*, data_path=None, img_size=None, split="train", download=True) -> FolderDataset:
+def build_imagefolder(*, data_path=None, img_size=None, split="train", download=True, reading=DEFAULT) -> FolderDataset:
     """Images below `data_path/<split>/<class>/`, or `data_path/<class>/` for train; img_size in pixels (256).
 
     A folder with images directly inside and none in sub-folders is one class. Empty class folders are named in a
-    warning and are no class. ValueError: no such folder, no image, no readable image.
+    warning and are no class. ValueError: no such folder, no image, no readable image, splits in the place of classes.
     """
     img_size = 256 if img_size is None else img_size
     if img_size < 1:
         raise ValueError(f"img_size is {img_size}, expected at least 1")
     if not data_path:
         raise ValueError("imagefolder needs data_path: a folder with train/<class>/*, <class>/* or plain images")
-    folder = Path(data_path).expanduser() / split
-    if split == "train" and not folder.is_dir():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise ValueError(f"no image folder at {folder}")
-
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-    loose = [e.path for e in entries if e.is_file() and has_file_allowed_extension(e.name, IMG_EXTENSIONS)]
-    files = {name: make_dataset(folder, {name: 0}, IMG_EXTENSIONS, allow_empty=True) for name in names}
-    classes = [name for name in names if files[name]]
-    if classes:
-        samples = [(path, label) for label, name in enumerate(classes) for path, _ in files[name]]
-        if len(classes) < len(names):
-            empty = ", ".join(name for name in names if not files[name])
-            warnings.warn(f"class folders without images are ignored in {folder}: {empty}", stacklevel=2)
-        if loose:
-            warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=2)
-    elif loose:
-        classes, samples = ["all"], [(path, 0) for path in loose]
-    else:
-        raise ValueError(f"no images in {folder}, expected <class>/* or plain files with {' '.join(IMG_EXTENSIONS)}")
-    dataset = FolderDataset(folder, samples, classes, img_size)
+    folder, beside = training_folder(Path(data_path).expanduser(), split, reading.split_dir)
+    found = find_images(folder, splits_are_classes=reading.split_dir is not None)
+    found.beside = beside
+    dataset = FolderDataset(folder, found.samples, found.classes, img_size, reading)
+    dataset.layout = found.layout()
+    dataset.ranges = find_ranges([path for path, _ in found.samples], reading, folder)
     _ = dataset[0]  # without a readable image this raises one line; a DataLoader worker would add a traceback
     return dataset
 
 
 DATASETS = {
     "digits": build_digits,
-    "cifar10": partial(build_torchvision, "CIFAR10", 32, True, "cifar-10-batches-py/*"),
-    "mnist": partial(build_torchvision, "MNIST", 28, False, "MNIST/raw/*-ubyte"),
-    "fashion_mnist": partial(build_torchvision, "FashionMNIST", 28, True, "FashionMNIST/raw/*-ubyte"),
+    "cifar10": partial(build_torchvision, Source("CIFAR10", 32, True, "cifar-10-batches-py/*")),
+    "mnist": partial(build_torchvision, Source("MNIST", 28, False, "MNIST/raw/*-ubyte")),
+    "fashion_mnist": partial(build_torchvision, Source("FashionMNIST", 28, True, "FashionMNIST/raw/*-ubyte")),
     "imagefolder": build_imagefolder,
 }
 
 
-def build_dataset(name: str, *, data_path=None, img_size=None, split="train", download=True) -> ImageDataset:
+def build_dataset(
+    name: str, *, data_path=None, img_size=None, split="train", download=True, reading: Reading = DEFAULT
+) -> ImageDataset:
     """The dataset `name` of DATASETS at img_size pixels (None: its own size); anything unusable raises ValueError."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}, expected one of {', '.join(DATASETS)}")
     if split not in ("train", "val"):
         raise ValueError(f"unknown split {split!r}, expected train or val")
-    return DATASETS[name](data_path=data_path, img_size=img_size, split=split, download=download)
+    return DATASETS[name](data_path=data_path, img_size=img_size, split=split, download=download, reading=reading)
 
 
 @dataclass(frozen=True)
-class ImagesArgs:
+class ImagesArgs(Reading):
     """Flags of the scripts that read the images of a data set in order."""
 
     data: str = flag("imagefolder", "data set", choices=DATASETS)
@@ -261,7 +256,9 @@ class ImagesArgs:
 
     def images(self, split: str = "train") -> ImageDataset:
         """The data set; errors as in `build_dataset`."""
-        return build_dataset(self.data, data_path=self.data_path, img_size=self.img_size, split=split)
+        self.check(self.data)
+        where = dict(data_path=self.data_path, img_size=self.img_size, split=split)
+        return build_dataset(self.data, **where, reading=self.reading)
 
     @property
     def place(self) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
@@ -17,6 +18,7 @@ from util import dist
 from util.checkpoint import atomic_file
 from util.images.datasets import FolderDataset, ImageDataset, labels_of
 from util.images.latents import SETTINGS, checksum, npz_path, open_shard, read_json, read_npz, shard_path
+from util.images.reading import MARS_WAY
 
 
 def image_names(dataset: ImageDataset) -> list[str]:
@@ -56,6 +58,10 @@ def begin(folder: Path, settings: dict) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", settings)
         return
+    if isinstance(settings.get("reading"), dict):  # a cache of before some of these settings was read in MAR's way
+        stored["reading"] = {**asdict(MARS_WAY), **(stored.get("reading") or {})}
+    elif "reading" in settings:
+        stored.setdefault("reading", None)
     for key, value in settings.items():
         if stored[key] != value:
             raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, stored[key], value)})")
@@ -65,6 +71,9 @@ def begin(folder: Path, settings: dict) -> None:
 
 
 def _difference(key: str, stored, wanted) -> str:
+    if key == "reading" and stored and wanted:
+        key = next(name for name in wanted if stored[name] != wanted[name])
+        stored, wanted = stored[key], wanted[key]
     if key != "classes":
         return f"{key} {stored!r} instead of {wanted!r}"
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))

@@ -16,7 +16,6 @@ import bisect
 import hashlib
 import itertools
 import json
-import os
 import warnings
 from pathlib import Path, PurePosixPath
 
@@ -24,7 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from util.args import check_values
 from util.images.datasets import FolderDataset, ImageDataset
+from util.images.folders import walk
+from util.images.reading import Reading, stored_reading
 
 VERSION = 1
 AGAIN = "run scripts/cache_latents.py again to make it anew"
@@ -97,7 +99,8 @@ def checksum(array: np.ndarray) -> str:
 class Latents:
     """What data sets of cached latents have in common: ds[i] -> (moments (2, c, h, w) plain and mirrored, label, i).
 
-    Also `shape` (c, h, w) of the moments and `fingerprint` of the tokenizer that made them, None in caches of MAR's.
+    Also `shape` (c, h, w) of the moments, `fingerprint` of the tokenizer that made them (None in caches of MAR's) and
+    `reading`, how its images were read (None for images from no folder).
     """
 
     def check(self, tokenizer, name: str) -> None:
@@ -116,11 +119,17 @@ class Latents:
             )
 
 
+def reading_of(index: dict) -> Reading | None:
+    """How the images of a cache were read; None for a data set that is no folder."""
+    return None if index.get("reading", {}) is None else stored_reading(index.get("reading"))
+
+
 class PackedLatents(Latents, ImageDataset):
     """Latents in a few memory-mapped files; a file of the wrong size raises ValueError at once."""
 
     def __init__(self, folder: Path, index: dict):
         super().__init__(len(index["names"]), index["classes"], index["channels"], index["img_size"], index["flip"])
+        self.reading = reading_of(index)
         self.folder, self.shape, self.fingerprint = folder, tuple(index["shape"]), index["fingerprint"]
         self.labels, self.dtype, self.shards = index["labels"], index["dtype"], index.get("shards", [])
         self.ends = list(itertools.accumulate(count for count, _ in self.shards))
@@ -156,7 +165,7 @@ class PackedLatents(Latents, ImageDataset):
 
 
 class NpzLatents(Latents, FolderDataset):
-    """Latents with a file an image; like a broken image, a broken file is named in a warning and the next one used.
+    """Latents with a file an image; like a broken image, a broken file is named in a warning and another one used.
 
     index None: a folder that MAR's main_cache.py wrote, whose sub-folders are the classes. Files that are missing, or
     that the index does not know, raise ValueError.
@@ -173,7 +182,9 @@ class NpzLatents(Latents, FolderDataset):
                 warnings.warn(f"{len(stored) - len(names)} .npz outside the class folders ignored", stacklevel=2)
         else:
             classes, names, labels = index["classes"], index["names"], index["labels"]
-            missing, extra = sorted(set(names) - set(stored)), sorted(set(stored) - set(names))
+            # a cache that is older than the rule for hidden images may have their latents
+            missing, extra = set(names) - set(stored), sorted(set(stored) - set(names))
+            missing = sorted(missing - set(find_npz(folder, system=True))) if missing else []
             if missing or extra:
                 raise ValueError(
                     f"{folder}: {len(missing)} files that index.json names are missing and {len(extra)} are not in it, "
@@ -181,7 +192,7 @@ class NpzLatents(Latents, FolderDataset):
                 )
         samples = [(str(npz_path(folder, name)), label) for name, label in zip(names, labels)]
         super().__init__(folder, samples, classes or ["all"], index["img_size"] if index else img_size)
-        self.fingerprint, self.shape = None, None
+        self.fingerprint, self.shape, self.reading = None, None, reading_of(index or {})
         if index is not None:
             self.fingerprint, self.shape = index["fingerprint"], tuple(index["shape"])
             self.flip, self.channels = index["flip"], index["channels"]
@@ -202,13 +213,11 @@ class NpzLatents(Latents, FolderDataset):
                     raise ValueError(f"{path} is damaged ({error}): {remedy}") from None
 
 
-def find_npz(folder: Path) -> list[str]:
-    """Names (relative paths without .npz, with /) of all files below the folder, except in hidden class folders."""
+def find_npz(folder: Path, system: bool = False) -> list[str]:
+    """Names (relative paths without .npz, with /) of the files below the folder; system: of hidden ones too."""
     names = []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, _, files in walk(folder, system):
         inside = Path(place).relative_to(folder).as_posix()
-        if inside == ".":
-            folders[:] = [name for name in folders if not name.startswith(".")]
         names += [name if inside == "." else f"{inside}/{name}" for name in files if name.endswith(".npz")]
     return sorted(name.removesuffix(".npz") for name in names)
 
@@ -237,6 +246,9 @@ def open_latents(folder, img_size: int | None = None) -> PackedLatents | NpzLate
             f"the latents in {folder} have the format {index['format']!r}, version {index['version']!r}; "
             f"valid: {', '.join(FORMATS)}, version {VERSION}"
         )
+    if not isinstance(index.get("reading"), dict | None):
+        raise ValueError(f"{folder / 'index.json'} is damaged, its 'reading' is no dict: {AGAIN}")
+    check_values(Reading, index.get("reading") or {}, folder / "index.json")
     if img_size not in (None, index["img_size"]):
         raise ValueError(f"the latents in {folder} are of {index['img_size']}-pixel images, not of {img_size}")
     if len(index["labels"]) != len(index["names"]) or not {*index["labels"]} <= {*range(len(index["classes"]))}:

@@ -1,0 +1,184 @@
+"""Finding the image files below a folder: which folders are classes, which files are images, which are neither."""
+
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from util.images.reading import extensions
+
+# what systems and programs leave among images, in small letters; besides names that start with a dot
+SYSTEM = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "__macosx",
+    "__pycache__",
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "#recycle",
+}
+SYSTEM |= {"#snapshot", "@recently-snapshot", "$recycle.bin", "system volume information", "lost+found"}
+_WORDS = "train|training|trainval|val|valid|validation|test|testing|eval|evaluation|dev"
+_ABOUT = "images?|imgs?|pictures?|photos?|data|dataset|set|split"
+_SPLIT = re.compile(rf"(({_ABOUT})[-_. ]*)?({_WORDS})[-_. ]*({_ABOUT})?[-_. ]*\d*", re.IGNORECASE)
+NUM_NAMED = 5  # names that a line shows of a longer list
+
+
+def is_system(name: str) -> bool:
+    """Is a file or folder hidden, or one that a system made for itself?"""
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def looks_like_split(name: str) -> bool:
+    """Is a folder's name that of a part of a data set, not of a class: Train, validation, images_test, val2017?"""
+    return _SPLIT.fullmatch(name) is not None
+
+
+def shown(names) -> str:
+    """The first of some names with commas between, printable on one line whatever is in them."""
+    names = [str(name) for name in names]
+    texts = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in name) for name in names[:NUM_NAMED]]
+    return ", ".join([*texts, f"{len(names) - NUM_NAMED} more"] if len(names) > NUM_NAMED else texts)
+
+
+def walk(folder: Path, system: bool = False) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(place, names of its folders, names of its files), sorted, of a folder and all folders below, as os.walk does.
+
+    Links are followed, but for those to folders that hold the link or are visited anyway. Hidden and system files are
+    left out unless system is true. A link to nothing counts as a file. Folders below that cannot be read are named in a
+    warning.
+    """
+    root = os.path.realpath(folder)
+    waiting = [(os.fspath(folder), (root,))]  # with the real places of the folders that it is in
+    while waiting:
+        place, above = waiting.pop()
+        try:
+            with os.scandir(place) as listed:
+                entries = sorted((e for e in listed if system or not is_system(e.name)), key=lambda entry: entry.name)
+        except OSError as error:
+            if len(above) == 1:
+                raise
+            warnings.warn(f"folder skipped: {place} ({error.strerror})", stacklevel=2)
+            continue
+        folders, files = {}, []
+        for entry in entries:
+            if entry.is_symlink():
+                if not os.path.isdir(entry.path):
+                    files.append(entry.name)
+                elif not _leads_back(target := os.path.realpath(entry.path), root, above):
+                    folders[entry.name] = target
+            elif entry.is_dir():
+                folders[entry.name] = os.path.join(above[-1], entry.name)
+            elif entry.is_file():
+                files.append(entry.name)
+        yield place, list(folders), files
+        waiting += [(os.path.join(place, name), (*above, real)) for name, real in reversed(folders.items())]
+
+
+def _leads_back(target: str, root: str, above: tuple[str, ...]) -> bool:
+    """Does a link to the folder target, met below the folders above, end where the walk has been or will come?"""
+    if any(os.path.commonpath([target, place]) == target for place in above):
+        return True
+    inside = os.path.commonpath([target, root]) == root
+    return inside and not any(is_system(part) for part in Path(target).relative_to(root).parts)
+
+
+@dataclass
+class ImageFiles:
+    """The images below a folder: (path, label) of each, the names of the classes, and what else is there."""
+
+    folder: Path
+    classes: list[str] = field(default_factory=list)
+    samples: list[tuple[str, int]] = field(default_factory=list)
+    skipped: Counter = field(default_factory=Counter)  # files of other kinds, by their ending
+    beside: list[str] = field(default_factory=list)  # folders that are not read
+
+    def layout(self) -> str:
+        """What was recognised, as one line for people."""
+        counts = Counter(label for _, label in self.samples).values()
+        least, most = min(counts), max(counts)
+        each = f"{least}" if least == most else f"{least} to {most}"
+        number = f"{len(self.classes)} class{'es' if len(self.classes) > 1 else ''}"
+        line = f"{len(self.samples)} images in {shown([self.folder])}: {number} ({shown(self.classes)}), {each} each"
+        if self.skipped:
+            endings = sorted(self.skipped.items(), key=lambda item: (-item[1], item[0]))
+            line += f"; skipped: {shown(f'{count} {ending}' for ending, count in endings)}"
+        return f"{line}; not read: {shown(self.beside)}" if self.beside else line
+
+
+def find_images(folder: Path, splits_are_classes: bool = False) -> ImageFiles:
+    """The images below <folder>/<class>/, or those in a folder without such as one class.
+
+    Empty class folders and images beside class folders are named in a warning and left out. ValueError: no image, or
+    (unless splits_are_classes) folders that look like the splits of a data set in the place of classes.
+    """
+    found, by_class, loose, below = ImageFiles(folder), {}, [], {}
+    depth = len(os.path.join(folder, ""))
+    for place, folders, files in walk(folder):
+        inside = place[depth:].split(os.sep)
+        images = [os.path.join(place, name) for name in files if os.path.splitext(name)[1].lower() in extensions()]
+        found.skipped.update(
+            os.path.splitext(name)[1].lower() or "without ending" for name in files
+            if os.path.splitext(name)[1].lower() not in extensions()
+        )  # fmt: skip
+        if place == os.fspath(folder):
+            by_class, loose = {name: [] for name in folders}, images
+        else:
+            by_class[inside[0]].append((place, images))
+            if len(inside) == 1:
+                below[inside[0]] = folders
+    files_of = {name: [path for _, paths in sorted(parts) for path in paths] for name, parts in by_class.items()}
+    found.classes = [name for name in by_class if files_of[name]]
+    if found.classes:
+        if not splits_are_classes:
+            _check_splits(folder, found.classes, below)
+        found.samples = [(path, label) for label, name in enumerate(found.classes) for path in files_of[name]]
+        empty = [name for name in by_class if not files_of[name]]
+        if empty:
+            warnings.warn(f"class folders without images are ignored in {folder}: {', '.join(empty)}", stacklevel=3)
+        if loose:
+            warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=3)
+    elif loose:
+        found.classes, found.samples = ["all"], [(path, 0) for path in loose]
+    else:
+        others = f" (only {shown(found.skipped)} files)" if found.skipped else ""
+        raise ValueError(f"no images in {folder}{others}, expected <class>/* or plain files that Pillow reads")
+    return found
+
+
+def _check_splits(folder: Path, classes: list[str], below: dict[str, list[str]]) -> None:
+    """Raise ValueError where the folders in the place of classes are, or hold, the splits of a data set."""
+    splits = [name for name in classes if looks_like_split(name)]
+    for name in classes:
+        inner = [f"{name}/{inside}" for inside in below.get(name, ()) if looks_like_split(inside)]
+        splits += inner if len(inner) > 1 else []
+    if splits:
+        raise ValueError(
+            f"{shown(splits)} in {folder} look like splits of a data set, not like classes: name the folder to train "
+            f"on with --split_dir, such as --split_dir {shown(splits[:1])} (--split_dir . takes all as classes), or "
+            "rename it to train"
+        )
+
+
+def training_folder(data_path: Path, split: str, split_dir: str | None) -> tuple[Path, list[str]]:
+    """The folder of a split below data_path, and those beside it that are neither read nor another split.
+
+    train is data_path/<split_dir>, else data_path/train, else data_path itself. No such folder raises ValueError.
+    """
+    chosen = split_dir if split == "train" and split_dir is not None else split
+    folder = data_path / chosen
+    if split == "train" and split_dir is None and not folder.is_dir():
+        folder = data_path
+    if not folder.is_dir():
+        names = [name for name in next(walk(data_path))[1]] if data_path.is_dir() else []
+        flag = f"--split_dir {split_dir}: " if chosen is split_dir else ""
+        there = f"; the folders in {data_path} are {shown(names)}" if names else ""
+        raise ValueError(f"{flag}no image folder at {folder}{there}")
+    if folder == data_path or folder.parent != data_path:
+        return folder, []
+    return folder, [name for name in next(walk(data_path))[1] if name != folder.name and not looks_like_split(name)]

@@ -3,6 +3,7 @@
 Shapes: n images, H x W pixels, C channels (1 or 3), d features. Images are uint8, 0..255.
 """
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -190,4 +191,5 @@ def metrics_line(metrics: dict) -> str:
         "svc_accuracy": "SVC accuracy {svc_accuracy:.1%}",
         "frechet_pixels": "Fréchet (pixels) {frechet_pixels:.2f}",
     }
-    return "  ".join(text.format_map(metrics) for key, text in parts.items() if key in metrics)
+    numbers = {key: math.nan if value is None else value for key, value in metrics.items()}  # null in results.jsonl
+    return "  ".join(text.format_map(numbers) for key, text in parts.items() if key in numbers)

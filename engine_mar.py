@@ -30,19 +30,22 @@ from util.images.pictures import PNGFolder, save_png
 
 __all__ = ["EpochSamples", "evaluate", "generate", "sample_epoch", "sample_images", "train", "train_one_epoch"]
 
+EPOCH_NPZ_LIMIT = 2**30  # bytes: a file an epoch must not fill the disk
+
 
 def evaluate(parts: Parts, sampling: SampleConfig, evaluation: EvalConfig, reference, labels, seed, folder, **options):
     """`sample_images`, then (on the first process) samples.npz and the metrics: its figures and {metrics}.
 
     reference is what the images are compared with (a data set, FIDStats, or None with --metrics none); options:
-    num_traced and edit of `sample_images`.
+    num_traced and edit of `sample_images`, npz_limit: bytes of images above which there is no samples.npz.
     """
+    npz_limit = options.pop("npz_limit", None)
     batch_size = evaluation.eval_bsz
     result = sample_images(parts, sampling, labels, seed, folder, batch_size=batch_size, **options)
     result["metrics"] = {}
     if dist.is_main():
         images = PNGFolder(folder, len(labels))
-        images.save_npz(labels)
+        images.save_npz(labels, npz_limit)
         result["metrics"] = score(images, labels, reference, evaluation, parts.device)
     dist.barrier()
     return result
@@ -247,8 +250,8 @@ def measure_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> 
     reference = samples.reference() if dist.is_main() else None
     for cfg in sorted({1.0, samples.sampling.cfg}):
         sampling = replace(samples.sampling, cfg=cfg)
-        folder = samples.folder(epoch) / sampling.name()
-        result = evaluate(state.parts, sampling, samples.evaluation, reference, labels, samples.seed, folder)
+        place = dict(folder=samples.folder(epoch) / sampling.name(), npz_limit=EPOCH_NPZ_LIMIT)
+        result = evaluate(state.parts, sampling, samples.evaluation, reference, labels, samples.seed, **place)
         metrics = result["metrics"]
         if dist.is_main():
             for name, value in metrics.items():

@@ -1,6 +1,6 @@
 """Sample images from a checkpoint and measure them. `python sample.py --help` lists the flags.
 
-OUT/<setting>/<index>.png, samples.npz, grid.png     the images, and the first of them as one picture
+OUT/<setting>/<index>.png, samples.npz, grid.png     the images, all in one file, and the first as one picture
 OUT/<setting>/trace.npz                              with --save_trace: how the first of them grew
 OUT/results.jsonl                                    one line a setting: its whole configuration, all figures
 
@@ -35,9 +35,11 @@ from util.door import run_main
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
 from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results
-from util.images.pictures import PNGFolder, is_whole, save_png
+from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
+
+__all__ = ["load_samples", "main"]  # the samples of a setting's folder: images and labels
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list

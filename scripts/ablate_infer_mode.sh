@@ -12,22 +12,20 @@ preset=${PRESET:-digits}
 out=${OUT:-output_dir/ablation}
 case $preset in
     digits)
-        python sample.py --checkpoint "${CHECKPOINT:-output_dir/quickstart}" --output_dir "$out" \
+        run python sample.py --checkpoint "${CHECKPOINT:-output_dir/quickstart}" --output_dir "$out" \
             --infer_mode baseline,policy,guidance,both --num_iter 4,8,16 --cfg 1.0,1.5 --seed 0,1,2 \
             --num_images 600 --num_sampling_steps 25 "$@"
         ;;
     mar_base)
-        gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
-        torchrun --nproc_per_node="$gpus" sample.py --checkpoint "${CHECKPOINT:-output_dir/mar_base}" \
+        gpus=$(num_gpus)
+        run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "${CHECKPOINT:-output_dir/mar_base}" \
             --output_dir "$out" --data_path "${IMAGENET_PATH:-data/imagenet}" \
             --infer_mode baseline,policy,guidance,both --num_iter 16,32,64 --cfg 2.9 --seed 0 \
             --num_images 50000 --eval_bsz 256 --num_sampling_steps 100 "$@"
         ;;
-    *)
-        echo "error: unknown PRESET '$preset'; valid: digits, mar_base" >&2
-        exit 2
-        ;;
+    *) fail "unknown PRESET '$preset'; valid: digits, mar_base" ;;
 esac
 
-python scripts/make_table.py "$out/results.jsonl" --csv "$out/table.csv" --plot "$out/fid_by_evals.png" | tee "$out/table.md"
-echo "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png"
+into "$out/table.md" python scripts/make_table.py "$out/results.jsonl" --csv "$out/table.csv" \
+    --plot "$out/fid_by_evals.png"
+say "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png"

@@ -11,7 +11,7 @@ read -ra sampling <<<"${SAMPLING:---num_iter 16 --cfg 1.5 --num_images 1800}"
 sweep() { # TABLE [flags of sample.py]
     local table=$1
     shift
-    python sample.py --checkpoint "${CHECKPOINT:-output_dir/quickstart}" --output_dir "$out/$table" "${sampling[@]}" \
+    run python sample.py --checkpoint "${CHECKPOINT:-output_dir/quickstart}" --output_dir "$out/$table" "${sampling[@]}" \
         --seed 0,1,2 --metrics fid,isc "$@"
 }
 
@@ -29,7 +29,7 @@ sweep cache "${fast[@]}" --refresh_every 1,2,3,4,6,8,16
 sweep annealing "${fast[@]}" --num_sampling_steps 12,12:6,12:5,12:4,10:5
 sweep solvers --dtype fp32 --solver ddpm,ddim,dpmpp,dpmpp_sde --num_sampling_steps 8,12,25
 for table in levers cache annealing solvers; do
-    python scripts/make_table.py "$out/$table/results.jsonl" --csv "$out/$table.csv" | tee "$out/$table.md"
+    into "$out/$table.md" python scripts/make_table.py "$out/$table/results.jsonl" --csv "$out/$table.csv"
 done
-python scripts/make_table.py "$out"/*/results.jsonl --plot "$out/fid_by_evals.png" >/dev/null
-echo "tables: $out/levers.md, cache.md, annealing.md, solvers.md, plot: $out/fid_by_evals.png"
+run python scripts/make_table.py "$out"/*/results.jsonl --plot "$out/fid_by_evals.png" >/dev/null
+say "tables: $out/levers.md, cache.md, annealing.md, solvers.md, plot: $out/fid_by_evals.png"

@@ -41,6 +41,7 @@ from util.evaluation.tables import (
 
 HEADINGS = {
     "fid": "FID",
+    "sfid": "sFID",
     "rfid": "rFID",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",

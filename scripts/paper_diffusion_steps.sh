@@ -9,12 +9,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 if [ "$preset" = digits ]; then
     checkpoint=${CHECKPOINT:-$out/weights}
-    [ -n "${CHECKPOINT:-}" ] || python main_mar.py --preset digits --epochs "$epochs" --output_dir "$checkpoint" \
+    [ -n "${CHECKPOINT:-}" ] || run python main_mar.py --preset digits --epochs "$epochs" --output_dir "$checkpoint" \
         --resume "$checkpoint"
-    python sample.py --checkpoint "$checkpoint" --output_dir "$out" \
+    run python sample.py --checkpoint "$checkpoint" --output_dir "$out" \
         --num_sampling_steps "${STEPS:-5,10,25,50,100,250}" --seed "$seeds" --num_images "$num_images" "$@"
 else
-    torchrun --nproc_per_node="$gpus" sample.py --checkpoint "${CHECKPOINT:-pretrained_models/mar/mar_large}" \
+    run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "${CHECKPOINT:-pretrained_models/mar/mar_large}" \
         --model mar_large --output_dir "$out" --data_path "$data" --cfg 3.0 --num_iter 256 --eval_bsz 256 \
         --num_sampling_steps "${STEPS:-5,10,25,50,100,250,500,1000}" --seed "$seeds" --num_images "$num_images" "$@"
 fi

@@ -3,12 +3,8 @@
 #   OUT=DIR                  folder of all files (output_dir/<script>/<preset>); the same command continues a run
 #   SEEDS=0,1,2              seeds to average over; NUM_IMAGES: images a figure; EPOCHS: of the digits
 #   IMAGENET_PATH=DIR GPUS=N for ImageNet; the global batch is the published 2048 on any number of GPUs up to 32
+# With --dry_run they show their commands and stop.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
-
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
 
 preset=${PRESET:-imagenet}
 out=${OUT:-output_dir/$(basename "$0" .sh)/$preset}
@@ -18,7 +14,7 @@ case $preset in
         ;;
     imagenet)
         seeds=${SEEDS:-0} num_images=${NUM_IMAGES:-50000} data=${IMAGENET_PATH:-data/imagenet}
-        gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+        gpus=$(num_gpus)
         accum=$((gpus < 32 ? 32 / gpus : 1)) # of 64 images each
         ;;
     *) fail "unknown PRESET '$preset'; valid: digits, imagenet" ;;
@@ -36,6 +32,6 @@ cfg_of() {
 
 # Arguments: those of make_table.py, the results first.
 finish() {
-    python scripts/make_table.py "$@" --csv "$out/table.csv" --plot "$out/figure.png" | tee "$out/table.md"
-    echo "table: $out/table.md and table.csv, figure: $out/figure.png"
+    into "$out/table.md" python scripts/make_table.py "$@" --csv "$out/table.csv" --plot "$out/figure.png"
+    say "table: $out/table.md and table.csv, figure: $out/figure.png"
 }

@@ -12,8 +12,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 if [ "$preset" = digits ]; then
     weights=${WEIGHTS:-$out/weights}/mar_tiny
     results=("$out/mar_tiny/results.jsonl")
-    python main_mar.py --preset digits --epochs "$epochs" --output_dir "$weights" --resume "$weights"
-    python sample.py --checkpoint "$weights" --output_dir "$out/mar_tiny" --cfg 1,1.5 --num_iter 64 --seed "$seeds" \
+    run python main_mar.py --preset digits --epochs "$epochs" --output_dir "$weights" --resume "$weights"
+    run python sample.py --checkpoint "$weights" --output_dir "$out/mar_tiny" --cfg 1,1.5 --num_iter 64 --seed "$seeds" \
         --num_images "$num_images" "$@"
 else
     models=${MODELS:-mar_base,mar_large,mar_huge}
@@ -24,9 +24,9 @@ else
     for model in ${models//,/ }; do
         run=$out/$model weights=${WEIGHTS:-$out/weights}/$model cfg=$(cfg_of "$model")
         results+=("$run/results.jsonl")
-        [ -n "${WEIGHTS:-}" ] || torchrun --nproc_per_node="$gpus" main_mar.py --preset "$model" \
+        [ -n "${WEIGHTS:-}" ] || run torchrun --nproc_per_node="$gpus" main_mar.py --preset "$model" \
             --data_path "$data" --accum_iter "$accum" --output_dir "$weights" --resume "$weights"
-        torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --model "$model" --output_dir "$run" \
+        run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --model "$model" --output_dir "$run" \
             --data_path "$data" --cfg "1,$cfg" --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \
             --seed "$seeds" --num_images "$num_images" "$@"
     done

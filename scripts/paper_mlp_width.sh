@@ -18,15 +18,15 @@ for width in ${widths//,/ }; do
     for seed in ${seeds//,/ }; do
         weights=$out/weights/width_${width}_seed_$seed
         if [ "$preset" = digits ]; then
-            python main_mar.py --preset digits --diffloss_w "$width" --epochs "$epochs" --seed "$seed" \
+            run python main_mar.py --preset digits --diffloss_w "$width" --epochs "$epochs" --seed "$seed" \
                 --output_dir "$weights" --resume "$weights" "$@"
-            python sample.py --checkpoint "$weights" --output_dir "$run" --cfg 1,1.5 --seed "$seed" \
+            run python sample.py --checkpoint "$weights" --output_dir "$run" --cfg 1,1.5 --seed "$seed" \
                 --num_images "$num_images"
         else
-            torchrun --nproc_per_node="$gpus" main_mar.py --preset mar_large --diffloss_d 3 --diffloss_w "$width" \
+            run torchrun --nproc_per_node="$gpus" main_mar.py --preset mar_large --diffloss_d 3 --diffloss_w "$width" \
                 --epochs 400 --data_path "$data" --accum_iter "$accum" --seed "$seed" --output_dir "$weights" \
                 --resume "$weights" "$@"
-            torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
+            run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
                 --data_path "$data" --cfg 1,3.0 --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \
                 --seed "$seed" --num_images "$num_images"
         fi

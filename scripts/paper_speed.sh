@@ -10,15 +10,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 
 if [ "$preset" = digits ]; then
     checkpoint=${CHECKPOINT:-$out/weights}
-    [ -n "${CHECKPOINT:-}" ] || python main_mar.py --preset digits --epochs "$epochs" --output_dir "$checkpoint" \
+    [ -n "${CHECKPOINT:-}" ] || run python main_mar.py --preset digits --epochs "$epochs" --output_dir "$checkpoint" \
         --resume "$checkpoint"
-    python sample.py --checkpoint "$checkpoint" --output_dir "$out" --num_iter "${NUM_ITERS:-2,4,8,16,32,64}" \
+    run python sample.py --checkpoint "$checkpoint" --output_dir "$out" --num_iter "${NUM_ITERS:-2,4,8,16,32,64}" \
         --seed "$seeds" --num_images "$num_images" "$@"
     results=("$out/results.jsonl")
 else
     weights=${WEIGHTS:-pretrained_models/mar} results=()
     for model in mar_base mar_large mar_huge; do
-        torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights/$model" --model "$model" \
+        run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights/$model" --model "$model" \
             --output_dir "$out/$model" --data_path "$data" --cfg "$(cfg_of $model)" \
             --num_iter "${NUM_ITERS:-8,16,32,64,128}" --num_sampling_steps 100 --eval_bsz 256 --seed "$seeds" \
             --num_images "$num_images" "$@"

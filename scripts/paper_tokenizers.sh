@@ -19,7 +19,10 @@ fi
 for name in ${tokenizers//,/ }; do
     case $name in
         pixel_[124] | kl16 | kl8 | consistency) ;;
-        vq16) [ -n "${VQ16_SCALE:-}" ] || fail "vq16 needs VQ16_SCALE, see scripts/measure_latents.py" ;;
+        vq16)
+            [ -z "$dry_run" ] || VQ16_SCALE=${VQ16_SCALE:-VQ16_SCALE} # a word to replace
+            [ -n "${VQ16_SCALE:-}" ] || fail "vq16 needs VQ16_SCALE, see scripts/measure_latents.py"
+            ;;
         *) fail "unknown tokenizer '$name' in TOKENIZERS; valid: kl16, vq16, kl8, consistency" ;;
     esac
 done
@@ -40,28 +43,28 @@ for name in ${tokenizers//,/ }; do
         kl8 | consistency) training+=(--patch_size 2) ;; # of stride 8
     esac
     if [ "$preset" = imagenet ]; then
-        python scripts/measure_reconstruction.py "${tokenizer[@]}" --data imagefolder --data_path "$data" \
+        run python scripts/measure_reconstruction.py "${tokenizer[@]}" --data imagefolder --data_path "$data" \
             --img_size 256 --split val --output_dir "$out/reconstruction"
     fi
     for seed in ${seeds//,/ }; do
         weights=$out/weights/${name}_seed_$seed
         if [ "$preset" = digits ]; then
-            python main_mar.py --preset digits "${training[@]}" --epochs "$epochs" --seed "$seed" \
+            run python main_mar.py --preset digits "${training[@]}" --epochs "$epochs" --seed "$seed" \
                 --output_dir "$weights" --resume "$weights" "$@"
-            python sample.py --checkpoint "$weights" --output_dir "$run" --cfg 1,1.5 --seed "$seed" \
+            run python sample.py --checkpoint "$weights" --output_dir "$run" --cfg 1,1.5 --seed "$seed" \
                 --num_images "$num_images"
         else
-            torchrun --nproc_per_node="$gpus" main_mar.py --preset mar_large "${training[@]}" --epochs 400 \
+            run torchrun --nproc_per_node="$gpus" main_mar.py --preset mar_large "${training[@]}" --epochs 400 \
                 --data_path "$data" --accum_iter "$accum" --seed "$seed" \
                 --output_dir "$weights" --resume "$weights" "$@"
-            torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
+            run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
                 --data_path "$data" --cfg 1,3.0 --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \
                 --seed "$seed" --num_images "$num_images"
         fi
     done
 done
 if [ "$preset" = imagenet ]; then
-    python scripts/make_table.py "$out/reconstruction/results.jsonl" | tee "$out/reconstruction.md"
-    echo
+    into "$out/reconstruction.md" python scripts/make_table.py "$out/reconstruction/results.jsonl"
+    say
 fi
 finish "${results[@]}" --metrics fid,is_mean --x run

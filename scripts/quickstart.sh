@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up; train mar_tiny on scikit-learn's digits, then four heads on the frozen model; compare the four inference
 # modes, draw traces of images; sample 1,800 digits and measure them. Finished parts are not run again.
-#   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [--seed S,… of the comparison] [other flags]
+#   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [--seed S,… of the comparison] [--dry_run] [other flags]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 out=output_dir/quickstart
@@ -32,20 +32,21 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     esac
 done
 
-python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
+run python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
 
 # The heads, on masks of every ratio: the states that sampling meets.
-python main_mar.py --preset digits "${training[@]}" --init_from "$out" --freeze_backbone --no-train_diffloss \
+run python main_mar.py --preset digits "${training[@]}" --init_from "$out" --freeze_backbone --no-train_diffloss \
     --learn order,group,tau,cfg --mask_ratio_min 0 --mask_ratio_per_image --epochs 6 --warmup_epochs 0 "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
 modes=$out/modes
-python sample.py --checkpoint "$out/heads" --output_dir "$modes" "${sampling[@]}" "${images[@]}" --save_trace 1 \
+run python sample.py --checkpoint "$out/heads" --output_dir "$modes" "${sampling[@]}" "${images[@]}" --save_trace 1 \
     --infer_mode baseline,policy,guidance,both "${seeds[@]}"
-trace=("$modes"/both_*/trace.npz)
-python scripts/plot_trace.py "${trace[0]}" --out "$out/trace"
-echo
-python scripts/make_table.py "$modes/results.jsonl" --csv "$modes/table.csv"
-echo
+first=${seeds[1]%%,*}
+trace=("$modes"/both_*_seed"$first"_*/trace.npz)
+run python scripts/plot_trace.py "${trace[0]}" --out "$out/trace"
+say
+run python scripts/make_table.py "$modes/results.jsonl" --csv "$modes/table.csv"
+say
 
-python sample.py --checkpoint "$out" --output_dir "$out/samples" "${sampling[@]}"
+run python sample.py --checkpoint "$out" --output_dir "$out/samples" "${sampling[@]}"

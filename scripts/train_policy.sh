@@ -19,7 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 preset=${PRESET:-digits}
 out=${OUT:-output_dir/policy}
 learn=${LEARN:-group}
-run=(python)
+launcher=(python)
 case $preset in
     digits)
         init=${INIT:-output_dir/quickstart} epochs=${EPOCHS:-45} steps=2,4,8,16 range=2,16
@@ -32,21 +32,18 @@ case $preset in
         sampling=(--cfg 1,1.5 --num_images 5000 --num_sampling_steps 50 --features cifar10)
         ;;
     mar_base)
-        gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+        gpus=$(num_gpus)
         init=${INIT:-pretrained_models/mar/mar_base} epochs=${EPOCHS:-10} steps=8,16,32,64 range=8,64
         stage=(--warmup_epochs 1 --blr 2e-5 --eval_freq 1000)
         sampling=(--cfg 2.9 --num_images 50000 --eval_bsz 256)
-        run=(torchrun --nproc_per_node="$gpus")
+        launcher=(torchrun --nproc_per_node="$gpus")
         ;;
-    *)
-        echo "error: unknown PRESET '$preset'; valid: digits, cifar10, mar_base" >&2
-        exit 2
-        ;;
+    *) fail "unknown PRESET '$preset'; valid: digits, cifar10, mar_base" ;;
 esac
 read -ra data <<<"${DATA:-}"
 
 if [[ -z ${INIT:-} && $preset != mar_base ]]; then
-    "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
+    run "${launcher[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
 fi
 results=()
 for arm in ${ARMS:-random visited policy early joint}; do
@@ -67,14 +64,14 @@ for arm in ${ARMS:-random visited policy early joint}; do
     for seed in ${SEEDS:-1 2 3}; do
         model=$out/$arm/seed$seed
         num_epochs=$((epochs * share / 100))
-        "${run[@]}" main_mar.py --preset "$preset" "${data[@]}" --init_from "$init" --train_num_iter $range \
+        run "${launcher[@]}" main_mar.py --preset "$preset" "${data[@]}" --init_from "$init" --train_num_iter $range \
             "${stage[@]}" --epochs $num_epochs --seed "$seed" --output_dir "$model" --resume "$model" \
             "${masks[@]}" "$@"
-        "${run[@]}" sample.py --checkpoint "$model" --output_dir "$out/$arm" --infer_mode $mode --num_iter $steps \
+        run "${launcher[@]}" sample.py --checkpoint "$model" --output_dir "$out/$arm" --infer_mode $mode --num_iter $steps \
             --seed "$seed" "${sampling[@]}"
     done
     results+=("$out/$arm/results.jsonl")
 done
-python scripts/make_table.py "${results[@]}" --csv "$out/table.csv" --plot "$out/fid_by_evals.png" | tee "$out/table.md"
-python scripts/plot_training.py "$out"/*/seed*/ --out "$out/curves.png"
-echo "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png, training: $out/curves.png"
+into "$out/table.md" python scripts/make_table.py "${results[@]}" --csv "$out/table.csv" --plot "$out/fid_by_evals.png"
+run python scripts/plot_training.py "$out"/*/seed*/ --out "$out/curves.png"
+say "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png, training: $out/curves.png"

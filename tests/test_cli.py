@@ -230,6 +230,7 @@ def shell_lines(path: Path) -> list[str]:
     return re.sub(r"\\\n\s*", " ", text).splitlines()
 
 
+BEFORE_COMMANDS = ("do", "then", "if", "time", "exec", "$", "run", "into")  # the last with the file that it writes
 # shell variables that stand for no number
 TEXTS = {"preset": "digits", "model": "mar_base", "mode": "baseline", "range": "2,4"}
 
@@ -249,8 +250,8 @@ def commands_in(line: str) -> list[tuple[str, list[str]]]:
         if not set(word) <= set("();<>|&"):
             words.append(word)
             continue
-        while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in ("do", "then", "if", "time", "exec", "$")):
-            del words[0]
+        while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] in BEFORE_COMMANDS):
+            del words[: 2 if words[0] == "into" else 1]
         at = next((i for i, w in enumerate(words) if Path(w).name in PROGRAMS), None)
         if at is not None and re.fullmatch(r"python[\d.]*|torchrun|.*\.py", Path(words[0]).name):  # an array before it
             calls.append((Path(words[at]).name, words[at + 1 :]))

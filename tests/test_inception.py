@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.helpers import Malicious, images_of
-from util.evaluation.features import check_features
-from util.evaluation.metrics import compute_metrics, frechet_distance, gaussian_statistics
+from util.evaluation.features import build_extractor, check_features
+from util.evaluation.metrics import compute_metrics, frechet_distance, gaussian_statistics, possible_metrics
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,45 @@ def test_inception_features(inception_file):
     figures = compute_metrics(tiny_images(0), tiny_images(1), weights=inception_file, metrics=names)
     assert list(figures) == ["is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall"]
     assert np.isfinite(list(figures.values())).all() and figures["is_mean"] >= 1
+
+
+def test_spatial_features_are_places_of_a_layer_as_in_adm(inception_file):
+    """mixed_6/conv of the TensorFlow graph: 17 x 17 places, 7 channels of the first branch, after its ReLU."""
+    images = torch.from_numpy(tiny_images(0)).permute(0, 3, 1, 2)
+    extractor, _ = build_extractor("inception", inception_file, ["spatial"])
+    (found,) = extractor(images)
+    assert found.shape == (8, 2023) and found.dtype == torch.float32 and (found >= 0).all() and found.std() > 0
+    kept = []
+    hook = extractor.Mixed_6d.register_forward_hook(lambda module, args, output: kept.append(output))
+    assert torch.equal(extractor(images)[0], found)
+    hook.remove()
+    # the branch is the first part of what the block returns
+    assert kept[0].shape == (8, 768, 17, 17) and torch.equal(kept[0][:, :7].flatten(1), found)
+    assert torch.equal(extractor(images[3:5])[0].argmax(1), found[3:5].argmax(1))
+    (others,) = build_extractor("inception", inception_file, ["2048"])[0](images)
+    assert others.shape == (8, 2048)
+
+
+@pytest.mark.slow  # eigenvalues of 2023 x 2023 matrices
+def test_inception_sfid(inception_file):
+    sets = [tiny_images(0), tiny_images(1)]
+    net = build_extractor("inception", inception_file, ["spatial"])[0]
+    statistics = [gaussian_statistics(net(torch.from_numpy(x).permute(0, 3, 1, 2))[0].numpy()) for x in sets]
+    expected = frechet_distance(*statistics[0], *statistics[1])
+    options = dict(weights=inception_file, batch_size=3)
+    found = compute_metrics(*sets, metrics=("sfid", "isc"), **options)
+    assert list(found) == ["sfid", "is_mean", "is_std"] and found["sfid"] == pytest.approx(expected, rel=1e-3)
+    itself = compute_metrics(sets[0], sets[0], metrics=("sfid",), **options)
+    assert itself == {"sfid": pytest.approx(0, abs=1e-6 * expected)} and expected > 0
+
+
+def test_sfid_is_measured_where_it_is_asked_for_and_possible():
+    assert "sfid" not in possible_metrics(None, "inception", False)
+    assert possible_metrics(("sfid", "fid"), "inception", False) == ("sfid", "fid")
+    with pytest.raises(ValueError, match="digits features keep no places.*--features inception"):
+        possible_metrics(("sfid",), "digits", False)
+    with pytest.raises(ValueError, match="sfid needs the reference images"):
+        possible_metrics(("sfid",), "inception", True)
 
 
 @pytest.mark.slow  # eigenvalues of 2048 x 2048 matrices

@@ -280,3 +280,41 @@ def test_a_table_that_cannot_be_made_is_one_line(content, flags, shown, tmp_path
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     assert shown in refused(make_table.main, [str(path), *flags.format(tmp_path).split()], capsys)
     assert {p.name for p in tmp_path.iterdir()} <= {"results.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "change, shown",
+    [
+        (dict(metrics=dict(fid=float("nan"))), "fid must be a finite number, got nan"),
+        (dict(metrics=dict(fid=1.0, is_mean=float("inf"))), "is_mean must be a finite number, got inf"),
+        (dict(metrics=dict(fid="12")), "fid must be a finite number, got '12'"),
+        (dict(metrics=[1.0]), "metrics must be figures by name, got [1.0]"),
+        (dict(images_per_second=float("-inf")), "images_per_second must be a finite number, got -inf"),
+    ],
+)
+@pytest.mark.parametrize("flags", ["", "--csv {}/t.csv", "--plot {}/p.png"])
+def test_a_figure_that_is_no_number_is_named_with_file_and_line(change, shown, flags, tmp_path, capsys):
+    path = write(tmp_path / "results.jsonl", [line("both", 4, 0, 1.0), line("both", 8, 0, 1.0, **change)])
+    said = refused(make_table.main, [str(path), *flags.format(tmp_path).split()], capsys)
+    assert f"{path}, line 2: {shown}" in said and [p.name for p in tmp_path.iterdir()] == ["results.jsonl"]
+    path.write_text(path.read_text().replace("NaN", "null"))
+    if "nan" in shown:  # as sample.py writes it
+        assert [row["FID"] for row in table(capsys, path)] == ["1", "–"]
+
+
+@pytest.mark.parametrize("encoding, shown", [("utf-16", "line 1 has 0xff"), ("latin-1", "line 2 has 0xe9")])
+def test_a_file_in_another_encoding_is_named_with_the_line(encoding, shown, tmp_path, capsys):
+    path, rows = tmp_path / "results.jsonl", [line("both", 4, 0, 1.0), line("é", 8, 0, 1.0)]
+    path.write_bytes("\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
+    said = refused(make_table.main, [str(path)], capsys)
+    assert f"{path} is no UTF-8 text: {shown}" in said
+
+
+def test_byte_order_marks_and_line_ends_of_editors_lose_no_row(results, tmp_path, capsys):
+    """At the start of the file, and in its middle where two such files were put together."""
+    path, lines = results
+    expected = table(capsys, path)
+    for newline in ("\n", "\r\n"):
+        texts = [newline.join(json.dumps(row) for row in part) + newline for part in (lines[:1], lines[1:])]
+        path.write_bytes(b"".join(text.encode("utf-8-sig") for text in texts))
+        assert table(capsys, path) == expected

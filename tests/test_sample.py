@@ -54,8 +54,7 @@ def pngs(folder) -> dict[str, bytes]:
 
 
 def arrays(folder) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(folder / "samples.npz") as file:
-        return file["images"], file["labels"]
+    return tuple(sample.load_samples(folder).values())
 
 
 def assert_alike(a, b):
@@ -285,6 +284,18 @@ def test_a_line_cut_short_by_a_crash_costs_that_line_only(checkpoint, tmp_path):
     first, torn, new = file.read_text().splitlines()
     assert first + "\n" == whole and whole.startswith(torn)
     assert json.loads(new)["settings"]["seed"] == 2
+
+
+def test_a_metric_that_is_not_finite_is_stored_as_null_and_found_again(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("engine_mar.score", lambda *args: {"fid": float("nan"), "is_mean": 2.0, "is_std": 0.5})
+    assert draw(checkpoint, tmp_path) == 0
+    assert rows(tmp_path)[0]["metrics"] == {"fid": None, "is_mean": 2.0, "is_std": 0.5}
+    capsys.readouterr()
+    assert draw(checkpoint, tmp_path) == 0
+    assert "already in" in (said := capsys.readouterr().out) and "FID nan  IS 2.00±0.50" in said
+    (tmp_path / "results.jsonl").write_bytes((tmp_path / "results.jsonl").read_text().encode("utf-8-sig"))
+    assert draw(checkpoint, tmp_path) == 0
+    assert "already in" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------- other checkpoints and data

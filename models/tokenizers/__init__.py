@@ -10,10 +10,10 @@ The interface, documented in `models.tokenizers.continuous.Tokenizer`:
 
 from functools import partial
 
-from models.tokenizers.autoencoder import load_diffusers
 from models.tokenizers.continuous import Tokenizer
 from models.tokenizers.ldm import LDM, load_ldm
 from models.tokenizers.pixel import PixelTokenizer
+from models.tokenizers.saved import load_diffusers
 
 TOKENIZERS = {"pixel": PixelTokenizer, **{name: partial(load_ldm, name) for name in LDM}, "diffusers": load_diffusers}
 _OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all rows but pixel

@@ -1,11 +1,8 @@
-"""Autoencoders of the diffusers library as tokenizers; `diffusers:PATH_OR_REPO` loads one as it was saved."""
-
-import re
-from pathlib import Path
+"""Autoencoders of the diffusers library as tokenizers."""
 
 import torch
 
-from models.tokenizers.continuous import Tokenizer
+from models.tokenizers.continuous import Tokenizer, per_channel
 
 # class in diffusers -> levels: its setting with one entry a level (each level but the first halves the image); images:
 # its setting with the image's channels; gaussian: does an image have a posterior? noisy: does decoding draw noise?
@@ -54,44 +51,21 @@ class AutoencoderTokenizer(Tokenizer):
         return self.autoencoder.decode(raw, return_dict=False, **options)[0]
 
 
-def load_diffusers(place: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> AutoencoderTokenizer:
-    """The autoencoder that diffusers saved in the folder `place`, or that has this name (OWNER/NAME) on the hub.
+def normalisation(place, config: dict, vae_scale=None, vae_mean=None) -> dict:
+    """Scale and mean of an autoencoder's latents: those given, else what its config says. ValueError names `place`.
 
-    vae_path replaces place. Scale and mean are those of its config unless they are given. A missing or damaged
-    autoencoder, and one of a class that is not in AUTOENCODERS, raises ValueError.
+    As diffusers' pipelines have it (StableDiffusionXLPipeline, LTXPipeline): with latents_mean and latents_std, each a
+    number a channel, raw = latent·latents_std/scaling_factor + latents_mean, hence the scale scaling_factor/latents_std
+    and the mean latents_mean; unless both are there raw = latent/scaling_factor + shift_factor.
     """
-    import diffusers
-
-    place = str(Path(vae_path or place).expanduser())
-    if not Path(place).is_dir() and not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place):
-        raise ValueError(f"no folder {place} with a diffusers autoencoder, nor a name like OWNER/NAME on the hub")
-    name = str(_attempt(place, diffusers.AutoencoderKL.load_config).get("_class_name"))
-    if name not in AUTOENCODERS:
-        raise ValueError(f"{place} holds no autoencoder but a {name}; valid: {', '.join(AUTOENCODERS)}")
-    load = getattr(diffusers, name).from_pretrained
-    autoencoder, info = _attempt(place, load, output_loading_info=True, low_cpu_mem_usage=False)
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong:  # diffusers leaves missing tensors at random values
-        raise ValueError(f"the weights in {place} do not fit its config: {len(wrong)} tensors, the first is {wrong[0]}")
-    config = autoencoder.config
-    scale = config.get("scaling_factor") if vae_scale is None else vae_scale
-    mean = config.get("shift_factor") if vae_mean is None else vae_mean
-    return AutoencoderTokenizer(
-        name, autoencoder, scale=1.0 if scale is None else scale, mean=0.0 if mean is None else mean
-    )
-
-
-def _attempt(place: str, load, **options):
-    """load(place, **options), whose errors become one ValueError."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # else it prints several lines about what then becomes a ValueError
-    try:
-        return load(place, **options)
-    except Exception as error:  # diffusers, safetensors, json and the hub raise many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        source = place if Path(place).is_dir() else f"{place} (no such folder here, so it was looked for on the hub)"
-        raise ValueError(f"cannot load an autoencoder from {source}: {reason}") from None
-    finally:
-        logging.set_verbosity(before)
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor")
+    scale, mean = 1.0 if factor is None else factor, 0.0 if shift is None else shift
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    if None not in (means, stds) and None in (vae_scale, vae_mean):
+        channels = config.get("vq_embed_dim") or config["latent_channels"]
+        mean = per_channel(f"latents_mean of {place}", means, channels)
+        stds = per_channel(f"latents_std of {place}", stds, channels)
+        if min(stds := stds if isinstance(stds, tuple) else (stds,)) <= 0:
+            raise ValueError(f"latents_std of {place} must be above 0, got {min(stds)}")
+        scale = tuple(scale / std for std in stds)
+    return dict(scale=scale if vae_scale is None else vae_scale, mean=mean if vae_mean is None else vae_mean)

@@ -19,13 +19,9 @@ LAST = len(WIDTHS) - 1  # the level at the latents
 LDM = {"kl16": ("AutoencoderKL", 0.2325), "vq16": ("VQModel", 1.0)}
 
 _RULES = [  # (pattern in diffusers' name, LDM's name of it)
-    (r"down_blocks\.(\d+)\.resnets", r"down.\1.block"),
-    (r"down_blocks\.(\d+)\.attentions", r"down.\1.attn"),
-    (r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample"),
-    # LDM counts the decoder's levels from the image, diffusers from the latent
-    (r"up_blocks\.(\d+)\.resnets", lambda m: f"up.{LAST - int(m[1])}.block"),
-    (r"up_blocks\.(\d+)\.attentions", lambda m: f"up.{LAST - int(m[1])}.attn"),
-    (r"up_blocks\.(\d+)\.upsamplers\.0", lambda m: f"up.{LAST - int(m[1])}.upsample"),
+    (r"(down|up)_blocks\.(\d+)\.resnets", r"\1.\2.block"),
+    (r"(down|up)_blocks\.(\d+)\.attentions", r"\1.\2.attn"),
+    (r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
     (r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}"),
     (r"mid_block\.attentions\.0", "mid.attn_1"),
     (r"conv_norm_out", "norm_out"),
@@ -33,6 +29,10 @@ _RULES = [  # (pattern in diffusers' name, LDM's name of it)
     (r"group_norm", "norm"),
     (r"\bto_([qkv])\b", r"\1"),
     (r"to_out\.0", "proj_out"),
+    (r"(attn.*)\.query\b", r"\1.q"),  # diffusers' older names
+    (r"(attn.*)\.key\b", r"\1.k"),
+    (r"(attn.*)\.value\b", r"\1.v"),
+    (r"proj_attn", "proj_out"),
 ]
 
 
@@ -44,49 +44,129 @@ class _Ignored:
     """Stands for Lightning's class."""
 
 
-def ldm_name(name: str) -> str:
-    """LDM's name of a tensor of a diffusers autoencoder."""
+def ldm_name(name: str, last: int = LAST) -> str:
+    """LDM's name of a tensor of a diffusers autoencoder whose last level, that at the latents, has this number."""
+    # LDM counts the decoder's levels from the image, diffusers from the latent
+    name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up_blocks.{last - int(m[1])}", name)
     for pattern, replacement in _RULES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a file by name: .safetensors, or what torch.save wrote, under "model", "state_dict" or by itself.
+
+    Of a whole latent diffusion model those of its autoencoder, without what precedes their names; never those of a
+    training loss, `loss.`. A file that cannot be read, or without tensors, raises ValueError.
+    """
+    if path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    else:
+        with torch.serialization.safe_globals([(_Ignored, _LIGHTNING)]):
+            content = read_file(path)
+    weights = content
+    if isinstance(content, dict):
+        weights = content.get("model", content.get("state_dict", content))
+    if not weights or not isinstance(weights, dict) or not all(torch.is_tensor(v) for v in weights.values()):
+        raise ValueError(f"{path} is no autoencoder: it has no tensors under 'model' or 'state_dict', or by themselves")
+    first = "encoder.conv_in.weight"
+    prefix = min((key.removesuffix(first) for key in weights if key.endswith(f".{first}")), key=len, default="")
+    if first not in weights:
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    return {key: value for key, value in weights.items() if not key.startswith("loss.")}
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from diffusers.models.model_loading_utils import load_state_dict
+
+    try:
+        return load_state_dict(str(path))
+    except Exception as error:  # safetensors and diffusers raise many types
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from None
+
+
 def load_ldm(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> AutoencoderTokenizer:
     """The tokenizer `name` of LDM from a file with its tensors under "model" (MAR) or "state_dict" (LDM).
 
-    Tensors missing in the file, left over in it (but for those of the training loss, `loss.`), or of another shape
-    raise ValueError, as does a file that cannot be read.
+    Tensors missing in the file, left over in it, or of another shape raise ValueError, as does a file that cannot be
+    read.
     """
     if not vae_path:
         raise ValueError(f"the tokenizer {name} needs --vae_path, the file with its weights")
     if not Path(vae_path).is_file():
         raise ValueError(f"no autoencoder at {vae_path}: --vae_path must name the file with the weights of {name}")
-    with torch.serialization.safe_globals([(_Ignored, _LIGHTNING)]):
-        content = read_file(vae_path)
-    weights = content.get("model", content.get("state_dict")) if isinstance(content, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ValueError(f"{vae_path} is no autoencoder: it has no tensors under 'model' or 'state_dict'")
-    weights = {key: value for key, value in weights.items() if not key.startswith("loss.")}
+    weights = read_tensors(Path(vae_path))
     class_name, scale = LDM[name]
     with torch.device("meta"):  # without initial values, which would be replaced
         autoencoder = _build(class_name, weights)
+    fill(autoencoder, weights, f"{vae_path} does not fit {name}")
+    scale = scale if vae_scale is None else vae_scale
+    return AutoencoderTokenizer(name, autoencoder, scale=scale, mean=0.0 if vae_mean is None else vae_mean)
+
+
+def fill(autoencoder: torch.nn.Module, weights: dict, complaint: str) -> None:
+    """Give a diffusers autoencoder (on the meta device) its tensors, in diffusers' own names or in LDM's, as float32.
+
+    Any difference raises ValueError with the complaint and the first tensor that does not fit.
+    """
+    own = autoencoder.state_dict()
+    last = max((int(m[1]) for key in own if (m := re.match(r"decoder\.up_blocks\.(\d+)", key))), default=0)
+    if weights.keys() != own.keys():
+        weights = {ldm_name(key, last): value for key, value in weights.items()}
     translated = {}
-    for key, value in autoencoder.state_dict().items():
-        source = ldm_name(key)
+    for key, value in own.items():
+        source = key if key in weights else ldm_name(key, last)
         if source not in weights:
-            raise ValueError(f"{vae_path} does not fit {name}: it lacks {source}")
-        stored = weights.pop(source)
+            raise ValueError(f"{complaint}: it lacks {source}")
+        stored = weights[source]
         if stored.dim() == 4 and value.dim() == 2:  # attention: 1×1 convolutions in LDM, linear layers in diffusers
             stored = stored.flatten(1)
         if stored.shape != value.shape:
             shapes = f"{source} is {tuple(stored.shape)} there and {tuple(value.shape)} here"
-            raise ValueError(f"{vae_path} does not fit {name}: {shapes}")
-        translated[key] = stored.float()
-    if weights:
-        raise ValueError(f"{vae_path} does not fit {name}: {len(weights)} unknown tensors, the first is {min(weights)}")
-    autoencoder.load_state_dict(translated, strict=True, assign=True)
-    scale = scale if vae_scale is None else vae_scale
-    return AutoencoderTokenizer(name, autoencoder, scale=scale, mean=0.0 if vae_mean is None else vae_mean)
+            raise ValueError(f"{complaint}: {shapes}")
+        translated[key] = (source, stored.float())
+    unknown = weights.keys() - {source for source, _ in translated.values()}
+    if unknown:
+        raise ValueError(f"{complaint}: {len(unknown)} unknown tensors, the first is {min(unknown)}")
+    autoencoder.load_state_dict({key: value for key, (_, value) in translated.items()}, strict=True, assign=True)
+
+
+def sizes_of(weights: dict, path) -> tuple[str, dict]:
+    """(class in diffusers, its settings) of an autoencoder from its tensors, in LDM's names or in diffusers'.
+
+    A file without those tensors raises ValueError with its path.
+    """
+    blocks = {m[1] for key in weights if (m := re.match(r"encoder\.down(?:_blocks)?\.(\d+)\.(?:block|resnets)\.", key))}
+    last = len(blocks) - 1
+    tensors = {ldm_name(key, last): value.shape for key, value in weights.items()}
+    try:
+        widths = [tensors[f"encoder.down.{i}.block.0.conv2.weight"][0] for i in range(last + 1)]
+        latent_channels = tensors["decoder.conv_in.weight"][1]
+        channels = dict(in_channels=tensors["encoder.conv_in.weight"][1])
+        channels["out_channels"] = tensors["decoder.conv_out.weight"][0]
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path} is no AutoencoderKL or VQModel in the names of LDM: it lacks {error}") from None
+    if not widths or any(width % 32 for width in widths):  # the groups of LDM's normalisation
+        wanted = "a single file must be LDM's, of widths divisible by 32; give the folder with its config.json"
+        raise ValueError(f"{path} has levels of the widths {widths}: {wanted}")
+    attention = [
+        f"{half}.{i}.attn.0.q.weight" in tensors for half in ("encoder.down", "decoder.up") for i in range(last + 1)
+    ]
+    down, up = attention[: last + 1], attention[:last:-1]
+    settings = dict(
+        **channels,
+        latent_channels=latent_channels,
+        block_out_channels=widths,
+        down_block_types=["AttnDownEncoderBlock2D" if there else "DownEncoderBlock2D" for there in down],
+        up_block_types=["AttnUpDecoderBlock2D" if there else "UpDecoderBlock2D" for there in up],
+        layers_per_block=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv2\.weight", k)) for k in tensors),
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in tensors,
+    )
+    codebook = tensors.get("quantize.embedding.weight")
+    if codebook is not None:
+        return "VQModel", dict(settings, num_vq_embeddings=codebook[0], vq_embed_dim=codebook[1])
+    convs = {f"use_{name}": f"{name}.weight" in tensors for name in ("quant_conv", "post_quant_conv")}
+    return "AutoencoderKL", dict(settings, **convs)
 
 
 def _build(class_name: str, weights: dict):

@@ -61,6 +61,24 @@ def _inception():
             plain_tensors(feature_extractor_weights_path)
             super().__init__(name, features_list, feature_extractor_weights_path, **options)
 
+        @staticmethod
+        def get_provided_features_list():
+            return *FeatureExtractorInceptionV3.get_provided_features_list(), "spatial"
+
+        def forward(self, x):
+            """As torch-fidelity's, with "spatial", which must be alone: ADM's mixed_6/conv:0, its first 7 channels."""
+            if self.features_list != ["spatial"]:
+                return super().forward(x)
+            kept = []
+            hook = self.Mixed_6d.branch1x1.register_forward_hook(lambda module, args, output: kept.append(output))
+            try:
+                self.features_list = ["768"]  # that of the layer after it, where the network stops
+                super().forward(x)
+            finally:
+                self.features_list = ["spatial"]
+                hook.remove()
+            return (kept[0][:, :7].flatten(1).float(),)  # (B, 7·17·17)
+
     return Inception, URL_INCEPTION_V3
 
 
@@ -160,10 +178,11 @@ class Features(NamedTuple):
     logits: str | None  # layer for the Inception score; None for a network that is no classifier
     dim: int  # width of the layer
     make: Callable  # () -> (class for torch-fidelity, URL of its weights or Path of committed ones)
+    spatial: str | None = None  # layer for sFID, whose features keep the places in the image
 
 
 FEATURES = {
-    "inception": Features("2048", "logits_unbiased", 2048, _inception),
+    "inception": Features("2048", "logits_unbiased", 2048, _inception, "spatial"),
     "clip": Features("clip", None, 512, _clip),
     "vgg16": Features("fc2_relu", None, 4096, _vgg16),
     "dinov2": Features("dinov2", None, 384, _dinov2),

@@ -1,8 +1,9 @@
-"""Image quality figures: FID, IS, KID and precision/recall through torch-fidelity, and two for digits alone.
+"""Image quality figures: FID, sFID, IS, KID and precision/recall on torch-fidelity's features; two for digits alone.
 
 Shapes: n images, H x W pixels, C channels (1 or 3), d features. Images are uint8, 0..255.
 """
 
+import math
 from contextlib import nullcontext
 
 import numpy as np
@@ -18,7 +19,9 @@ METRICS = {
     "isc": (2, False, {"is_mean": "inception_score_mean", "is_std": "inception_score_std"}),
     "kid": (2, True, {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}),
     "prc": (4, True, {"precision": "precision", "recall": "recall"}),  # 3rd nearest neighbour, not counting itself
+    "sfid": (2, True, {"sfid": "spatial_frechet_distance"}),
 }
+ON_REQUEST = {"sfid"}  # not measured unless it is named: it takes passes of its own over both sets of images
 
 
 def gaussian_statistics(x) -> tuple[np.ndarray, np.ndarray]:
@@ -60,7 +63,7 @@ def compute_metrics(
     device="cpu",
     verbose=False,
 ) -> dict[str, float]:
-    """FID, IS, KID, precision and recall of `images` against `reference` by torch-fidelity, keyed as in METRICS.
+    """The METRICS of `images` against `reference` by torch-fidelity, keyed as there; sFID by its features.
 
     images, reference: uint8 (n, H, W, C), C 1 or 3, or Datasets (read from threads) of uint8 (C, H, W) tensors or of
     tuples that start with one. reference may be FIDStats, which have FID (and IS) only. metrics None: all that are
@@ -84,15 +87,23 @@ def compute_metrics(
     row = FEATURES[features]
     import torch_fidelity
 
+    figures = {}
+    if "sfid" in metrics:
+        options = dict(layers=[row.spatial], batch_size=batch_size, device=device, verbose=verbose)
+        statistics = [_moments(feature_batches(x, features, path, **options)) for x in (images, reference)]
+        figures["spatial_frechet_distance"] = frechet_distance(*statistics[0], *statistics[1])
+    upstream = [name for name in METRICS if name not in ON_REQUEST]
+    if not set(upstream) & set(metrics):
+        return _with_our_names(figures, metrics)
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
     # The DataLoader and the extractor's construction draw random numbers, which would change a training run.
     with torch.random.fork_rng(devices=[]), torch.cuda.device(device) if cuda else nullcontext():
-        figures = torch_fidelity.calculate_metrics(
+        figures |= torch_fidelity.calculate_metrics(
             input1=images,
             input2=reference,
-            **{name: name in metrics for name in METRICS},
+            **{name: name in metrics for name in upstream},
             feature_extractor=f"mar-{features}",  # by name: precision and recall would fall back to VGG-16
-            **{f"feature_layer_{name}": row.logits if name == "isc" else row.layer for name in METRICS},
+            **{f"feature_layer_{name}": row.logits if name == "isc" else row.layer for name in upstream},
             feature_extractor_weights_path=path,
             isc_splits=_num_splits(images),
             kid_subset_size=min(1000, n),
@@ -105,21 +116,30 @@ def compute_metrics(
     return _with_our_names(figures, metrics)
 
 
+def _moments(batches) -> tuple[np.ndarray, np.ndarray]:
+    moments = Moments()
+    for (batch,) in batches:
+        moments.update(batch)
+    return moments.result()
+
+
 def _with_our_names(figures: dict, metrics) -> dict[str, float]:
     return {ours: float(figures[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
 
 
 def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...]:
-    """The metrics, None for all that are possible; an impossible one or an unknown name raises ValueError.
+    """The metrics, None for all that are possible but ON_REQUEST; an impossible or unknown one raises ValueError.
 
-    The Inception score needs features of a classifier; KID, precision and recall need the reference's images, so they
-    are impossible with its statistics only (from_stats).
+    The Inception score needs features of a classifier, sFID those that keep places; it, KID, precision and recall need
+    the reference's images, so they are impossible with its statistics only (from_stats).
     """
     if features not in FEATURES:
         raise ValueError(f"unknown features {features!r}: choose from {', '.join(FEATURES)}")
     obstacles = {}
     if FEATURES[features].logits is None:
         obstacles["isc"] = f"{features} features come from no classifier, which the Inception score needs"
+    if FEATURES[features].spatial is None:
+        obstacles["sfid"] = f"{features} features keep no places in the image, which sFID needs: --features inception"
     if from_stats:
         for name, (_, from_images, _) in METRICS.items():
             if from_images:
@@ -130,7 +150,7 @@ def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...
             raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
         if name in obstacles:
             raise ValueError(f"{obstacles[name]}; possible here: --metrics {','.join(possible)}")
-    return possible if metrics is None else tuple(metrics)
+    return tuple(name for name in possible if name not in ON_REQUEST) if metrics is None else tuple(metrics)
 
 
 def _num_splits(images) -> int:
@@ -183,6 +203,7 @@ def metrics_line(metrics: dict) -> str:
         "psnr": "PSNR {psnr:.2f} dB",
         "ssim": "SSIM {ssim:.4f}",
         "fid": "FID {fid:.3f}",
+        "sfid": "sFID {sfid:.3f}",
         "is_mean": "IS {is_mean:.2f}±{is_std:.2f}",
         "kid_mean": "KID {kid_mean:.4f}",
         "precision": "precision {precision:.2f}",
@@ -190,4 +211,5 @@ def metrics_line(metrics: dict) -> str:
         "svc_accuracy": "SVC accuracy {svc_accuracy:.1%}",
         "frechet_pixels": "Fréchet (pixels) {frechet_pixels:.2f}",
     }
-    return "  ".join(text.format_map(metrics) for key, text in parts.items() if key in metrics)
+    numbers = {key: math.nan if value is None else value for key, value in metrics.items()}  # null in results.jsonl
+    return "  ".join(text.format_map(numbers) for key, text in parts.items() if key in numbers)

@@ -23,7 +23,8 @@ class EvalConfig:
     num_images: int = flag(50000, "images to sample, class-balanced", low=1)
     eval_bsz: int = flag(64, "images a batch when sampling", low=1)
     metrics: str | None = flag(
-        None, "comma list of fid, isc, kid, prc; or none (default: all that features and reference allow)"
+        None,
+        "comma list of fid, isc, kid, prc, sfid; or none (default: all but sfid that features and reference allow)",
     )
     features: str = flag("inception", "features of the metrics", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")

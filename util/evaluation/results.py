@@ -1,6 +1,7 @@
 """results.jsonl: one line a result, with its whole configuration."""
 
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -14,15 +15,28 @@ def git_commit() -> str | None:
         return None
 
 
-def read_results(path: Path) -> list[dict]:
-    """The dicts in the lines of a results file; a last line cut short by a crash is left out."""
+def numbered_results(path: Path) -> list[tuple[int, dict]]:
+    """(number of the line, counted from 1; the dict in it) for each line of a results file that holds one.
+
+    A line cut short by a crash is left out, a byte order mark is passed over. A file that is not UTF-8 raises
+    ValueError with its name and the line.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for number, data in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = data.decode("utf-8").strip("\ufeff \t\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 text: line {number} has {error.object[error.start]:#04x}") from None
+        try:
+            rows.append((number, json.loads(line)))
+        except (ValueError, RecursionError):
             continue
-    return [row for row in rows if isinstance(row, dict)]
+    return [(number, row) for number, row in rows if isinstance(row, dict)]
+
+
+def read_results(path: Path) -> list[dict]:
+    """The dicts in the lines of a results file, as in `numbered_results`."""
+    return [row for _, row in numbered_results(path)]
 
 
 def is_folder_name(name) -> bool:
@@ -36,7 +50,17 @@ def find_result(rows: list[dict], wanted: dict) -> dict | None:
 
 
 def append_result(path: Path, row: dict) -> None:
-    """Add one line, after a line break if a crash cut the last line short."""
-    text = path.read_text() if path.is_file() else ""
-    with open(path, "a") as file:
-        file.write(("" if not text or text.endswith("\n") else "\n") + json.dumps(row) + "\n")
+    """Add one line, after a line break if a crash cut the last one short. NaN and infinities are written as null."""
+    data = path.read_bytes() if path.is_file() else b""
+    with open(path, "ab") as file:
+        line = json.dumps(finite(row), allow_nan=False)
+        file.write((("" if not data or data.endswith(b"\n") else "\n") + line + "\n").encode())
+
+
+def finite(value):
+    """A value for JSON, which has no NaN and no infinities: None in their place."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

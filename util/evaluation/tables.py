@@ -1,26 +1,37 @@
 """The lines of results files as the rows of a table: grouped over seeds, split by protocol, ordered."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
-from util.evaluation.results import read_results
+from util.evaluation.results import numbered_results
 
-METRICS = ("fid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
+METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
 PROTOCOL = ("kind", "features", "reference")  # figures may be compared if these settings are the same
 FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
 COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The result lines of a file, one cut short by a crash left out; no file or no line raises ValueError."""
+    """The result lines of a file, one cut short by a crash left out; no file or no line raises ValueError.
+
+    So does a figure that is no finite number, with file, line and its name; null is one that was not measured.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    rows = [row for row in read_results(path) if isinstance(row.get("settings"), dict)]
+    rows = [(number, row) for number, row in numbered_results(path) if isinstance(row.get("settings"), dict)]
     if not rows:
         raise ValueError(f"{path} holds no results of sample.py")
-    return rows
+    for number, row in rows:
+        if not isinstance(row.get("metrics", {}), dict):
+            raise ValueError(f"{path}, line {number}: metrics must be figures by name, got {row['metrics']!r}")
+        for name, value in figures(row).items():
+            if not (is_number(value) and math.isfinite(value)):
+                way_out = "null in its place leaves it out of the table"
+                raise ValueError(f"{path}, line {number}: {name} must be a finite number, got {value!r}; {way_out}")
+    return [row for _, row in rows]
 
 
 def figures(row: dict) -> dict[str, float]:

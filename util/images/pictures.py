@@ -1,8 +1,11 @@
 """Pictures: between tensors in [−1, 1], uint8 arrays and PNG files; sample grids."""
 
+import errno
 import json
 import math
 import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch.utils.data import Dataset
 
 from util.checkpoint import atomic_file
 
-NPZ_LIMIT = 2**30  # bytes of images above which no .npz is written
+SAMPLES = "samples.npz"
 MADE = r"(\d+|grid)\.png|(samples|trace)\.npz"  # names of a sampling run's files
 PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
 
@@ -77,13 +80,13 @@ def prepare_folder(folder: Path, run: dict) -> None:
 
 
 def is_whole(folder: Path, weights: str, num_images: int) -> bool:
-    """Does the folder hold all pictures of a run with these weights? It reads run.json and file names only."""
+    """Does the folder hold all that a run with these weights writes? It reads run.json and file names only."""
     try:
         run = json.loads((folder / "run.json").read_text())
     except (OSError, json.JSONDecodeError):
         return False
     stored = {file.name for file in folder.iterdir()}
-    wanted = {"grid.png", *(image_path(folder, i).name for i in range(num_images))}
+    wanted = {"grid.png", SAMPLES, *(image_path(folder, i).name for i in range(num_images))}
     return run.get("weights") == weights and wanted <= stored
 
 
@@ -107,12 +110,47 @@ class PNGFolder(Dataset):
         images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(captions))])
         return (draw or make_grid)(images, captions, columns)
 
-    def save_npz(self, labels) -> None:
-        """Write samples.npz, images (n, H, W, C) uint8 and labels (n,), beside the pictures if below NPZ_LIMIT."""
-        if self[0].numel() * len(self) < NPZ_LIMIT:
-            images = np.stack([self[i].permute(1, 2, 0).numpy() for i in range(len(self))])
-            with atomic_file(self.folder / "samples.npz") as temporary, open(temporary, "wb") as file:
-                np.savez(file, images=images, labels=np.asarray(labels, dtype=np.int64))
+    def save_npz(self, labels, limit: int | None = None) -> None:
+        """Write samples.npz beside the pictures: arr_0 (n, H, W, C) uint8, as ADM's evaluator reads it, labels (n,).
+
+        A picture at a time is in memory. Images of more than `limit` bytes are left as pictures. A full disk is a
+        warning: the pictures are there, and what is measured on them matters more.
+        """
+        shape = self[0].permute(1, 2, 0).shape
+        if limit is not None and len(self) * shape.numel() > limit:
+            return
+        try:
+            with atomic_file(self.folder / SAMPLES) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    header = dict(descr="|u1", fortran_order=False, shape=(len(self), *shape))
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for i in range(len(self)):
+                        image = self[i].permute(1, 2, 0)
+                        if image.shape != shape:
+                            path = image_path(self.folder, i)
+                            raise ValueError(f"{path} is {tuple(image.shape)}, the image before it {tuple(shape)}")
+                        file.write(image.contiguous().numpy())
+                with archive.open("labels.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64), allow_pickle=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            warnings.warn(f"{self.folder / SAMPLES} not written, the pictures are: {error.strerror}", stacklevel=2)
+
+
+def load_samples(place: str | Path) -> dict[str, np.ndarray]:
+    """{images (n, H, W, C) uint8, labels (n,)} of a samples.npz or the folder that has it, arr_0 being the images.
+
+    Files from before they were named arr_0 are read as well. A missing or damaged file raises ValueError.
+    """
+    path = Path(place) / SAMPLES if Path(place).is_dir() else Path(place)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file["arr_0" if "arr_0" in file else "images"]
+            return {"images": images, "labels": file["labels"]}
+    except Exception as error:  # numpy, zipfile and zlib raise many types
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"cannot read the samples in {path}: {reason}") from None
 
 
 def make_grid(images: np.ndarray, captions: list[str], columns: int) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""results.jsonl: what is appended can be read by anyone, and what others left in it loses no line."""
+
+import json
+import math
+
+import pytest
+
+from util.evaluation.metrics import metrics_line
+from util.evaluation.results import append_result, find_result, numbered_results, read_results
+
+
+def strict(text: str):
+    """As a reader does that keeps to JSON, which has no NaN."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_figure_that_is_not_finite_is_written_as_null(tmp_path):
+    row = dict(settings=dict(cfg=1.5), metrics=dict(fid=math.nan, kid_mean=math.inf, is_mean=2.0), list=(1, -math.inf))
+    append_result(tmp_path / "r.jsonl", row)
+    assert strict((tmp_path / "r.jsonl").read_text()) == dict(
+        settings=dict(cfg=1.5), metrics=dict(fid=None, kid_mean=None, is_mean=2.0), list=[1, None]
+    )
+    (stored,) = read_results(tmp_path / "r.jsonl")
+    assert find_result([stored], dict(settings=row["settings"])) == stored
+
+
+def test_a_result_with_null_is_reported():
+    assert metrics_line(dict(fid=None, is_mean=2.0, is_std=None)) == "FID nan  IS 2.00±nan"
+    assert metrics_line(dict(fid=math.nan)) == "FID nan"
+
+
+@pytest.mark.parametrize("before", [b"", b'{"a": 1}', b'{"a": 1}\n', b'\xef\xbb\xbf{"a": 1}\r\n', b'{"a": 1}\n{"b": '])
+def test_a_line_is_appended_after_whatever_is_there(before, tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_bytes(before)
+    append_result(path, {"c": 3})
+    assert read_results(path) == ([{"a": 1}] if before else []) + [{"c": 3}]
+    assert path.read_bytes().startswith(before)
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    """A line separator inside a text ends no line."""
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": "x\u2028y"}\n\n[1]\nnonsense\n{"b": 2}\n' + "[" * 100000, encoding="utf-8")
+    assert numbered_results(path) == [(1, {"a": "x\u2028y"}), (5, {"b": 2})]
+    assert numbered_results(tmp_path / "missing") == []

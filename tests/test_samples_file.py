@@ -1,0 +1,104 @@
+"""samples.npz: the form that ADM's evaluator reads, of any size, and this project's own loader of it."""
+
+import resource
+import tracemalloc
+import zipfile
+
+import numpy as np
+import pytest
+from numpy.lib.format import read_array_header_1_0, read_magic
+
+import sample
+from util.images.pictures import PNGFolder, image_path, is_whole, load_samples, prepare_folder, save_png
+
+
+def pictures(folder, num=5, side=6, channels=3) -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 256, (num, side, side + 1, channels), dtype=np.uint8)
+    for i, image in enumerate(images):
+        save_png(image_path(folder, i), image)
+    return images
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_it_is_what_adms_evaluator_reads_and_has_the_labels(tmp_path, channels):
+    images, labels = pictures(tmp_path, channels=channels), [3, -1, 0, 999, 3]
+    PNGFolder(tmp_path, 5).save_npz(labels)
+    path = tmp_path / "samples.npz"
+    with np.load(path) as file:
+        assert sorted(file.files) == ["arr_0", "labels"] and np.array_equal(file["arr_0"], images)
+        assert (
+            file["arr_0"].dtype == np.uint8 and file["labels"].dtype == np.int64 and file["labels"].tolist() == labels
+        )
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:  # the way of evaluator.py
+        assert archive.testzip() is None and read_magic(file) == (1, 0)
+        assert read_array_header_1_0(file) == (images.shape, False, np.uint8)
+        assert file.read(images[0].nbytes) == images[0].tobytes()
+    assert path.stat().st_size < images.nbytes + 1000  # the images once
+    for place in (path, str(tmp_path)):
+        found = sample.load_samples(place)
+        assert np.array_equal(found["images"], images) and found["labels"].tolist() == labels
+    assert {file.name for file in tmp_path.iterdir()} == {*(f"{i}.png" for i in range(5)), "samples.npz"}
+
+
+def test_no_more_than_a_picture_is_in_memory(tmp_path):
+    num, side = 60, 128
+    images = pictures(tmp_path, num=num, side=side)
+    folder = PNGFolder(tmp_path, num)
+    folder[0]  # libraries are imported
+    tracemalloc.start()
+    folder.save_npz([0] * num)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * images[0].nbytes and np.array_equal(load_samples(tmp_path)["images"], images)
+
+
+def test_files_of_before_are_read(tmp_path):
+    images = pictures(tmp_path)
+    np.savez(tmp_path / "samples.npz", images=images, labels=np.arange(5))
+    assert np.array_equal(load_samples(tmp_path)["images"], images)
+
+
+def test_a_limit_leaves_the_pictures_alone(tmp_path):
+    images = pictures(tmp_path)
+    PNGFolder(tmp_path, 5).save_npz([0] * 5, limit=images.nbytes - 1)
+    assert not (tmp_path / "samples.npz").exists()
+    PNGFolder(tmp_path, 5).save_npz([0] * 5, limit=images.nbytes)
+    assert (tmp_path / "samples.npz").exists()
+
+
+def test_pictures_of_several_sizes_are_one_line(tmp_path):
+    pictures(tmp_path)
+    save_png(image_path(tmp_path, 3), np.zeros((2, 2, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"3.png is \(2, 2, 3\), the image before it \(6, 7, 3\)"):
+        PNGFolder(tmp_path, 5).save_npz([0] * 5)
+    assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path):
+    """What it lacks is made by the next run, which takes a folder without it for unfinished."""
+    prepare_folder(tmp_path, dict(weights="aa", labels=[0] * 5))
+    pictures(tmp_path)
+    save_png(tmp_path / "grid.png", np.zeros((2, 2, 3), dtype=np.uint8))
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.warns(UserWarning, match="samples.npz not written, the pictures are: File too large"):
+            PNGFolder(tmp_path, 5).save_npz([0] * 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*")) and not is_whole(tmp_path, "aa", 5)
+    PNGFolder(tmp_path, 5).save_npz([0] * 5)
+    assert is_whole(tmp_path, "aa", 5)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK", "objects"])
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, content):
+    path = tmp_path / "samples.npz"
+    if content == "objects":
+        np.savez(path, arr_0=np.array([{}], dtype=object), labels=np.zeros(1))
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read the samples in .*samples.npz") as error:
+        load_samples(path)
+    assert "\n" not in str(error.value)

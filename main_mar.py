@@ -32,9 +32,9 @@ def run(config: RunConfig) -> int:
     dist.pick_dtype(launch.dtype, device)  # refused now, not after the data are read
     for name in ("output_dir", "log_dir"):
         check_folder(name, getattr(launch, name))
-    content, resumed = find_checkpoint(launch)
     if not launch.evaluate:
-        check_output(launch, resumed)
+        check_output(launch)
+    content, resumed = find_checkpoint(launch)
     dataset = build_data(config.data, img_size)
     config = replace(config, data=as_cached(config.data, dataset))
     reference = partial(find_reference, config.evaluation, config.data, img_size, dataset)

@@ -84,11 +84,11 @@ def find_checkpoint(launch: LaunchConfig) -> tuple[dict | None, bool]:
     return (load_checkpoint(first) if first else None), False
 
 
-def check_output(launch: LaunchConfig, resumed: bool) -> None:
+def check_output(launch: LaunchConfig) -> None:
     """Raise ValueError where training would replace checkpoints that are not those it continues from."""
-    folder, source = Path(launch.output_dir), checkpoint_path(launch.resume)
+    folder, source = Path(launch.output_dir), checkpoint_path(launch.resume or "no run")
     stored = sorted(folder.glob("checkpoint-*.pth"))
-    if stored and not (resumed and source.parent.resolve() == folder.resolve()):
+    if stored and not (source.is_file() and source.parent.resolve() == folder.resolve()):
         raise ValueError(
             f"--output_dir {folder} has checkpoints of another run ({stored[0].name}): continue that with "
             f"--resume {folder}, or choose another folder"

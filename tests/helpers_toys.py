@@ -63,31 +63,38 @@ class Causal(Toy):
 
 
 class CausalConditions:
-    """The store is what write() was told; unconditional z are made where guidance acts, from keys prefilled then."""
+    """The store with label is what was given and what write() was told, the one without has holes where w was 1.
+
+    The holes, and tokens that were given, are filled when the store is next used.
+    """
 
     def __init__(self, model, labels, orders):
         self.model, self.orders, self.passes, self.labels = model, orders, 0.0, [label % 4 for label in labels.tolist()]
-        self.keys = [[[] for _ in labels] for _ in range(2)]  # with label and without: (position, token) of each image
+        self.keys = [[{} for _ in labels] for _ in range(2)]  # with label and without: of each image {position: token}
 
     def look(self, step, tokens, unknown, images):
+        if step == 0:
+            self.fill(0, images.tolist(), tokens, unknown)
         positions = torch.stack([next(p for p in self.orders[i] if unknown[i, p]) for i in images.tolist()])
-        z = [self.one(self.labels[i], i, p, 0, tokens, unknown) for i, p in zip(images.tolist(), positions.tolist())]
+        z = [self.z(0, i, p) for i, p in zip(images.tolist(), positions.tolist())]
         return torch.stack(z).unsqueeze(1), positions.unsqueeze(1)
 
     def at(self, step, tokens, unknown, rows, guided):
-        z = [self.one(self.labels[i], i, p, 0, tokens, unknown) for i, p in rows.tolist()]
-        free = [self.one(3, i, p, 1, tokens, unknown) for i, p in rows[guided].tolist()]
+        self.fill(1, rows[guided, 0].tolist(), tokens, unknown)
+        z, free = ([self.z(half, i, p) for i, p in some.tolist()] for half, some in ((0, rows), (1, rows[guided])))
         return torch.stack(z), torch.stack(free) if free else None
 
-    def one(self, label, i, position, half, tokens, unknown):
-        stored = {p for p, _ in self.keys[half][i]}  # prefill what is known and not stored: given, or drawn unguided
-        missing = [p for p in self.orders[i].tolist() if not unknown[i, p] and p not in stored]
-        self.keys[half][i] += [(p, tokens[i, p]) for p in missing]
-        return self.model.z(label, position, self.keys[half][i])
+    def fill(self, half, images, tokens, unknown):
+        for i in images:
+            for p in (~unknown[i]).nonzero().flatten().tolist():
+                self.keys[half][i].setdefault(p, tokens[i, p])
+
+    def z(self, half, i, position):
+        return self.model.z(3 if half else self.labels[i], position, self.keys[half][i].items())
 
     def write(self, step, rows, drawn):
         for (i, p), token in zip(rows.tolist(), drawn):
-            self.keys[0][i].append((p, token))
+            self.keys[0][i][p] = token
 
 
 SCALES = torch.tensor([0, *[1] * 4, *[2] * 9])  # of 14 positions: groups of 1, 4, 9

@@ -148,8 +148,9 @@ def fit_classes(content: dict, model, classes: list[str], keep: bool) -> dict:
                     rows[new_row] = content[part][name][old_row]
                 content[part][name] = rows
     if dist.is_main():
-        anew = len(classes) - len(matches)
-        print(f"of {len(classes)} class embeddings {len(matches)} are kept by name, {anew} start anew")
+        print(
+            f"of {len(classes)} class embeddings {len(matches)} are kept by name, {len(classes) - len(matches)} start anew"
+        )
     return content
 
 

@@ -15,7 +15,7 @@ from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
 from models.families import SIZES
 from training.build import as_cached, build_data, build_model, find_reference, make_tokenizer, new_state
-from training.checkpoints import check_output, check_resume, find_checkpoint, fit_classes, restore, restore_weights
+from training.checkpoints import check_output, check_resume, find_checkpoint, restore, restore_weights
 from training.config import CONFIGS, RunConfig, resolve
 from training.describe import attention_kernel, size_line
 from training.state import TrainState
@@ -45,7 +45,7 @@ def run(config: RunConfig) -> int:
     tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels)
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer)
-    model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
+    model = build_model(config.model, tokenizer, dataset.num_classes, content)
     heads = load_heads(content) if launch.evaluate else config.heads.build(model.width)
     config.sampling.rules(heads)
     model, tokenizer = model.to(device), tokenizer.to(device)
@@ -58,7 +58,7 @@ def run(config: RunConfig) -> int:
     if dist.is_main() and not launch.evaluate:
         kernel = attention_kernel(model.head_dim, device, state.dtype)
         print(f"{size_line(config.model.model, model, heads)}; attention: {kernel}")
-    first = begin(state, config, content, resumed, dataset)
+    first = begin(state, config, content, resumed, len(dataset))
     samples = EpochSamples(
         sampling=config.sampling,
         evaluation=config.evaluation,
@@ -75,9 +75,9 @@ def run(config: RunConfig) -> int:
     return train(state, dataset, config.train, launch, samples, workers, first)
 
 
-def begin(state: TrainState, config: RunConfig, content: dict | None, resumed: bool, dataset) -> int:
+def begin(state: TrainState, config: RunConfig, content: dict | None, resumed: bool, num_images: int) -> int:
     """Load what a run starts from, and set its step; the epoch to begin with."""
-    train, launch, num_images = config.train, config.launch, len(dataset)
+    train, launch = config.train, config.launch
     if num_images < train.global_batch and not launch.evaluate:
         raise ValueError(
             f"--batch_size: a global batch of {train.global_batch} is more than the {num_images} images there are"
@@ -87,7 +87,6 @@ def begin(state: TrainState, config: RunConfig, content: dict | None, resumed: b
     if resumed:
         return restore(state, content, launch.resume)
     if content is not None:
-        content = fit_classes(content, state.model, dataset.classes, launch.keep_classes)
         restore_weights(state, content, launch.init_from, heads_too=False)
     return train.start_epoch
 

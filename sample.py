@@ -30,7 +30,7 @@ from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
 from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick
-from util.checkpoint import checkpoint_path, load_checkpoint, stored_place
+from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
@@ -269,8 +269,7 @@ def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
     sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
     content = load_checkpoint(args.checkpoint)
-    folder = checkpoint_path(args.checkpoint).parent
-    model, tokenizer, config = load_model(content, ema=not args.no_ema, folder=folder, **sizes)
+    model, tokenizer, config = load_model(content, ema=not args.no_ema, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
@@ -291,8 +290,6 @@ def run(args: SampleArgs, given: dict) -> int:
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
     check_folder("output_dir", args.output_dir)
-    if evaluation.metric_names and evaluation.fid_stats is None and not args.data_path:
-        source = stored_place(source, folder, "images to compare with (--data_path names another place)")
     with dist.main_first():
         reading = reference_reading(config["data"], args.data_path)
         reference = build_reference(evaluation, data, source, model.config.img_size, reading)

@@ -35,8 +35,7 @@ class TimestepEmbedder(nn.Module):
         half = self.num_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (N, half)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (N, W)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))  # (N, W)
 
 
 class ResBlock(nn.Module):
@@ -99,7 +98,7 @@ class SimpleMLPAdaLN(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, t, condition):
-        x = self.input_proj(x.to(self.input_proj.weight.dtype))  # (N, W)
+        x = self.input_proj(x)  # (N, W)
         y = self.time_embed(t) + condition  # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:

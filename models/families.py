@@ -38,7 +38,6 @@ class Backbone(Protocol):
     width: int  # D
     head_dim: int  # width of an attention head
     token_head: TokenHead
-    class_rows: tuple[str, ...]  # names of the parameters that have a row for each class
     fixed_rules: dict[str, str]  # {} where any order and group size will do, else the names of those that it needs
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,13 @@
 """From a checkpoint to a model that samples, ours or a published one."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from models.families import FAMILIES, family_of
 from models.mar import MAR_CONFIGS
 from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
-from util.checkpoint import checkpoint_path, load_checkpoint, load_weights, stored_place
+from util.checkpoint import load_checkpoint, load_weights
 from util.images.reading import Reading
 
 _SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
@@ -22,20 +21,17 @@ def load_mar(checkpoint, **options):
     return model, tokenizer, config
 
 
-def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None, folder=None):
+def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
     """(model, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
 
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
     class names, sampling defaults); published MAR files have none, so theirs is made from model, a name in MAR_CONFIGS,
-    and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder,
-    which may be relative to folder, by default the checkpoint's.
+    and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
     An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is
     missing or has other latents raises ValueError.
     """
-    if isinstance(checkpoint, dict):
-        content, checkpoint = checkpoint, "the checkpoint"
-    else:
-        content, folder = load_checkpoint(checkpoint), folder or checkpoint_path(checkpoint).parent
+    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if "config" in content:
         config = content["config"]
         check_config(config, checkpoint)
@@ -51,7 +47,7 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     family = FAMILIES[name]
     network = family.model(pick(family.config, config[name]))
     load_weights(network, weights, checkpoint)
-    settings = _settled(config, vae_path, folder)
+    settings = {**config, "vae_path": vae_path or config.get("vae_path")}
     sizes = network.config
     tokenizer = tokenizer_of(settings, sizes.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     check_latents(tokenizer, sizes.vae_stride, sizes.vae_embed_dim, f"the model in {checkpoint}")
@@ -60,17 +56,6 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
         trained = config["latents"]
         raise ValueError(f"the model in {checkpoint} was trained on other latents: those of {trained}, not {latents}")
     return network.eval(), tokenizer, config
-
-
-def _settled(config: dict, vae_path: str | None, folder) -> dict:
-    """The config with places that exist: vae_path where it is given, else the stored one, as it is or below folder."""
-    stored, tokenizer = config.get("vae_path"), config["tokenizer"]
-    if folder is not None and vae_path is None:
-        stored = stored_place(stored, Path(folder), "autoencoder (--vae_path names another place)")
-    name, _, place = tokenizer.partition(":")
-    if folder is not None and place and not Path(place).exists() and (Path(folder) / place).exists():
-        tokenizer = f"{name}:{Path(folder) / place}"  # else it may be a repository of a hub
-    return {**config, "vae_path": vae_path or stored, "tokenizer": tokenizer}
 
 
 def stored_model_config(content: dict) -> dict:

@@ -54,7 +54,7 @@ def decode(
     last time. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or
     tokens without mask raise ValueError.
     """
-    labels = _whole_numbers(labels)
+    labels = torch.as_tensor(labels)
     _check_settings(model.config, labels, num_iter=num_iter, refresh_every=refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
     _check_images(empty.shape, seeds, orders, tokens, mask)
@@ -186,14 +186,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in was_training.items():
             module.training = mode
-
-
-def _whole_numbers(labels) -> torch.Tensor:
-    """Labels of any whole-number type as long; others raise ValueError."""
-    labels = torch.as_tensor(labels)
-    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise ValueError(f"labels must be whole numbers, got {str(labels.dtype).removeprefix('torch.')}")
-    return labels.long()
 
 
 def _check_settings(config, labels, **counts):

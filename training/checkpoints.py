@@ -15,17 +15,7 @@ FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "nu
 FREE |= {"diffusion_batch_mul", "grad_checkpointing"}
 # settings that say where and how a run runs, not what it computes
 PLACES = {"resume", "init_from", "output_dir", "log_dir", "allow_mismatch", "device", "num_workers", "pin_mem"}
-PLACES |= {
-    "world_size",
-    "local_rank",
-    "dist_url",
-    "dist_on_itp",
-    "keep_last",
-    "keep_classes",
-    "preset",
-    "class_num",
-    "deterministic",
-}
+PLACES |= {"world_size", "local_rank", "dist_url", "dist_on_itp", "keep_last", "preset", "class_num", "deterministic"}
 
 
 def stored_settings(config: RunConfig, family: str, model_config, tokenizer, heads) -> dict:
@@ -124,34 +114,6 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
         names = [k for k in settings if k in args and k not in PLACES and args[k] != settings[k]]
         if names:
             print("changed since the checkpoint: " + ", ".join(f"--{k} {args[k]} -> {settings[k]}" for k in names))
-
-
-def fit_classes(content: dict, model, classes: list[str], keep: bool) -> dict:
-    """The content with class embeddings for these classes, where it has those of others; --init_from starts from it.
-
-    keep: rows of classes of the same name are taken over; otherwise another number of classes starts all of them anew,
-    and the same number keeps them all. Which it was is printed.
-    """
-    old = content.get("config", {}).get("data", {}).get("classes", [])
-    weights, names = content["model"], [name for name in model.class_rows if name in content["model"]]
-    same_number = all(len(weights[name]) == len(classes) for name in names)
-    if same_number and (not keep or old == classes):
-        return content
-    matches = [(row, old.index(name)) for row, name in enumerate(classes) if name in old] if keep else []
-    content, fresh = dict(content), model.state_dict()
-    for part in ("model", "model_ema"):
-        if part in content:
-            content[part] = dict(content[part])
-            for name in names:
-                rows = fresh[name].clone().cpu()
-                for new_row, old_row in matches:
-                    rows[new_row] = content[part][name][old_row]
-                content[part][name] = rows
-    if dist.is_main():
-        print(
-            f"of {len(classes)} class embeddings {len(matches)} are kept by name, {len(classes) - len(matches)} start anew"
-        )
-    return content
 
 
 def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:

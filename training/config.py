@@ -158,7 +158,6 @@ class LaunchConfig:
     resume: str = flag("", "folder or file to continue from; without a checkpoint there, a fresh start")
     allow_mismatch: bool = flag(False, "resume although sizes, tokenizer or classes are not the checkpoint's")
     init_from: str = flag("", "folder or file whose weights start a new run; --resume wins where it has a checkpoint")
-    keep_classes: bool = flag(False, "with --init_from, keep the class embeddings whose class has the same name")
     eval_freq: int = flag(40, "epochs between sample grids (and metrics, with --online_eval)", low=1)
     save_last_freq: int = flag(5, "epochs between checkpoints", low=1)
     keep_last: int = flag(2, "how many of the last checkpoints stay (one of them is checkpoint-last.pth)", low=1)

@@ -16,18 +16,14 @@ from pathlib import Path
 
 import torch
 
-from util import foreign
-
 FILE_NAME = "checkpoint-last.pth"
-SUFFIXES = (".pth", ".safetensors")
 SUMS_NAME = "checkpoints.sha256"  # lines "<sha256>  <file>", for `sha256sum -c`
 
 
 def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint file for a folder or a file."""
     place = Path(place)
-    is_file = place.is_file() or (place.suffix in SUFFIXES and not place.is_dir())
-    return place if is_file else place / FILE_NAME
+    return place if place.is_file() or (place.suffix == ".pth" and not place.is_dir()) else place / FILE_NAME
 
 
 def save_checkpoint(place: str | Path, content: dict) -> Path:
@@ -100,27 +96,26 @@ def load_checkpoint(place: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        content = foreign.in_our_layout(read_file(path))
+        content = read_file(path)
     except ValueError as error:
         raise ValueError(f"{error}{_other_checkpoint(path)}") from None
-    if not isinstance(content, dict) or not foreign.is_weights(content.get("model")):
+    weights = content.get("model") if isinstance(content, dict) else None
+    if not weights or not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
         raise ValueError(f"{path} is not a checkpoint of this project: it has no 'model' with tensors")
+    if not isinstance(content.get("config", {}), dict):
+        raise ValueError(f"{path} is damaged: its 'config' is no dict")
     return content
 
 
 def read_file(path: str | Path):
     """What torch.save wrote, on the CPU; a damaged file, or one that holds anything but data, raises ValueError."""
-    path = Path(path)
-    check_whole(path)
+    check_whole(Path(path))
     try:
-        if foreign.is_safetensors(path):
-            return foreign.read_safetensors(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile raise many types, for garbage even IndexError
-        if path.is_file() and (words := foreign.what_is(path)):
-            raise ValueError(f"cannot read {path}: it {words}") from None
-        raise ValueError(f"cannot read {path}: {foreign.explain(error)}") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot read {path}: {reason[:200]}") from None
 
 
 def read_sums(folder: Path) -> list[tuple[str, str]]:
@@ -194,17 +189,3 @@ def weights_hash(weights: dict) -> str:
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
-
-
-def stored_place(path: str | None, folder: Path, what: str) -> str | None:
-    """A file or folder that a checkpoint in a folder stores the path of: as it is, or relative to that folder.
-
-    Where it is at neither place ValueError names both, what being the thing and the flag that names another place. None
-    stays None.
-    """
-    if path is None or Path(path).exists():
-        return path
-    beside = folder / path
-    if not beside.exists():
-        raise ValueError(f"no {what}: the checkpoint names {path}, which is neither there nor at {beside}")
-    return str(beside)

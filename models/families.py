@@ -67,6 +67,6 @@ SIZES = {size: name for name, family in FAMILIES.items() for size in family.size
 def family_of(config: dict) -> str:
     """The family that a checkpoint's config names; one that is no row of FAMILIES raises ValueError."""
     name = config.get("family", "mar")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"the checkpoint is of the family {name!r}; valid: {', '.join(FAMILIES)}")
     return name

@@ -8,6 +8,7 @@ from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
 from util.checkpoint import load_checkpoint, load_weights
+from util.foreign import some_weights, type_of
 
 _SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
 
@@ -29,7 +30,7 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is
     missing or has other latents raises ValueError.
     """
-    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    content = load_checkpoint(checkpoint)
     checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
     if "config" in content:
         config = content["config"]
@@ -39,9 +40,13 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
         config = _published_config(content, model, diffloss_d, diffloss_w)
-    weights = content.get("model_ema") if ema else content["model"]
+    weights = content.get("model_ema" if ema else "model")
     if weights is None:
-        raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
+        raise ValueError(
+            f"{checkpoint} has no averaged weights; --no_ema samples the raw ones"
+            if ema
+            else f"{checkpoint} has no raw weights, only averaged ones; leave out --no_ema"
+        )
     name = family_of(config)
     family = FAMILIES[name]
     network = family.model(pick(family.config, config[name]))
@@ -65,9 +70,13 @@ def stored_model_config(content: dict) -> dict:
 
 def _num_classes(content: dict) -> int:
     """Of a published MAR file; one without a class embedding raises ValueError."""
-    if "class_emb.weight" not in content["model"]:
+    weights = some_weights(content)
+    if "class_emb.weight" not in weights:
         raise ValueError("the checkpoint is not one of MAR: its 'model' has no class embedding")
-    return len(content["model"]["class_emb.weight"])
+    if weights["class_emb.weight"].dim() != 2:
+        shape = tuple(weights["class_emb.weight"].shape)
+        raise ValueError(f"the checkpoint is not one of MAR: its class embedding has the shape {shape}, not two axes")
+    return len(weights["class_emb.weight"])
 
 
 def check_config(config: dict, source) -> None:
@@ -75,7 +84,9 @@ def check_config(config: dict, source) -> None:
     family = family_of(config)
     for key, value_type in ((family, dict), ("tokenizer", str), ("data", dict), ("sample", dict), ("eval", dict)):
         if not isinstance(config.get(key), value_type):
-            raise ValueError(f"{source} is damaged: its config has no {key!r}")
+            raise ValueError(f"{source} is damaged or not of this project: its config has no {key!r}")
+    if not isinstance(config.get("heads"), dict | None):
+        raise ValueError(f"{source} is damaged: the heads in its config are {type_of(config['heads'])}")
     classes = config["data"].get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{source} is damaged: its config has no names of classes")

@@ -3,10 +3,12 @@
 from dataclasses import asdict
 
 from models.families import family_of
+from models.loading import check_config
 from training.config import LaunchConfig, RunConfig
 from training.state import TrainState
 from util import dist
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights
+from util.foreign import some_weights, type_of
 
 # fields of MARConfig that may change within a run
 FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "num_sampling_steps"}
@@ -14,6 +16,9 @@ FREE |= {"diffusion_batch_mul", "grad_checkpointing"}
 # settings that say where and how a run runs, not what it computes
 PLACES = {"resume", "init_from", "output_dir", "log_dir", "allow_mismatch", "device", "num_workers", "pin_mem"}
 PLACES |= {"world_size", "local_rank", "dist_url", "dist_on_itp", "keep_last", "preset", "class_num", "deterministic"}
+PLACES |= {"keep_classes"}
+# what these must be to be continued; a checkpoint of another program may lack them
+_STATE = {"optimizer": dict, "scaler": dict, "rng": dict, "epoch": int, "step": int}
 
 
 def stored_settings(config: RunConfig, family: str, model_config, tokenizer, heads) -> dict:
@@ -61,11 +66,19 @@ def find_checkpoint(launch: LaunchConfig) -> tuple[dict | None, bool]:
     """(content, is it this run's own?) of the checkpoint in --resume, else in --init_from; None for a fresh start."""
     source = launch.resume
     if source and (launch.evaluate or checkpoint_path(source).is_file()):
-        return load_checkpoint(source), True
+        return _open(source), True
     first = launch.init_from
     if source and dist.is_main():
         print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
-    return (load_checkpoint(first) if first else None), False
+    return (_open(first) if first else None), False
+
+
+def _open(source) -> dict:
+    """The content of a checkpoint, its config checked."""
+    content = load_checkpoint(source)
+    if "config" in content:
+        check_config(content["config"], source)
+    return content
 
 
 def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: list[str]) -> None:
@@ -99,13 +112,16 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
 
 def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:
     """Load the weights and their averages of a checkpoint; heads_too: it must have the heads that are trained here."""
-    load_weights(state.model, content["model"], source)
-    state.ema.load(content.get("model_ema", content["model"]))
+    load_weights(state.model, some_weights(content), source)
+    state.ema.load(content.get("model_ema") or content["model"])
     wanted = list(state.heads.learn) if state.heads is not None else []
     trained = (content.get("config", {}).get("heads") or {}).get("learn", [])
     if wanted == trained and wanted:
-        load_weights(state.heads, content["heads"], source)
-        state.heads_ema.load(content["heads_ema"])
+        weights, averaged = content.get("heads"), content.get("heads_ema")
+        if not weights and not averaged:
+            raise ValueError(f"{source} is damaged: its config names heads, and it has none")
+        load_weights(state.heads, weights or averaged, source)
+        state.heads_ema.load(averaged or weights)
     elif heads_too and wanted != trained:
         raise ValueError(
             f"{source} has the heads {','.join(trained) or 'none'}, --learn names {','.join(wanted) or 'none'}; "
@@ -115,10 +131,18 @@ def restore_weights(state: TrainState, content: dict, source, heads_too: bool = 
 
 def restore(state: TrainState, content: dict, source) -> int:
     """Load a checkpoint into the state; the epoch to continue with."""
+    for key, value_type in _STATE.items():
+        if not isinstance(content.get(key, value_type()), value_type):
+            there = f"its {key!r} is {type_of(content[key])}"
+            raise ValueError(f"{source} cannot be continued, {there}; --init_from starts a new run from its weights")
     restore_weights(state, content, source)
     if "optimizer" in content:
         weight_decay = [group["weight_decay"] for group in state.optimizer.param_groups]
-        state.optimizer.load_state_dict(content["optimizer"])
+        try:
+            state.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"the optimizer in {source} does not fit this run ({reason}); see --init_from") from None
         for group, value in zip(state.optimizer.param_groups, weight_decay):  # the flag counts, as it does for lr
             group["weight_decay"] = value
     if content.get("scaler") and state.scaler.is_enabled():

@@ -37,6 +37,7 @@ class Backbone(Protocol):
     config: object  # with seq_len (L) and class_num
     width: int  # D
     token_head: TokenHead
+    per_class: tuple[str, ...]  # names of the parameters with a row for each class
     fixed_rules: dict[str, str]  # {} where any order and group size will do, else the names of those that it needs
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:

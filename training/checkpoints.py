@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from models.families import family_of
-from models.loading import check_config
+from models.loading import check_config, stored_model_config
 from training.config import LaunchConfig, RunConfig
 from training.state import TrainState
 from util import dist
@@ -108,6 +108,49 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
         names = [k for k in settings if k in args and k not in PLACES and args[k] != settings[k]]
         if names:
             print("changed since the checkpoint: " + ", ".join(f"--{k} {args[k]} -> {settings[k]}" for k in names))
+
+
+def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes: list[str]) -> dict:
+    """The content of --init_from for a model of these classes; prints what becomes of its own classes.
+
+    With another number of classes, or --keep_classes, each parameter with a row for each class is the state's, fresh;
+    --keep_classes puts the checkpoint's rows of classes with the same names into it.
+    """
+    num_stored, names = stored_model_config(content)["class_num"], state.model.per_class
+    if not names or (num_stored == len(classes) and not launch.keep_classes):
+        return content
+    rows = []  # (here, in the checkpoint)
+    if launch.keep_classes:
+        stored = content.get("config", {}).get("data", {}).get("classes")
+        if stored is None:
+            raise ValueError(f"--keep_classes: {launch.init_from} has no names of classes to compare with")
+        rows = [(i, stored.index(name)) for i, name in enumerate(classes) if name in stored[:num_stored]]
+    if len(rows) < len(classes) and not any(p.requires_grad for n, p in state.model.named_parameters() if n in names):
+        raise ValueError(
+            f"--freeze_backbone would leave {len(classes) - len(rows)} of the {len(classes)} classes as they start, "
+            f"which {launch.init_from} does not have"
+        )
+    content = dict(content)
+    for key in ("model", "model_ema"):
+        if content.get(key):
+            own = [name for name in names if name in content[key] and len(content[key][name]) == num_stored]
+            content[key] = _with_rows(content[key], state.ema.weights, own, rows)
+    if dist.is_main():
+        start = f"{launch.init_from} has {num_stored} classes, the data {len(classes)}:"
+        kept = f"{len(rows)} of the same name are kept, {len(classes) - len(rows)} start anew"
+        print(f"{start} {kept if launch.keep_classes else 'the class embedding starts anew'}")
+    return content
+
+
+def _with_rows(weights: dict, fresh: dict, names, rows: list[tuple[int, int]]) -> dict:
+    """The weights with these rows, (new place, place), of the named ones put into fresh ones."""
+    result = dict(weights)
+    new, old = ([row[i] for row in rows] for i in (0, 1))
+    for name in names:
+        if weights[name].shape[1:] == fresh[name].shape[1:]:  # else load_weights says what does not fit
+            result[name] = fresh[name].cpu().clone()
+            result[name][new] = weights[name][old].float()
+    return result
 
 
 def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:

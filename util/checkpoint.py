@@ -5,8 +5,8 @@
 
 Files are read with weights_only=True, so nothing in them is executed, and written to a temporary name first. Those that
 `training.keeping` writes have their checksums in `checkpoints.sha256` beside them. Checkpoints of other makers and
-`.safetensors` files are read into the same keys (`util.foreign`, `util.exported`). What is in `model` and `config` is for
-`models.loading` to judge: this module knows no family of models.
+`.safetensors` files are read into the same keys (`util.foreign`, `util.exported`). What is in `model` and `config` is
+for `models.loading` to judge: this module knows no family of models.
 """
 
 import argparse
@@ -131,6 +131,19 @@ def read_file(path: str | Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile raise many types, for garbage even IndexError
         raise ValueError(f"cannot read {path}: {why(error)}") from None
+
+
+def find_stored(path: str, place: str | Path | None) -> tuple[str, str]:
+    """(where a path is that a checkpoint's config has, "" or the words that say where it was looked for in vain).
+
+    A relative path that is not there is looked for in the folder of the checkpoint, `place`, and beside that folder.
+    """
+    if place is None or os.path.isabs(os.path.expanduser(path)) or os.path.exists(path):
+        return path, ""
+    folder = checkpoint_path(place).absolute().parent
+    others = [os.path.normpath(base / path) for base in (folder, folder.parent)]
+    existing = [other for other in others if os.path.exists(other)]
+    return (existing[0], "") if existing else (path, f"; nor is it by the checkpoint, at {' or '.join(others)}")
 
 
 def read_sums(folder: Path) -> list[tuple[str, str]]:

@@ -154,5 +154,5 @@ def unwrapped(weights: dict, source) -> dict:
 
 
 def some_weights(content: dict) -> dict:
-    """The weights of a checkpoint's content to start from: the raw ones, or the averaged ones where there are no other."""
+    """The raw weights of a checkpoint's content, or the averaged ones where there are no others."""
     return content.get("model") or content["model_ema"]

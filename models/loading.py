@@ -35,7 +35,7 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     """
     content = load_checkpoint(checkpoint)
     place = place if isinstance(checkpoint, dict) else checkpoint
-    checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
+    checkpoint = place or "the checkpoint"
     if "config" in content:
         config = content["config"]
         check_config(config, checkpoint)

@@ -76,8 +76,11 @@ def write_exported(path: Path, tensors: dict, metadata: dict) -> None:
         place = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if place in memory else value  # the format has no tensors that share memory
         memory.add(place)
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(plain, path, metadata)
+        path.chmod(mode)  # save_file makes it readable for its owner alone
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from None
     with open(path, "rb+") as file:

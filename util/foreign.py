@@ -69,7 +69,7 @@ def why(error: Exception) -> str:
         return f"it holds {what} ({name[:80]}), which are not read from files; {VALID}"
     if "TorchScript" in text:
         return f"it is a TorchScript program, which is not run; {VALID}"
-    if "PytorchStreamReader" in text:
+    if "PytorchStreamReader" in text or "in archive" in text:
         return f"it is a zip archive of something else; {VALID}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -287,9 +287,9 @@ def test_integers_are_no_weights(content, tmp_path, capsys):
 
 
 def test_a_foreign_config_without_some_sizes_takes_the_defaults(content, tmp_path, capsys):
-    sizes = {k: v for k, v in content["config"]["mar"].items() if k not in ("class_num", "diffloss_d", "vae_stride")}
+    sizes = {k: v for k, v in content["config"]["mar"].items() if k not in ("class_num", "diffloss_d")}
     torch.save({**content, "config": {**content["config"], "mar": sizes}}, tmp_path / FILE_NAME)
-    for reader in ("sample", "resume", "init_from", "evaluate"):
+    for reader in ("sample", "resume", "evaluate"):
         program, argv = readers(tmp_path, tmp_path / "out")[reader]
         refused(program, argv, capsys)
     with pytest.raises(ValueError, match="--diffloss_d 1 does not fit .*, which has 3"):

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from models.families import family_of
-from models.loading import check_config, stored_model_config
+from models.loading import check_config
 from training.config import LaunchConfig, RunConfig
 from training.state import TrainState
 from util import dist
@@ -116,9 +116,11 @@ def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes:
     With another number of classes, or --keep_classes, each parameter with a row for each class is the state's, fresh;
     --keep_classes puts the checkpoint's rows of classes with the same names into it.
     """
-    num_stored, names = stored_model_config(content)["class_num"], state.model.per_class
+    weights = some_weights(content)
+    names = [name for name in state.model.per_class if name in weights and weights[name].dim()]
+    num_stored = len(weights[names[0]]) if names else len(classes)
     if not names or (num_stored == len(classes) and not launch.keep_classes):
-        return content
+        return content  # a weight that is missing is named when they are loaded
     rows = []  # (here, in the checkpoint)
     if launch.keep_classes:
         stored = content.get("config", {}).get("data", {}).get("classes")
@@ -133,8 +135,7 @@ def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes:
     content = dict(content)
     for key in ("model", "model_ema"):
         if content.get(key):
-            own = [name for name in names if name in content[key] and len(content[key][name]) == num_stored]
-            content[key] = _with_rows(content[key], state.ema.weights, own, rows)
+            content[key] = _with_rows(content[key], state.ema.weights, names, rows)
     if dist.is_main():
         start = f"{launch.init_from} has {num_stored} classes, the data {len(classes)}:"
         kept = f"{len(rows)} of the same name are kept, {len(classes) - len(rows)} start anew"
@@ -147,7 +148,9 @@ def _with_rows(weights: dict, fresh: dict, names, rows: list[tuple[int, int]]) -
     result = dict(weights)
     new, old = ([row[i] for row in rows] for i in (0, 1))
     for name in names:
-        if weights[name].shape[1:] == fresh[name].shape[1:]:  # else load_weights says what does not fit
+        shape = weights[name].shape if name in weights else ()
+        # others are left as they are: load_weights says what does not fit
+        if shape[1:] == fresh[name].shape[1:] and shape[0] > max(old, default=-1):
             result[name] = fresh[name].cpu().clone()
             result[name][new] = weights[name][old].float()
     return result

@@ -35,6 +35,7 @@ from training.optim import lr_at
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
+from util.foreign import are_weights, type_of
 from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.metrics import metrics_line
 from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
@@ -130,13 +131,21 @@ class Run:
         content = read_file(path)
         keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
         if not isinstance(content, dict) or not keys <= content.keys():
-            raise ValueError(f"{path} is no checkpoint of train_tokenizer.py")
+            raise ValueError(f"{path}, {type_of(content)}, is no checkpoint of train_tokenizer.py")
+        types = dict(autoencoder=dict, optimizer=dict, settings=dict, step=int, minutes=float | int)
+        wrong = [key for key, value_type in types.items() if not isinstance(content[key], value_type)]
+        if wrong or not are_weights(content["autoencoder"]):
+            key = wrong[0] if wrong else "autoencoder"
+            raise ValueError(f"{path} is damaged: its {key!r} is {type_of(content[key])}")
         for name in FIXED:
             there, here = content["settings"].get(name), getattr(self.args, name)
             if there != here:
                 raise ValueError(f"{path} was trained with --{name} {there}, not {here}: choose another --output_dir")
         load_weights(self.autoencoder, content["autoencoder"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: its optimizer does not fit ({str(error)[:120]})") from None
         self.step, self.minutes = content["step"], content["minutes"]
 
     def tokenizer(self) -> AutoencoderTokenizer:

@@ -17,7 +17,7 @@ from heads.policy import load_heads
 from models.loading import load_mar
 from models.mar import MAR_CONFIGS
 from models.tokenizers import build_tokenizer
-from scripts import export_weights
+from scripts import export_weights, train_tokenizer
 from tests.helpers import untrained
 from tests.test_cli import TINY, files, refused
 from util.checkpoint import FILE_NAME, load_checkpoint, read_file
@@ -296,3 +296,11 @@ def test_a_foreign_config_without_some_sizes_takes_the_defaults(content, tmp_pat
         load_mar(tmp_path, diffloss_d=1)
     with pytest.raises(ValueError, match="unknown model 'mar_nano'"):
         load_mar(tmp_path, model="mar_nano")
+
+
+@pytest.mark.parametrize("key, value", [("autoencoder", {"a": 1}), ("settings", [1]), ("step", "3"), ("optimizer", {})])
+def test_the_checkpoint_of_a_tokenizers_training_is_checked(key, value, tmp_path, capsys):
+    parts = dict(autoencoder={"a": torch.zeros(1)}, optimizer={}, step=3, minutes=0.1, settings={})
+    torch.save({**parts, key: value}, tmp_path / FILE_NAME)
+    flags = f"--data digits --stride 2 --latent_channels 2 --width 4 --resume --output_dir {tmp_path} --device cpu"
+    assert str(tmp_path) in refused(train_tokenizer.main, flags.split(), capsys)

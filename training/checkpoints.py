@@ -2,6 +2,8 @@
 
 from dataclasses import asdict
 
+import torch
+
 from models.families import family_of
 from models.loading import check_config
 from training.config import LaunchConfig, RunConfig
@@ -148,9 +150,9 @@ def _with_rows(weights: dict, fresh: dict, names, rows: list[tuple[int, int]]) -
     result = dict(weights)
     new, old = ([row[i] for row in rows] for i in (0, 1))
     for name in names:
-        shape = weights[name].shape if name in weights else ()
-        # others are left as they are: load_weights says what does not fit
-        if shape[1:] == fresh[name].shape[1:] and shape[0] > max(old, default=-1):
+        there = weights.get(name, torch.zeros(()))
+        # one that does not fit is left as it is: load_weights names it
+        if there.dim() and there.shape[1:] == fresh[name].shape[1:] and len(there) > max(old, default=0):
             result[name] = fresh[name].cpu().clone()
             result[name][new] = weights[name][old].float()
     return result

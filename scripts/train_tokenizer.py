@@ -35,13 +35,13 @@ from training.optim import lr_at
 from util import dist
 from util.args import check_folder, flag, run_main, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
-from util.foreign import are_weights, type_of
 from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.metrics import metrics_line
 from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
 from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
+from util.foreign import are_weights, type_of
 from util.images.datasets import EpochSampler, ImagesArgs, in_memory, labels_of
 from util.images.pictures import make_grid, save_png, to_uint8
 from util.rng import generator, seed_of

@@ -119,7 +119,7 @@ NO_CHECKPOINTS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Detected pickle protocol")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:Detected pickle protocol", "ignore:Validating sparse")
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("what", NO_CHECKPOINTS)
 def test_what_is_no_checkpoint_is_one_line_that_says_what_it_is(what, reader, content, tmp_path, capsys):

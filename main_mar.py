@@ -15,7 +15,7 @@ from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
 from models.families import SIZES
 from training.build import as_cached, build_data, build_model, find_reference, make_tokenizer, new_state
-from training.checkpoints import check_output, check_resume, find_checkpoint, restore, restore_weights
+from training.checkpoints import check_output, check_resume, find_checkpoint, fit_classes, restore, restore_weights
 from training.config import CONFIGS, RunConfig, resolve
 from training.describe import attention_kernel, size_line
 from training.state import TrainState
@@ -45,7 +45,7 @@ def run(config: RunConfig) -> int:
     tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels)
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer)
-    model = build_model(config.model, tokenizer, dataset.num_classes, content)
+    model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
     heads = load_heads(content) if launch.evaluate else config.heads.build(model.width)
     config.sampling.rules(heads)
     model, tokenizer = model.to(device), tokenizer.to(device)
@@ -58,6 +58,8 @@ def run(config: RunConfig) -> int:
     if dist.is_main() and not launch.evaluate:
         kernel = attention_kernel(model.head_dim, device, state.dtype)
         print(f"{size_line(config.model.model, model, heads)}; attention: {kernel}")
+    if content is not None and not resumed:
+        content = fit_classes(state, content, launch, dataset.classes)
     first = begin(state, config, content, resumed, len(dataset))
     samples = EpochSamples(
         sampling=config.sampling,

@@ -23,7 +23,7 @@ from engine_mar import evaluate
 from heads.policy import load_heads
 from models.families import SIZES
 from models.int8 import fast_dtype, quantize
-from models.loading import load_model
+from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.run import Parts, sample_images
 from sampling.settings import FAST, SampleConfig
@@ -265,11 +265,22 @@ def reference_reading(data: dict, data_path: str | None) -> Reading:
     return reading
 
 
+def open_reference(evaluation: EvalConfig, config: dict, args: SampleArgs, source: str | None, img_size: int):
+    """What the metrics compare with, checked; where a path of the checkpoint's is nowhere, the error says where not."""
+    reading = reference_reading(config["data"], args.data_path)
+    try:
+        reference = build_reference(evaluation, config["data"]["name"], source, img_size, reading)
+        evaluation.check(reference, img_size)
+    except ValueError as error:
+        raise ValueError(f"{error}{looked_for(error, find_places(config, args.checkpoint)[1])}") from None
+    return reference
+
+
 def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
     sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
     content = load_checkpoint(args.checkpoint)
-    model, tokenizer, config = load_model(content, ema=not args.no_ema, **sizes)
+    model, tokenizer, config = load_model(content, ema=not args.no_ema, place=args.checkpoint, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
@@ -291,9 +302,7 @@ def run(args: SampleArgs, given: dict) -> int:
         setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
     check_folder("output_dir", args.output_dir)
     with dist.main_first():
-        reading = reference_reading(config["data"], args.data_path)
-        reference = build_reference(evaluation, data, source, model.config.img_size, reading)
-        evaluation.check(reference, model.config.img_size)
+        reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)
     for part in filter(None, (model, tokenizer, heads)):
         part.to(parts.device)

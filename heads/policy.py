@@ -133,13 +133,13 @@ class PolicyHeads(nn.Module):
 
 def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
     """The heads of a checkpoint folder or file, or its content, on the CPU and in eval mode; None where it has none."""
-    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    content = load_checkpoint(checkpoint)
     config = content.get("config", {})
     if not config.get("heads"):
         return None
     weights = content.get("heads_ema" if ema else "heads") or {}
-    widths = [len(value) for name, value in weights.items() if name.endswith("norm.weight")]
     try:
+        widths = [len(value) for name, value in weights.items() if name.endswith("norm.weight")]
         heads = PolicyHeads(*widths[:1], **config["heads"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint is damaged: its heads cannot be made ({error})") from None

@@ -35,7 +35,8 @@ class TimestepEmbedder(nn.Module):
         half = self.num_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (N, half)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))  # (N, W)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # (N, W)
 
 
 class ResBlock(nn.Module):
@@ -69,7 +70,8 @@ class FinalLayer(nn.Module):
 class SimpleMLPAdaLN(nn.Module):
     """ε_θ(x_t | t, z): noisy tokens (N, C), timesteps (N,) or (1,), condition (N, W) -> (N, 2C) as (eps, v).
 
-    The condition is `cond_embed(z)`, computed by the caller: a sampler needs it once a token, not once a step.
+    The condition is `condition(z)`, computed by the caller: a sampler needs it once a token, not once a step. The MLP
+    computes in the dtype of its weights; x, the schedule's tables and what is made of the output stay float32.
     """
 
     def __init__(self, channels: int, width: int, z_channels: int, depth: int, grad_checkpointing: bool = False):
@@ -97,8 +99,12 @@ class SimpleMLPAdaLN(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def condition(self, z):
+        """What `forward` takes (N, W), of z (N, D) in any dtype."""
+        return self.cond_embed(z.to(self.cond_embed.weight.dtype))
+
     def forward(self, x, t, condition):
-        x = self.input_proj(x)  # (N, W)
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))  # (N, W)
         y = self.time_embed(t) + condition  # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
@@ -151,7 +157,7 @@ class DiffLoss(nn.Module):
         """
         t, noise = draws["t"], draws["noise"]
         x_t = gaussian.q_sample(cosine_schedule(), target, t, noise if tau is None else noise * _column(tau))
-        return Denoised(x_t, *self.net(x_t, t, self.net.cond_embed(z)).float().chunk(2, dim=-1))
+        return Denoised(x_t, *self.net(x_t, t, self.net.condition(z)).float().chunk(2, dim=-1))
 
     def losses(self, prediction: Denoised, target, draws) -> dict[str, torch.Tensor]:
         """{mse, vb}, each (N,): ε-prediction, and the variational bound, which trains v only."""
@@ -255,7 +261,7 @@ class DiffusionSampler:
         guides = z_uncond is not None and not (isinstance(cfg, int | float) and cfg == 1.0)
         schedule = cosine_schedule(num_steps, self.spacing)
         timesteps = schedule.table("timesteps", z.device)
-        condition = net.cond_embed(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
+        condition = net.condition(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
         w = _column(cfg)
         if guided is not None and isinstance(w, torch.Tensor) and w.dim():
             w = w[guided]  # (G, 1)
@@ -285,5 +291,7 @@ class DiffusionSampler:
 
 
 def _column(value):
-    """A float as it is, (N,) or (N, 1) as (N, 1), so that it broadcasts over channels."""
-    return value.reshape(-1, 1) if isinstance(value, torch.Tensor) and value.dim() else value
+    """A float as it is, (N,) or (N, 1) as (N, 1) float32, so that it broadcasts over channels."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.float().reshape(-1, 1) if value.dim() else value.float()

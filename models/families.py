@@ -38,6 +38,7 @@ class Backbone(Protocol):
     width: int  # D
     head_dim: int  # width of an attention head
     token_head: TokenHead
+    per_class: tuple[str, ...]  # names of the parameters with a row for each class
     fixed_rules: dict[str, str]  # {} where any order and group size will do, else the names of those that it needs
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
@@ -68,6 +69,6 @@ SIZES = {size: name for name, family in FAMILIES.items() for size in family.size
 def family_of(config: dict) -> str:
     """The family that a checkpoint's config names; one that is no row of FAMILIES raises ValueError."""
     name = config.get("family", "mar")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"the checkpoint is of the family {name!r}; valid: {', '.join(FAMILIES)}")
     return name

@@ -1,5 +1,6 @@
 """From a checkpoint to a model that samples, ours or a published one."""
 
+import os
 from dataclasses import asdict, replace
 
 from models.families import FAMILIES, family_of
@@ -7,7 +8,8 @@ from models.mar import MAR_CONFIGS
 from models.tokenizers import tokenizer_of
 from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
-from util.checkpoint import load_checkpoint, load_weights
+from util.checkpoint import find_stored, load_checkpoint, load_weights
+from util.foreign import some_weights, type_of
 from util.images.reading import Reading
 
 _SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
@@ -21,8 +23,10 @@ def load_mar(checkpoint, **options):
     return model, tokenizer, config
 
 
-def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None):
+def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None, place=None):
     """(model, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
+
+    place: where a content is from, for relative paths in it: these are looked for by the checkpoint too.
 
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
     class names, sampling defaults); published MAR files have none, so theirs is made from model, a name in MAR_CONFIGS,
@@ -30,8 +34,9 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is
     missing or has other latents raises ValueError.
     """
-    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
-    checkpoint = "the checkpoint" if isinstance(checkpoint, dict) else checkpoint
+    content = load_checkpoint(checkpoint)
+    place = place if isinstance(checkpoint, dict) else checkpoint
+    checkpoint = place or "the checkpoint"
     if "config" in content:
         config = content["config"]
         check_config(config, checkpoint)
@@ -40,16 +45,24 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
         config = _published_config(content, model, diffloss_d, diffloss_w)
-    weights = content.get("model_ema") if ema else content["model"]
+    weights = content.get("model_ema" if ema else "model")
     if weights is None:
-        raise ValueError(f"{checkpoint} has no averaged weights; --no_ema samples the raw ones")
+        raise ValueError(
+            f"{checkpoint} has no averaged weights; --no_ema samples the raw ones"
+            if ema
+            else f"{checkpoint} has no raw weights, only averaged ones; leave out --no_ema"
+        )
     name = family_of(config)
     family = FAMILIES[name]
     network = family.model(pick(family.config, config[name]))
     load_weights(network, weights, checkpoint)
+    config, nowhere = find_places(config, place)
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
     sizes = network.config
-    tokenizer = tokenizer_of(settings, sizes.vae_embed_dim if config["tokenizer"] == "pixel" else None)
+    try:
+        tokenizer = tokenizer_of(settings, sizes.vae_embed_dim if config["tokenizer"] == "pixel" else None)
+    except ValueError as error:
+        raise ValueError(f"{error}{looked_for(error, nowhere)}") from None
     check_latents(tokenizer, sizes.vae_stride, sizes.vae_embed_dim, f"the model in {checkpoint}")
     latents = tokenizer.describe()
     if config.get("latents") not in (None, latents):  # of the same shape, yet it would decode noise
@@ -58,17 +71,52 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     return network.eval(), tokenizer, config
 
 
+def find_places(config: dict, place) -> tuple[dict, dict]:
+    """(config with the paths in it as `find_stored` finds them, {those found nowhere: the words of it})."""
+    nowhere = {}
+
+    def found(path):
+        if not isinstance(path, str) or not path:
+            return path
+        path, words = find_stored(path, place)
+        nowhere.update({path: words} if words else {})
+        return path
+
+    row, colon, folder = config["tokenizer"].partition(":")
+    result = {**config, "tokenizer": row + colon + found(folder), "data": dict(config["data"])}
+    result["data"]["path"] = found(config["data"].get("path"))
+    result["eval"] = {k: found(v) if k in ("fid_stats", "fid_weights") else v for k, v in config["eval"].items()}
+    if "vae_path" in config:
+        result["vae_path"] = found(config["vae_path"])
+    return result, nowhere
+
+
+def looked_for(error: Exception, nowhere: dict) -> str:
+    """Where else the paths that an error names were looked for, as `find_places` says it."""
+    return "".join(words for path, words in nowhere.items() if os.path.normpath(path) in str(error))
+
+
 def stored_model_config(content: dict) -> dict:
     """The sizes that a checkpoint's content says its model has; of a published MAR file the number of classes only."""
     config = content.get("config")
-    return {"class_num": _num_classes(content)} if config is None else config[family_of(config)]
+    return {"class_num": _num_classes(content)} if config is None else _sizes(config)
+
+
+def _sizes(config: dict) -> dict:
+    """Of the model in a checkpoint's config, with the defaults of those that it lacks."""
+    family = family_of(config)
+    return asdict(pick(FAMILIES[family].config, config[family]))
 
 
 def _num_classes(content: dict) -> int:
     """Of a published MAR file; one without a class embedding raises ValueError."""
-    if "class_emb.weight" not in content["model"]:
+    weights = some_weights(content)
+    if "class_emb.weight" not in weights:
         raise ValueError("the checkpoint is not one of MAR: its 'model' has no class embedding")
-    return len(content["model"]["class_emb.weight"])
+    if weights["class_emb.weight"].dim() != 2:
+        shape = tuple(weights["class_emb.weight"].shape)
+        raise ValueError(f"the checkpoint is not one of MAR: its class embedding has the shape {shape}, not two axes")
+    return len(weights["class_emb.weight"])
 
 
 def check_config(config: dict, source) -> None:
@@ -76,7 +124,9 @@ def check_config(config: dict, source) -> None:
     family = family_of(config)
     for key, value_type in ((family, dict), ("tokenizer", str), ("data", dict), ("sample", dict), ("eval", dict)):
         if not isinstance(config.get(key), value_type):
-            raise ValueError(f"{source} is damaged: its config has no {key!r}")
+            raise ValueError(f"{source} is damaged or not of this project: its config has no {key!r}")
+    if not isinstance(config.get("heads"), dict | None):
+        raise ValueError(f"{source} is damaged: the heads in its config are {type_of(config['heads'])}")
     classes = config["data"].get("classes")
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{source} is damaged: its config has no names of classes")
@@ -85,12 +135,16 @@ def check_config(config: dict, source) -> None:
     if not isinstance(config["data"].get("reading", {}), dict):
         raise ValueError(f"{source} is damaged: its config does not say how images are read")
     check_values(Reading, config["data"].get("reading", {}), source)
+    if not isinstance(config.get("vae_path"), str | None):
+        raise ValueError(f"{source} is damaged: its vae_path is {type_of(config['vae_path'])}")
     check_values(FAMILIES[family].config, config[family], source)
 
 
 def _check_given(config: dict, source, model, vae_path, **given) -> None:
     """Raise ValueError where what was given contradicts what the checkpoint says."""
-    stored = config[family_of(config)]
+    stored = _sizes(config)
+    if model is not None and model not in MAR_CONFIGS:
+        raise ValueError(f"unknown model {model!r}; valid: {', '.join(MAR_CONFIGS)}")
     if vae_path and config["tokenizer"] == "pixel":
         raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
     for name, value in given.items():

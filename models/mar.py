@@ -93,6 +93,7 @@ class MAR(nn.Module):
 
     compiled = False  # set by compile_parts; who leads through the blocks otherwise compiles its own steps then
     fixed_rules = {}  # any order, any group size
+    per_class = ("class_emb.weight",)
 
     def __init__(self, config: MARConfig):
         super().__init__()
@@ -211,7 +212,7 @@ class MAR(nn.Module):
         x = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, V, C)
         if padding is not None:  # attention leaves the padding out, but 0 · NaN is NaN
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
-        x = self.z_proj(x)
+        x = self.z_proj(x.to(self.z_proj.weight.dtype))  # tokens are float32, whatever the model's dtype
         return self.z_proj_ln(x + self.encoder_pos_embed_learned[0, self.config.buffer_size :][positions].to(x.dtype))
 
     def decode(self, encoded, visible, padding, run=None) -> torch.Tensor:

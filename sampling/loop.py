@@ -36,7 +36,7 @@ def decode(
     refresh_every: int = 1,
     **token_head_options,
 ) -> torch.Tensor:
-    """Latents (B, c, h, w), or ids, for labels (B,) long, −1 = unconditional; differentiable where the parts are.
+    """Latents (B, c, h, w), or ids, for labels (B,), −1 = unconditional; differentiable where the parts are.
 
     1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the token head
     draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
@@ -52,10 +52,11 @@ def decode(
     does. Unconditional ones are made only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart are
     all tokens computed, between them those that changed and those that are drawn, and learned rules see the z of the
     last time. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or
-    tokens without mask raise ValueError.
+    tokens without mask raise ValueError. Labels may be whole numbers of any type; a model in another dtype than float32
+    computes in its own, its token head's process in float32.
     """
-    labels = torch.as_tensor(labels)
-    _check_settings(model.config, labels, num_iter=num_iter, refresh_every=refresh_every)
+    labels = _checked_labels(model.config, labels)
+    _check_counts(num_iter=num_iter, refresh_every=refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
     _check_images(empty.shape, seeds, orders, tokens, mask)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
@@ -188,13 +189,27 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _check_settings(config, labels, **counts):
-    """Raise ValueError for labels that are not one class or −1 an image, or counts below 1."""
+def _checked_labels(config, labels) -> torch.Tensor:
+    """The labels (B,) long; ValueError for what is not one class or −1 an image, as whole numbers of any width."""
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"labels must be one whole number for each image, got {str(labels)[:60]}") from None
     if labels.dim() != 1 or not len(labels):
         raise ValueError(f"labels must be one number for each image, at least one, got shape {tuple(labels.shape)}")
+    if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be whole numbers, got {str(labels.dtype).removeprefix('torch.')}")
+    if labels.dtype == torch.uint64:  # whose upper half would wrap around
+        labels = torch.tensor([min(label, config.class_num) for label in labels.tolist()])
+    labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
     if low < -1 or high >= config.class_num:
         raise ValueError(f"labels must be between -1 and {config.class_num - 1}, got {low if low < -1 else high}")
+    return labels
+
+
+def _check_counts(**counts):
+    """Raise ValueError for counts below 1."""
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -43,6 +43,7 @@ from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
 from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
+from util.foreign import are_weights, type_of
 from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
 from util.images.pictures import make_grid, save_png, to_uint8
 from util.images.reading import MARS_WAY, Reading
@@ -140,14 +141,22 @@ class Run:
         content = read_file(path)
         keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
         if not isinstance(content, dict) or not keys <= content.keys():
-            raise ValueError(f"{path} is no checkpoint of train_tokenizer.py")
+            raise ValueError(f"{path}, {type_of(content)}, is no checkpoint of train_tokenizer.py")
+        types = dict(autoencoder=dict, optimizer=dict, settings=dict, step=int, minutes=float | int)
+        wrong = [key for key, value_type in types.items() if not isinstance(content[key], value_type)]
+        if wrong or not are_weights(content["autoencoder"]):
+            key = wrong[0] if wrong else "autoencoder"
+            raise ValueError(f"{path} is damaged: its {key!r} is {type_of(content[key])}")
         settings = {**asdict(MARS_WAY if self.args.data == "imagefolder" else Reading()), **content["settings"]}
         for name in FIXED:
             stored, given = settings.get(name), getattr(self.args, name)
             if stored != given:
                 raise ValueError(f"{path} was trained with --{name} {stored}, not {given}: choose another --output_dir")
         load_weights(self.autoencoder, content["autoencoder"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: its optimizer does not fit ({str(error)[:120]})") from None
         self.step, self.minutes = content["step"], content["minutes"]
 
     def tokenizer(self) -> AutoencoderTokenizer:

@@ -38,7 +38,7 @@ class ToyHead:
 class Toy(nn.Module):
     """What both families share: a weight for each (label or none, position, position), and no latents but tokens."""
 
-    fixed_rules, width, head_dim = {}, WIDTH, WIDTH
+    fixed_rules, per_class, width, head_dim = {}, (), WIDTH, WIDTH
 
     def __init__(self, length):
         super().__init__()

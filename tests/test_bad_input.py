@@ -20,6 +20,7 @@ from scripts import (
     bench_training,
     cache_latents,
     download_weights,
+    export_weights,
     make_fid_stats,
     make_table,
     measure_latents,
@@ -127,6 +128,7 @@ TRAINING = [
     ("--init_from {tmp}/missing", "{tmp}/missing"),
     ("--init_from {truncated}", "{truncated}"),
     ("--evaluate", "--evaluate", "--resume"),
+    ("--keep_classes", "--keep_classes", "--init_from"),
     ("--evaluate --resume {empty}", "{empty}"),
     ("--output_dir {file}", "--output_dir {file}", "not a folder"),
     ("--output_dir {file}/below", "--output_dir", "{file}"),
@@ -265,6 +267,16 @@ CLASSIFIER = [
 BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_TRAINING = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "training, heads")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
+EXPORT = [
+    ("--checkpoint {tmp}/missing", "{tmp}/missing"),
+    ("--checkpoint {empty}", "{empty}"),
+    ("--checkpoint {truncated}", "{truncated}"),
+    ("--output {tmp}/x.pth", "--output", "{tmp}/x.pth", ".safetensors"),
+    ("--output {folder}.safetensors", "--output", "{folder}.safetensors"),
+    ("--output {file}/x.safetensors", "--output", "{file}"),
+    ("--output {file}.safetensors", "{file}.safetensors", "--force"),
+    ("--output /proc/x/y.safetensors", "--output /proc/x"),
+]
 DOWNLOAD = [
     ("nope", "'nope'", "mar_base, mar_large, mar_huge, kl16"),
     ("--sha256 mar_base=12", "'mar_base=12'", "NAME=HEX"),
@@ -322,6 +334,7 @@ CATALOGUE = {
     bench: ("--device cpu".split(), BENCH),
     bench_training: ("--device cpu".split(), BENCH_TRAINING),
     bench_loader: ([], BENCH_LOADER),
+    export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),
     download_weights: ("--base_url http://127.0.0.1:9 --out {out} mar_base".split(), DOWNLOAD),
     make_table: ([], TABLE),
     plot_trace: ([], TRACE),
@@ -339,11 +352,11 @@ def good(tmp_path_factory):
 @pytest.fixture
 def places(good, tmp_path):
     """The paths that the tables above name; `out` and `missing` are not there."""
-    names = "out empty texts classes broken one splits file truncated stats wide trace results".split()
+    names = "out empty texts classes broken one splits file folder truncated stats wide trace results".split()
     paths = {name: tmp_path / name for name in names} | {"good": good, "tmp": tmp_path, "long": tmp_path / ("x" * 300)}
-    for name in ("empty", "texts", "classes/a", "classes/b", "broken/a", "one"):
+    for name in ("empty", "texts", "classes/a", "classes/b", "broken/a", "one", "folder.safetensors"):
         (tmp_path / name).mkdir(parents=True)
-    for name in ("file", "file.pth", "texts/a.txt", "broken/a/0.png"):
+    for name in ("file", "file.pth", "file.safetensors", "texts/a.txt", "broken/a/0.png"):
         (tmp_path / name).write_text("this is no checkpoint, no picture and no array")
     Image.new("RGB", (8, 8)).save(tmp_path / "one" / "0.png")
     for name in ("Train", "Val"):

@@ -10,7 +10,16 @@ import pytest
 import main_mar
 import sample
 from heads.policy import INFER_MODES
-from scripts import bench, bench_training, cache_latents, plot_training, torture, train_classifier, train_tokenizer
+from scripts import (
+    bench,
+    bench_training,
+    cache_latents,
+    export_weights,
+    plot_training,
+    torture,
+    train_classifier,
+    train_tokenizer,
+)
 from tests.test_sample import train_tiny
 from util.door import run_main
 
@@ -19,6 +28,7 @@ SCRIPTS = (
     bench,
     bench_training,
     cache_latents,
+    export_weights,
     plot_training,
     torture,
     train_classifier,
@@ -285,7 +295,10 @@ def test_the_quickstarts_commands_were_found():
 @pytest.mark.parametrize("path, program, arguments", COMMANDS, ids=[f"{c[0]}:{c[1]}" for c in COMMANDS])
 def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    if program == "sample.py":  # a tiny checkpoint stands in for the one that is named, whose sizes do not fit it
+    if program in (
+        "sample.py",
+        "export_weights.py",
+    ):  # a tiny checkpoint stands in for the one that is named, whose sizes do not fit it
         monkeypatch.setattr("models.loading._check_given", lambda *a, **k: None)
         at = next(i for i, word in enumerate(arguments) if word.startswith("--checkpoint"))
         arguments = [*arguments[:at], *arguments[at + (2 if arguments[at] == "--checkpoint" else 1) :]]

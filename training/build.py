@@ -84,16 +84,24 @@ def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int) -
     return tokenizer
 
 
-def build_model(config: ModelConfig, tokenizer: Tokenizer, num_classes: int, content: dict | None) -> nn.Module:
-    """The model for the tokenizer's latents and so many classes, which a checkpoint's content must fit, if given."""
+def build_model(
+    config: ModelConfig, tokenizer: Tokenizer, num_classes: int, content: dict | None, resumed: bool
+) -> nn.Module:
+    """The model for the tokenizer's latents and so many classes.
+
+    A checkpoint's content, if given, must fit these latents, and where its run is resumed the number of classes.
+    """
     if config.given["class_num"] not in (num_classes, MARConfig.class_num):  # the default is no statement
         raise ValueError(
             f"--class_num {config.given['class_num']} does not fit the data, which have {num_classes} classes"
         )
     if content is not None:
         stored = stored_model_config(content)
-        if stored["class_num"] != num_classes:
-            raise ValueError(f"the checkpoint has {stored['class_num']} classes, the data in use have {num_classes}")
+        if resumed and stored["class_num"] != num_classes:
+            raise ValueError(
+                f"the checkpoint has {stored['class_num']} classes, the data in use have {num_classes}: --init_from "
+                "starts a new run from its other weights"
+            )
         if "vae_stride" in stored:
             check_latents(tokenizer, stored["vae_stride"], stored["vae_embed_dim"], "the checkpoint")
     known = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels, class_num=num_classes)

@@ -3,11 +3,15 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from models.families import family_of
+from models.loading import check_config
 from training.config import LaunchConfig, RunConfig
 from training.state import TrainState
 from util import dist
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights
+from util.foreign import some_weights, type_of
 from util.images.reading import MARS_WAY
 
 # fields of MARConfig that may change within a run
@@ -16,6 +20,9 @@ FREE |= {"diffusion_batch_mul", "grad_checkpointing"}
 # settings that say where and how a run runs, not what it computes
 PLACES = {"resume", "init_from", "output_dir", "log_dir", "allow_mismatch", "device", "num_workers", "pin_mem"}
 PLACES |= {"world_size", "local_rank", "dist_url", "dist_on_itp", "keep_last", "preset", "class_num", "deterministic"}
+PLACES |= {"keep_classes"}
+# what these must be to be continued; a checkpoint of another program may lack them
+_STATE = {"optimizer": dict, "scaler": dict, "rng": dict, "epoch": int, "step": int}
 
 
 def stored_settings(config: RunConfig, family: str, model_config, tokenizer, heads) -> dict:
@@ -67,11 +74,19 @@ def find_checkpoint(launch: LaunchConfig) -> tuple[dict | None, bool]:
     """(content, is it this run's own?) of the checkpoint in --resume, else in --init_from; None for a fresh start."""
     source = launch.resume
     if source and (launch.evaluate or checkpoint_path(source).is_file()):
-        return load_checkpoint(source), True
+        return _open(source), True
     first = launch.init_from
     if source and dist.is_main():
         print(f"no checkpoint in {source} yet: starting {f'from {first}' if first else 'fresh'}")
-    return (load_checkpoint(first) if first else None), False
+    return (_open(first) if first else None), False
+
+
+def _open(source) -> dict:
+    """The content of a checkpoint, its config checked."""
+    content = load_checkpoint(source)
+    if "config" in content:
+        check_config(content["config"], source)
+    return content
 
 
 def check_output(launch: LaunchConfig) -> None:
@@ -116,15 +131,64 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
             print("changed since the checkpoint: " + ", ".join(f"--{k} {args[k]} -> {settings[k]}" for k in names))
 
 
+def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes: list[str]) -> dict:
+    """The content of --init_from for a model of these classes; prints what becomes of its own classes.
+
+    With another number of classes, or --keep_classes, each parameter with a row for each class is the state's, fresh;
+    --keep_classes puts the checkpoint's rows of classes with the same names into it.
+    """
+    weights = some_weights(content)
+    names = [name for name in state.model.per_class if name in weights and weights[name].dim()]
+    num_stored = len(weights[names[0]]) if names else len(classes)
+    if not names or (num_stored == len(classes) and not launch.keep_classes):
+        return content  # a weight that is missing is named when they are loaded
+    rows = []  # (here, in the checkpoint)
+    if launch.keep_classes:
+        stored = content.get("config", {}).get("data", {}).get("classes")
+        if stored is None:
+            raise ValueError(f"--keep_classes: {launch.init_from} has no names of classes to compare with")
+        rows = [(i, stored.index(name)) for i, name in enumerate(classes) if name in stored[:num_stored]]
+    if len(rows) < len(classes) and not any(p.requires_grad for n, p in state.model.named_parameters() if n in names):
+        raise ValueError(
+            f"--freeze_backbone would leave {len(classes) - len(rows)} of the {len(classes)} classes as they start, "
+            f"which {launch.init_from} does not have"
+        )
+    content = dict(content)
+    for key in ("model", "model_ema"):
+        if content.get(key):
+            content[key] = _with_rows(content[key], state.ema.weights, names, rows)
+    if dist.is_main():
+        start = f"{launch.init_from} has {num_stored} classes, the data {len(classes)}:"
+        kept = f"{len(rows)} of the same name are kept, {len(classes) - len(rows)} start anew"
+        print(f"{start} {kept if launch.keep_classes else 'the class embedding starts anew'}")
+    return content
+
+
+def _with_rows(weights: dict, fresh: dict, names, rows: list[tuple[int, int]]) -> dict:
+    """The weights with these rows, (new place, place), of the named ones put into fresh ones."""
+    result = dict(weights)
+    new, old = ([row[i] for row in rows] for i in (0, 1))
+    for name in names:
+        there = weights.get(name, torch.zeros(()))
+        # one that does not fit is left as it is: load_weights names it
+        if there.dim() and there.shape[1:] == fresh[name].shape[1:] and len(there) > max(old, default=0):
+            result[name] = fresh[name].cpu().clone()
+            result[name][new] = weights[name][old].float()
+    return result
+
+
 def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:
     """Load the weights and their averages of a checkpoint; heads_too: it must have the heads that are trained here."""
-    load_weights(state.model, content["model"], source)
-    state.ema.load(content.get("model_ema", content["model"]))
+    load_weights(state.model, some_weights(content), source)
+    state.ema.load(content.get("model_ema") or content["model"])
     wanted = list(state.heads.learn) if state.heads is not None else []
     trained = (content.get("config", {}).get("heads") or {}).get("learn", [])
     if wanted == trained and wanted:
-        load_weights(state.heads, content["heads"], source)
-        state.heads_ema.load(content["heads_ema"])
+        weights, averaged = content.get("heads"), content.get("heads_ema")
+        if not weights and not averaged:
+            raise ValueError(f"{source} is damaged: its config names heads, and it has none")
+        load_weights(state.heads, weights or averaged, source)
+        state.heads_ema.load(averaged or weights)
     elif heads_too and wanted != trained:
         raise ValueError(
             f"{source} has the heads {','.join(trained) or 'none'}, --learn names {','.join(wanted) or 'none'}; "
@@ -134,10 +198,18 @@ def restore_weights(state: TrainState, content: dict, source, heads_too: bool = 
 
 def restore(state: TrainState, content: dict, source) -> int:
     """Load a checkpoint into the state; the epoch to continue with."""
+    for key, value_type in _STATE.items():
+        if not isinstance(content.get(key, value_type()), value_type):
+            there = f"its {key!r} is {type_of(content[key])}"
+            raise ValueError(f"{source} cannot be continued, {there}; --init_from starts a new run from its weights")
     restore_weights(state, content, source)
     if "optimizer" in content:
         weight_decay = [group["weight_decay"] for group in state.optimizer.param_groups]
-        state.optimizer.load_state_dict(content["optimizer"])
+        try:
+            state.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(f"the optimizer in {source} does not fit this run ({reason}); see --init_from") from None
         for group, value in zip(state.optimizer.param_groups, weight_decay):  # the flag counts, as it does for lr
             group["weight_decay"] = value
     if content.get("scaler") and state.scaler.is_enabled():

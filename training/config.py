@@ -158,6 +158,7 @@ class LaunchConfig:
     resume: str = flag("", "folder or file to continue from; without a checkpoint there, a fresh start")
     allow_mismatch: bool = flag(False, "resume although sizes, tokenizer or classes are not the checkpoint's")
     init_from: str = flag("", "folder or file whose weights start a new run; --resume wins where it has a checkpoint")
+    keep_classes: bool = flag(False, "of --init_from keep what belongs to classes of the same names, in any number")
     eval_freq: int = flag(40, "epochs between sample grids (and metrics, with --online_eval)", low=1)
     save_last_freq: int = flag(5, "epochs between checkpoints", low=1)
     keep_last: int = flag(2, "how many of the last checkpoints stay (one of them is checkpoint-last.pth)", low=1)
@@ -303,6 +304,8 @@ def check(config: RunConfig, given: dict) -> None:
         raise ValueError(f"--start_epoch {train.start_epoch} must be below --epochs {train.epochs}")
     if launch.evaluate and not launch.resume:
         raise ValueError("--evaluate needs --resume DIR, the checkpoint to evaluate")
+    if launch.keep_classes and not launch.init_from:
+        raise ValueError("--keep_classes needs --init_from DIR, whose classes are kept")
     if given.get("data_path") and config.data.data == "digits":
         raise ValueError(f"--data_path {config.data.data_path} has no meaning for --data digits, which need no folder")
     config.data.check(config.data.data)

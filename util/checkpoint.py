@@ -4,7 +4,8 @@
     heads, heads_ema, config, rng, step                  ours; a published file has none of them
 
 Files are read with weights_only=True, so nothing in them is executed, and written to a temporary name first. Those that
-`training.keeping` writes have their checksums in `checkpoints.sha256` beside them. What is in `model` and `config` is
+`training.keeping` writes have their checksums in `checkpoints.sha256` beside them. Checkpoints of other makers and
+`.safetensors` files are read into the same keys (`util.foreign`, `util.exported`). What is in `model` and `config` is
 for `models.loading` to judge: this module knows no family of models.
 """
 
@@ -16,6 +17,9 @@ from pathlib import Path
 
 import torch
 
+from util.exported import SUFFIX, is_safetensors, read_exported
+from util.foreign import as_checkpoint, what_is, why
+
 FILE_NAME = "checkpoint-last.pth"
 SUMS_NAME = "checkpoints.sha256"  # lines "<sha256>  <file>", for `sha256sum -c`
 
@@ -23,7 +27,8 @@ SUMS_NAME = "checkpoints.sha256"  # lines "<sha256>  <file>", for `sha256sum -c`
 def checkpoint_path(place: str | Path) -> Path:
     """The checkpoint file for a folder or a file."""
     place = Path(place)
-    return place if place.is_file() or (place.suffix == ".pth" and not place.is_dir()) else place / FILE_NAME
+    named = place.suffix in (".pth", SUFFIX) and not place.is_dir()
+    return place if place.is_file() or named else place / FILE_NAME
 
 
 def save_checkpoint(place: str | Path, content: dict) -> Path:
@@ -87,11 +92,14 @@ class atomic_file:
             self.temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(place: str | Path) -> dict:
-    """The content, on the CPU. A missing, damaged or unsafe file, or one without tensors in `model`, raises ValueError.
+def load_checkpoint(place: str | Path | dict) -> dict:
+    """The content of a folder or file, or one that was loaded already, on the CPU, in the form of `as_checkpoint`.
 
-    Where the file is damaged, the message names the newest whole checkpoint beside it.
+    A missing, damaged or unsafe file, or one without tensors for weights, raises ValueError. Where the file is damaged,
+    the message names the newest whole checkpoint beside it.
     """
+    if isinstance(place, dict):
+        return as_checkpoint(place, "the checkpoint")
     path = checkpoint_path(place)
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
@@ -99,23 +107,43 @@ def load_checkpoint(place: str | Path) -> dict:
         content = read_file(path)
     except ValueError as error:
         raise ValueError(f"{error}{_other_checkpoint(path)}") from None
-    weights = content.get("model") if isinstance(content, dict) else None
-    if not weights or not isinstance(weights, dict) or not all(torch.is_tensor(value) for value in weights.values()):
-        raise ValueError(f"{path} is not a checkpoint of this project: it has no 'model' with tensors")
-    if not isinstance(content.get("config", {}), dict):
-        raise ValueError(f"{path} is damaged: its 'config' is no dict")
-    return content
+    return as_checkpoint(content, path)
 
 
 def read_file(path: str | Path):
-    """What torch.save wrote, on the CPU; a damaged file, or one that holds anything but data, raises ValueError."""
-    check_whole(Path(path))
+    """What torch.save or safetensors wrote, on the CPU.
+
+    A damaged file, or one that holds anything but data, raises ValueError, which says what it is.
+    """
+    path = Path(path)
+    try:
+        what = what_is(path)
+        if what is None and is_safetensors(path):
+            check_whole(path)
+            return read_exported(path)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if what is not None:
+        raise ValueError(f"cannot read {path}: it is {what}")
+    check_whole(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zipfile raise many types, for garbage even IndexError
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot read {path}: {reason[:200]}") from None
+        raise ValueError(f"cannot read {path}: {why(error)}") from None
+
+
+def find_stored(path: str, place: str | Path | None) -> tuple[str, str]:
+    """(where a path is that a checkpoint's config has, "" or the words that say where it was looked for in vain).
+
+    A relative path that is not there is looked for in the folder of the checkpoint, `place`, and beside that folder.
+    """
+    if place is None or os.path.isabs(os.path.expanduser(path)) or os.path.exists(path):
+        return path, ""
+    folder = checkpoint_path(place).absolute().parent
+    others = [os.path.normpath(base / path) for base in (folder, folder.parent)]
+    existing = [other for other in others if os.path.exists(other)]
+    return (existing[0], "") if existing else (path, f"; nor is it by the checkpoint, at {' or '.join(others)}")
 
 
 def read_sums(folder: Path) -> list[tuple[str, str]]:
@@ -148,8 +176,6 @@ def _crcs_are_right(path: Path) -> bool:
                 return True
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except FileNotFoundError:  # torch.load names the file in its error
-        return True
     except Exception:  # zipfile raises many types
         return False
 
@@ -171,6 +197,12 @@ def load_weights(model: torch.nn.Module, weights: dict, source) -> None:
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    # half precision is fine, 8-bit integers of a quantised file are not
+    types = [k for k in own.keys() & weights.keys() if own[k].is_floating_point() != weights[k].is_floating_point()]
+    if types and not (missing or extra or shapes):
+        k = min(types)
+        there, wanted = (str(w[k].dtype).removeprefix("torch.") for w in (weights, own))
+        raise ValueError(f"the weights in {source} do not fit the model ({k} is {there} in the file, not {wanted})")
     if missing or extra or shapes:
         if shapes:
             k = min(shapes)

@@ -75,7 +75,7 @@ def find_places(config: dict, place) -> tuple[dict, dict]:
     """(config with the paths in it as `find_stored` finds them, {those found nowhere: the words of it})."""
     nowhere = {}
 
-    def found(path):
+    def place_of(path):
         if not isinstance(path, str) or not path:
             return path
         path, words = find_stored(path, place)
@@ -83,11 +83,11 @@ def find_places(config: dict, place) -> tuple[dict, dict]:
         return path
 
     row, colon, folder = config["tokenizer"].partition(":")
-    result = {**config, "tokenizer": row + colon + found(folder), "data": dict(config["data"])}
-    result["data"]["path"] = found(config["data"].get("path"))
-    result["eval"] = {k: found(v) if k in ("fid_stats", "fid_weights") else v for k, v in config["eval"].items()}
+    result = {**config, "tokenizer": row + colon + place_of(folder), "data": dict(config["data"])}
+    result["data"]["path"] = place_of(config["data"].get("path"))
+    result["eval"] = {k: place_of(v) if k in ("fid_stats", "fid_weights") else v for k, v in config["eval"].items()}
     if "vae_path" in config:
-        result["vae_path"] = found(config["vae_path"])
+        result["vae_path"] = place_of(config["vae_path"])
     return result, nowhere
 
 

@@ -24,6 +24,7 @@ from tests.test_sample import train_tiny
 from util.door import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
+# those with --dry_run
 SCRIPTS = (
     bench,
     bench_training,
@@ -33,7 +34,7 @@ SCRIPTS = (
     torture,
     train_classifier,
     train_tokenizer,
-)  # those with --dry_run
+)
 PROGRAMS = {Path(module.__file__).name: module.main for module in (main_mar, sample, *SCRIPTS)}
 
 

@@ -142,7 +142,7 @@ def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes:
     num_stored = len(weights[names[0]]) if names else len(classes)
     if not names or (num_stored == len(classes) and not launch.keep_classes):
         return content  # a weight that is missing is named when they are loaded
-    rows = []  # (here, in the checkpoint)
+    rows = []  # (of this run, of the checkpoint)
     if launch.keep_classes:
         stored = content.get("config", {}).get("data", {}).get("classes")
         if stored is None:
@@ -169,11 +169,11 @@ def _with_rows(weights: dict, fresh: dict, names, rows: list[tuple[int, int]]) -
     result = dict(weights)
     new, old = ([row[i] for row in rows] for i in (0, 1))
     for name in names:
-        there = weights.get(name, torch.zeros(()))
+        old_rows = weights.get(name, torch.zeros(()))
         # one that does not fit is left as it is: load_weights names it
-        if there.dim() and there.shape[1:] == fresh[name].shape[1:] and len(there) > max(old, default=0):
+        if old_rows.dim() and old_rows.shape[1:] == fresh[name].shape[1:] and len(old_rows) > max(old, default=0):
             result[name] = fresh[name].cpu().clone()
-            result[name][new] = weights[name][old].float()
+            result[name][new] = old_rows[old].float()
     return result
 
 
@@ -200,8 +200,8 @@ def restore(state: TrainState, content: dict, source) -> int:
     """Load a checkpoint into the state; the epoch to continue with."""
     for key, value_type in _STATE.items():
         if not isinstance(content.get(key, value_type()), value_type):
-            there = f"its {key!r} is {type_of(content[key])}"
-            raise ValueError(f"{source} cannot be continued, {there}; --init_from starts a new run from its weights")
+            reason = f"its {key!r} is {type_of(content[key])}"
+            raise ValueError(f"{source} cannot be continued, {reason}; --init_from starts a new run from its weights")
     restore_weights(state, content, source)
     if "optimizer" in content:
         weight_decay = [group["weight_decay"] for group in state.optimizer.param_groups]

@@ -201,8 +201,8 @@ def load_weights(model: torch.nn.Module, weights: dict, source) -> None:
     types = [k for k in own.keys() & weights.keys() if own[k].is_floating_point() != weights[k].is_floating_point()]
     if types and not (missing or extra or shapes):
         k = min(types)
-        there, wanted = (str(w[k].dtype).removeprefix("torch.") for w in (weights, own))
-        raise ValueError(f"the weights in {source} do not fit the model ({k} is {there} in the file, not {wanted})")
+        stored, wanted = (str(w[k].dtype).removeprefix("torch.") for w in (weights, own))
+        raise ValueError(f"the weights in {source} do not fit the model ({k} is {stored} in the file, not {wanted})")
     if missing or extra or shapes:
         if shapes:
             k = min(shapes)

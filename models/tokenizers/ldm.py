@@ -157,8 +157,8 @@ def sizes_of(weights: dict, path) -> tuple[str, dict]:
         **channels,
         latent_channels=latent_channels,
         block_out_channels=widths,
-        down_block_types=["AttnDownEncoderBlock2D" if there else "DownEncoderBlock2D" for there in down],
-        up_block_types=["AttnUpDecoderBlock2D" if there else "UpDecoderBlock2D" for there in up],
+        down_block_types=["AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in down],
+        up_block_types=["AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in up],
         layers_per_block=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv2\.weight", k)) for k in tensors),
         mid_block_add_attention="encoder.mid.attn_1.q.weight" in tensors,
     )

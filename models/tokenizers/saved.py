@@ -56,8 +56,8 @@ def variant_in(folder: Path) -> str | None:
     """The variant whose weights a folder has where it lacks the plain ones, fp16 first; None to load the plain ones."""
     pattern = r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
-    found = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
-    return None if None in found or not found else min(found, key=lambda variant: (variant != "fp16", variant))
+    variants = {match[1] for name in names if (match := re.fullmatch(pattern, name))}
+    return None if None in variants or not variants else min(variants, key=lambda variant: (variant != "fp16", variant))
 
 
 def load_file(path: Path, vae_scale=None, vae_mean=None) -> AutoencoderTokenizer:

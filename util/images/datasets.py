@@ -215,11 +215,11 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
     if not data_path:
         raise ValueError("imagefolder needs data_path: a folder with train/<class>/*, <class>/* or plain images")
     folder, beside = training_folder(Path(data_path).expanduser(), split, reading.split_dir)
-    found = find_images(folder, splits_are_classes=reading.split_dir is not None)
-    found.beside = beside
-    dataset = FolderDataset(folder, found.samples, found.classes, img_size, reading)
-    dataset.layout = found.layout()
-    dataset.ranges = find_ranges([path for path, _ in found.samples], reading, folder)
+    images = find_images(folder, splits_are_classes=reading.split_dir is not None)
+    images.beside = beside
+    dataset = FolderDataset(folder, images.samples, images.classes, img_size, reading)
+    dataset.layout = images.layout()
+    dataset.ranges = find_ranges([path for path, _ in images.samples], reading, folder)
     _ = dataset[0]  # without a readable image this raises one line; a DataLoader worker would add a traceback
     return dataset
 

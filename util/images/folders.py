@@ -117,12 +117,12 @@ def find_images(folder: Path, splits_are_classes: bool = False) -> ImageFiles:
     Empty class folders and images beside class folders are named in a warning and left out. ValueError: no image, or
     (unless splits_are_classes) folders that look like the splits of a data set in the place of classes.
     """
-    found, by_class, loose, below = ImageFiles(folder), {}, [], {}
+    result, by_class, loose, below = ImageFiles(folder), {}, [], {}
     depth = len(os.path.join(folder, ""))
     for place, folders, files in walk(folder):
         inside = place[depth:].split(os.sep)
         images = [os.path.join(place, name) for name in files if os.path.splitext(name)[1].lower() in extensions()]
-        found.skipped.update(
+        result.skipped.update(
             os.path.splitext(name)[1].lower() or "without ending" for name in files
             if os.path.splitext(name)[1].lower() not in extensions()
         )  # fmt: skip
@@ -133,22 +133,22 @@ def find_images(folder: Path, splits_are_classes: bool = False) -> ImageFiles:
             if len(inside) == 1:
                 below[inside[0]] = folders
     files_of = {name: [path for _, paths in sorted(parts) for path in paths] for name, parts in by_class.items()}
-    found.classes = [name for name in by_class if files_of[name]]
-    if found.classes:
+    result.classes = [name for name in by_class if files_of[name]]
+    if result.classes:
         if not splits_are_classes:
-            _check_splits(folder, found.classes, below)
-        found.samples = [(path, label) for label, name in enumerate(found.classes) for path in files_of[name]]
+            _check_splits(folder, result.classes, below)
+        result.samples = [(path, label) for label, name in enumerate(result.classes) for path in files_of[name]]
         empty = [name for name in by_class if not files_of[name]]
         if empty:
             warnings.warn(f"class folders without images are ignored in {folder}: {', '.join(empty)}", stacklevel=3)
         if loose:
             warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=3)
     elif loose:
-        found.classes, found.samples = ["all"], [(path, 0) for path in loose]
+        result.classes, result.samples = ["all"], [(path, 0) for path in loose]
     else:
-        others = f" (only {shown(found.skipped)} files)" if found.skipped else ""
+        others = f" (only {shown(result.skipped)} files)" if result.skipped else ""
         raise ValueError(f"no images in {folder}{others}, expected <class>/* or plain files that Pillow reads")
-    return found
+    return result
 
 
 def _check_splits(folder: Path, classes: list[str], below: dict[str, list[str]]) -> None:
@@ -177,8 +177,8 @@ def training_folder(data_path: Path, split: str, split_dir: str | None) -> tuple
     if not folder.is_dir():
         names = [name for name in next(walk(data_path))[1]] if data_path.is_dir() else []
         flag = f"--split_dir {split_dir}: " if chosen is split_dir else ""
-        there = f"; the folders in {data_path} are {shown(names)}" if names else ""
-        raise ValueError(f"{flag}no image folder at {folder}{there}")
+        others = f"; the folders in {data_path} are {shown(names)}" if names else ""
+        raise ValueError(f"{flag}no image folder at {folder}{others}")
     if folder == data_path or folder.parent != data_path:
         return folder, []
     return folder, [name for name in next(walk(data_path))[1] if name != folder.name and not looks_like_split(name)]

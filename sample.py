@@ -32,9 +32,8 @@ from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
-from util.evaluation.metrics import metrics_line
-from util.evaluation.protocol import EvalConfig, build_reference, protocol, protocol_line, reference_hash
-from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results
+from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hash
+from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results, report
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
@@ -124,19 +123,6 @@ def stored_evaluation(config: dict, given: dict) -> dict:
     return {k: v for k, v in config["eval"].items() if not named or k not in ("eval_split", "fid_stats")}
 
 
-def report(row: dict, folder: Path) -> None:
-    """Print a result for people: measured how, how many, how fast, how good, where the picture is."""
-    if "protocol" in row:  # older lines have none
-        print(protocol_line(row["protocol"]))
-    speed = f", {row['images_per_second']:.1f} images/s" if row["images_per_second"] else " already"
-    print(f"{row['settings']['num_images']} images in {folder}{speed}")
-    for name in ("redone_fp32", "not_finite", "one_colour"):
-        if row.get(name):
-            print(f"{name}: {row[name]} of the {row['num_made']} images made")
-    print(metrics_line(row["metrics"]) or "no metrics asked for")
-    print(f"picture: {folder / 'grid.png'}")
-
-
 @dataclass
 class Setting:
     """One point of the grid: how it is sampled, and what identifies it."""
@@ -165,6 +151,18 @@ def name_settings(settings: list[Setting], suffix: str) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"two settings of the sweep would share the folder {name}: their values are too close")
+
+
+def keep_apart(settings: list[Setting], sweep: "Sweep") -> None:
+    """Where a setting's folder is another checkpoint's, with other weights, name the setting by its weights too."""
+    if sweep.args.output_dir is None:
+        return
+    own = checkpoint_path(sweep.args.checkpoint).resolve()
+    others = [row for row in read_results(sweep.results) if Path(str(row.get("checkpoint", own))).resolve() != own]
+    for setting in settings:
+        taken = {row.get("weights") for row in others if row.get("name") == setting.name}
+        if taken and taken != {weights := sweep.parts.weights_hash()}:
+            setting.name += f"_weights{weights[:8]}"
 
 
 def arithmetic(args: SampleArgs, width: int) -> tuple[torch.device, torch.dtype]:
@@ -293,6 +291,7 @@ def run(args: SampleArgs, given: dict) -> int:
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)
     name_settings(settings, sweep.suffix)
+    keep_apart(settings, sweep)
     if args.dry_run:
         show(sweep, given, settings, config)
         return 0

@@ -346,7 +346,7 @@ def test_an_image_folder_is_trained_on_sampled_and_measured(image_folder, tmp_pa
 
 
 def test_a_present_result_gets_its_own_pictures_back(checkpoint, tmp_path, capsys):
-    """After another checkpoint took the folder, and after files were deleted, they are made again, bit for bit."""
+    """Another checkpoint has its own folder; pictures that were replaced or deleted are made again, bit for bit."""
     out = tmp_path / "out"
     flags = ["--output_dir", str(out), "--num_images", "5", "--metrics", "none"]
     assert sample.main(["--checkpoint", str(checkpoint), *flags]) == 0
@@ -356,8 +356,19 @@ def test_a_present_result_gets_its_own_pictures_back(checkpoint, tmp_path, capsy
     for weights in (content["model"], content["model_ema"]):
         weights["diffloss.net.final_layer.linear.bias"] += 0.5
     save_checkpoint(tmp_path / "other", content)
-    assert sample.main(["--checkpoint", str(tmp_path / "other"), *flags]) == 0
-    assert {f.name: f.read_bytes() for f in folder.glob("*.png")} != first
+    capsys.readouterr()
+    other = ["--checkpoint", str(tmp_path / "other"), *flags]
+    assert sample.main([*other, "--dry_run"]) == 0
+    (name,) = json.loads(capsys.readouterr().out)["settings"]
+    assert sample.main(other) == 0
+    assert {f.name: f.read_bytes() for f in folder.glob("*.png")} == first
+    apart = {f.name: f.read_bytes() for f in (out / name).glob("*.png")}
+    assert name.startswith(f"{folder.name}_weights") and apart.keys() == first.keys() and apart != first
+    assert [row["name"] for row in rows(out)] == [folder.name, name]
+    assert sample.main(other) == 0 and len(rows(out)) == 2
+    run = json.loads((folder / "run.json").read_text())  # as of a time when checkpoints shared a folder
+    (folder / "run.json").write_text(json.dumps(run | {"weights": "another's"}))
+    (folder / "0.png").write_bytes(first["1.png"])
     assert sample.main(["--checkpoint", str(checkpoint), *flags]) == 0
     assert {f.name: f.read_bytes() for f in folder.glob("*.png")} == first
     (folder / "2.png").unlink()

@@ -5,6 +5,9 @@ import math
 import subprocess
 from pathlib import Path
 
+from util.evaluation.metrics import metrics_line
+from util.evaluation.protocol import protocol_line
+
 
 def git_commit() -> str | None:
     """The commit of this repository, None outside of one."""
@@ -64,3 +67,16 @@ def finite(value):
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report(row: dict, folder: Path) -> None:
+    """Print a result for people: measured how, how many, how fast, how good, where the picture is."""
+    if "protocol" in row:  # older lines have none
+        print(protocol_line(row["protocol"]))
+    speed = f", {row['images_per_second']:.1f} images/s" if row["images_per_second"] else " already"
+    print(f"{row['settings']['num_images']} images in {folder}{speed}")
+    for name in ("redone_fp32", "not_finite", "one_colour"):
+        if row.get(name):
+            print(f"{name}: {row[name]} of the {row['num_made']} images made")
+    print(metrics_line(row["metrics"]) or "no metrics asked for")
+    print(f"picture: {folder / 'grid.png'}")

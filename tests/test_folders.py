@@ -183,3 +183,20 @@ def test_training_and_caching_print_it_once(pictures, tmp_path, capsys):
     assert capsys.readouterr().out.count(f"13 images in {copy / 'Train'}: 3 classes") == 1
     cache(copy, tmp_path / "c", "--split_dir", "Train")
     assert capsys.readouterr().out.count(f"13 images in {copy / 'Train'}: 3 classes") == 1
+
+
+@pytest.mark.parametrize(
+    "folders, said, not_said",
+    [
+        (("train/test", "train/other"), "(--split_dir train takes all as classes)", "such as"),
+        (("training", "validation", "test"), "such as --split_dir training (", "such as --split_dir test"),
+        (("train/train", "train/val"), "such as --split_dir train/train (", "--split_dir ."),
+    ],
+)
+def test_the_way_out_of_splits_leads_to_the_images(folders, said, not_said, tmp_path):
+    for name in folders:
+        (tmp_path / name).mkdir(parents=True)
+        save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError) as error:
+        folder(tmp_path)
+    assert said in str(error.value) and not_said not in str(error.value)

@@ -290,3 +290,23 @@ def test_crop_equals_scaling_the_whole_image(size):
 def test_crop_keeps_constant_images(size):
     image = center_crop(Image.new("RGB", size, (3, 141, 250)), 16)
     assert image.size == (16, 16) and image.getcolors() == [(256, (3, 141, 250))]
+
+
+def test_pictures_of_fewer_bits_among_deeper_ones_are_spoken_of(tmp_path):
+    """8-bit values in 16-bit files beside files of the whole range; alone, or pinned, nothing is said."""
+    for name, top in (("few", 255), ("whole", 65535)):
+        values = np.linspace(0, top, 64).reshape(8, 8).astype(np.uint16)
+        (tmp_path / "both" / "train" / "a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "train" / "a").mkdir(parents=True)
+        for place in ("both", name):
+            Image.fromarray(values).save(tmp_path / place / "train" / "a" / f"{name}.png")
+    with pytest.warns(UserWarning, match="turn black: others reach 65535"):
+        mixed = build_dataset("imagefolder", data_path=tmp_path / "both", img_size=8)
+        assert [int(mixed[i][0].max()) for i in range(2)] == [0, 255]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = build_dataset("imagefolder", data_path=tmp_path / "whole", img_size=8)
+        assert whole[0][0].max() == 255
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*turn black.*")
+        assert build_dataset("imagefolder", data_path=tmp_path / "few", img_size=8)[0][0].max() == 255

@@ -215,7 +215,8 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
     if not data_path:
         raise ValueError("imagefolder needs data_path: a folder with train/<class>/*, <class>/* or plain images")
     folder, beside = training_folder(Path(data_path).expanduser(), split, reading.split_dir)
-    images = find_images(folder, splits_are_classes=reading.split_dir is not None)
+    is_split = folder != Path(data_path).expanduser()
+    images = find_images(folder, splits_are_classes=reading.split_dir is not None, is_split=is_split)
     images.beside = beside
     dataset = FolderDataset(folder, images.samples, images.classes, img_size, reading)
     dataset.layout = images.layout()

@@ -111,7 +111,7 @@ class ImageFiles:
         return f"{line}; not read: {shown(self.beside)}" if self.beside else line
 
 
-def find_images(folder: Path, splits_are_classes: bool = False) -> ImageFiles:
+def find_images(folder: Path, splits_are_classes: bool = False, is_split: bool = False) -> ImageFiles:
     """The images below <folder>/<class>/, or those in a folder without such as one class.
 
     Empty class folders and images beside class folders are named in a warning and left out. ValueError: no image, or
@@ -136,7 +136,7 @@ def find_images(folder: Path, splits_are_classes: bool = False) -> ImageFiles:
     result.classes = [name for name in by_class if files_of[name]]
     if result.classes:
         if not splits_are_classes:
-            _check_splits(folder, result.classes, below)
+            _check_splits(folder, result.classes, below, is_split)
         result.samples = [(path, label) for label, name in enumerate(result.classes) for path in files_of[name]]
         empty = [name for name in by_class if not files_of[name]]
         if empty:
@@ -151,17 +151,20 @@ def find_images(folder: Path, splits_are_classes: bool = False) -> ImageFiles:
     return result
 
 
-def _check_splits(folder: Path, classes: list[str], below: dict[str, list[str]]) -> None:
+def _check_splits(folder: Path, classes: list[str], below: dict[str, list[str]], is_split: bool) -> None:
     """Raise ValueError where the folders in the place of classes are, or hold, the splits of a data set."""
     splits = [name for name in classes if looks_like_split(name)]
     for name in classes:
         inner = [f"{name}/{inside}" for inside in below.get(name, ()) if looks_like_split(inside)]
         splits += inner if len(inner) > 1 else []
     if splits:
+        training = [name for name in splits if "train" in name.lower()]
+        prefix, whole = (f"{folder.name}/", folder.name) if is_split else ("", ".")
+        examples = training or ([] if is_split else splits)
+        example = f", such as --split_dir {prefix}{examples[0]}" if examples else ""
         raise ValueError(
             f"{shown(splits)} in {folder} look like splits of a data set, not like classes: name the folder to train "
-            f"on with --split_dir, such as --split_dir {shown(splits[:1])} (--split_dir . takes all as classes), or "
-            "rename it to train"
+            f"on with --split_dir{example} (--split_dir {whole} takes all as classes), or rename it to train"
         )
 
 

@@ -188,7 +188,10 @@ def _shallow(values: np.ndarray, pinned: tuple | None, ranges: dict) -> Image.Im
         if kind == "f":
             raise ValueError(f"float image with values in [{low:g}, {high:g}], others have {chosen}: --value_range")
         _say(f"pictures with values beyond {chosen[0]:g} to {chosen[1]:g}, the range of the others, are clipped")
-    picture = Image.fromarray(_scaled(values, *chosen).astype(np.uint8))
+    scaled = _scaled(values, *chosen).astype(np.uint8)
+    if pinned is None and kind != "f" and high > 0 and not scaled.any():
+        _say(f"some pictures turn black: others reach {chosen[1]:g}, they less than 1/256 of it")
+    picture = Image.fromarray(scaled)
     if alpha is not None:
         picture.putalpha(Image.fromarray((alpha // 256).astype(np.uint8)))
     return picture

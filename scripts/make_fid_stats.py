@@ -7,15 +7,16 @@ The images are cropped as in training. One batch of them is in memory at a time.
 
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from util import dist
-from util.args import check_folder, flag, run_with
+from util.args import check_folder, check_output_file, flag, run_with
 from util.door import run_main
 from util.evaluation.features import FEATURES
-from util.evaluation.fid_stats import compute_fid_stats, save_fid_stats
+from util.evaluation.fid_stats import compute_fid_stats, has_arrays, save_fid_stats
 from util.images.datasets import ImagesArgs, broken_note
 
 
@@ -32,8 +33,9 @@ class StatsArgs(ImagesArgs):
 
 def run(args: StatsArgs) -> int:
     """Check everything, compute, write."""
-    if not args.out.endswith(".npz") or Path(args.out).is_dir():
+    if not args.out.endswith(".npz"):
         raise ValueError(f"--out must be a file whose name ends in .npz, got {args.out}")
+    check_output_file("out", args.out, partial(has_arrays, names={"mu", "sigma"}))
     check_folder("out", str(Path(args.out).parent))
     device = dist.pick_device(args.device)
     images = args.images(args.split)

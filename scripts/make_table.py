@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser
+from util.args import OneLineParser, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
 from util.evaluation.tables import (
@@ -38,6 +38,7 @@ from util.evaluation.tables import (
     read_runs,
     varying,
 )
+from util.images.pictures import is_png
 
 HEADINGS = {
     "fid": "FID",
@@ -127,6 +128,12 @@ def print_tables(groups, names: list[str]) -> None:
         if len(parts) > 1:
             print(f"{heading}:\n")
         print(markdown(part, varying(part), [n for n in names if any(n in values for _, values, _ in part)]))
+
+
+def is_table(path: Path) -> bool:
+    """Does the file begin as `write_csv` does?"""
+    with open(path, "rb") as file:
+        return b"seeds" in file.readline().strip().split(b",")
 
 
 def write_csv(path: Path, groups, columns: list[str], names: list[str]) -> None:
@@ -278,6 +285,10 @@ def main(argv=None) -> int:
     for path in (args.csv, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {path.parent}")
+    if args.csv is not None:
+        check_output_file("csv", args.csv, is_table, args.results)
+    if args.plot is not None:
+        check_output_file("plot", args.plot, is_png, args.results)
     print_tables(groups, names)
     if args.csv is not None:
         write_csv(args.csv, groups, columns, names)

@@ -15,9 +15,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder
+from util.args import OneLineParser, check_folder, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
+from util.images.pictures import is_png
 
 TAGS = ("mse", "order", "rho_mean", "k_over_cosine_mean", "tau_mean", "w_mean")
 
@@ -94,8 +95,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     if args.smooth < 1:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
-    if args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a folder, expected the name of a PNG")
+    check_output_file("out", args.out, is_png)
     check_folder("out", str(args.out.parent))
     if args.dry_run:
         return 0

@@ -12,6 +12,7 @@ result is the same each time.
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import check_folder, flag, make_parser
+from util.args import check_folder, check_output_file, flag, make_parser
 from util.checkpoint import atomic_file
 from util.door import run_main
 from util.evaluation.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier
+from util.evaluation.fid_stats import has_arrays
 from util.images.datasets import build_dataset
 
 
@@ -142,8 +144,9 @@ def main(argv=None) -> int:
         print(recipe)
         return 0
     epochs, output = args.epochs or recipe.epochs, Path(args.output or recipe.weights)
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder, expected the name of a file")
+    with torch.device("meta"):  # draws no random numbers
+        names = recipe.net().state_dict().keys()
+    check_output_file("output", output, partial(has_arrays, names=names))
     check_folder("output", str(output.parent))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in a fixed order

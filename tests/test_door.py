@@ -1,6 +1,7 @@
 """The door of the programs: exit codes, one line, output that cannot be encoded; processes that wait or are lost."""
 
 import io
+import json
 import os
 import re
 import socket
@@ -13,7 +14,7 @@ import torch
 
 import main_mar
 from models.mar import MAR, MAR_CONFIGS
-from scripts import train_tokenizer
+from scripts import make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
 from tests.helpers import SMALLEST
 from training.config import resolve
 from util import dist
@@ -204,3 +205,31 @@ def test_an_autoencoder_of_another_origin_is_not_replaced(tmp_path, capsys):
     assert run_main(train_tokenizer.main, flags) == 2
     assert "autoencoder is not of a run in this folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["autoencoder"]
+
+
+def test_an_output_file_replaces_no_input_and_nothing_of_another_kind(tmp_path, capsys):
+    """The table and the picture of before may be made again."""
+    results, notes, log = tmp_path / "results.jsonl", tmp_path / "notes.png", tmp_path / "x.npz"
+    line = {"settings": {"seed": 1, "cfg": 1.0}, "metrics": {"fid": 1.0}, "mar_evals": 2.0, "mlp_evals": 3.0}
+    results.write_text(json.dumps(line) + "\n")
+    for file in (notes, log):
+        file.write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    digits = ["--data", "digits", "--features", "digits", "--device", "cpu"]
+    refused = [
+        (make_table.main, [results, "--csv", results]),
+        (make_table.main, [results, "--csv", notes]),
+        (make_table.main, [results, "--plot", notes]),
+        (plot_training.main, [tmp_path, "--out", notes]),
+        (plot_training.main, [tmp_path, "--out", results]),
+        (make_fid_stats.main, [*digits, "--out", log]),
+        (train_classifier.main, ["--epochs", "1", "--output", log]),
+    ]
+    for main, argv in refused:
+        assert run_main(main, [*map(str, argv)]) == 2, argv
+        assert capsys.readouterr().err.count("\n") == 1
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for _ in range(2):
+        table = [results, "--csv", tmp_path / "t.csv", "--plot", tmp_path / "t.png"]
+        assert run_main(make_table.main, [*map(str, table)]) == 0
+        assert run_main(make_fid_stats.main, [*map(str, [*digits, "--out", tmp_path / "s.npz"])]) == 0

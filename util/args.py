@@ -187,6 +187,20 @@ def check_values(config_class, values: dict, source) -> None:
             raise ValueError(f"{source} is damaged: {field.name}: {error}") from None
 
 
+def check_output_file(name: str, path: str | Path, is_own, inputs=()) -> None:
+    """Raise ValueError unless the file that --name gives may be written, and replaced where it exists.
+
+    It must be no folder and none of the inputs; is_own(path): is what exists a file of the kind that is written?
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"--{name} {path} is a folder, expected the name of a file")
+    if path.resolve() in {Path(place).resolve() for place in inputs}:
+        raise ValueError(f"--{name} {path} is an input: it would be replaced")
+    if path.exists() and not is_own(path):
+        raise ValueError(f"--{name} {path} exists and is not of the kind that is written: choose another name")
+
+
 def check_folder(name: str, path: str) -> None:
     """Raise ValueError if --name cannot be a folder to write to; nothing is made yet."""
     folder = Path(path).absolute()

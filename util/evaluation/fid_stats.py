@@ -5,6 +5,7 @@ A file has `mu` (d,) and `sigma` (d, d), as ADM's reference batches do, and if i
 """
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,15 @@ def compute_fid_stats(images, features="inception", *, weights=None, batch_size=
         moments.update(batch)
     mu, sigma = moments.result()
     return FIDStats(mu, sigma, num_images=len(images), features=features)
+
+
+def has_arrays(path: Path, names) -> bool:
+    """Is it an .npz with arrays of these names?"""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return set(names) <= set(file.files)
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+        return False
 
 
 def save_fid_stats(path: str | Path, stats: FIDStats) -> None:

@@ -17,6 +17,7 @@ from util.checkpoint import atomic_file
 
 SAMPLES = "samples.npz"
 MADE = r"(\d+|grid)\.png|(samples|trace)\.npz"  # names of a sampling run's files
+PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
 
 
@@ -29,6 +30,12 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 def image_path(folder: Path, index: int) -> Path:
     """Where image number `index` of a sampling run is."""
     return folder / f"{index}.png"
+
+
+def is_png(path: Path) -> bool:
+    """Does the file begin as a PNG does?"""
+    with open(path, "rb") as file:
+        return file.read(len(PNG_START)) == PNG_START
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

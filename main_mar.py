@@ -13,11 +13,19 @@ import torch
 
 from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
-from models.families import SIZES
 from training.build import as_cached, build_data, build_model, find_reference, make_tokenizer, new_state
-from training.checkpoints import check_output, check_resume, find_checkpoint, fit_classes, restore, restore_weights
-from training.config import CONFIGS, RunConfig, resolve
+from training.checkpoints import (
+    check_output,
+    check_resume,
+    find_checkpoint,
+    fit_classes,
+    restore,
+    restore_weights,
+    stored_config,
+)
+from training.config import LaunchConfig, RunConfig, TrainConfig, flag_classes, resolve
 from training.describe import attention_kernel, size_line
+from training.objectives import OBJECTIVES
 from training.state import TrainState
 from util import dist
 from util.args import check_folder, make_parser
@@ -52,7 +60,7 @@ def run(config: RunConfig) -> int:
     heads = heads.to(device) if heads is not None else None
     if launch.compile:
         model.compile_parts()
-    state = new_state(config, model, tokenizer, heads, dataset.flip)
+    state = make_state(config, model, tokenizer, heads, dataset.flip)
     if resumed:
         check_resume(launch, state.stored, content, dataset.classes)
     if dist.is_main() and not launch.evaluate:
@@ -60,7 +68,7 @@ def run(config: RunConfig) -> int:
         print(f"{size_line(config.model.model, model, heads)}; attention: {kernel}")
     if content is not None and not resumed:
         content = fit_classes(state, content, launch, dataset.classes)
-    first = begin(state, config, content, resumed, len(dataset))
+    first = begin(state, config.train, launch, content, resumed, len(dataset))
     samples = EpochSamples(
         sampling=config.sampling,
         evaluation=config.evaluation,
@@ -77,9 +85,20 @@ def run(config: RunConfig) -> int:
     return train(state, dataset, config.train, launch, samples, workers, first)
 
 
-def begin(state: TrainState, config: RunConfig, content: dict | None, resumed: bool, num_images: int) -> int:
+def make_state(config: RunConfig, model, tokenizer, heads, flip: bool) -> TrainState:
+    """The state of a run that starts, all parts on the model's device; flip: may images be mirrored?"""
+    objective = OBJECTIVES[config.train.objective].build(model, heads, config.for_objective(flip))
+    dtype = dist.pick_dtype(config.launch.dtype, next(model.parameters()).device)
+    state = new_state(objective, tokenizer, config.train, dtype)
+    parts = dict(tokenizer=config.tokenizer, data=config.data, sampling=config.sampling, evaluation=config.evaluation)
+    state.stored = {"args": config.flat(), "config": stored_config(state, config.model.family_name, **parts)}
+    return state
+
+
+def begin(
+    state: TrainState, train: TrainConfig, launch: LaunchConfig, content: dict | None, resumed: bool, num_images: int
+) -> int:
     """Load what a run starts from, and set its step; the epoch to begin with."""
-    train, launch = config.train, config.launch
     if num_images < train.global_batch and not launch.evaluate:
         raise ValueError(
             f"--batch_size: a global batch of {train.global_batch} is more than the {num_images} images there are"
@@ -107,14 +126,15 @@ def evaluate_checkpoint(state: TrainState, samples: EpochSamples) -> int:
 
 def show(config: RunConfig) -> None:
     """Print the resolved configuration as one JSON object, the model's under the name of its family."""
-    known = config.model.given["vae_stride"] and config.model.given["vae_embed_dim"]  # else the tokenizer's
+    settings = config.model.settings
+    known = settings["vae_stride"] and settings["vae_embed_dim"]  # else the tokenizer, not loaded yet, decides them
     sizes = asdict(config.model.build()) if known else None
-    print(json.dumps({**config.flat(), SIZES[config.model.model]: sizes}, indent=2))
+    print(json.dumps({**config.flat(), config.model.family_name: sizes}, indent=2))
 
 
 def main(argv=None) -> int:
     """Parse, build, train; returns the exit code."""
-    given = vars(make_parser("main_mar.py", __doc__.splitlines()[0], *CONFIGS).parse_args(argv))
+    given = vars(make_parser("main_mar.py", __doc__.splitlines()[0], *flag_classes()).parse_args(argv))
     dry = given.get("dry_run", False)
     try:
         if not dry:

@@ -24,12 +24,12 @@ class Rules:
     num_steps: Callable = annealed_steps  # (state) -> int, known without waiting for the device
 
     def __call__(self, state: StepState) -> StepPlan:
-        n = state.num_unknown
-        k = whole_group(self.group, state)
+        select = hard_topk(self.order(state), whole_group(self.group, state), state.mask)
+        after = state.num_unknown - select.sum(dim=1)  # not n − k: fewer may be there to choose from
         return StepPlan(
-            select=hard_topk(self.order(state), k, state.mask),
+            select=select,
             tau=_per_token(self.tau(state), state.mask),
-            cfg=_per_token(self.cfg(state, n - k), state.mask),
+            cfg=_per_token(self.cfg(state, after), state.mask),
             num_steps=self.num_steps(state),
         )
 

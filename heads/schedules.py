@@ -1,7 +1,7 @@
 """Hand-made schedules: how many tokens, at which temperature, under which guidance, in how many diffusion steps.
 
 Legend: B images, M tokens unknown at the start (L, fewer when editing), n tokens unknown now, K = num_iter,
-u = (step + 1) / K. A new schedule is one function and one row of GROUPS, TAUS, CFGS or DIFFUSION_STEPS. Everything is
+u = (step + 1) / K. A new schedule is one function and one row of GROUPS, TAUS or CFGS. Everything is
 float32 on the device of the mask, and learned rules start from these same functions.
 """
 
@@ -116,18 +116,14 @@ CFGS = {
     "power_cosine": power_cosine_cfg,
     "interval": interval_cfg,
 }
-# T from 0, where the least is known and tokens vary most, to 1, the last step (DiSA, arXiv 2505.20297)
-DIFFUSION_STEPS = {
-    "constant": lambda share, first, last: first,
-    "linear": lambda share, first, last: round(first + (last - first) * share),
-}
 
 
 def annealed_steps(state: StepState) -> int:
-    """Diffusion steps T of this step, by the row of DIFFUSION_STEPS that was asked for: 100 constant, 50:5 linear.
+    """Diffusion steps T of this step: from the first number asked for to the last, since early tokens vary most.
 
-    A function of step and num_iter alone: images share one T, whose value must not depend on which share the batch.
+    (DiSA, arXiv 2505.20297.) A function of step and num_iter alone: images share one T, whose value must not depend on
+    which share the batch.
     """
     first, last = state.num_steps
     share = state.step / max(state.num_iter - 1, 1)
-    return DIFFUSION_STEPS["constant" if first == last else "linear"](share, first, last)
+    return round(first + (last - first) * share)

@@ -15,8 +15,8 @@ class StepState:
 
     step: int | torch.Tensor
     num_iter: int | torch.Tensor
-    mask: torch.Tensor  # (B, L) bool
-    num_unknown: torch.Tensor  # (B,) float32, n
+    mask: torch.Tensor  # (B, L) bool; of a family with z of some positions only, those of them that are unknown
+    num_unknown: torch.Tensor  # (B,) float32, n, whether there is z of them or not
     num_start: torch.Tensor  # (B,) float32, M
     gumbel: torch.Tensor  # (B, L), one draw for each token, fixed for the image
     z: torch.Tensor  # (B, L, D), conditional decoder output

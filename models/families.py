@@ -1,14 +1,15 @@
-"""The families of models, and what the sampling loop needs of one. A new family is one file and one row of FAMILIES.
+"""The families of models, and what all programs need of one. A new family is one file and one row of FAMILIES.
 
 Legend: B images, B' of them unfinished, L tokens an image, P positions with a condition, D width of z, N drawn tokens,
 G of them guided.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 
-from models.mar import MAR, MAR_CONFIGS, MARConfig
+from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
 from models.token_head import TokenHead
 
 
@@ -31,21 +32,48 @@ class Conditions(Protocol):
         """The tokens drawn (N, …) at rows (N, 2) of this step."""
 
 
-class Backbone(Protocol):
-    """What a family's model offers beside being an `nn.Module`."""
+class Config(Protocol):
+    """A frozen dataclass of all that shapes a model; its `util.args.flag` fields are flags of the command line."""
 
-    config: object  # with seq_len (L) and class_num
+    img_size: int  # pixels of an image's side
+    vae_stride: int  # pixels of a latent's side; like the next two set to what the tokenizer or the data have
+    vae_embed_dim: int  # channels of a latent
+    class_num: int
+    label_drop_prob: float  # probability of training without the label
+    mask_ratio_min: float  # the smallest share of the tokens that training masks; 1.0: all tokens are targets
+    seq_len: int  # L
+    grid: int  # tokens of an image's side
+    FREE: frozenset[str]  # names of the fields that may change within a run
+
+
+class Backbone(Protocol):
+    """What a family's model, made of its configuration, offers beside being an `nn.Module`."""
+
+    config: Config
     width: int  # D
     head_dim: int  # width of an attention head
     token_head: TokenHead
     per_class: tuple[str, ...]  # names of the parameters with a row for each class
-    fixed_rules: dict[str, str]  # {} where any order and group size will do, else the names of those that it needs
+    fixed_rules: dict[
+        str, str
+    ]  # of order and group those that it cannot do without, by name, such as {"order": "raster"}
+    blocks: tuple  # modules with most of the linear layers, those of the token head included, for `models.int8`
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """A tokenizer's latents as tokens (B, L, …)."""
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of `patchify`."""
+
+    def encode_decode(self, tokens, mask, labels, num_visible) -> torch.Tensor:
+        """z (B, L, D) for the training loss of the tokens (B, L, …) that mask (B, L) bool names, of the other tokens.
+
+        labels (B,) long, −1 without label, or None: all without. num_visible: B ints, the tokens that are not masked.
+        Where all tokens are targets (mask_ratio_min 1.0), z may look at the tokens before its own in the model's order.
+        """
+
+    def compile_parts(self) -> None:
+        """Compile what a step repeats, in place, for batches of any size; ValueError where nothing can be compiled."""
 
     def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1) -> Conditions:
         """For a batch of labels (B,). orders (B, L) long: positions in each image's random order, the first one first;
@@ -56,13 +84,15 @@ class Family(NamedTuple):
     """A row of FAMILIES."""
 
     model: type
-    config: type  # a frozen dataclass; its `util.args.flag` fields are flags of the command line
+    config: type  # a `Config`
     sizes: dict  # --model NAME -> configuration
-    tokens: tuple[str, ...]  # of the tokenizers that fit: "continuous", "discrete", "multiscale"
+    tokens: tuple[str, ...]  # of a tokenizer's `tokens` those that fit: "continuous", "discrete", "multiscale"
+    # (weights of a file without config) -> (fields of the configuration, tokenizer settings); None: no such files
+    read_published: Callable | None = None
 
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
-FAMILIES = {"mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous",))}
+FAMILIES = {"mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous",), read_published)}
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
 
 

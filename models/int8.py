@@ -49,14 +49,14 @@ def _round_rows(x):
     return (x / steps).round_().to(torch.int8), steps
 
 
-def quantize(mar) -> None:
-    """Let the blocks of a MAR on the CPU, those of its diffusion MLP included, compute in 8 bits, in place.
+def quantize(model) -> None:
+    """Let the blocks of a `models.families.Backbone` on the CPU compute in 8 bits, in place.
 
     Raises ValueError on a processor whose 8-bit products are not exact.
     """
     if not is_exact():
         raise ValueError("dtype int8 needs a processor with exact 8-bit products (VNNI); valid here: fp32, bf16")
-    for block in (*mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss.net.res_blocks):
+    for block in model.blocks:
         for module in list(block.modules()):
             for name, layer in module.named_children():
                 if type(layer) is nn.Linear and layer.in_features > 1:  # torch._int_mm is wrong for 1

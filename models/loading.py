@@ -1,18 +1,14 @@
 """From a checkpoint to a model that samples, ours or a published one."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
-from models.families import FAMILIES, family_of
-from models.mar import MAR_CONFIGS
+from models.families import FAMILIES, SIZES, family_of
 from models.tokenizers import tokenizer_of
-from models.tokenizers.ldm import KL16_PATH
 from util.args import check_values, pick
 from util.checkpoint import find_stored, load_checkpoint, load_weights
 from util.foreign import some_weights, type_of
 from util.images.reading import Reading
-
-_SIZES = ("encoder_embed_dim", "encoder_depth", "decoder_embed_dim", "decoder_depth")
 
 
 def load_mar(checkpoint, **options):
@@ -23,16 +19,15 @@ def load_mar(checkpoint, **options):
     return model, tokenizer, config
 
 
-def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=None, vae_path=None, place=None):
+def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, **sizes):
     """(model, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
 
-    place: where a content is from, for relative paths in it: these are looked for by the checkpoint too.
-
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
-    class names, sampling defaults); published MAR files have none, so theirs is made from model, a name in MAR_CONFIGS,
-    and the size of the diffusion MLP where it is not that row's. vae_path replaces the stored path of the autoencoder.
-    An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder that is
-    missing or has other latents raises ValueError.
+    class names, sampling defaults); published files have none, so theirs is made from model, a name in SIZES, and from
+    sizes: fields of its family's configuration that are not that row's (None: they are), such as diffloss_d. vae_path
+    replaces the stored path of the autoencoder. place: where a content is from; relative paths in it are looked for
+    there too. An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder
+    that is missing or has other latents raises ValueError.
     """
     content = load_checkpoint(checkpoint)
     place = place if isinstance(checkpoint, dict) else checkpoint
@@ -40,11 +35,11 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     if "config" in content:
         config = content["config"]
         check_config(config, checkpoint)
-        _check_given(config, checkpoint, model, vae_path, diffloss_d=diffloss_d, diffloss_w=diffloss_w)
+        _check_given(config, checkpoint, model, vae_path, sizes)
     elif model is None:
         raise ValueError(f"{checkpoint} does not say what it holds: give --model (and --diffloss_d, --diffloss_w)")
     else:
-        config = _published_config(content, model, diffloss_d, diffloss_w)
+        config = _published_config(content, model, sizes)
     weights = content.get("model_ema" if ema else "model")
     if weights is None:
         raise ValueError(
@@ -58,12 +53,13 @@ def load_model(checkpoint, *, ema=True, model=None, diffloss_d=None, diffloss_w=
     load_weights(network, weights, checkpoint)
     config, nowhere = find_places(config, place)
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
-    sizes = network.config
+    shape = network.config
     try:
-        tokenizer = tokenizer_of(settings, sizes.vae_embed_dim if config["tokenizer"] == "pixel" else None)
+        tokenizer = tokenizer_of(settings, shape.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     except ValueError as error:
         raise ValueError(f"{error}{looked_for(error, nowhere)}") from None
-    check_latents(tokenizer, sizes.vae_stride, sizes.vae_embed_dim, f"the model in {checkpoint}")
+    check_tokens(tokenizer, name)
+    check_latents(tokenizer, shape.vae_stride, shape.vae_embed_dim, f"the model in {checkpoint}")
     latents = tokenizer.describe()
     if config.get("latents") not in (None, latents):  # of the same shape, yet it would decode noise
         trained = config["latents"]
@@ -96,10 +92,19 @@ def looked_for(error: Exception, nowhere: dict) -> str:
     return "".join(words for path, words in nowhere.items() if os.path.normpath(path) in str(error))
 
 
-def stored_model_config(content: dict) -> dict:
-    """The sizes that a checkpoint's content says its model has; of a published MAR file the number of classes only."""
+def stored_model_config(content: dict, family: str) -> dict:
+    """The sizes that a checkpoint's content says its model has, which must be of this family (ValueError).
+
+    Of a published file those that its weights say.
+    """
     config = content.get("config")
-    return {"class_num": _num_classes(content)} if config is None else _sizes(config)
+    if config is None:
+        return _read_published(content, family)[0]
+    if family_of(config) != family:
+        raise ValueError(
+            f"the checkpoint is of the family {family_of(config)}, the model that --model names of {family}"
+        )
+    return _sizes(config)
 
 
 def _sizes(config: dict) -> dict:
@@ -108,15 +113,12 @@ def _sizes(config: dict) -> dict:
     return asdict(pick(FAMILIES[family].config, config[family]))
 
 
-def _num_classes(content: dict) -> int:
-    """Of a published MAR file; one without a class embedding raises ValueError."""
-    weights = some_weights(content)
-    if "class_emb.weight" not in weights:
-        raise ValueError("the checkpoint is not one of MAR: its 'model' has no class embedding")
-    if weights["class_emb.weight"].dim() != 2:
-        shape = tuple(weights["class_emb.weight"].shape)
-        raise ValueError(f"the checkpoint is not one of MAR: its class embedding has the shape {shape}, not two axes")
-    return len(weights["class_emb.weight"])
+def _read_published(content: dict, family: str) -> tuple[dict, dict]:
+    """What the weights of a file without config say, see `models.families.Family`."""
+    read_published = FAMILIES[family].read_published
+    if read_published is None:
+        raise ValueError(f"the checkpoint has no config, and the family {family} has no published files without one")
+    return read_published(some_weights(content))
 
 
 def check_config(config: dict, source) -> None:
@@ -140,21 +142,50 @@ def check_config(config: dict, source) -> None:
     check_values(FAMILIES[family].config, config[family], source)
 
 
-def _check_given(config: dict, source, model, vae_path, **given) -> None:
+def _check_given(config: dict, source, model: str | None, vae_path, sizes: dict) -> None:
     """Raise ValueError where what was given contradicts what the checkpoint says."""
     stored = _sizes(config)
-    if model is not None and model not in MAR_CONFIGS:
-        raise ValueError(f"unknown model {model!r}; valid: {', '.join(MAR_CONFIGS)}")
     if vae_path and config["tokenizer"] == "pixel":
         raise ValueError(f"--vae_path {vae_path} has no meaning for the tokenizer pixel, whose latents are the pixels")
-    for name, value in given.items():
-        if value not in (None, stored[name]):
+    for name, value in sizes.items():
+        if value is not None and name not in stored:
+            raise ValueError(f"--{name} {value} has no meaning for {source}, whose family is {family_of(config)}")
+        if value not in (None, stored.get(name)):
             raise ValueError(
                 f"--{name} {value} does not fit {source}, which has {stored[name]} (the flag can be left out)"
             )
-    if model is not None and any(getattr(MAR_CONFIGS[model], key) != stored[key] for key in _SIZES):
-        sizes = ", ".join(f"{key} {stored[key]}" for key in _SIZES)
-        raise ValueError(f"--model {model} does not fit {source}, which has {sizes} (the flag can be left out)")
+    if model is None:
+        return
+    row = asdict(FAMILIES[_family_of_size(model)].sizes[model])
+    names = row_fields(_family_of_size(model))
+    if _family_of_size(model) != family_of(config) or any(row[name] != stored[name] for name in names):
+        shown = ", ".join(f"{name} {stored[name]}" for name in row_fields(family_of(config)))
+        raise ValueError(f"--model {model} does not fit {source}, which has {shown} (the flag can be left out)")
+
+
+def _family_of_size(model: str) -> str:
+    """The family of the size --model; an unknown one raises ValueError."""
+    if model not in SIZES:
+        raise ValueError(f"unknown model {model!r}; valid: {', '.join(SIZES)}")
+    return SIZES[model]
+
+
+def row_fields(family: str) -> list[str]:
+    """Names of the configuration's fields that tell a family's sizes apart, and are no flags."""
+    own = FAMILIES[family]
+    rows = [asdict(row) for row in own.sizes.values()]
+    names = [field.name for field in fields(own.config) if "help" not in field.metadata]
+    return [name for name in names if any(row[name] != rows[0][name] for row in rows)]
+
+
+def check_tokens(tokenizer, family: str) -> None:
+    """Raise ValueError unless models of the family take tokens of a kind that the tokenizer makes."""
+    wanted = FAMILIES[family].tokens
+    if not set(wanted) & set(tokenizer.tokens):
+        made = " or ".join(tokenizer.tokens)
+        raise ValueError(
+            f"the tokenizer {tokenizer.kind} makes {made} tokens, the family {family} takes {' or '.join(wanted)} ones"
+        )
 
 
 def check_latents(tokenizer, stride: int, channels: int, what: str) -> None:
@@ -166,17 +197,17 @@ def check_latents(tokenizer, stride: int, channels: int, what: str) -> None:
         )
 
 
-def _published_config(content, model, diffloss_d, diffloss_w) -> dict:
-    if model not in MAR_CONFIGS:
-        raise ValueError(f"unknown model {model!r}; valid: {', '.join(MAR_CONFIGS)}")
-    sizes = {k: v for k, v in (("diffloss_d", diffloss_d), ("diffloss_w", diffloss_w)) if v is not None}
-    mar = replace(MAR_CONFIGS[model], class_num=_num_classes(content), **sizes)
+def _published_config(content: dict, model: str, sizes: dict) -> dict:
+    """The config of a published file of this size."""
+    family = _family_of_size(model)
+    known, tokenizer = _read_published(content, family)
+    given = {name: value for name, value in sizes.items() if value is not None}
+    own = replace(FAMILIES[family].sizes[model], **known, **given)
     return {
-        "family": "mar",
-        "mar": asdict(mar),
-        "tokenizer": "kl16",
-        "vae_path": KL16_PATH,
-        "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(mar.class_num)]},
+        "family": family,
+        family: asdict(own),
+        **tokenizer,
+        "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(own.class_num)]},
         "sample": {},
         "eval": {},
     }

@@ -5,6 +5,7 @@ Legend: B images, L tokens an image, C channels a token, S buffer tokens, D widt
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from timm.models.vision_transformer import Block
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion.schedule import step_range
 from models.diffloss import DiffLoss
 from models.mar_cache import FeatureCache
+from models.tokenizers.ldm import KL16_PATH
 from util.args import flag
 
 
@@ -43,6 +45,11 @@ class MARConfig:
     num_sampling_steps: int | str = "100"  # where sample settings say nothing
     diffusion_batch_mul: int = flag(4, "noise levels drawn for each token in training", low=1)
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass")
+
+    FREE: ClassVar = frozenset(
+        "mask_ratio_min label_drop_prob attn_dropout proj_dropout num_sampling_steps diffusion_batch_mul "
+        "grad_checkpointing".split()
+    )
 
     def __post_init__(self):
         step_range(self.num_sampling_steps)  # raises ValueError for what is neither a number nor two
@@ -83,15 +90,26 @@ MAR_CONFIGS = {
     "mar_large": _size(1024, 16, 16, diffloss_d=8, diffloss_w=1280),  # published: FID 1.78, IS 296.0 at cfg 3.0
     "mar_huge": _size(1280, 20, 16, diffloss_d=12, diffloss_w=1536),  # published: FID 1.55, IS 303.7 at cfg 3.2
 }
-
-
 PUBLISHED = ("mar_base", "mar_large", "mar_huge")
+
+
+def read_published(weights: dict) -> tuple[dict, dict]:
+    """({class_num} of a published MAR's weights, settings of the tokenizer that the published models are for).
+
+    Weights without a class embedding raise ValueError.
+    """
+    if "class_emb.weight" not in weights:
+        raise ValueError("the checkpoint is not one of MAR: its 'model' has no class embedding")
+    if weights["class_emb.weight"].dim() != 2:
+        shape = tuple(weights["class_emb.weight"].shape)
+        raise ValueError(f"the checkpoint is not one of MAR: its class embedding has the shape {shape}, not two axes")
+    return {"class_num": len(weights["class_emb.weight"])}, {"tokenizer": "kl16", "vae_path": KL16_PATH}
 
 
 class MAR(nn.Module):
     """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
 
-    compiled = False  # set by compile_parts; who leads through the blocks otherwise compiles its own steps then
+    compiled = False  # set by compile_parts; `FeatureCache`, which calls parts of the blocks, then compiles those
     fixed_rules = {}  # any order, any group size
     per_class = ("class_emb.weight",)
 
@@ -130,6 +148,11 @@ class MAR(nn.Module):
     def head_dim(self) -> int:
         """Width of an attention head of the decoder."""
         return self.width // self.config.decoder_num_heads
+
+    @property
+    def blocks(self) -> tuple:
+        """The transformer's blocks and the diffusion MLP's."""
+        return (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks)
 
     @property
     def token_head(self) -> DiffLoss:

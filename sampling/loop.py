@@ -46,12 +46,12 @@ def decode(
     (`TokenHead.sampler`). seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the
     ranking, its last entries are revealed first, as published. noise_fn(step, rows) replaces the sampler's noise, rows
     (N, 2) long on the CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each
-    step, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to
-    keep. tokenizer: for the families whose conditions are made with it. evals, a Counter, grows by the network
-    evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows that the token head
-    does. Unconditional ones are made only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart are
-    all tokens computed, between them those that changed and those that are drawn, and learned rules see the z of the
-    last time. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or
+    step that draws, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known
+    tokens to keep. tokenizer: for the families whose conditions are made with it. evals, a Counter, grows by the
+    network evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows that the token
+    head does. Unconditional ones are made only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart
+    are all tokens computed, between them those that changed and those that are drawn, and learned rules see the z of
+    the last time. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or
     tokens without mask raise ValueError. Labels may be whole numbers of any type; a model in another dtype than float32
     computes in its own, its token head's process in float32.
     """
@@ -72,6 +72,8 @@ def decode(
             z, positions = conditions.look(step, canvas.tokens, canvas.unknown, images)
             plan = rules(canvas.state(step, num_iter, images, z, positions, sampler.num_steps))
             rows, guided, tau, cfg = canvas.select(plan, images)
+            if not len(rows):  # the tokens that this step could choose from are all given
+                continue
             z, z_uncond = conditions.at(step, canvas.tokens, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
             noise = send(noise, empty.device)
@@ -94,9 +96,10 @@ generate = torch.no_grad()(decode)
 
 
 class Chosen(NamedTuple):
-    """The tokens of a step: rows (N, 2) and guided (G,) long on the host, tau (N,) and cfg (N,) on the device.
+    """The tokens of a step.
 
-    rows are (image, position), row-major; guided says at which of them guidance acts; cfg is 1.0 where it does nowhere.
+    rows (N, 2) long on the host: (image, position), row-major. guided (G,) long on the host: the rows with w ≠ 1.
+    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided.
     """
 
     rows: torch.Tensor

@@ -37,6 +37,13 @@ class SampleConfig(RuleOptions):
         super().__post_init__()
         object.__setattr__(self, "num_sampling_steps", num_steps_setting(self.num_sampling_steps))
 
+    def fitted(self, fixed_rules: dict[str, str], model: str) -> "SampleConfig":
+        """The same settings with the rules that a model cannot do without; others that are named raise ValueError."""
+        for kind, rule in fixed_rules.items():
+            if getattr(self, kind) not in (None, rule):
+                raise ValueError(f"--{kind} {getattr(self, kind)} does not fit {model}, which needs {rule}")
+        return replace(self, **fixed_rules)
+
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""
         options = {f.name: getattr(self, f.name) for f in fields(RuleOptions)}

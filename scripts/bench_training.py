@@ -23,6 +23,7 @@ from models.mar import MAR
 from models.tokenizers import build_tokenizer
 from training.build import new_state
 from training.config import PRESETS, TrainConfig, resolve
+from training.objectives import OBJECTIVES
 from training.objectives.token import Batch, TokenObjective
 from training.state import TrainState
 from training.step import forward_backward, optimizer_step
@@ -75,7 +76,8 @@ def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainC
     heads = config.heads.build(mar.width)
     heads = heads.to(device) if heads is not None else None
     tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
-    state = new_state(config, mar, tokenizer, heads, flip=False)
+    objective = OBJECTIVES[config.train.objective].build(mar, heads, config.for_objective(flip=False))
+    state = new_state(objective, tokenizer, config.train, dist.pick_dtype(config.launch.dtype, device))
     state.wrapped.train()
     return state, config.train
 

@@ -13,9 +13,8 @@ import main_mar
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from sampling.run import Parts
-from training.build import new_state
 from training.checkpoints import checkpoint_content
-from training.config import CONFIGS, resolve
+from training.config import flag_classes, resolve
 from util import dist
 from util.checkpoint import save_checkpoint
 
@@ -51,11 +50,12 @@ def tiny_mar(**overrides) -> MAR:
 
 def untrained(folder, *flags):
     """The folder, with the checkpoint that main_mar.py would start from with these flags, for the digits."""
-    given = vars(main_mar.make_parser("", "", *CONFIGS).parse_args([*map(str, (*SMALLEST.split(), *flags))]))
+    given = vars(main_mar.make_parser("", "", *flag_classes()).parse_args([*map(str, (*SMALLEST.split(), *flags))]))
     config = resolve(given)
     classes = [str(digit) for digit in range(10)]
     mar = MAR(config.model.build(class_num=len(classes)))
-    state = new_state(config, mar, build_tokenizer("pixel", channels=1), config.heads.build(mar.width), flip=False)
+    tokenizer, heads = build_tokenizer("pixel", channels=1), config.heads.build(mar.width)
+    state = main_mar.make_state(config, mar, tokenizer, heads, flip=False)
     save_checkpoint(folder, checkpoint_content(state, 0, classes))
     return folder
 

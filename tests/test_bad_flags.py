@@ -25,11 +25,12 @@ from scripts import (
     train_tokenizer,
 )
 from tests.test_cli import refused
+from training.config import flag_classes
 from util.args import make_parser
 
 # program -> the dataclasses that its flags are made from
 CONFIGS = {
-    main_mar: main_mar.CONFIGS,
+    main_mar: flag_classes(),
     sample: sample.CONFIGS,
     bench_loader: [bench_loader.BenchArgs],
     bench: [bench.BenchArgs],

@@ -32,9 +32,9 @@ def shuffled(pairs, seed):
 def test_the_order_of_flags_and_deterministic_change_nothing(pictures, tmp_path, monkeypatch):  # noqa: F811
     """Of what is trained, and of the images that come of it."""
     words = [*TRAIN, "--data_path", str(pictures), "--learn", "order,group,tau,cfg", "--epochs", "2"]
-    seen, make = [], main_mar.new_state
+    seen, make = [], main_mar.make_state
     monkeypatch.setattr(
-        main_mar, "new_state", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or make(*a)
+        main_mar, "make_state", lambda *a: seen.append(torch.are_deterministic_algorithms_enabled()) or make(*a)
     )
     found, images = [], []
     for seed in (0, 1):

@@ -16,7 +16,7 @@ import main_mar
 from models.mar import MAR, MAR_CONFIGS
 from scripts import make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
 from tests.helpers import SMALLEST
-from training.config import resolve
+from training.config import flag_classes, resolve
 from util import dist
 from util.args import make_parser
 from util.door import run_main
@@ -101,14 +101,14 @@ def test_streams_without_encoding_are_left_alone(monkeypatch):
 
 @pytest.mark.parametrize("word", ["--output_dir=~/x", "--output_dir ~/x", "--resume=~", "--tokenizer=diffusers:~/x"])
 def test_a_home_folder_is_expanded_in_every_flag(word):
-    given = vars(make_parser("x", "", *main_mar.CONFIGS).parse_args(word.split()))
+    given = vars(make_parser("x", "", *flag_classes()).parse_args(word.split()))
     (value,) = given.values()
     assert os.path.expanduser("~") in value and "~" not in value
 
 
 @pytest.mark.parametrize("word", ["--output_dir=a~b", "--output_dir=x/~/y", "--init_from=~other/x"])
 def test_other_tildes_stay(word):
-    (value,) = vars(make_parser("x", "", *main_mar.CONFIGS).parse_args([word])).values()
+    (value,) = vars(make_parser("x", "", *flag_classes()).parse_args([word])).values()
     assert value == word.partition("=")[2]
 
 

@@ -14,7 +14,8 @@ from tests.helpers_heads import SCOPES, state_of, trained
 from tests.helpers_training import terms_of
 from training.objectives.draws import DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss
-from training.objectives.token import TokenObjective, base_group, training_state
+from training.objectives.states import base_group, training_state
+from training.objectives.token import TokenObjective
 
 # ---------------------------------------------------------------------------------------------------------- losses
 

@@ -13,11 +13,11 @@ from heads.step import StepState
 from models.diffloss import DiffLoss
 from tests.helpers import tiny_mar
 from tests.helpers_training import terms_of
-from training.config import resolve, visits
+from training.config import resolve
 from training.objectives.draws import DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.token import TokenObjective
-from training.objectives.visiting import MaskConfig, Visits
+from training.objectives.visiting import MaskConfig, Visits, make_visits
 
 LENGTH = 64
 
@@ -56,7 +56,7 @@ def trajectory(rules, draws, i, encode=None):
 
 
 def visits_of(config, heads):
-    return visits(config.masks, config.sampling, heads)
+    return make_visits(config.masks, config.sampling, heads)
 
 
 def no_pass(mask, num_visible):

@@ -5,15 +5,9 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import nn
 
-from models.families import SIZES
-from models.loading import check_latents, stored_model_config
-from models.mar import MARConfig
+from models.loading import check_latents, check_tokens, stored_model_config
 from models.tokenizers import Tokenizer, tokenizer_of
-from training.checkpoints import stored_settings
-from training.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig, visits
-from training.objectives import OBJECTIVES
-from training.objectives.draws import DrawSettings
-from training.objectives.token import Preparation
+from training.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from training.optim import EMA, make_optimizer
 from training.state import TrainState
 from util import dist
@@ -74,14 +68,20 @@ def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, data
 
 
 def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int) -> Tokenizer:
-    """The tokenizer for images of so many channels; what the flags say about it and is not so raises ValueError."""
+    """The tokenizer for images of so many channels; one that does not fit the model or the flags raises ValueError."""
     tokenizer = tokenizer_of(vars(config), channels)
-    for name, true in (("vae_stride", tokenizer.stride), ("vae_embed_dim", tokenizer.channels)):
-        if model.given[name] not in (None, true):
+    check_tokens(tokenizer, model.family_name)
+    for name, true in latents_of(tokenizer).items():
+        if model.settings[name] not in (None, true):
             raise ValueError(
-                f"--{name} {model.given[name]} does not fit the tokenizer {config.tokenizer}, which has {true}"
+                f"--{name} {model.settings[name]} does not fit the tokenizer {config.tokenizer}, which has {true}"
             )
     return tokenizer
+
+
+def latents_of(tokenizer: Tokenizer) -> dict:
+    """Fields of a model's configuration that the tokenizer decides."""
+    return dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
 
 
 def build_model(
@@ -91,12 +91,11 @@ def build_model(
 
     A checkpoint's content, if given, must fit these latents, and where its run is resumed the number of classes.
     """
-    if config.given["class_num"] not in (num_classes, MARConfig.class_num):  # the default is no statement
-        raise ValueError(
-            f"--class_num {config.given['class_num']} does not fit the data, which have {num_classes} classes"
-        )
+    wanted = config.settings["class_num"]
+    if wanted not in (num_classes, config.family.config.class_num):  # the default is no statement
+        raise ValueError(f"--class_num {wanted} does not fit the data, which have {num_classes} classes")
     if content is not None:
-        stored = stored_model_config(content)
+        stored = stored_model_config(content, config.family_name)
         if resumed and stored["class_num"] != num_classes:
             raise ValueError(
                 f"the checkpoint has {stored['class_num']} classes, the data in use have {num_classes}: --init_from "
@@ -104,41 +103,22 @@ def build_model(
             )
         if "vae_stride" in stored:
             check_latents(tokenizer, stored["vae_stride"], stored["vae_embed_dim"], "the checkpoint")
-    known = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels, class_num=num_classes)
-    return config.family.model(config.build(**known))
-
-
-def build_objective(config: RunConfig, model, heads, flip: bool) -> nn.Module:
-    """What is minimised, with how its batches are drawn; flip: may images be mirrored?"""
-    masks = None if config.launch.evaluate else visits(config.masks, config.sampling, heads)
-    train, settings = config.train, model.config
-    draws = DrawSettings(
-        seq_len=settings.seq_len,
-        mask_ratio_min=settings.mask_ratio_min,
-        label_drop_prob=settings.label_drop_prob,
-        mask_ratio_per_image=train.mask_ratio_per_image,
-        num_iter=None if heads is None and masks is None else config.heads.num_iter_range(),
-        cfg_max=config.heads.cfg_train_max,
-        every_token=masks is not None,
-    )
-    preparation = Preparation(train.seed, draws, flip, masks, config.heads.heads_from)
-    return OBJECTIVES[train.objective](model, heads, config.losses, config.sampling, preparation)
+    return config.family.model(config.build(**latents_of(tokenizer), class_num=num_classes))
 
 
 def freeze(model, train: TrainConfig) -> None:
-    """What is not trained asks for no gradient."""
+    """Let no parameter ask for a gradient that --freeze_backbone or --no-train_diffloss (the token head) exempts."""
     of_token_head = {id(parameter) for parameter in model.token_head.parameters()}
     for parameter in model.parameters():
         learns = train.train_diffloss if id(parameter) in of_token_head else not train.freeze_backbone
         parameter.requires_grad_(learns)
 
 
-def new_state(config: RunConfig, model, tokenizer, heads, flip: bool) -> TrainState:
-    """The state of a run that starts, all parts on the model's device; flip: may images be mirrored?"""
-    train, device = config.train, next(model.parameters()).device
-    dtype = dist.pick_dtype(config.launch.dtype, device)
+def new_state(objective: nn.Module, tokenizer: Tokenizer, train: TrainConfig, dtype: torch.dtype) -> TrainState:
+    """The state of a run that starts, for an objective whose parts are on their device; it lacks `stored`."""
+    model, heads = objective.model, objective.heads
+    device = next(model.parameters()).device
     freeze(model, train)
-    objective = build_objective(config, model, heads, flip)
     return TrainState(
         objective=objective,
         wrapped=objective if dist.world_size() == 1 else nn.parallel.DistributedDataParallel(objective),
@@ -152,5 +132,4 @@ def new_state(config: RunConfig, model, tokenizer, heads, flip: bool) -> TrainSt
         device=device,
         dtype=dtype,
         seed=train.seed,
-        stored=stored_settings(config, SIZES[config.model.model], model.config, tokenizer, heads),
     )

@@ -5,18 +5,17 @@ from pathlib import Path
 
 import torch
 
-from models.families import family_of
+from models.families import FAMILIES, family_of
 from models.loading import check_config
-from training.config import LaunchConfig, RunConfig
+from sampling.settings import SampleConfig
+from training.config import DataConfig, LaunchConfig, TokenizerConfig
 from training.state import TrainState
 from util import dist
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights
+from util.evaluation.protocol import EvalConfig
 from util.foreign import some_weights, type_of
 from util.images.reading import MARS_WAY
 
-# fields of MARConfig that may change within a run
-FREE = {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "num_sampling_steps"}
-FREE |= {"diffusion_batch_mul", "grad_checkpointing"}
 # settings that say where and how a run runs, not what it computes
 PLACES = {"resume", "init_from", "output_dir", "log_dir", "allow_mismatch", "device", "num_workers", "pin_mem"}
 PLACES |= {"world_size", "local_rank", "dist_url", "dist_on_itp", "keep_last", "preset", "class_num", "deterministic"}
@@ -25,24 +24,25 @@ PLACES |= {"keep_classes"}
 _STATE = {"optimizer": dict, "scaler": dict, "rng": dict, "epoch": int, "step": int}
 
 
-def stored_settings(config: RunConfig, family: str, model_config, tokenizer, heads) -> dict:
-    """{args, config} of a run's checkpoints, but for the names of the classes; the keys: util/checkpoint.py."""
+def stored_config(
+    state: TrainState,
+    family: str,
+    *,
+    tokenizer: TokenizerConfig,
+    data: DataConfig,
+    sampling: SampleConfig,
+    evaluation: EvalConfig,
+) -> dict:
+    """`config` of a run's checkpoints, but for the names of the classes; the keys: util/checkpoint.py."""
     return {
-        "args": config.flat(),
-        "config": {
-            "family": family,
-            family: asdict(model_config),
-            **asdict(config.tokenizer),
-            "latents": tokenizer.describe(),
-            "heads": heads.settings() if heads is not None else None,
-            "data": {
-                "name": config.data.data,
-                "path": config.data.data_path,
-                "reading": asdict(config.data.reading),
-            },
-            "sample": asdict(config.sampling),
-            "eval": asdict(config.evaluation),
-        },
+        "family": family,
+        family: asdict(state.model.config),
+        **asdict(tokenizer),
+        "latents": state.tokenizer.describe(),
+        "heads": state.heads.settings() if state.heads is not None else None,
+        "data": {"name": data.data, "path": data.data_path, "reading": asdict(data.reading)},
+        "sample": asdict(sampling),
+        "eval": asdict(evaluation),
     }
 
 
@@ -103,13 +103,14 @@ def check_output(launch: LaunchConfig) -> None:
 def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: list[str]) -> None:
     """Say which settings are not those of the checkpoint content that --resume continues.
 
-    stored: `stored_settings` of this run. Where sizes of the model, tokenizer or classes are others ValueError, unless
+    stored: {args, config} of this run. Where sizes of the model, tokenizer or classes are others ValueError, unless
     --allow_mismatch is given. (Sizes that change the shape of a weight are refused in any case, when the weights are
     loaded.)
     """
     now, before, args = stored["config"], content.get("config", {}), content.get("args")
     sizes, old_sizes = now[now["family"]], before.get(family_of(before), {})
-    changed = [name for name in sizes.keys() & old_sizes.keys() - FREE if old_sizes[name] != sizes[name]]
+    free = FAMILIES[now["family"]].config.FREE
+    changed = [name for name in sizes.keys() & old_sizes.keys() - free if old_sizes[name] != sizes[name]]
     wrong = sorted(f"{name} {old_sizes[name]}, not {sizes[name]}" for name in changed)
     if before.get("latents") not in (None, now["latents"]):
         wrong.append(f"latents of {before['latents']}, not {now['latents']}")

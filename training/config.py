@@ -8,14 +8,14 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import SCOPES, PolicyHeads
-from heads.schedules import RuleOptions
 from models.families import FAMILIES, SIZES, Family
-from models.mar import PUBLISHED, MARConfig
+from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
-from training.objectives.visiting import MaskConfig, Visits
+from training.objectives.settings import ObjectiveSettings
+from training.objectives.visiting import MaskConfig, make_visits
 from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
@@ -55,23 +55,34 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A size of a family, and what flags say about the rest."""
+    """A size of a family, and the fields of its configuration that flags or a preset set."""
 
     model: str = flag("mar_large", "model size", choices=SIZES)
-    given: dict = field(default_factory=dict)  # fields of the family's configuration; of latents None: not known yet
+    given: dict = field(default_factory=dict)  # by name; vae_stride and vae_embed_dim None: known with the tokenizer
+
+    @property
+    def family_name(self) -> str:
+        """The row of FAMILIES that the size belongs to."""
+        return SIZES[self.model]
 
     @property
     def family(self) -> Family:
-        """The row of FAMILIES that the size belongs to."""
-        return FAMILIES[SIZES[self.model]]
+        """That row."""
+        return FAMILIES[self.family_name]
+
+    @property
+    def settings(self) -> dict:
+        """The value of each flag of the family: the one given, else that of the size's row."""
+        row = self.family.sizes[self.model]
+        return {name: self.given.get(name, getattr(row, name)) for name in defaults(self.family.config)}
 
     @property
     def img_size(self) -> int:
         """Pixels of an image's side."""
-        return self.given["img_size"]
+        return self.settings["img_size"]
 
     def build(self, **known):
-        """The family's configuration: the size's row, the flags, and what is known by now of latents and classes."""
+        """The family's configuration: the size's row, what is given, and what data and tokenizer say."""
         return replace(self.family.sizes[self.model], **{**self.given, **known})
 
 
@@ -199,20 +210,33 @@ class RunConfig:
         given = {name: value for name, value in settings.items() if name in names}
         return cls(**parts | {"model": replace(parts["model"], given=given)})
 
+    def for_objective(self, flip: bool) -> ObjectiveSettings:
+        """The parts that objectives are made of; with --evaluate no masks are made, and need no rules."""
+        masks = MaskConfig() if self.launch.evaluate else self.masks
+        return ObjectiveSettings(self.train, masks, self.losses, self.heads, self.sampling, flip)
+
     def flat(self) -> dict:
         """The dict that `from_flat` takes."""
-        settings = dict(self.model.given)
+        settings = dict(self.model.settings)
         for part in fields(self):
             settings |= asdict(getattr(self, part.name))
         del settings["given"]
         return settings
 
 
-# the classes whose fields are the flags of main_mar.py
-CONFIGS = (*(part.type for part in fields(RunConfig)), *(family.config for family in FAMILIES.values()))
+PARTS = tuple(part.type for part in fields(RunConfig))
 
-# where MAR's command line and its constructor disagree, the command line counts
-_CLI_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536, diffusion_batch_mul=1)
+
+def flag_classes() -> tuple:
+    """The classes whose fields are the flags of main_mar.py."""
+    return (*PARTS, *(family.config for family in FAMILIES.values()))
+
+
+# where MAR's command line and its constructor disagree, the command line counts; the size of the diffusion MLP only
+# with the models that MAR has published
+_CLI_DEFAULTS = dict(diffusion_batch_mul=1)
+_PUBLISHED_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536)
+_KL16 = dict(vae_stride=16, vae_embed_dim=16)
 _PIXELS = dict(
     tokenizer="pixel", model="mar_tiny", vae_stride=1, diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4,
     label_drop_prob=0.1, buffer_size=4, attn_dropout=0.0, proj_dropout=0.0, num_workers=0, batch_size=64, blr=8e-3,
@@ -247,18 +271,13 @@ def resolve(given: dict) -> RunConfig:
     """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order."""
     preset = choose_preset(given)
     fixed = {**PRESETS.get(preset, {}), **given, "preset": preset if preset in PRESETS else None}
-    row = own_row(fixed.get("model", ModelConfig.model))
-    chosen = {**defaults(*CONFIGS), **_CLI_DEFAULTS, **row, **fixed}
+    published = _PUBLISHED_DEFAULTS if fixed.get("model", ModelConfig.model) in PUBLISHED else {}
+    chosen = {**defaults(*PARTS), **_CLI_DEFAULTS, **published, **fixed}
     config = RunConfig.from_flat(chosen | derive(chosen, given))
+    sampling = config.sampling.fitted(config.model.family.model.fixed_rules, config.model.model)
+    config = replace(config, sampling=sampling)
     check(config, given)
     return config
-
-
-def own_row(model: str) -> dict:
-    """The diffusion MLP of a model that MAR has not published: its command-line defaults are for those that it has."""
-    family = FAMILIES[SIZES[model]]
-    names = ("diffloss_d", "diffloss_w")
-    return {} if model in PUBLISHED else {name: getattr(family.sizes[model], name) for name in names}
 
 
 def choose_preset(given: dict) -> str | None:
@@ -286,7 +305,7 @@ def derive(chosen: dict, given: dict) -> dict:
         channels = PRESETS.get(data, {}).get("vae_embed_dim", 3)
         derived |= dict(vae_stride=given.get("vae_stride", 1), vae_embed_dim=given.get("vae_embed_dim", channels))
     else:  # a preset may be for pixels; None: what the tokenizer has, which is not loaded yet
-        published = defaults(MARConfig) if tokenizer == "kl16" else {}
+        published = _KL16 if tokenizer == "kl16" else {}
         for name in ("vae_stride", "vae_embed_dim"):
             derived[name] = given.get(name, published.get(name))
         derived["patch_size"] = given.get("patch_size", 1)
@@ -308,20 +327,15 @@ def check(config: RunConfig, given: dict) -> None:
         raise ValueError("--keep_classes needs --init_from DIR, whose classes are kept")
     if given.get("data_path") and config.data.data == "digits":
         raise ValueError(f"--data_path {config.data.data_path} has no meaning for --data digits, which need no folder")
+    of_others = defaults(*flag_classes()).keys() - defaults(*PARTS, config.model.family.config).keys()
+    for name in sorted(of_others & given.keys()):
+        raise ValueError(f"--{name} {given[name]} has no meaning for --model {config.model.model}")
     config.data.check(config.data.data)
     config.evaluation.resolved()
     if launch.evaluate:  # with the heads of the checkpoint
         return
     heads = config.heads.build(1)
     config.sampling.rules(heads)
-    visits(config.masks, config.sampling, heads)
+    make_visits(config.masks, config.sampling, heads)
     if train.freeze_backbone and not train.train_diffloss and not config.heads.learn:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")
-
-
-def visits(masks: MaskConfig, sampling: SampleConfig, heads: PolicyHeads | None) -> Visits | None:
-    """What makes the training masks; None for the published ones."""
-    if masks.train_masks == "random":
-        return None
-    options = {option.name: getattr(sampling, option.name) for option in fields(RuleOptions)}
-    return Visits(masks, heads, sampling.order, sampling.group, **options)

@@ -1,4 +1,4 @@
-"""Everything that training changes, and the parts it works with."""
+"""The state of a training run: what a step changes, and the parts that it works with."""
 
 import contextlib
 from dataclasses import dataclass, field

@@ -19,9 +19,11 @@ class Tokenizer(nn.Module):
     kind: "pixel", a name of LDM's, or the autoencoder's class. gaussian: do images have a posterior, so that their
     moments are its mean and log-variance (2c channels)? Else they are the raw latents (c channels). scale and mean: a
     number, or one for each channel. A sub-class may set `clip`, (lo, hi) for a predicted x₀ in normalised units, and
-    `settings`, plain values which besides the weights decide its moments.
+    `settings`, plain values which besides the weights decide its moments. tokens: what a model can take them as, see
+    `models.families.Family`.
     """
 
+    tokens: tuple[str, ...] = ("continuous",)
     clip = None
     settings: dict = {}
 

@@ -25,11 +25,11 @@ class TokenDraws:
 
     rows: torch.Tensor  # (N,) long, as image·L + position
     draws: dict[str, torch.Tensor]  # `TokenHead.draws`, each (m, N, …)
-    num_others: int = 0  # the last so many rows are there to be compared by heads, the loss leaves them out
+    num_others: int = 0  # of the last rows, which heads compare with the others and the loss leaves out
 
     @property
     def num_targets(self) -> int:
-        """How many rows the loss is a mean over."""
+        """Number of rows that the loss is a mean over."""
         return len(self.rows) - self.num_others
 
     def to(self, device) -> "TokenDraws":
@@ -37,7 +37,7 @@ class TokenDraws:
         return _moved(replace(self, draws={k: v.to(device, non_blocking=True) for k, v in self.draws.items()}), device)
 
     def narrowed(self, targets, others) -> "TokenDraws":
-        """Of draws for every token those that targets (b, L) bool and, after them, others (b, L) bool name."""
+        """Of draws for every token those of targets (b, L) bool, then those of others (b, L) bool."""
         parts = [part.flatten().nonzero().squeeze(1) for part in (targets, others & ~targets)]
         rows = torch.cat(parts)
         return TokenDraws(rows, {k: v[:, rows] for k, v in self.draws.items()}, num_others=len(parts[1]))

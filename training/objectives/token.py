@@ -1,69 +1,23 @@
-"""The published objective: the token head's loss on masked tokens and, with learned heads, theirs (DESIGN.md 4).
+"""The published objective: the token head's loss on masked tokens and, with learned heads, theirs (docs/heads.md).
 
 Legend: b images, L tokens an image, N token rows in all, m draws of the token head for each, D width of z, n tokens
 unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from heads.policy import PolicyHeads, base_scores
-from heads.rules import whole_group
-from heads.schedules import CFGS, GROUPS, RuleOptions
-from heads.step import StepState
-from training.objectives.draws import Draws, DrawSettings, PolicyDraws, training_draws
+from heads.schedules import CFGS, RuleOptions
+from training.objectives.draws import Draws, DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
+from training.objectives.settings import ObjectiveSettings
+from training.objectives.states import base_group, needs_every_loss, training_state
+from training.objectives.visiting import Visits, make_visits
 from util.dist import autocast, send
 from util.rng import generator, seed_of
-
-
-def training_state(policy: PolicyDraws, mask, z=None) -> StepState:
-    """The StepState of images with this mask; the step is the one drawn, else the one that fits the mask best.
-
-    A published mask belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or
-    comes nearest to it.
-    """
-    length, step = mask.shape[1], policy.step
-    n = mask.sum(dim=1)
-    if step is None:
-        step = torch.tensor([_nearest_step(length, k, c) for k, c in zip(policy.num_iter.tolist(), n.tolist())])
-    return StepState(
-        step=step,
-        num_iter=policy.num_iter,
-        mask=mask,
-        num_unknown=n.float(),
-        num_start=torch.full_like(n, length, dtype=torch.float32),
-        gumbel=policy.gumbel,
-        z=z,
-        images=torch.arange(len(mask), device=mask.device),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _nearest_step(length: int, num_iter: int, unknown: int) -> int:
-    """The step at which a cosine schedule of num_iter steps over length tokens has about this many unknown."""
-    visited = _unknown_counts(length, num_iter)
-    return min(range(len(visited)), key=lambda step: abs(visited[step] - unknown))
-
-
-@functools.lru_cache(maxsize=256)
-def _unknown_counts(length: int, num_iter: int) -> list[float]:
-    """How many tokens are unknown before each step of the cosine schedule, as long as there are any."""
-    counts, n = [], torch.full((1,), float(length))
-    while n > 0:
-        counts.append(n.item())
-        mask = torch.zeros(1, length, dtype=torch.bool)
-        state = StepState(len(counts) - 1, num_iter, mask, n, torch.full((1,), float(length)), None, None, None)
-        n = n - base_group(state)
-    return counts
-
-
-def base_group(state: StepState) -> torch.Tensor:
-    """Group size (B,) of the cosine schedule at this state; all that is left at the last step."""
-    return whole_group(lambda state: GROUPS["cosine"](state, RuleOptions()), state)
 
 
 class HeadPlan:
@@ -117,11 +71,6 @@ class HeadPlan:
         return statistics
 
 
-def needs_every_loss(heads: PolicyHeads | None) -> bool:
-    """Do the losses of these heads compare all masked tokens, targets or not?"""
-    return heads is not None and bool({"order", "group"} & set(heads.learn))
-
-
 @dataclass(frozen=True)
 class Batch:
     """A prepared micro-batch: tokens (b, L, …), labels (b,) with −1 where dropped, and the draws, all on the device."""
@@ -138,16 +87,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How batches are drawn.
+    """What `TokenObjective.prepare` makes batches with.
 
-    flip: may images be mirrored? visits: a `training.objectives.visiting.Visits` that makes the masks, None for the
-    published ones. heads_from: the epoch from which heads say something.
+    flip: may images be mirrored? visits: makes the masks; None for the published ones. heads_from: the epoch from which
+    heads decide; before it, hand-made rules do.
     """
 
     seed: int
     draws: DrawSettings
     flip: bool = False
-    visits: object = None
+    visits: Visits | None = None
     heads_from: float = 0.0
 
 
@@ -172,6 +121,23 @@ class TokenObjective(nn.Module):
         self.losses = losses or HeadLossConfig()
         self.options = options or RuleOptions()
         self.preparation = preparation
+
+    @classmethod
+    def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "TokenObjective":
+        """The objective of a run, see `training.objectives`."""
+        train, sizes = settings.train, model.config
+        visits = make_visits(settings.masks, settings.sampling, heads)
+        draws = DrawSettings(
+            seq_len=sizes.seq_len,
+            mask_ratio_min=sizes.mask_ratio_min,
+            label_drop_prob=sizes.label_drop_prob,
+            mask_ratio_per_image=train.mask_ratio_per_image,
+            num_iter=None if heads is None and visits is None else settings.heads.num_iter_range(),
+            cfg_max=settings.heads.cfg_train_max,
+            every_token=visits is not None,
+        )
+        preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from)
+        return cls(model, heads, settings.losses, settings.sampling, preparation)
 
     def train(self, mode: bool = True):
         """As ever, but what is wholly frozen stays in eval mode: its dropout would only be noise."""
@@ -254,7 +220,7 @@ class TokenObjective(nn.Module):
         return type(predictions[0])(*(torch.cat(values)[place] for values in zip(*predictions)))
 
     def _guidance_loss(self, w, batch: Batch, prediction, target, tau, rows):
-        """The loss of the guidance scales w (b, 1) or (b, L), which nothing but them is trained on."""
+        """ε-consistency of the guidance scales w (b, 1) or (b, L): its gradient reaches w only."""
         draws, head = batch.draws, self.model.token_head
         with torch.no_grad():  # the one extra pass, and only where guidance is learned
             z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible)

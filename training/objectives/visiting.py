@@ -1,17 +1,19 @@
-"""Training masks that a schedule visits: the visible sets that rules, hand-made or learned, make (DESIGN.md section 4).
+"""Training masks that a schedule visits: the visible sets that rules, hand-made or learned, make (docs/heads.md).
 
 Legend: b images, L tokens an image, K = num_iter of an image. `mask` (b, L) bool is True where a token is masked.
 draws is a `training.objectives.draws.Draws` made for every token, with policy draws.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from heads.policy import PolicyHeads, build_rules
 from heads.rules import hard_topk, whole_group
-from training.objectives.token import needs_every_loss, training_state
+from heads.schedules import RuleOptions
+from sampling.settings import SampleConfig
+from training.objectives.states import needs_every_loss, training_state
 from util.args import flag
 
 MASKS = ("random", "visited", "policy", "mix")
@@ -20,7 +22,7 @@ TARGETS = ("masked", "next")
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Where training masks come from, and which masked tokens are learned."""
+    """Where training masks come from, and which of the masked tokens are targets of the loss."""
 
     train_masks: str = flag("random", "masks: published, met by hand-made or by current rules, or mixed", choices=MASKS)
     train_targets: str = flag("masked", "what is learned: all masked tokens, or the next group", choices=TARGETS)
@@ -48,9 +50,9 @@ class Visits:
     """Replaces the random masks of training draws by those that rules meet.
 
     config: which masks. order, group, options: the rules and their numbers, as for `heads.policy.build_rules`. An image
-    at step s of its K (s uniform) has had s groups revealed. Hand-made rules need no network. Learned ones are scored
-    in policy_passes no-gradient passes a batch, which share the image's plans out evenly: as many passes as plans are
-    exact, a single one ranks all tokens on the empty canvas.
+    at step s of its K (s uniform) has had s groups revealed. Hand-made rules need no network. Learned ones need z: each
+    of the policy_passes no-gradient passes of a batch serves an equal share of the image's s + 1 plans. With s + 1
+    passes the plans are those of sampling; with one, all of them use z of the empty canvas.
     """
 
     def __init__(self, config: MaskConfig, heads: PolicyHeads | None, order: str | None, group: str | None, **options):
@@ -101,3 +103,11 @@ class Visits:
             step = torch.where(keep, training_state(replace(draws.policy, step=None), draws.mask).step, step)
         compared = needs_every_loss(self.heads) and not draws.policy.heads_rest
         return draws.with_mask(mask, step, targets, others=mask if compared else None)
+
+
+def make_visits(masks: MaskConfig, sampling: SampleConfig, heads: PolicyHeads | None) -> Visits | None:
+    """What makes the training masks, by the rules that sampling names; None for the published masks."""
+    if masks.train_masks == "random":
+        return None
+    options = {option.name: getattr(sampling, option.name) for option in fields(RuleOptions)}
+    return Visits(masks, heads, sampling.order, sampling.group, **options)

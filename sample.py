@@ -14,14 +14,16 @@ changing fastest. What results.jsonl has already is skipped.
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine_mar import evaluate
 from heads.policy import load_heads
-from models.families import SIZES
+from models.families import SIZES, family_of
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
@@ -134,13 +136,15 @@ class Setting:
     present: dict | None = None  # the finished row, where results.jsonl has it already
 
 
-def span(given: dict, base: dict) -> list[Setting]:
-    """All combinations of the comma lists among the flags given, in their order; base has the values of the others."""
+def span(given: dict, base: dict, fit: Callable) -> list[Setting]:
+    """All combinations of the comma lists among the flags given, in their order; base has the values of the others.
+
+    fit(SampleConfig) -> the same with the rules that the model needs.
+    """
     lists = {k: v for k, v in given.items() if k in SWEEPS}
     grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
-    return [
-        Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, {**base, **point}).resolved()) for point in grid
-    ]
+    settings = [(point.get("seed", SampleArgs.seed), pick(SampleConfig, {**base, **point})) for point in grid]
+    return [Setting(seed, fit(sampling).resolved()) for seed, sampling in settings]
 
 
 def name_settings(settings: list[Setting], suffix: str) -> None:
@@ -251,7 +255,7 @@ def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
     """What is edited; None without --edit_image, and in a dry run whose picture is missing."""
     if args.edit_image is None or (args.dry_run and not Path(args.edit_image).is_file()):
         return None
-    cell = model_config.vae_stride * model_config.patch_size
+    cell = model_config.img_size // model_config.grid
     return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
 
 
@@ -282,7 +286,8 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
-    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
+    settings = span(given, base, partial(SampleConfig.fitted, fixed_rules=model.fixed_rules, model=family_of(config)))
+    evaluation = pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

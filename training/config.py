@@ -72,9 +72,9 @@ class ModelConfig:
 
     @property
     def settings(self) -> dict:
-        """The value of each flag of the family: the one given, else that of the size's row."""
+        """The value of each field of the family's configuration: the one given, else that of the size's row."""
         row = self.family.sizes[self.model]
-        return {name: self.given.get(name, getattr(row, name)) for name in defaults(self.family.config)}
+        return {field.name: self.given.get(field.name, getattr(row, field.name)) for field in fields(row)}
 
     @property
     def img_size(self) -> int:
@@ -217,7 +217,8 @@ class RunConfig:
 
     def flat(self) -> dict:
         """The dict that `from_flat` takes."""
-        settings = dict(self.model.settings)
+        flags = defaults(self.model.family.config)
+        settings = {name: value for name, value in self.model.settings.items() if name in flags}
         for part in fields(self):
             settings |= asdict(getattr(self, part.name))
         del settings["given"]

@@ -1,0 +1,112 @@
+"""One file and one row make a family: training, heads, evaluation, resuming, sampling, loading, refusals."""
+
+import json
+
+import pytest
+import torch
+
+import main_mar
+import sample
+from models import families
+from models.loading import load_mar, load_model
+from tests import helpers_family
+from tests.test_cli import refused
+from util.checkpoint import load_checkpoint
+
+TRAIN = "--data digits --model mean_small --tokenizer pixel --img_size 8 --batch_size 256 --blr 0.01".split()
+TRAIN += "--num_iter 3 --num_images 20 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
+SAMPLE = "--num_images 4 --metrics none --num_iter 3 --cfg 1.5 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def row(monkeypatch):
+    monkeypatch.setitem(families.FAMILIES, "mean", helpers_family.ROW)
+    for size in helpers_family.SIZES:
+        monkeypatch.setitem(families.SIZES, size, "mean")
+
+
+@pytest.fixture
+def run(tmp_path):
+    words = [*TRAIN, "--learn", "group,tau,cfg", "--output_dir", str(tmp_path / "run")]
+    assert main_mar.main([*words, "--epochs", "1"]) == 0
+    return words, tmp_path / "run"
+
+
+def test_it_trains_resumes_evaluates_samples_and_loads(run, tmp_path):
+    words, folder = run
+    first = load_checkpoint(folder)
+    assert first["config"]["family"] == "mean" and first["config"]["mean"]["hidden"] == 12
+    assert first["config"]["mean"]["class_num"] == 10 and first["config"]["sample"]["order"] == "raster"
+    assert main_mar.main([*words, "--epochs", "2", "--resume", str(folder)]) == 0
+    second = load_checkpoint(folder)
+    assert second["step"] == 2 * first["step"]
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    assert main_mar.main([*words, "--resume", str(folder), "--evaluate"]) == 0
+    assert sample.main(["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE]) == 0
+    assert (
+        sample.main(
+            ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE, "--infer_mode", "both"]
+        )
+        == 0
+    )
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["settings"]["order"] for row in rows] == ["raster", "raster"]
+    model, _, config = load_model(folder)
+    assert isinstance(model, helpers_family.MeanModel) and torch.equal(
+        model.mix.weight, second["model_ema"]["mix.weight"]
+    )
+    with pytest.raises(ValueError, match="family mean, not mar"):
+        load_mar(folder)
+
+
+def test_a_new_stage_starts_from_its_frozen_weights(run, tmp_path):
+    words, folder = run
+    stage = [*TRAIN, "--output_dir", str(tmp_path / "stage"), "--epochs", "1", "--freeze_backbone"]
+    assert main_mar.main([*stage, "--init_from", str(folder)]) == 0
+    assert load_checkpoint(tmp_path / "stage")["model"]["mix.weight"].equal(
+        load_checkpoint(folder)["model"]["mix.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--diffloss_d 3", "--diffloss_d 3 has no meaning for --model mean_small"),
+        ("--order random", "--order random does not fit mean_small, which needs raster"),
+        ("--noise -1", "--noise: invalid value '-1'"),
+    ],
+)
+def test_flags_that_do_not_fit_it_are_refused(flags, message, capsys, tmp_path):
+    line = refused(main_mar.main, [*TRAIN, *flags.split(), "--output_dir", str(tmp_path)], capsys)
+    assert message in line
+
+
+def test_checkpoints_of_other_families_and_rules_are_refused(run, capsys, tmp_path):
+    _, folder = run
+    line = refused(
+        main_mar.main, ["--data", "digits", "--init_from", str(folder), "--output_dir", str(tmp_path / "x")], capsys
+    )
+    assert "the checkpoint is of the family mean, the model that --model names of mar" in line
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out")]
+    assert "--order random does not fit mean, which needs raster" in refused(
+        sample.main, [*place, "--order", "random"], capsys
+    )
+    assert "--diffloss_d 3 has no meaning" in refused(sample.main, [*place, "--diffloss_d", "3"], capsys)
+    line = refused(sample.main, [*place, "--model", "mean_large"], capsys)
+    assert f"--model mean_large does not fit {folder}, which has hidden 12" in line
+    assert "--model mar_tiny does not fit" in refused(sample.main, [*place, "--model", "mar_tiny"], capsys)
+
+
+def test_a_tokenizer_of_other_tokens_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(families.FAMILIES, "mean", helpers_family.ROW._replace(tokens=("discrete",)))
+    line = refused(main_mar.main, [*TRAIN, "--output_dir", str(tmp_path)], capsys)
+    assert "the tokenizer pixel makes continuous tokens, the family mean takes discrete ones" in line
+
+
+def test_its_sizes_keep_their_own_values(capsys):
+    for size, hidden, noise in (("mean_small", 12, 0.2), ("mean_large", 24, 0.3)):
+        assert main_mar.main(["--data", "digits", "--model", size, "--dry_run"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert shown["mean"]["hidden"] == hidden and shown["noise"] == shown["mean"]["noise"] == noise
+        assert "mar" not in shown

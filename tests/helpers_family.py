@@ -1,6 +1,6 @@
 """A family that shares no name with MAR but those of the interfaces: one file, and one row, `ROW`.
 
-z of a token is an MLP of the label, the token's place and the mean of the known tokens. Its token head says that a token
+z of a token is an MLP of label, place and the mean of the known tokens. Its token head says that a token
 is a linear function of z with normal noise, times τ.
 """
 

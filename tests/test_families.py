@@ -1,5 +1,6 @@
 """The loop drives families it does not know: causal in random order, next-scale; against a loop without any store."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -23,22 +24,37 @@ def whole_scale(state):
     return state.mask.sum(dim=1).float()
 
 
-def guided_from(step):
-    """w, rising; 1 in the steps before this one."""
-    return lambda state, after: 1.0 + 0.4 * state.step if state.step >= step else 1.0
+def scales_of_w(guided):
+    """w of each step and image: rising with the step where `guided` says so, (step, image) -> bool, else 1."""
+    return lambda step, image: 1.4 + 0.4 * step if guided(step, image) else 1.0
 
 
-def causal(first_guided):
-    rules = replace(build_rules("baseline", temperature=0.9), group=one_at_a_time, cfg=guided_from(first_guided))
-    return Causal(6), rules, 6
+def rule_of(scale):
+    """A guidance rule from scale(step, image)."""
+    return lambda state, after: torch.tensor([[scale(state.step, i)] for i in state.images.tolist()])
 
 
-def next_scale(first_guided):
-    rules = replace(build_rules("baseline", temperature=0.9), group=whole_scale, cfg=guided_from(first_guided))
-    return NextScale(len(SCALES)), rules, 3
+# when guidance acts, by step and image
+GUIDED = {
+    "always": lambda step, image: True,
+    "late": lambda step, image: step >= 2,
+    "never": lambda step, image: False,
+    "on, off, on": lambda step, image: step != 1,
+    "in some images": lambda step, image: (step + image) % 3 != 0,
+}
 
 
-def naive(model, rules, num_iter, scale_of, known=None):
+def causal(guided):
+    rules = build_rules("baseline", temperature=0.9)
+    return Causal(6), replace(rules, group=one_at_a_time, cfg=rule_of(scales_of_w(guided))), 6
+
+
+def next_scale(guided):
+    rules = build_rules("baseline", temperature=0.9)
+    return NextScale(len(SCALES)), replace(rules, group=whole_scale, cfg=rule_of(scales_of_w(guided))), 3
+
+
+def naive(model, guided, num_iter, scale_of, known=None):
     """Tokens (B, L, 1), each from all tokens before it, with noise in the order of drawing; scale_of: of a position."""
     images = []
     for row, (label, seed) in enumerate(zip(LABELS.tolist(), SEEDS)):
@@ -53,10 +69,8 @@ def naive(model, rules, num_iter, scale_of, known=None):
                 left = [p for p in order if p not in seen]
                 group = left[:1]
             else:
-                group = [p for p in range(length) if scale_of[p] == step]
-            if not group:
-                break
-            w = guided_from(rules)(type("S", (), {"step": step}), None)
+                group = [p for p in range(length) if scale_of[p] == step and unknown[p]]
+            w = scales_of_w(guided)(step, row)
             noise = torch.randn(len(group), 1, generator=g)
             drawn = []
             for position, draw in zip(group, noise):
@@ -71,46 +85,103 @@ def naive(model, rules, num_iter, scale_of, known=None):
     return torch.stack(images)
 
 
-@pytest.mark.parametrize("first_guided", [0, 1, 3, 99])
+@pytest.mark.parametrize("guided", GUIDED)
 @torch.no_grad()
-def test_a_causal_family_in_random_order(first_guided):
-    """99: never guided; 3: the unconditional half joins late, and its keys with it."""
-    model, rules, num_iter = causal(first_guided)
+def test_a_causal_family_in_random_order(guided):
+    """Where guidance joins late, or comes back, the keys without label have holes to fill."""
+    model, rules, num_iter = causal(GUIDED[guided])
     made = generate(model, LABELS, rules, num_iter, 1, seeds=SEEDS)
-    torch.testing.assert_close(made, naive(model, first_guided, num_iter, None))
+    torch.testing.assert_close(made, naive(model, GUIDED[guided], num_iter, None))
 
 
 @torch.no_grad()
 def test_a_causal_family_keeps_known_tokens():
-    model, rules, num_iter = causal(1)
+    model, rules, num_iter = causal(GUIDED["on, off, on"])
     tokens = torch.linspace(-1, 1, 24).reshape(4, 6, 1)
     mask = torch.tensor([[1, 0, 1, 1, 0, 1]]).expand(4, -1).bool()
     made = generate(model, LABELS, rules, num_iter, 1, seeds=SEEDS, tokens=tokens, mask=mask)
-    torch.testing.assert_close(made, naive(model, 1, num_iter, None, known=(tokens, mask)))
+    torch.testing.assert_close(made, naive(model, GUIDED["on, off, on"], num_iter, None, known=(tokens, mask)))
     assert torch.equal(made[~mask], tokens[~mask])
 
 
-@pytest.mark.parametrize("first_guided", [0, 1, 99])
+@pytest.mark.parametrize("guided", GUIDED)
 @torch.no_grad()
-def test_a_next_scale_family_without_guidance_in_the_first_group(first_guided):
-    model, rules, num_iter = next_scale(first_guided)
+def test_a_next_scale_family(guided):
+    model, rules, num_iter = next_scale(GUIDED[guided])
     groups = []
     made = generate(
         model, LABELS, rules, num_iter, 1, seeds=SEEDS, callback=lambda s, rows, *_: groups.append(len(rows))
     )
     assert groups == [4 * 1, 4 * 4, 4 * 9]
-    torch.testing.assert_close(made, naive(model, first_guided, num_iter, SCALES.tolist()))
+    torch.testing.assert_close(made, naive(model, GUIDED[guided], num_iter, SCALES.tolist()))
+
+
+@pytest.mark.parametrize("given", [SCALES == 0, SCALES == 1, (SCALES == 1) | (torch.arange(14) % 3 == 0)])
+@torch.no_grad()
+def test_a_next_scale_family_keeps_known_tokens(given):
+    """Scales of which all or some tokens are given; in the second image none, so that steps differ between images."""
+    model, rules, num_iter = next_scale(GUIDED["in some images"])
+    tokens = torch.linspace(-1, 1, 4 * 14).reshape(4, 14, 1)
+    mask = torch.stack([~given, torch.ones(14).bool(), ~given, ~given])
+    made = generate(model, LABELS, rules, num_iter, 1, seeds=SEEDS, tokens=tokens, mask=mask)
+    torch.testing.assert_close(made, naive(model, GUIDED["in some images"], num_iter, SCALES.tolist(), (tokens, mask)))
+    assert torch.equal(made[~mask], tokens[~mask])
+
+
+@torch.no_grad()
+def test_a_scale_that_is_given_in_all_images_draws_nothing():
+    model, rules, num_iter = next_scale(GUIDED["always"])
+    tokens, mask = torch.full((4, 14, 1), 0.3), (SCALES != 1).expand(4, -1)
+    steps = []
+    generate(
+        model, LABELS, rules, num_iter, 1, seeds=SEEDS, tokens=tokens, mask=mask, callback=lambda s, *_: steps.append(s)
+    )
+    assert steps == [0, 2]
+
+
+@pytest.mark.parametrize("group, sizes", [("cosine", [1, 4, 9]), ("half", [1, 2, 4])])
+@torch.no_grad()
+def test_rules_see_z_of_the_positions_that_there_are_and_guidance_the_tokens_left(group, sizes):
+    """Group rules that ask for more than a scale has get the scale; z of other positions is 0."""
+    model, rules, num_iter = next_scale(GUIDED["never"])
+    seen = []
+
+    def half(state):
+        return (state.mask.sum(dim=1) / 2).ceil()
+
+    def order(state):
+        expected, places = model.conditions(LABELS).look(state.step, known["tokens"], None, state.images)
+        at = places.unsqueeze(-1).expand(-1, -1, expected.shape[-1])
+        assert torch.equal(state.z.gather(1, at), expected)
+        assert state.z.count_nonzero() == expected.count_nonzero() > 0
+        return state.gumbel
+
+    def cfg(state, after):
+        seen.append((state.num_unknown - after).tolist())
+        return 1.0
+
+    known = {"tokens": torch.zeros(4, 14, 1)}
+
+    def keep(step, rows, plan, tokens):
+        known["tokens"] = tokens
+
+    chosen = build_rules("baseline", group="cosine").group if group == "cosine" else half
+    rules = replace(rules, order=order, cfg=cfg, group=chosen)
+    enough = group == "cosine"
+    with contextlib.nullcontext() if enough else pytest.raises(ValueError, match="num_iter 3 is too small"):
+        generate(model, LABELS, rules, num_iter, 1, seeds=SEEDS, callback=keep)
+    assert seen[:2] == [[float(size)] * 4 for size in sizes[:2]]
 
 
 def test_steps_that_do_not_suffice_are_refused():
-    model, rules, _ = causal(99)
+    model, rules, _ = causal(GUIDED["never"])
     with pytest.raises(ValueError, match="num_iter 3 is too small: 12 tokens are left"):
         generate(model, LABELS, rules, 3, 1, seeds=SEEDS)
 
 
 @pytest.mark.parametrize("family", [causal, next_scale])
 def test_decode_is_differentiable_in_toys(family):
-    model, rules, num_iter = family(1)
+    model, rules, num_iter = family(GUIDED["late"])
     out = decode(model, LABELS, rules, num_iter, 1, seeds=SEEDS).square().sum()
     gradient = torch.autograd.grad(out, model.weight)[0]
     with torch.no_grad():

@@ -52,7 +52,7 @@ class Head(nn.Module):
 
 
 class PolicyHeads(nn.Module):
-    """The learned heads: order, group size, τ and guidance, those of them that `learn` names (seed 000).
+    """The learned heads: order, group size, τ and guidance, those of them that `learn` names.
 
     dim: width of z. tau_mode, cfg_mode: global (one value an image) or token. rho, tau, cfg: bounds (low, high) of the
     group-size ratio, the temperature and the guidance scale. An unknown name or a bound out of order is a ValueError.

@@ -1,4 +1,4 @@
-"""A differentiable top-k with a fractional k (seed 000, DESIGN.md section 4).
+"""A differentiable top-k with a fractional k (docs/heads.md).
 
 Legend: B images, L tokens an image, n valid tokens of an image.
 """

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.build import build_images, make_tokenizer
-from training.config import RunConfig, resolve
+from training.config import DataConfig, ModelConfig, TokenizerConfig, resolve
 from util import dist
 from util.args import check_folder, flag, make_parser, pick
 from util.door import run_main
@@ -124,13 +124,13 @@ def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str],
     print(f"train on them with --use_cached --cached_path {folder}")
 
 
-def run(args: CacheArgs, config: RunConfig) -> int:
-    """Make the cache, or its missing units; config: the settings of main_mar.py that these flags give."""
+def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: ModelConfig) -> int:
+    """Make the cache, or its missing units; the settings are those of main_mar.py that these flags give."""
     device = dist.pick_device(args.device)
     folder = Path(args.cached_path)
     check_folder("cached_path", args.cached_path)
-    dataset = build_images(config.data, args.img_size)
-    tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels).to(device).eval()
+    dataset = build_images(data, args.img_size)
+    tokenizer = make_tokenizer(tokenizer, model, dataset.channels).to(device).eval()
     if args.img_size % tokenizer.stride:
         raise ValueError(f"--img_size {args.img_size} must be a multiple of the tokenizer's {tokenizer.stride}")
     side = args.img_size // tokenizer.stride
@@ -141,7 +141,7 @@ def run(args: CacheArgs, config: RunConfig) -> int:
         img_size=args.img_size,
         shape=[tokenizer.moment_channels, side, side],
         fingerprint=tokenizer.fingerprint,
-        reading=asdict(config.data.reading) if config.data.data == "imagefolder" else None,
+        reading=asdict(data.reading) if data.data == "imagefolder" else None,
         classes=dataset.classes,
         num_images=len(dataset),
         images=reference_hash(dataset),
@@ -204,7 +204,7 @@ def main(argv=None) -> int:
         return 0
     try:
         dist.init(dist.pick_device(args.device), args.dist_url, args.dist_on_itp)
-        return run(args, config)
+        return run(args, config.data, config.tokenizer, config.model)
     finally:
         dist.shutdown()
 

@@ -45,6 +45,8 @@ def imports(path: Path) -> list[tuple[str, bool, bool]]:
             base = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*base, *filter(None, [node.module])])
             names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+            names = [ast.literal_eval(node.args[0])] if isinstance(node.args[0], ast.Constant) else ["?"]
         else:
             names = []
         found.extend((name, for_types, at_once) for name in names)
@@ -136,6 +138,7 @@ class M:
     import n
     def method(self):
         import o
+        importlib.import_module("p")
 """
     monkeypatch.setattr(sys.modules[__name__], "tree_of", lambda path: ast.parse(source))
     found = imports(ROOT / "models" / "tokenizers" / "x.py")
@@ -143,7 +146,7 @@ class M:
     assert at_once == {"a.b", "c", "e.f", "e.f.g", "models.tokenizers", "models.tokenizers.h", "models.i",
                        "models.i.j", "k", "l", "n"}  # fmt: skip
     assert {name for name, for_types, _ in found if for_types} == {"models", "models.mar"}
-    assert {name for name, for_types, now in found if not now and not for_types} == {"o"}
+    assert {name for name, for_types, now in found if not now and not for_types} == {"o", "p"}
 
 
 def loaded_by(program: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""What the learned heads are trained on (seed 000, DESIGN.md section 4); every loss is a scalar mean over images.
+"""What the learned heads are trained on (docs/heads.md); every loss is a scalar mean over images.
 
 Legend: B images, L tokens an image, N rows (m draws of the token head for each masked token).
 `mask` (B, L) bool is True where a token is masked.

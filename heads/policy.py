@@ -11,7 +11,7 @@ from torch import nn
 
 from heads.orders import ORDERS
 from heads.rules import Rules
-from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
+from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.step import StepState
 from util.checkpoint import load_checkpoint, load_weights
 
@@ -183,13 +183,29 @@ def learned_cfg(heads, base, options):
     return lambda state, after: heads.guidance(state, _column(base(state, after), state), options.cfg)
 
 
-# kind: (hand-made rules, the learned one, the rule that the learned one moves)
+# kind: (hand-made rules, the learned one or None, the rule that the learned one moves, or that stands in every mode)
 RULES = {
     "order": (ORDERS, learned_order, "random"),  # or RuleOptions.order_base
     "group": (GROUPS, learned_group, "cosine"),
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),
+    "profile": (PROFILES, None, "constant"),
 }
+FLAGS = {"order": "order", "group": "group", "tau": "tau_schedule", "cfg": "cfg_schedule", "profile": "cfg_profile"}
+
+
+def rule_names(mode: str) -> dict[str, str]:
+    """{kind: name of the rule} of an inference mode; an unknown one raises ValueError."""
+    if mode not in INFER_MODES:
+        raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
+    names = dict(zip(HEADS, INFER_MODES[mode]))
+    return {kind: names.get(kind, moved) for kind, (_, _, moved) in RULES.items()}
+
+
+def choices(kind: str) -> tuple[str, ...]:
+    """The names of the rules of a kind."""
+    table, learned, _ = RULES[kind]
+    return (*table, "learned") if learned else tuple(table)
 
 
 def build_rules(
@@ -200,22 +216,21 @@ def build_rules(
     group: str | None = None,
     tau_schedule: str | None = None,
     cfg_schedule: str | None = None,
+    cfg_profile: str | None = None,
     **options,
 ) -> Rules:
-    """The rules of an inference mode, any of the four replaced by the one named, "learned" included.
+    """The rules of an inference mode, any of the five replaced by the one named, "learned" included.
 
     options are the fields of `heads.schedules.RuleOptions` (cfg, temperature, …). An unknown mode or rule, or a learned
     rule without its head in `heads`, raises ValueError.
     """
-    if mode not in INFER_MODES:
-        raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
-    options = RuleOptions(**options)
+    names, options = rule_names(mode), RuleOptions(**options)
     rules = {}
-    for kind, default, override in zip(HEADS, INFER_MODES[mode], (order, group, tau_schedule, cfg_schedule)):
+    for kind, override in zip(RULES, (order, group, tau_schedule, cfg_schedule, cfg_profile)):
         table, learned, moved = RULES[kind]
-        name = override or default
-        if name not in table and name != "learned":
-            raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(table)}, learned")
+        name = override or names[kind]
+        if name not in choices(kind):
+            raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(choices(kind))}")
         rule = table[moved if name == "learned" else name]
         rule = rule if kind == "order" else partial(rule, options=options)
         if name == "learned":

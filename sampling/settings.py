@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
-from heads.orders import ORDERS
-from heads.policy import INFER_MODES, build_rules
+from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
-from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
+from heads.schedules import RuleOptions, check_num_iter
 from util.args import flag
 
 
@@ -16,10 +15,13 @@ class SampleConfig(RuleOptions):
     """How images are sampled: everything that an image depends on but weights, label and seed."""
 
     infer_mode: str = flag("baseline", "which rules are learned", choices=INFER_MODES)
-    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=(*ORDERS, "learned"))
-    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=(*GROUPS, "learned"))
-    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=(*TAUS, "learned"))
-    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=(*CFGS, "learned"))
+    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=choices("order"))
+    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=choices("group"))
+    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=choices("tau"))
+    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=choices("cfg"))
+    cfg_profile: str | None = flag(
+        None, "share of the guidance over the diffusion steps, instead of constant", choices=choices("profile")
+    )
     num_iter: int = flag(64, "autoregressive steps", low=1)
     num_sampling_steps: int | str = flag(
         100,
@@ -40,14 +42,14 @@ class SampleConfig(RuleOptions):
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""
         options = {f.name: getattr(self, f.name) for f in fields(RuleOptions)}
-        names = ("order", "group", "tau_schedule", "cfg_schedule")
-        return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in names}, **options)
+        check_num_iter(self.group, self.num_iter)
+        return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in FLAGS.values()}, **options)
 
     def resolved(self) -> "SampleConfig":
         """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""
-        names = ("order", "group", "tau_schedule", "cfg_schedule", "spacing")
-        rows = zip(names, (*INFER_MODES[self.infer_mode], SOLVERS[self.solver].spacing))
-        return replace(self, **{name: getattr(self, name) or default for name, default in rows})
+        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode).items()}
+        names["spacing"] = SOLVERS[self.solver].spacing
+        return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
 
     def name(self) -> str:
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""

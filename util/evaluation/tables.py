@@ -10,7 +10,8 @@ from util.evaluation.results import numbered_results
 
 METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
 PROTOCOL = ("kind", "features", "reference")  # figures may be compared if these settings are the same
-FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
+FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile")
+FIRST += ("num_iter", "num_sampling_steps", "cfg")
 COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 
 

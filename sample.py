@@ -26,7 +26,7 @@ from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.run import Parts, sample_images
-from sampling.settings import FAST, SampleConfig
+from sampling.settings import FAST, SampleConfig, baseline_values
 from sampling.trace import num_traced
 from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick
@@ -134,13 +134,16 @@ class Setting:
     present: dict | None = None  # the finished row, where results.jsonl has it already
 
 
-def span(given: dict, base: dict) -> list[Setting]:
-    """All combinations of the comma lists among the flags given, in their order; base has the values of the others."""
+def span(given: dict, base: dict, has_heads: bool = False) -> list[Setting]:
+    """All combinations of the comma lists among the flags given, in their order; base has the values of the others.
+
+    The baseline of a checkpoint with heads has no searched values, unless flags give them.
+    """
     lists = {k: v for k, v in given.items() if k in SWEEPS}
-    grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
-    return [
-        Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, {**base, **point}).resolved()) for point in grid
-    ]
+    grid = [{**base, **dict(zip(lists, values))} for values in itertools.product(*lists.values())]
+    if has_heads and "schedule" not in given:
+        grid = [baseline_values(point) for point in grid]
+    return [Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, point).resolved()) for point in grid]
 
 
 def name_settings(settings: list[Setting], suffix: str) -> None:
@@ -282,7 +285,7 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
-    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
+    settings, evaluation = span(given, base, heads is not None), pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

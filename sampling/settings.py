@@ -7,6 +7,7 @@ from diffusion.solvers import SOLVERS
 from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
 from heads.schedules import RuleOptions, check_num_iter
+from heads.searched import schedule_name
 from util.args import flag
 
 
@@ -47,7 +48,7 @@ class SampleConfig(RuleOptions):
 
     def resolved(self) -> "SampleConfig":
         """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""
-        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode).items()}
+        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode, self.schedule).items()}
         names["spacing"] = SOLVERS[self.solver].spacing
         return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
 
@@ -55,11 +56,19 @@ class SampleConfig(RuleOptions):
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
         steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
         usual = f"{self.infer_mode}_iter{self.num_iter}_steps{steps}_cfg{self.cfg:g}"
-        defaults = asdict(SampleConfig(infer_mode=self.infer_mode, solver=self.solver).resolved())
-        defaults["solver"] = SampleConfig.solver
+        implied = SampleConfig(infer_mode=self.infer_mode, solver=self.solver, schedule=self.schedule)
+        defaults = asdict(implied.resolved()) | {"solver": SampleConfig.solver, "schedule": None}
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
         rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
+        rest |= {"schedule": schedule_name(self.schedule)} if self.schedule is not None else {}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
+
+
+def baseline_values(values: dict) -> dict:
+    """Settings of a checkpoint with heads, but nothing searched where the mode is baseline, and what they are else."""
+    if values.get("infer_mode", "baseline") != "baseline":
+        return values
+    return {k: None if k == "schedule" or (k in FLAGS.values() and v == "schedule") else v for k, v in values.items()}
 
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md

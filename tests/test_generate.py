@@ -14,6 +14,7 @@ from tests.helpers_generate import (
     BATCH,
     LABELS,
     LENGTH,
+    SCHEDULE,
     SEEDS,
     SIDE,
     STEPS,
@@ -44,6 +45,7 @@ def test_every_combination_decodes_each_token_once(mar, order, group):
             temperature=0.9,
             cfg_interval="0.2,0.8",
             cfg_t_interval="0.2,0.8",
+            schedule=SCHEDULE,
         )
         num_iter = iterations[i // len(PROFILES) % len(iterations)]
         tokens, steps = recorded(mar, rules, num_iter)

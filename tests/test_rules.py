@@ -143,8 +143,8 @@ def test_rules_keep_any_group_between_1_and_what_there_is(wanted, expected):
 
 def test_tau_schedules():
     options = dict(temperature=1.2, temperature_end=0.8)
-    constant, linear = (rules_of(tau_schedule=name, **options) for name in TAUS)
-    assert list(TAUS) == ["constant", "linear"]
+    constant, linear = (rules_of(tau_schedule=name, **options) for name in ("constant", "linear"))
+    assert list(TAUS) == ["constant", "linear", "schedule"]
     for step, expected in enumerate((1.1, 1.0, 0.9, 0.8)):
         current = state([4, 3], step)
         for plan, value in ((constant(current), 1.2), (linear(current), expected)):

@@ -203,14 +203,16 @@ def _register(name: str):
 def build_extractor(name: str, weights=None, layers=(), device="cpu"):
     """(extractor, path of its weights): uint8 (B, 3, H, W) -> tuple of a tensor (B, d) for each of the layers.
 
-    weights: path of the weights; None for the published file, downloaded to torch.hub's folder unless it has it;
-    unused by committed classifiers. layers: torch-fidelity's names, by default that of FID. One-line ValueError for an
-    unknown name, a missing file, one with anything but the network's tensors, and a download that fails.
+    weights: path of the weights; None for the file of a classifier that is committed, else for the published one,
+    downloaded to torch.hub's folder unless it has it. layers: torch-fidelity's names, by default that of FID. One-line
+    ValueError for an unknown name, a missing file, one with anything but the network's tensors, and a download that
+    fails.
     """
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r}: choose from {', '.join(FEATURES)}")
     source = _register(name)
-    path = source if isinstance(source, Path) else _find_weights(name, weights, source)
+    committed = source if isinstance(source, Path) and not weights else None
+    path = committed or _find_weights(name, weights, source)
     from torch_fidelity.utils import create_feature_extractor
 
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
@@ -225,7 +227,8 @@ def build_extractor(name: str, weights=None, layers=(), device="cpu"):
         raise ValueError(f"{path} refused: not the plain tensors of {source} ({reason} ...)") from None
 
 
-def _find_weights(name: str, weights, url: str) -> Path:
+def _find_weights(name: str, weights, source: str | Path) -> Path:
+    url = str(source)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1]))
     if path.is_file():
         return path

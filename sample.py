@@ -26,7 +26,7 @@ from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.run import Parts, sample_images
-from sampling.settings import FAST, SampleConfig, baseline_values
+from sampling.settings import FAST, SampleConfig, baseline_values, settings_of
 from sampling.trace import num_traced
 from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick
@@ -79,6 +79,7 @@ class SampleArgs:
     )
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
+    settings_of: str | None = flag(None, "results.jsonl: the settings of its lines, where flags do not say otherwise")
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
@@ -140,9 +141,9 @@ def span(given: dict, base: dict, has_heads: bool = False) -> list[Setting]:
     The baseline of a checkpoint with heads has no searched values, unless flags give them.
     """
     lists = {k: v for k, v in given.items() if k in SWEEPS}
+    base = {**base, **{k: v for k, v in given.items() if k not in SWEEPS}}
     grid = [{**base, **dict(zip(lists, values))} for values in itertools.product(*lists.values())]
-    if has_heads and "schedule" not in given:
-        grid = [baseline_values(point) for point in grid]
+    grid = grid if "schedule" in given or not has_heads else [baseline_values(point) for point in grid]
     return [Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, point).resolved()) for point in grid]
 
 
@@ -285,7 +286,8 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
-    settings, evaluation = span(given, base, heads is not None), pick(EvalConfig, base).resolved()
+    settings = [s for point in settings_of(args.settings_of) for s in span(given, base | point, heads is not None)]
+    evaluation = pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

@@ -171,6 +171,10 @@ def _classifier(net_class, path: Path):
     return Classifier, path
 
 
+_digits = functools.partial(_classifier, DigitClassifier, DIGITS_WEIGHTS)
+_cifar10 = functools.partial(_classifier, Cifar10Classifier, CIFAR10_WEIGHTS)
+
+
 class Features(NamedTuple):
     """One row of FEATURES."""
 
@@ -179,6 +183,7 @@ class Features(NamedTuple):
     dim: int  # width of the layer
     make: Callable  # () -> (class for torch-fidelity, URL of its weights or Path of committed ones)
     spatial: str | None = None  # layer for sFID, whose features keep the places in the image
+    committed: bool = False  # is it a classifier whose weights are a file here, which another's may stand in for?
 
 
 FEATURES = {
@@ -186,9 +191,14 @@ FEATURES = {
     "clip": Features("clip", None, 512, _clip),
     "vgg16": Features("fc2_relu", None, 4096, _vgg16),
     "dinov2": Features("dinov2", None, 384, _dinov2),
-    "digits": Features("features", "logits", 64, functools.partial(_classifier, DigitClassifier, DIGITS_WEIGHTS)),
-    "cifar10": Features("features", "logits", 64, functools.partial(_classifier, Cifar10Classifier, CIFAR10_WEIGHTS)),
+    "digits": Features("features", "logits", 64, _digits, committed=True),
+    "cifar10": Features("features", "logits", 64, _cifar10, committed=True),
 }
+
+
+def features_name(name: str, weights=None) -> str:
+    """By what distances may be compared: the name, with the file of a classifier instead of the committed one."""
+    return f"{name} of {weights}" if weights and name in FEATURES and FEATURES[name].committed else name
 
 
 @functools.cache  # torch-fidelity refuses to register a name twice

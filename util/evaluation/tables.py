@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.evaluation.features import features_name
 from util.evaluation.results import numbered_results
 
 METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
@@ -87,6 +88,7 @@ def by_protocol(groups) -> dict[str, list]:
     parts = {}
     for group in groups:
         kind, features, reference = (group[0].get(k) for k in PROTOCOL)
+        features = features_name(features, group[0].get("fid_weights"))
         heading = f"{kind}, features {features}, reference {reference}"
         parts.setdefault(heading, []).append(group)
     return parts

@@ -141,7 +141,6 @@ def span(given: dict, base: dict, has_heads: bool = False) -> list[Setting]:
     The baseline of a checkpoint with heads has no searched values, unless flags give them.
     """
     lists = {k: v for k, v in given.items() if k in SWEEPS}
-    base = {**base, **{k: v for k, v in given.items() if k not in SWEEPS}}
     grid = [{**base, **dict(zip(lists, values))} for values in itertools.product(*lists.values())]
     grid = grid if "schedule" in given or not has_heads else [baseline_values(point) for point in grid]
     return [Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, point).resolved()) for point in grid]
@@ -286,7 +285,8 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
-    settings = [s for point in settings_of(args.settings_of) for s in span(given, base | point, heads is not None)]
+    points = settings_of(args.settings_of, given)
+    settings = [setting for point in points for setting in span(given, base | point, heads is not None)]
     evaluation = pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))

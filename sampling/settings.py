@@ -66,14 +66,14 @@ class SampleConfig(RuleOptions):
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
 
 
-def settings_of(path: str | None) -> list[dict]:
-    """How the lines of a results file were sampled, without seeds and each once; [{}] for None.
+def settings_of(path: str | None, given=()) -> list[dict]:
+    """How the lines of a results file were sampled, but for seeds and the names given, each once; [{}] for None.
 
     A file that is missing, or has no results or damaged ones, raises ValueError.
     """
     if path is None:
         return [{}]
-    names = {f.name for f in fields(SampleConfig)}
+    names = {f.name for f in fields(SampleConfig)} - set(given)
     rows = [row["settings"] for row in read_results(Path(path)) if isinstance(row.get("settings"), dict)]
     if not rows:
         raise ValueError(f"--settings_of {path} holds no results of sample.py")

@@ -18,6 +18,7 @@ case $preset in
     *) fail "unknown PRESET '$preset'; valid: digits, cifar10" ;;
 esac
 read -ra data <<<"${DATA:-}"
+solver=(--solver "${SOLVER:-dpmpp_sde}")
 groups=cosine,power,exp
 [ "$steps" -lt 3 ] || groups+=,staged # which needs three steps
 
@@ -25,8 +26,8 @@ images() { # FOLDER [flags of sample.py]
     local folder=$1
     shift
     run python sample.py --checkpoint "$checkpoint" --output_dir "$out/$folder" "${data[@]}" --num_iter "$steps" \
-        --num_sampling_steps "${STEPS:-8}" --solver "${SOLVER:-dpmpp_sde}" --num_images $num_images --metrics fid \
-        --features "$preset" "$@"
+        --num_sampling_steps "${STEPS:-8}" "${solver[@]}" --num_images $num_images --metrics fid --features "$preset" \
+        "$@"
 }
 
 choose=(grid --infer_mode baseline --seed 0)

@@ -14,7 +14,6 @@ edited file is another setting.
 
 import functools
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ import numpy as np
 from util.rng import seed_of
 
 KINDS = ("group", "tau", "cfg", "profile")
+LARGEST = 1000
 
 
 def schedule_setting(text: str) -> str:
@@ -66,8 +66,10 @@ def checked_values(values, source: str) -> dict[str, list[float]]:
         if kind not in KINDS:
             raise ValueError(f"{source} has values of {kind!r}; valid: {', '.join(KINDS)}")
         right = isinstance(numbers, list) and numbers and all(type(x) in (int, float) for x in numbers)
-        if not right or not all(0 <= x < math.inf for x in numbers):
-            raise ValueError(f"{source}: {kind} must be a list of numbers of at least 0, got {str(numbers)[:60]}")
+        if not right or not all(0 <= x <= LARGEST for x in numbers):
+            raise ValueError(
+                f"{source}: {kind} must be a list of numbers from 0 to {LARGEST}, got {repr(numbers)[:60]}"
+            )
     group = values.get("group", [1])
     if group != sorted(group) or group[-1] != 1:
         raise ValueError(f"{source}: group must be shares that rise to 1, got {str(group)[:60]}")

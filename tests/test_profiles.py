@@ -11,7 +11,7 @@ from diffusion.solvers import SOLVERS
 from heads.schedules import interpolate
 from sampling.loop import generate
 from tests.helpers_diffusion import CLIP, NUM_STEPS, N, inputs
-from tests.helpers_generate import BATCH, LABELS, LENGTH, SEEDS, ragged_rules, rules_of, run
+from tests.helpers_generate import BATCH, LABELS, LENGTH, SCHEDULE, SEEDS, ragged_rules, rules_of, run
 from tests.test_diffloss_sample import HostReads
 from tests.test_families import next_scale
 
@@ -140,6 +140,15 @@ def test_nothing_waits_for_the_device_on_account_of_a_profile(diffloss):
                 rows = z_uncond if some is None else z_uncond[:2]
                 diffloss.sample(z, rows, cfg, num_steps=NUM_STEPS, noise=noise, guided=some, profile=profile)
     assert reads.seen == []
+
+
+@pytest.mark.parametrize("options", [dict(schedule=SCHEDULE), dict(cfg_profile="interval", cfg_t_interval="0.2,0.6")])
+def test_a_step_copies_to_the_host_once(mar, options, monkeypatch):
+    """The plan, for whose rows shapes are needed; nothing besides on account of schedules and profiles."""
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copies.append(self.shape) or cpu(self))
+    run(mar, rules_of(cfg=2.0, **options), 4)
+    assert copies == [(2, BATCH, LENGTH)] * 4
 
 
 # -------------------------------------------------------------------------------------------------------------- knots

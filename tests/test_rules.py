@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import sample
 from heads.orders import ORDERS
-from heads.policy import INFER_MODES, build_rules
+from heads.policy import INFER_MODES, RULES, build_rules, choices
 from heads.rules import whole_group
 from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.step import StepState
@@ -197,3 +198,11 @@ def test_a_mode_without_its_learned_rules_is_the_baseline(mar):
     """Overriding every learned cell leaves nothing that needs a head."""
     both = build_rules("both", order="random", group="cosine", tau_schedule="constant", cfg_schedule="linear", cfg=2.0)
     assert torch.equal(run(mar, both, 3), run(mar, rules_of(cfg=2.0), 3))
+
+
+def test_help_names_every_rule(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    shown = capsys.readouterr().out
+    for kind in RULES:
+        assert "{" + ",".join(choices(kind)) + "}" in shown.replace("\n", "").replace(" ", ""), kind

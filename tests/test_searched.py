@@ -174,6 +174,7 @@ def test_a_setting_has_the_values_and_not_the_name_of_the_file(tmp_path):
         ('{"values": {"cfg": [NaN]}}', "cfg must be a list"),
         ('{"values": {"cfg": [-1]}}', "cfg must be a list"),
         ('{"values": {"profile": [1e999]}}', "profile must be a list"),
+        ('{"values": {"profile": [1' + 400 * "0" + "]}}", "profile must be a list of numbers from 0 to 1000"),
         ('{"values": {"group": [0.5, 0.4, 1]}}', "group must be shares that rise to 1"),
         ('{"values": {"group": [0.5, 0.9]}}', "group must be shares that rise to 1"),
         ('{"values": {"group": [0.5, 1.5]}}', "group must be shares that rise to 1"),

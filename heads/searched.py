@@ -67,9 +67,7 @@ def checked_values(values, source: str) -> dict[str, list[float]]:
             raise ValueError(f"{source} has values of {kind!r}; valid: {', '.join(KINDS)}")
         right = isinstance(numbers, list) and numbers and all(type(x) in (int, float) for x in numbers)
         if not right or not all(0 <= x <= LARGEST for x in numbers):
-            raise ValueError(
-                f"{source}: {kind} must be a list of numbers from 0 to {LARGEST}, got {repr(numbers)[:60]}"
-            )
+            raise ValueError(f"{source}: {kind} must be a list of numbers from 0 to {LARGEST}, got {str(numbers)[:60]}")
     group = values.get("group", [1])
     if group != sorted(group) or group[-1] != 1:
         raise ValueError(f"{source}: group must be shares that rise to 1, got {str(group)[:60]}")

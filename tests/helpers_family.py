@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.families import Family
-from models.token_head import guide
+from models.token_head import check_no_profile, guide
 from util.args import flag
 from util.rng import draw_by_image
 
@@ -82,13 +82,14 @@ class NormalSampler:
     def __init__(self, head):
         self.head = head
 
-    def evals(self, num_steps):
-        return 1
+    def evals(self, num_steps, tokens, guided, profile=None):
+        return tokens + guided
 
     def noise(self, generators, rows, num_steps):
         return draw_by_image(generators, rows, lambda k: (k, self.head.mean.out_features), dim=0)
 
-    def draw(self, z, z_uncond, cfg, tau, noise, num_steps, guided=None):
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps, guided=None, profile=None):
+        check_no_profile(profile)
         mean = self.head.mean(z)
         if z_uncond is not None:
             guided = torch.arange(len(z)) if guided is None else guided

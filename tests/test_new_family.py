@@ -89,7 +89,7 @@ def test_checkpoints_of_other_families_and_rules_are_refused(run, capsys, tmp_pa
     )
     assert "the checkpoint is of the family mean, the model that --model names of mar" in line
     place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out")]
-    assert "--order random does not fit mean, which needs raster" in refused(
+    assert "--order random does not fit the model, which needs raster" in refused(
         sample.main, [*place, "--order", "random"], capsys
     )
     assert "--diffloss_d 3 has no meaning" in refused(sample.main, [*place, "--diffloss_d", "3"], capsys)

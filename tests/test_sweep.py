@@ -26,11 +26,11 @@ def checkpoint(tmp_path_factory):
 
 def test_the_grid_is_the_product_in_the_order_of_the_flags():
     given = dict(seed=[3, 1], order=["halton", "random"], eval_bsz=7, cfg=[1.0, 1.5, 2.0])
-    settings = sample.span(given, dict(num_iter=5, cfg=9.0))
+    settings = sample.span(given, dict(num_iter=5, cfg=9.0), {})
     found = [(s.seed, s.sampling.order, s.sampling.cfg) for s in settings]
     assert found == list(itertools.product(given["seed"], given["order"], given["cfg"]))
     assert {s.sampling.num_iter for s in settings} == {5}
-    (single,) = sample.span({}, dict(cfg=9.0))
+    (single,) = sample.span({}, dict(cfg=9.0), {})
     assert (single.seed, single.sampling.cfg) == (1, 9.0)
 
 

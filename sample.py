@@ -33,7 +33,7 @@ from util.args import check_folder, check_values, defaults, flag, make_parser, p
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hash
-from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results, report
+from util.evaluation.results import append_result, find_result, git_commit, other_weights, read_named, report
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
@@ -157,10 +157,9 @@ def keep_apart(settings: list[Setting], sweep: "Sweep") -> None:
     """Where a setting's folder is another checkpoint's, with other weights, name the setting by its weights too."""
     if sweep.args.output_dir is None:
         return
-    own = checkpoint_path(sweep.args.checkpoint).resolve()
-    others = [row for row in read_results(sweep.results) if Path(str(row.get("checkpoint", own))).resolve() != own]
+    rows, own = read_named(sweep.results), Path(sweep.parts.checkpoint)
     for setting in settings:
-        taken = {row.get("weights") for row in others if row.get("name") == setting.name}
+        taken = other_weights(sweep.results.parent / setting.name, rows, own)
         if taken and taken != {weights := sweep.parts.weights_hash()}:
             setting.name += f"_weights{weights[:8]}"
 
@@ -213,7 +212,7 @@ class Sweep:
         hashes["reference"] = reference_hash(reference) if reference is not None else None
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
-        done = [row for row in read_results(self.results) if is_folder_name(row.get("name"))]
+        done = read_named(self.results)
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
             setting.present = find_result(done, setting.row)
@@ -286,7 +285,8 @@ def run(args: SampleArgs, given: dict) -> int:
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)
-    parts = Parts(model, tokenizer, *arithmetic(args, model.width), heads)
+    own = str(checkpoint_path(args.checkpoint).resolve())
+    parts = Parts(model, tokenizer, *arithmetic(args, model.width), heads, own)
     data, source = config["data"]["name"], args.data_path or config["data"]["path"]
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)

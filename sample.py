@@ -198,8 +198,8 @@ class Sweep:
         suffix = f"_n{self.evaluation.num_images}" + ("_no_ema" if self.args.no_ema else "")
         if self.class_labels != list(range(len(self.classes))):
             suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
-        if self.edit is not None:
-            suffix += f"_edit{seed_of(*self.edit.hashes.values()):08x}"
+        if self.args.edit_image is not None:
+            suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
         if self.parts.dtype != torch.float32:
             suffix += f"_{dist.dtype_name(self.parts.dtype)}"
         return suffix
@@ -247,8 +247,10 @@ def stored_defaults(config: dict, args: SampleArgs, given: dict) -> dict:
 
 
 def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
-    """What is edited; None without --edit_image, and in a dry run whose picture is missing."""
-    if args.edit_image is None or (args.dry_run and not Path(args.edit_image).is_file()):
+    """What is edited; None without --edit_image, and in a dry run that lacks a picture (its folder has ? for a hash)."""
+    if args.edit_image is None:
+        return None
+    if args.dry_run and not (Path(args.edit_image).is_file() and Path(args.edit_mask).is_file()):
         return None
     cell = model_config.vae_stride * model_config.patch_size
     return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)

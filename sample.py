@@ -29,11 +29,12 @@ from sampling.run import Parts, sample_images
 from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
 from util import dist
-from util.args import check_folder, check_values, defaults, flag, make_parser, pick
+from util.args import check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hash
 from util.evaluation.results import append_result, find_result, git_commit, other_weights, read_named, report
+from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
@@ -247,7 +248,7 @@ def stored_defaults(config: dict, args: SampleArgs, given: dict) -> dict:
 
 
 def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
-    """What is edited; None without --edit_image, and in a dry run that lacks a picture (its folder has ? for a hash)."""
+    """What is edited; None without --edit_image, and in a dry run that lacks a picture: its folder has ? for a hash."""
     if args.edit_image is None:
         return None
     if args.dry_run and not (Path(args.edit_image).is_file() and Path(args.edit_mask).is_file()):
@@ -301,7 +302,8 @@ def run(args: SampleArgs, given: dict) -> int:
         quantize(model)
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
-    check_folder("output_dir", args.output_dir)
+    split_dir = reference_reading(config["data"], args.data_path).split_dir
+    check_output_folder("output_dir", args.output_dir, data, source, split_dir)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)

@@ -24,10 +24,11 @@ from tqdm import tqdm
 from training.build import build_images, make_tokenizer
 from training.config import RunConfig, resolve
 from util import dist
-from util.args import check_folder, flag, make_parser, pick
+from util.args import flag, make_parser, pick
 from util.door import run_main
 from util.evaluation.protocol import reference_hash
 from util.images.datasets import DATASETS, labels_of
+from util.images.folders import check_output_folder
 from util.images.latent_files import WRITERS, begin, image_names, write_json
 from util.images.latents import VERSION, open_latents
 from util.images.reading import Reading
@@ -128,7 +129,7 @@ def run(args: CacheArgs, config: RunConfig) -> int:
     """Make the cache, or its missing units; config: the settings of main_mar.py that these flags give."""
     device = dist.pick_device(args.device)
     folder = Path(args.cached_path)
-    check_folder("cached_path", args.cached_path)
+    check_output_folder("cached_path", args.cached_path, config.data.data, config.data.place, args.split_dir)
     dataset = build_images(config.data, args.img_size)
     tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels).to(device).eval()
     if args.img_size % tokenizer.stride:

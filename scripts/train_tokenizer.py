@@ -34,7 +34,7 @@ from models.tokenizers.measuring import measure_latents
 from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
 from training.optim import lr_at
 from util import dist
-from util.args import check_folder, flag, run_with
+from util.args import flag, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
 from util.door import run_main
 from util.evaluation.features import FEATURES, build_extractor
@@ -45,6 +45,7 @@ from util.evaluation.reconstruction import ReconstructionFID, score_reconstructi
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.foreign import are_weights, type_of
 from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
+from util.images.folders import check_output_folder
 from util.images.pictures import make_grid, save_png, to_uint8
 from util.images.reading import MARS_WAY, Reading
 from util.rng import generator, seed_of
@@ -296,7 +297,7 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
 
 def run_training(args: TokenizerArgs) -> int:
     """Check everything, train, publish, measure."""
-    check_folder("output_dir", args.output_dir)
+    check_output_folder("output_dir", args.output_dir, args.data, args.data_path, args.split_dir)
     path = checkpoint_path(args.output_dir)
     if path.exists() and not args.resume:
         raise ValueError(f"{path} is there already: continue it with --resume, or choose another --output_dir")

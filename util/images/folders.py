@@ -64,7 +64,7 @@ def walk(folder: Path, system: bool = False) -> Iterator[tuple[str, list[str], l
         except OSError as error:
             if len(above) == 1:
                 raise
-            warnings.warn(f"folder skipped: {place} ({error.strerror})", stacklevel=2)
+            warnings.warn(f"folder skipped: {shown([place])} ({error.strerror})", stacklevel=2)
             continue
         folders, files = {}, []
         for entry in entries:
@@ -141,9 +141,13 @@ def find_images(folder: Path, splits_are_classes: bool = False, is_split: bool =
         result.samples = [(path, label) for label, name in enumerate(result.classes) for path in files_of[name]]
         empty = [name for name in by_class if not files_of[name]]
         if empty:
-            warnings.warn(f"class folders without images are ignored in {folder}: {', '.join(empty)}", stacklevel=3)
+            warnings.warn(
+                f"class folders without images are ignored in {shown([folder])}: {shown(empty)}", stacklevel=3
+            )
         if loose:
-            warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=3)
+            warnings.warn(
+                f"{len(loose)} images outside the class folders are ignored in {shown([folder])}", stacklevel=3
+            )
     elif loose:
         result.classes, result.samples = ["all"], [(path, 0) for path in loose]
     else:

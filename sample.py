@@ -32,7 +32,7 @@ from util import dist
 from util.args import check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
-from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hash
+from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hashes
 from util.evaluation.results import append_result, find_result, git_commit, other_weights, read_named, report
 from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
@@ -209,8 +209,7 @@ class Sweep:
         """Make the row of each setting, and find it in the results file if it has been measured."""
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
         shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
-        hashes = {"weights": self.parts.weights_hash()}
-        hashes["reference"] = reference_hash(reference) if reference is not None else None
+        hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)

@@ -26,7 +26,7 @@ from training.config import RunConfig, resolve
 from util import dist
 from util.args import flag, make_parser, pick
 from util.door import run_main
-from util.evaluation.protocol import reference_hash
+from util.evaluation.protocol import content_hash, reference_hash
 from util.images.datasets import DATASETS, labels_of
 from util.images.folders import check_output_folder
 from util.images.latent_files import WRITERS, begin, image_names, older_reading, write_json
@@ -157,6 +157,7 @@ def run(args: CacheArgs, config: RunConfig) -> int:
         classes=dataset.classes,
         num_images=len(dataset),
         images=reference_hash(dataset),
+        content=content_hash(dataset),
         shard_size=args.shard_size if args.format == "packed" else None,
     )
     about = dict(tokenizer=args.tokenizer, channels=dataset.channels, flip=dataset.flip)

@@ -9,6 +9,8 @@ from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import protocol_line
 from util.images.pictures import read_run
 
+LATER = {"reference_content"}  # keys that lines of before them lack
+
 
 def git_commit() -> str | None:
     """The commit of this repository, None outside of one."""
@@ -54,8 +56,9 @@ def read_named(path: Path) -> list[dict]:
 
 
 def find_result(rows: list[dict], wanted: dict) -> dict | None:
-    """The first of the rows that has all keys and values of wanted; None if none has."""
-    return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
+    """The first of the rows that has all keys and values of wanted, but for LATER in old rows; None if none has."""
+    old = {k: wanted[k] for k in LATER & wanted.keys()}
+    return next((row for row in rows if all({**old, **row}.get(k) == v for k, v in wanted.items())), None)
 
 
 def other_weights(folder: Path, rows: list[dict], own: Path) -> set[str]:

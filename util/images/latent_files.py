@@ -78,6 +78,7 @@ def begin(folder: Path, settings: dict) -> None:
         stored["reading"] = {**asdict(MARS_WAY), **(stored.get("reading") or {})}
     elif "reading" in settings:
         stored.setdefault("reading", None)
+    stored.setdefault("content", settings.get("content"))  # one of before it is known by names and sizes alone
     for key, value in settings.items():
         if stored[key] != value:
             raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, stored[key], value)})")
@@ -90,6 +91,8 @@ def _difference(key: str, stored, wanted) -> str:
     if key == "reading" and stored and wanted:
         key = next(name for name in wanted if stored[name] != wanted[name])
         stored, wanted = stored[key], wanted[key]
+    if key == "content":
+        return "of files with the same names and sizes"
     if key != "classes":
         return f"{key} {stored!r} instead of {wanted!r}"
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))

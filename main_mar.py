@@ -28,18 +28,21 @@ from training.describe import attention_kernel, size_line
 from training.objectives import OBJECTIVES
 from training.state import TrainState
 from util import dist
-from util.args import check_folder, make_parser
+from util.args import make_parser
 from util.door import run_main
 from util.evaluation.metrics import metrics_line
+from util.images.folders import check_output_folder
 
 
 def run(config: RunConfig) -> int:
     """Build everything, then train or evaluate."""
-    launch, img_size = config.launch, config.model.img_size
+    launch, data, img_size = config.launch, config.data, config.model.img_size
     device = dist.pick_device(launch.device)
     dist.pick_dtype(launch.dtype, device)  # refused now, not after the data are read
     for name in ("output_dir", "log_dir"):
-        check_folder(name, getattr(launch, name))
+        check_output_folder(name, getattr(launch, name), data.data, data.place, data.split_dir)
+        if data.use_cached:
+            check_output_folder(name, getattr(launch, name), "imagefolder", data.cached_path, ".")
     if not launch.evaluate:
         check_output(launch)
     content, resumed = find_checkpoint(launch)

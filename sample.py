@@ -29,11 +29,12 @@ from sampling.run import Parts, sample_images
 from sampling.settings import FAST, SampleConfig, baseline_values, settings_of
 from sampling.trace import num_traced
 from util import dist
-from util.args import check_folder, check_values, defaults, flag, make_parser, pick
+from util.args import check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
-from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hash
-from util.evaluation.results import append_result, find_result, git_commit, is_folder_name, read_results, report
+from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hashes
+from util.evaluation.results import append_result, find_result, git_commit, other_weights, read_named, report
+from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
@@ -161,10 +162,9 @@ def keep_apart(settings: list[Setting], sweep: "Sweep") -> None:
     """Where a setting's folder is another checkpoint's, with other weights, name the setting by its weights too."""
     if sweep.args.output_dir is None:
         return
-    own = checkpoint_path(sweep.args.checkpoint).resolve()
-    others = [row for row in read_results(sweep.results) if Path(str(row.get("checkpoint", own))).resolve() != own]
+    rows, own = read_named(sweep.results), Path(sweep.parts.checkpoint)
     for setting in settings:
-        taken = {row.get("weights") for row in others if row.get("name") == setting.name}
+        taken = other_weights(sweep.results.parent / setting.name, rows, own)
         if taken and taken != {weights := sweep.parts.weights_hash()}:
             setting.name += f"_weights{weights[:8]}"
 
@@ -203,8 +203,8 @@ class Sweep:
         suffix = f"_n{self.evaluation.num_images}" + ("_no_ema" if self.args.no_ema else "")
         if self.class_labels != list(range(len(self.classes))):
             suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
-        if self.edit is not None:
-            suffix += f"_edit{seed_of(*self.edit.hashes.values()):08x}"
+        if self.args.edit_image is not None:
+            suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
         if self.parts.dtype != torch.float32:
             suffix += f"_{dist.dtype_name(self.parts.dtype)}"
         return suffix
@@ -213,11 +213,10 @@ class Sweep:
         """Make the row of each setting, and find it in the results file if it has been measured."""
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
         shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
-        hashes = {"weights": self.parts.weights_hash()}
-        hashes["reference"] = reference_hash(reference) if reference is not None else None
+        hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
-        done = [row for row in read_results(self.results) if is_folder_name(row.get("name"))]
+        done = read_named(self.results)
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
             setting.present = find_result(done, setting.row)
@@ -252,8 +251,10 @@ def stored_defaults(config: dict, args: SampleArgs, given: dict) -> dict:
 
 
 def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
-    """What is edited; None without --edit_image, and in a dry run whose picture is missing."""
-    if args.edit_image is None or (args.dry_run and not Path(args.edit_image).is_file()):
+    """What is edited; None without --edit_image, and in a dry run that lacks a picture: its folder has ? for a hash."""
+    if args.edit_image is None:
+        return None
+    if args.dry_run and not (Path(args.edit_image).is_file() and Path(args.edit_mask).is_file()):
         return None
     cell = model_config.img_size // model_config.grid
     return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
@@ -293,7 +294,8 @@ def run(args: SampleArgs, given: dict) -> int:
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)
-    parts = Parts(model, tokenizer, *arithmetic(args, model.width), heads)
+    own = str(checkpoint_path(args.checkpoint).resolve())
+    parts = Parts(model, tokenizer, *arithmetic(args, model.width), heads, own)
     data, source = config["data"]["name"], args.data_path or config["data"]["path"]
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)
@@ -306,7 +308,8 @@ def run(args: SampleArgs, given: dict) -> int:
         quantize(model)
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
-    check_folder("output_dir", args.output_dir)
+    split_dir = reference_reading(config["data"], args.data_path).split_dir
+    check_output_folder("output_dir", args.output_dir, data, source, split_dir)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)

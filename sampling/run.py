@@ -33,6 +33,7 @@ class Parts(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     heads: PolicyHeads | None = None
+    checkpoint: str | None = None  # the file that has them, for run.json
 
     def weights_hash(self) -> str:
         """16 hex digits that change with the weights of model and heads."""
@@ -60,6 +61,7 @@ def sample_images(
     settings = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size)
     settings |= dict(dtype=str(parts.dtype), device=parts.device.type, weights=parts.weights_hash())
     settings |= dict(tokenizer=parts.tokenizer.describe(), **(edit.hashes if edit else {}))
+    settings["checkpoint"] = parts.checkpoint
     run = SamplingRun(parts, sampling, labels, seed, folder, edit)
     if dist.is_main():
         prepare_folder(folder, settings)

@@ -22,13 +22,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.build import build_images, make_tokenizer
-from training.config import DataConfig, ModelConfig, TokenizerConfig, resolve
+from training.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, resolve
 from util import dist
-from util.args import check_folder, flag, make_parser, pick
+from util.args import flag, make_parser, pick
 from util.door import run_main
-from util.evaluation.protocol import reference_hash
+from util.evaluation.protocol import content_hash, reference_hash
 from util.images.datasets import DATASETS, labels_of
-from util.images.latent_files import WRITERS, begin, image_names, write_json
+from util.images.folders import check_output_folder
+from util.images.latent_files import WRITERS, begin, image_names, older_reading, write_json
 from util.images.latents import VERSION, open_latents
 from util.images.reading import Reading
 
@@ -124,11 +125,22 @@ def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str],
     print(f"train on them with --use_cached --cached_path {folder}")
 
 
+def resolve_cache(given: dict) -> tuple[CacheArgs, RunConfig]:
+    """The flags, and the settings of main_mar.py that they give.
+
+    A cache that does not say how its images were read is continued in MAR's way, unless a flag says another.
+    """
+    config = resolve(given)
+    if config.data.data == "imagefolder" and given.get("cached_path") and not given.get("verify"):
+        config = resolve({**older_reading(Path(given["cached_path"])), **given})
+    return pick(CacheArgs, {**config.flat(), **{name: given[name] for name in OWN if name in given}}), config
+
+
 def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: ModelConfig) -> int:
     """Make the cache, or its missing units; the settings are those of main_mar.py that these flags give."""
     device = dist.pick_device(args.device)
     folder = Path(args.cached_path)
-    check_folder("cached_path", args.cached_path)
+    check_output_folder("cached_path", args.cached_path, data.data, data.place, args.split_dir)
     dataset = build_images(data, args.img_size)
     tokenizer = make_tokenizer(tokenizer, model, dataset.channels).to(device).eval()
     if args.img_size % tokenizer.stride:
@@ -145,6 +157,7 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
         classes=dataset.classes,
         num_images=len(dataset),
         images=reference_hash(dataset),
+        content=content_hash(dataset),
         shard_size=args.shard_size if args.format == "packed" else None,
     )
     about = dict(tokenizer=args.tokenizer, channels=dataset.channels, flip=dataset.flip)
@@ -152,6 +165,9 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
     writer = WRITERS[args.format](folder, settings, names)
     with dist.main_first():
         begin(folder, settings)
+    words = pick(Reading, older_reading(folder)).flags()
+    if words and dist.is_main():
+        print(f"{folder} does not say how its images were read: it goes on in MAR's way, {' '.join(words)}")
 
     todo = missing_units(folder, dataset, writer, args.batch_size, device)
     if todo:
@@ -190,8 +206,7 @@ def missing_units(folder: Path, dataset, writer, batch_size: int, device) -> lis
 def main(argv=None) -> int:
     """Parse, encode; returns the exit code."""
     given = vars(make_parser("cache_latents.py", __doc__.splitlines()[0], CacheArgs).parse_args(argv))
-    config = resolve(given)
-    args = pick(CacheArgs, {**config.flat(), **{name: given[name] for name in OWN if name in given}})
+    args, config = resolve_cache(given)
     if args.dry_run:
         print(json.dumps(asdict(args), indent=2))
         return 0

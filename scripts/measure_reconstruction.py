@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 
 from models.tokenizers.measuring import MeasuringArgs
 from util import dist
-from util.args import check_folder, flag, run_with
+from util.args import flag, run_with
 from util.door import run_main
 from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import load_fid_stats
@@ -25,6 +25,7 @@ from util.evaluation.protocol import EvalConfig, protocol, protocol_line, recons
 from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.images.datasets import labels_of
+from util.images.folders import check_output_folder
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class ReconstructionArgs(MeasuringArgs):
 
 def run(args: ReconstructionArgs) -> int:
     """Check everything, measure unless results.jsonl has the result, append, print."""
-    check_folder("output_dir", args.output_dir)
+    check_output_folder("output_dir", args.output_dir, args.data, args.data_path, args.split_dir)
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
     images = args.images(args.split)

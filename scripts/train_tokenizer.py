@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from models.tokenizers.measuring import measure_latents
 from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
 from training.optim import lr_at
 from util import dist
-from util.args import check_folder, flag, run_with
+from util.args import flag, pick, run_with
 from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
 from util.door import run_main
 from util.evaluation.features import FEATURES, build_extractor
@@ -45,6 +45,7 @@ from util.evaluation.reconstruction import ReconstructionFID, score_reconstructi
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.foreign import are_weights, type_of
 from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
+from util.images.folders import check_output_folder
 from util.images.pictures import make_grid, save_png, to_uint8
 from util.images.reading import MARS_WAY, Reading
 from util.rng import generator, seed_of
@@ -136,9 +137,8 @@ class Run:
         )
         save_checkpoint(self.args.output_dir, content)
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint; one that is damaged or of another run raises ValueError."""
-        content = read_file(path)
+    def load(self, path: Path, content) -> None:
+        """Continue from the content of a checkpoint; one that is damaged or of another run raises ValueError."""
         keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
         if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError(f"{path}, {type_of(content)}, is no checkpoint of train_tokenizer.py")
@@ -294,9 +294,22 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
     print(f"    main_mar.py {shlex.join(flags)}")
 
 
+def as_begun(args: TokenizerArgs, content) -> TokenizerArgs:
+    """The flags, those about reading images in MAR's way where none is given and the run's checkpoint has none."""
+    settings = content.get("settings") if isinstance(content, dict) else None
+    if args.data != "imagefolder" or not isinstance(settings, dict):
+        return args
+    left = {name for name, value in asdict(Reading()).items() if name not in settings and getattr(args, name) == value}
+    before = {name: value for name, value in asdict(MARS_WAY).items() if name in left}
+    words = pick(Reading, before).flags()
+    if words:
+        print(f"{args.output_dir} does not say how its images were read: it goes on in MAR's way, {' '.join(words)}")
+    return replace(args, **before)
+
+
 def run_training(args: TokenizerArgs) -> int:
     """Check everything, train, publish, measure."""
-    check_folder("output_dir", args.output_dir)
+    check_output_folder("output_dir", args.output_dir, args.data, args.data_path, args.split_dir)
     path = checkpoint_path(args.output_dir)
     if path.exists() and not args.resume:
         raise ValueError(f"{path} is there already: continue it with --resume, or choose another --output_dir")
@@ -308,6 +321,8 @@ def run_training(args: TokenizerArgs) -> int:
             raise ValueError(f"--{name} must be above 0, got 0")
     if args.width % 4:
         raise ValueError(f"--width must be a multiple of 4, got {args.width}")
+    content = read_file(path) if path.exists() else None
+    args = as_begun(args, content)
     images = args.images()
     if images.img_size % args.stride:
         raise ValueError(f"images of {images.img_size} pixels are not divisible by --stride {args.stride}")
@@ -318,7 +333,7 @@ def run_training(args: TokenizerArgs) -> int:
         extractor, _ = build_extractor(args.features, args.fid_weights, device=run.device)
         extractor(images[0][0][None].expand(-1, 3, -1, -1).to(run.device))
     if path.exists():
-        run.load(path)
+        run.load(path, content)
         print(f"continuing at step {run.step} of {run.num_steps}")
     if getattr(images, "layout", ""):
         print(images.layout)

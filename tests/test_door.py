@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ import torch
 
 import main_mar
 from models.mar import MAR, MAR_CONFIGS
-from scripts import make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
-from tests.helpers import SMALLEST
+from scripts import cache_latents, make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
+from tests.helpers import SMALLEST, image_folder
 from training.config import flag_classes, resolve
 from util import dist
 from util.args import make_parser
@@ -233,3 +234,40 @@ def test_an_output_file_replaces_no_input_and_nothing_of_another_kind(tmp_path, 
         table = [results, "--csv", tmp_path / "t.csv", "--plot", tmp_path / "t.png"]
         assert run_main(make_table.main, [*map(str, table)]) == 0
         assert run_main(make_fid_stats.main, [*map(str, [*digits, "--out", tmp_path / "s.npz"])]) == 0
+
+
+def test_a_warning_is_one_line_that_names_a_file_once(tmp_path):
+    """Also from the processes that load images, of many names, and of names that break lines."""
+    data = image_folder(tmp_path / "data", {"train": 2}) / "train"
+    bad = {"bad.png": b"no", "cut.png": (data / "dark" / "0.png").read_bytes()[:60], "a\nb.png": b"no"}
+    for name, content in bad.items():
+        (data / "dark" / name).write_bytes(content)
+    (data / "light" / "gone.png").symlink_to("nothing")
+    (data / "stray.png").write_bytes(b"")
+    for i in range(8):
+        (data / f"empty {i}\n").mkdir()
+    flags = "--tokenizer pixel --img_size 8 --device cpu --num_workers 1 --batch_size 4 --data_path".split()
+    command = [sys.executable, cache_latents.__file__, *flags, str(tmp_path / "data"), "--cached_path"]
+    done = subprocess.run([*command, str(tmp_path / "c")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    said = [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and "\x1b" not in line]
+    said = [re.sub(r"^.*\d+%\|.*?\]", "", line) for line in said]  # bars of progress
+    said = [line for line in said if line.strip()]
+    assert len(said) == 6 and all(line.startswith("warning: ") and line.count(str(data)) == 1 for line in said)
+    for name in ("bad.png (", "cut.png (", "a\\nb.png (", "gone.png (", "3 more", "1 images outside"):
+        assert sum(name in line for line in said) == 1, name
+
+
+def test_a_librarys_warning_is_one_line_too_inside_a_program(capsys):
+    before = warnings.formatwarning
+    said = []
+    for code in (0, 2):
+
+        def main(argv, code=code):
+            said.append(warnings.formatwarning("two\n lines", UserWarning, "x.py", 3))
+            if code:
+                raise OSError("a disk")
+            return 0
+
+        assert run_main(main) == code and warnings.formatwarning is before
+    assert said == ["warning: two lines\n"] * 2

@@ -238,10 +238,20 @@ def test_what_cannot_be_edited_is_one_line_before_anything_happens(
     assert files(tmp_path) == before
 
 
-def test_a_dry_run_reads_no_pictures(checkpoint, capsys):
-    flags = ["--checkpoint", str(checkpoint), *"--edit_image x.png --edit_mask y.png --class_labels 3,7".split()]
+@pytest.mark.parametrize("missing", ["image", "mask"])
+def test_a_dry_run_without_a_picture_leaves_the_hash_of_the_edit_open(missing, checkpoint, given, tmp_path, capsys):
+    (tmp_path / f"{missing}.png").unlink()
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--class_labels", "3,7", *given]
+    capsys.readouterr()
     assert sample.main([*flags, "--dry_run"]) == 0
-    assert '"num_images": 2' in capsys.readouterr().out
+    config = json.loads(capsys.readouterr().out)
+    assert config["num_images"] == 2 and re.search(r"_edit\?{8}$", config["settings"][0])
+    assert f"{missing}.png" in refused(sample.main, flags, capsys)
+
+
+def test_a_dry_run_refuses_pictures_that_cannot_be_edited(checkpoint, given, tmp_path, capsys):
+    (tmp_path / "mask.png").write_text("no picture")
+    assert "mask.png" in refused(sample.main, ["--checkpoint", str(checkpoint), *given, "--dry_run"], capsys)
 
 
 def test_a_dry_run_names_the_folder_of_the_edit(checkpoint, tmp_path, given, capsys):

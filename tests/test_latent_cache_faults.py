@@ -1,5 +1,6 @@
 """Caches of latents that are interrupted, shared between processes, damaged, or of something else."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main_mar
 from scripts import cache_latents
@@ -146,6 +148,30 @@ def test_numbers_that_do_not_fit_are_refused(pictures, tmp_path, monkeypatch, ca
     flags += ["--vae_stride", 2, "--vae_embed_dim", 2]
     assert "float16" in refused(cache_latents.main, capsys, *CACHE, *flags)
     assert not list((tmp_path / "c").glob("shard*"))
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_images_replaced_by_others_of_the_same_size_are_other_images(tmp_path, capsys, before):
+    """A cache of before the contents were compared is known by names and sizes."""
+    for i in range(3):
+        write_bmp(tmp_path / "data" / "train" / "a" / f"{i}.bmp", i)
+    folder = cache(tmp_path / "data", tmp_path / "c")
+    if before:
+        stored = json.loads((folder / "settings.json").read_text())
+        del stored["content"]
+        (folder / "settings.json").write_text(json.dumps(stored))
+    assert content(cache(tmp_path / "data", folder)) == content(folder)
+    write_bmp(tmp_path / "data" / "train" / "a" / "1.bmp", 9)
+    argv = [*CACHE, "--data_path", tmp_path / "data", "--cached_path", folder]
+    if before:
+        assert cache_latents.main([*map(str, argv)]) == 0
+    else:
+        assert "other latents (of files with the same names and sizes)" in refused(cache_latents.main, capsys, *argv)
+
+
+def write_bmp(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
 
 
 def truncate(path):

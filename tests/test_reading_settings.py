@@ -132,14 +132,53 @@ def as_old(folder):
         (folder / name).write_text(json.dumps(stored))
 
 
+def save_rgba(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (8, 8, 4), dtype=np.uint8)).save(path)
+
+
 @pytest.mark.parametrize("style", FORMATS)
 def test_an_old_cache_opens_and_goes_on_in_mars_way(some, tmp_path, capsys, style):
     made = cache(some, tmp_path / "c", "--format", style)
     as_old(made)
     assert open_latents(made).reading == MARS_WAY and open_latents(made).flip
-    argv = [*CACHE, "--data_path", some, "--cached_path", made, "--format", style]
-    assert "exif False instead of True" in refused(cache_latents.main, capsys, *argv)
-    assert cache_latents.main([*map(str, argv), "--no_exif", "--background", "none"]) == 0
+    stored, argv = content(made), [*CACHE, "--data_path", some, "--cached_path", made, "--format", style]
+    argv = [*map(str, argv)]
+    for flag, line in (("--exif", "exif False instead of True"), ("--background=white", "'none' instead of 'white'")):
+        assert line in refused(cache_latents.main, capsys, *argv, flag)
+    assert content(made) == stored and "MAR's way" not in capsys.readouterr().out
+    for flags in ([], ["--no_exif", "--background", "none"]):
+        assert cache_latents.main([*argv, *flags, "--dry_run"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        assert (shown["exif"], shown["background"]) == (False, "none")
+        assert cache_latents.main([*argv, *flags]) == 0
+        said = f"{made} does not say how its images were read: it goes on in MAR's way, --no_exif --background none\n"
+        assert said in capsys.readouterr().out
+
+
+def test_what_is_left_of_an_old_cache_is_read_in_mars_way(tmp_path):
+    """A transparent picture has its hidden colours in the file that is made anew, as in the others."""
+    data, rng = tmp_path / "some", np.random.default_rng(0)
+    for i in range(12):
+        save_rgba(data / "train" / "a" / f"{i}.png", rng)
+    made = cache(data, tmp_path / "c", "--no_exif", "--background", "none")
+    whole = content(made)
+    as_old(made)
+    (made / "shard-00001.npy").unlink()
+    (made / "index.json").unlink()
+    cache(data, made)
+    for name in ("shard-00001.npy", "index.json"):
+        assert content(made)[name] == whole[name]
+    assert content(cache(data, tmp_path / "new"))["shard-00001.npy"] != whole["shard-00001.npy"]
+
+
+@pytest.mark.parametrize("value", [["exif"], {"exif": 3}])
+def test_a_damaged_note_about_reading_continues_nothing(pictures, tmp_path, capsys, value):
+    made = cache(pictures, tmp_path / "c")
+    stored = json.loads((made / "settings.json").read_text()) | {"reading": value}
+    (made / "settings.json").write_text(json.dumps(stored))
+    line = refused(cache_latents.main, capsys, *CACHE, "--data_path", pictures, "--cached_path", made)
+    assert "settings.json is damaged" in line
 
 
 def test_old_caches_of_other_data_go_on(tmp_path):

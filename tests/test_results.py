@@ -28,6 +28,15 @@ def test_a_figure_that_is_not_finite_is_written_as_null(tmp_path):
     assert find_result([stored], dict(settings=row["settings"])) == stored
 
 
+def test_a_line_of_before_the_contents_of_files_were_compared_counts():
+    new, old = dict(weights="a", reference="b", reference_content="c"), dict(weights="a", reference="b")
+    assert find_result([old], new) == old and find_result([new], new) == new
+    assert (
+        find_result([new | dict(reference_content="d")], new) is None
+        and find_result([old | dict(weights="x")], new) is None
+    )
+
+
 def test_a_result_with_null_is_reported():
     assert metrics_line(dict(fid=None, is_mean=2.0, is_std=None)) == "FID nan  IS 2.00±nan"
     assert metrics_line(dict(fid=math.nan)) == "FID nan"

@@ -1,8 +1,10 @@
 """samples.npz: the form that ADM's evaluator reads, of any size, and this project's own loader of it."""
 
+import re
 import resource
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from numpy.lib.format import read_array_header_1_0, read_magic
 
 import sample
 from util.images.pictures import PNGFolder, image_path, is_whole, load_samples, prepare_folder, save_png
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pictures(folder, num=5, side=6, channels=3) -> np.ndarray:
@@ -52,10 +56,18 @@ def test_no_more_than_a_picture_is_in_memory(tmp_path):
     assert peak < 10 * images[0].nbytes and np.array_equal(load_samples(tmp_path)["images"], images)
 
 
-def test_files_of_before_are_read(tmp_path):
-    images = pictures(tmp_path)
-    np.savez(tmp_path / "samples.npz", images=images, labels=np.arange(5))
-    assert np.array_equal(load_samples(tmp_path)["images"], images)
+@pytest.mark.parametrize("key", ["arr_0", "images"])
+@pytest.mark.parametrize("name", [".", "samples.npz"])
+def test_the_documented_line_reads_files_of_now_and_of_before(tmp_path, key, name):
+    images, values = pictures(tmp_path), {}
+    if key == "arr_0":
+        PNGFolder(tmp_path, 5).save_npz(range(5))
+    else:
+        np.savez(tmp_path / "samples.npz", images=images, labels=np.arange(5))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.DOTALL)
+    exec(code.replace("FOLDER", str(tmp_path / name)), values)
+    assert np.array_equal(values["images"], images) and values["labels"].tolist() == [*range(5)]
+    assert values["labels"].dtype == np.int64
 
 
 def test_a_limit_leaves_the_pictures_alone(tmp_path):

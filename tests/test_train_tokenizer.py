@@ -268,6 +268,26 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path, capsys):
     assert FILE_NAME in refused(capsys, *out, "--resume")
 
 
+def test_a_run_of_before_the_flags_about_reading_goes_on_in_mars_way(tmp_path, capsys):
+    """Its checkpoint has none of them; what is given by hand and is something else is refused."""
+    data, out = tmp_path / "images", tmp_path / "out"
+    data.mkdir()
+    for i in range(11):
+        Image.fromarray(np.full((8, 8, 4), 20 * i, np.uint8)).save(data / f"{i}.png")
+    flags = ["--data", "imagefolder", "--data_path", data, "--img_size", 8, "--batch_size", 5, "--epochs", 1]
+    content = train(out, *flags, "--no_exif", "--background", "none")
+    for name in ("value_range", "split_dir", "exif", "background", "flip"):
+        del content["settings"][name]
+    save_checkpoint(out, content)
+    line = refused(capsys, "--output_dir", out, *flags, "--resume", "--background", "red")
+    assert "--background none, not red" in line
+    settings = train(out, *flags, "--epochs", 2, "--resume")["settings"]
+    assert "it goes on in MAR's way, --no_exif --background none\n" in capsys.readouterr().out
+    assert (settings["exif"], settings["background"], settings["flip"]) == (False, "none", True)
+    train(out, *flags, "--epochs", 3, "--resume", "--no_exif", "--background", "none")
+    assert "MAR's way" not in capsys.readouterr().out
+
+
 def test_diverged_training_ends_in_one_line(tmp_path, capsys, monkeypatch):
     terms, name = LOSSES["AutoencoderKL"]
 

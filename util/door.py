@@ -7,6 +7,7 @@
 
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -20,6 +21,7 @@ def run_main(main, argv=None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show an é is no reason to end a run
             stream.reconfigure(errors="replace")
+    pythons, warnings.formatwarning = warnings.formatwarning, warning_line  # processes that load images have it too
     try:
         return main(argv)
     except KeyboardInterrupt:
@@ -32,6 +34,13 @@ def run_main(main, argv=None) -> int:
             line = f"internal error, not your input: {type(error).__name__}; please report the lines above"
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         return code
+    finally:
+        warnings.formatwarning = pythons
+
+
+def warning_line(message, category, filename, lineno, line=None) -> str:
+    """A warning as one line, in the place of Python's two, which quote the code that raised it."""
+    return f"warning: {' '.join(str(message).split())}\n"
 
 
 def explain(error: Exception) -> tuple[str | None, int]:

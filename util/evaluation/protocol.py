@@ -1,6 +1,7 @@
 """The metrics of sampled images, their reference, and the protocol of a result (docs/evaluation.md)."""
 
 import hashlib
+import math
 import os
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from util.evaluation.fid_stats import FIDStats, load_fid_stats
 from util.evaluation.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
 from util.images.datasets import build_dataset
 from util.images.reading import DEFAULT, MARS_WAY, Reading
+
+READ = 2**26  # bytes of a folder's files that are compared
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
 def reference_hash(reference) -> str:
     """16 hex digits that change with the reference: its statistics, bytes, or for a folder names and sizes of files.
 
-    For a folder also with the way its images are read; MAR's, the only one of old results, adds nothing.
+    For a folder also with the way its images are read; MAR's, the only one of old results, adds nothing. Files that
+    are replaced by others of the same name and size change `content_hash` instead, which old results do not have.
     """
     if isinstance(reference, FIDStats):
         return reference.hash()
@@ -121,6 +125,30 @@ def reference_hash(reference) -> str:
     return digest.hexdigest()
 
 
+def content_hash(reference) -> str | None:
+    """16 hex digits that change with the bytes of a folder's files; None for a reference that is no folder.
+
+    A folder of at most READ bytes is read whole, of a larger one every k-th file, about READ bytes: a file between
+    those that is replaced by another of the same name and size is not noticed.
+    """
+    paths = [path for path, _ in getattr(reference, "samples", ())]
+    if not paths:
+        return None
+    digest, step = hashlib.blake2b(digest_size=8), max(1, math.ceil(sum(map(_size, paths)) / READ))
+    for path in paths[::step]:
+        try:
+            digest.update(Path(path).read_bytes())
+        except OSError:  # a broken image, of which the reference has none
+            continue
+    return digest.hexdigest()
+
+
+def reference_hashes(reference) -> dict[str, str | None]:
+    """What tells references apart in results.jsonl; None for no reference."""
+    known = reference is not None
+    return {"reference": reference_hash(reference) if known else None, "reference_content": content_hash(reference)}
+
+
 def _size(path: str) -> int:
     """Bytes of a file; −1 for a link to nothing, which is a broken image."""
     try:
@@ -133,7 +161,7 @@ def reconstruction_row(weights: str, settings: dict, config: EvalConfig, referen
     """What identifies a tokenizer's result in results.jsonl: fingerprint, settings of the measurement, reference."""
     measured = {name: getattr(config, name) for name in ("num_images", "features", "eval_split", "fid_stats")}
     settings = {**settings, **measured}
-    return dict(kind="reconstruction", settings=settings, weights=weights, reference=reference_hash(reference))
+    return dict(kind="reconstruction", settings=settings, weights=weights, **reference_hashes(reference))
 
 
 def class_balance(labels) -> str:

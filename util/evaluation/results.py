@@ -7,6 +7,9 @@ from pathlib import Path
 
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import protocol_line
+from util.images.pictures import read_run
+
+LATER = {"reference_content"}  # keys that lines of before them lack
 
 
 def git_commit() -> str | None:
@@ -47,9 +50,30 @@ def is_folder_name(name) -> bool:
     return isinstance(name, str) and name == Path(name).name and name != ".."
 
 
+def read_named(path: Path) -> list[dict]:
+    """The lines of a results file that name the folder of their images."""
+    return [row for row in read_results(path) if is_folder_name(row.get("name"))]
+
+
 def find_result(rows: list[dict], wanted: dict) -> dict | None:
-    """The first of the rows that has all keys and values of wanted; None if none has."""
-    return next((row for row in rows if all(row.get(k) == v for k, v in wanted.items())), None)
+    """The first of the rows that has all keys and values of wanted, but for LATER in old rows; None if none has."""
+    old = {k: wanted[k] for k in LATER & wanted.keys()}
+    return next((row for row in rows if all({**old, **row}.get(k) == v for k, v in wanted.items())), None)
+
+
+def other_weights(folder: Path, rows: list[dict], own: Path) -> set[str]:
+    """Hashes of the weights of other checkpoints than the file `own` (resolved) that a setting's folder is of.
+
+    rows: of the results file beside it. A run that has no row yet is known from the folder's run.json; one of before
+    that named the checkpoint is taken for another's.
+    """
+    rows = [row for row in rows if row.get("name") == folder.name]
+    places = [(str(row.get("weights")), row.get("checkpoint", own)) for row in rows]
+    run = read_run(folder)
+    weights = str(run.get("weights"))
+    if run.get("checkpoint") or (run and weights not in dict(places)):
+        places.append((weights, run.get("checkpoint") or folder))
+    return {weights for weights, place in places if Path(str(place)).resolve() != own}
 
 
 def append_result(path: Path, row: dict) -> None:

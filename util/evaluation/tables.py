@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], in
     checkpoint) the later counts.
     """
     groups = {}
-    for row in rows:
+    for row, reference in zip(rows, _references(rows)):
         settings = {k: v for k, v in row["settings"].items() if k != "seed"}
         repeat = row["settings"].get("seed")
         if "run" in row:
@@ -72,7 +73,7 @@ def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], in
             repeat = repeat, row.get("checkpoint", row.get("weights"))  # a path: its weights change as training goes on
         else:
             settings["weights"] = row.get("weights")
-        settings["reference"], settings["kind"] = row.get("reference"), row.get("kind", "generation")
+        settings["reference"], settings["kind"] = reference, row.get("kind", "generation")
         _, repeats = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}))
         repeats[repeat] = figures(row)
     result = []
@@ -81,6 +82,18 @@ def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], in
         values = {name: [numbers[name] for numbers in repeats.values() if name in numbers] for name in names}
         result.append((settings, values, len(repeats)))
     return result
+
+
+def _references(rows: list[dict]) -> list:
+    """The hash of each line's reference; with that of its files where lines of the same hash have several."""
+    pairs = {(str(row.get("reference")), str(row["reference_content"])) for row in rows if row.get("reference_content")}
+    counts = Counter(reference for reference, _ in pairs)
+    return [
+        f"{row['reference']} (files {row.get('reference_content', 'unknown')})"
+        if counts[str(row.get("reference"))] > 1
+        else row.get("reference")
+        for row in rows
+    ]
 
 
 def by_protocol(groups) -> dict[str, list]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from util.args import flag
-from util.images.folders import find_images, training_folder
+from util.images.folders import find_images, shown, training_folder
 from util.images.reading import DEFAULT, Reading, center_crop, find_ranges, read_rgb
 
 MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
@@ -109,7 +109,7 @@ class FolderDataset(ImageDataset):
                 return self._load(path), label, i
             except Exception as error:  # PIL raises almost any type for damaged files: struct.error, IndexError, ...
                 self.broken[k] = 1
-                warnings.warn(f"broken image skipped: {path} ({_one_line(error)})", stacklevel=2)
+                warnings.warn(f"broken image skipped: {shown([path])} ({_reason(error, path)})", stacklevel=2)
         raise ValueError(f"no readable image in {self.folder}: all {len(self)} files are broken")
 
     def _stand_ins(self, i: int) -> Iterator[int]:
@@ -220,7 +220,7 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
     images.beside = beside
     dataset = FolderDataset(folder, images.samples, images.classes, img_size, reading)
     dataset.layout = images.layout()
-    dataset.ranges = find_ranges([path for path, _ in images.samples], reading, folder)
+    dataset.ranges = find_ranges([path for path, _ in images.samples], reading, shown([folder]))
     _ = dataset[0]  # without a readable image this raises one line; a DataLoader worker would add a traceback
     return dataset
 
@@ -304,6 +304,12 @@ class EpochSampler(Sampler):
 def _check_native_size(name: str, img_size: int | None, native: int) -> None:
     if img_size not in (None, native):
         raise ValueError(f"img_size is {img_size}, but {name} images are {native} pixels wide: use {native}")
+
+
+def _reason(error: Exception, path: str) -> str:
+    """What an error about a file says, but for its path."""
+    text = str(error).replace(repr(path), "").replace(path, "")
+    return " ".join(f"{type(error).__name__}: {text}".split()).rstrip(": ")
 
 
 def _one_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from util.args import check_folder
 from util.images.reading import extensions
 
 # what systems and programs leave among images, in small letters; besides names that start with a dot
@@ -63,7 +64,7 @@ def walk(folder: Path, system: bool = False) -> Iterator[tuple[str, list[str], l
         except OSError as error:
             if len(above) == 1:
                 raise
-            warnings.warn(f"folder skipped: {place} ({error.strerror})", stacklevel=2)
+            warnings.warn(f"folder skipped: {shown([place])} ({error.strerror})", stacklevel=2)
             continue
         folders, files = {}, []
         for entry in entries:
@@ -140,9 +141,13 @@ def find_images(folder: Path, splits_are_classes: bool = False, is_split: bool =
         result.samples = [(path, label) for label, name in enumerate(result.classes) for path in files_of[name]]
         empty = [name for name in by_class if not files_of[name]]
         if empty:
-            warnings.warn(f"class folders without images are ignored in {folder}: {', '.join(empty)}", stacklevel=3)
+            warnings.warn(
+                f"class folders without images are ignored in {shown([folder])}: {shown(empty)}", stacklevel=3
+            )
         if loose:
-            warnings.warn(f"{len(loose)} images outside the class folders are ignored in {folder}", stacklevel=3)
+            warnings.warn(
+                f"{len(loose)} images outside the class folders are ignored in {shown([folder])}", stacklevel=3
+            )
     elif loose:
         result.classes, result.samples = ["all"], [(path, 0) for path in loose]
     else:
@@ -185,3 +190,21 @@ def training_folder(data_path: Path, split: str, split_dir: str | None) -> tuple
     if folder == data_path or folder.parent != data_path:
         return folder, []
     return folder, [name for name in next(walk(data_path))[1] if name != folder.name and not looks_like_split(name)]
+
+
+def check_output_folder(name: str, path: str, data: str, data_path: str | None, split_dir: str | None = None) -> None:
+    """`check_folder`; and ValueError where what a program writes to --name would lie among the images that it reads.
+
+    Of the data set imagefolder that is data_path itself, and every place in a folder of classes and in a class.
+    """
+    check_folder(name, path)
+    if data != "imagefolder" or not data_path or not Path(data_path).expanduser().is_dir():
+        return
+    root, output = Path(data_path).expanduser(), Path(path).resolve()
+    train = root / "train" if (root / "train").is_dir() else root
+    folders = [train if split_dir is None else root / split_dir, root / "val"]
+    folders = [folder for folder in folders if folder.is_dir()]
+    links = [Path(e.path) for folder in folders for e in os.scandir(folder) if e.is_symlink() and e.is_dir()]
+    within = next((place for place in folders + links if output.is_relative_to(place.resolve())), None)
+    if within is not None or output == root.resolve():
+        raise ValueError(f"--{name} {path} is in {within or root}, whose images are read: choose a folder outside")

@@ -17,7 +17,7 @@ import numpy as np
 from util import dist
 from util.checkpoint import atomic_file
 from util.images.datasets import FolderDataset, ImageDataset, labels_of
-from util.images.latents import SETTINGS, checksum, npz_path, open_shard, read_json, read_npz, shard_path
+from util.images.latents import SETTINGS, check_reading, checksum, npz_path, open_shard, read_json, read_npz, shard_path
 from util.images.reading import MARS_WAY
 
 
@@ -46,12 +46,28 @@ def write_json(path: Path, content: dict) -> None:
         os.fsync(file.fileno())
 
 
+def read_settings(folder: Path) -> dict | None:
+    """The content of settings.json, None without one; a damaged file raises ValueError."""
+    stored = read_json(folder / "settings.json", SETTINGS)
+    if stored is not None:
+        check_reading(stored, folder / "settings.json")
+    return stored
+
+
+def older_reading(folder: Path) -> dict:
+    """How the images of a cache were read, as far as its settings.json does not say: in MAR's way. {} for no cache."""
+    stored = read_settings(folder) or {"reading": None}
+    if stored.get("reading", {}) is None:  # of no folder of images
+        return {}
+    return {name: value for name, value in asdict(MARS_WAY).items() if name not in stored.get("reading", {})}
+
+
 def begin(folder: Path, settings: dict) -> None:
     """Start a cache in a new or empty folder, or continue one with the same settings; others raise ValueError.
 
     The first process must call it before the others do (`dist.main_first`): it removes an interrupted run's files.
     """
-    stored = read_json(folder / "settings.json", SETTINGS)
+    stored = read_settings(folder)
     if stored is None:
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"--cached_path {folder} is not empty and no cache of this program; give another")
@@ -62,6 +78,7 @@ def begin(folder: Path, settings: dict) -> None:
         stored["reading"] = {**asdict(MARS_WAY), **(stored.get("reading") or {})}
     elif "reading" in settings:
         stored.setdefault("reading", None)
+    stored.setdefault("content", settings.get("content"))  # one of before it is known by names and sizes alone
     for key, value in settings.items():
         if stored[key] != value:
             raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, stored[key], value)})")
@@ -74,6 +91,8 @@ def _difference(key: str, stored, wanted) -> str:
     if key == "reading" and stored and wanted:
         key = next(name for name in wanted if stored[name] != wanted[name])
         stored, wanted = stored[key], wanted[key]
+    if key == "content":
+        return "of files with the same names and sizes"
     if key != "classes":
         return f"{key} {stored!r} instead of {wanted!r}"
     missing, extra = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))

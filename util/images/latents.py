@@ -119,6 +119,13 @@ class Latents:
             )
 
 
+def check_reading(content: dict, path: Path) -> None:
+    """Raise ValueError where what a file says about reading images is nothing that flags can say."""
+    if not isinstance(content.get("reading"), dict | None):
+        raise ValueError(f"{path} is damaged, its 'reading' is no dict: {AGAIN}")
+    check_values(Reading, content.get("reading") or {}, path)
+
+
 def reading_of(index: dict) -> Reading | None:
     """How the images of a cache were read; None for a data set that is no folder."""
     return None if index.get("reading", {}) is None else stored_reading(index.get("reading"))
@@ -246,9 +253,7 @@ def open_latents(folder, img_size: int | None = None) -> PackedLatents | NpzLate
             f"the latents in {folder} have the format {index['format']!r}, version {index['version']!r}; "
             f"valid: {', '.join(FORMATS)}, version {VERSION}"
         )
-    if not isinstance(index.get("reading"), dict | None):
-        raise ValueError(f"{folder / 'index.json'} is damaged, its 'reading' is no dict: {AGAIN}")
-    check_values(Reading, index.get("reading") or {}, folder / "index.json")
+    check_reading(index, folder / "index.json")
     if img_size not in (None, index["img_size"]):
         raise ValueError(f"the latents in {folder} are of {index['img_size']}-pixel images, not of {img_size}")
     if len(index["labels"]) != len(index["names"]) or not {*index["labels"]} <= {*range(len(index["classes"]))}:

@@ -63,22 +63,33 @@ def is_readable(path: Path) -> bool:
     return path.read_bytes().endswith(PNG_END)  # PIL reads a file that ends after the last pixel
 
 
+def read_run(folder: Path) -> dict:
+    """What run.json says of the run whose pictures a folder holds; {} where it cannot be read."""
+    try:
+        run = json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return run if isinstance(run, dict) else {}
+
+
 def prepare_folder(folder: Path, run: dict) -> None:
     """Make the folder of a sampling run; if its run.json describes another run, remove that run's files.
 
-    Files of these names in a folder without run.json are nobody's of ours: ValueError, and nothing is touched.
+    The place of the checkpoint, the key `checkpoint`, makes no other run. Files of these names in a folder without
+    run.json are nobody's of ours: ValueError, and nothing is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(".*.tmp"):  # of a process that was killed
         file.unlink()
     note = folder / "run.json"
     text = json.dumps(run)
-    if not note.is_file() or note.read_text() != text:
+    if not note.is_file() or note.read_bytes() != text.encode():
         made = [file for file in folder.iterdir() if re.fullmatch(MADE, file.name)]
         if made and not note.is_file():
             raise ValueError(f"{folder} holds {made[0].name} and no run.json: not ours, choose another folder")
-        for file in made:
-            file.unlink()
+        if {**read_run(folder), "checkpoint": None} != {**json.loads(text), "checkpoint": None}:
+            for file in made:
+                file.unlink()
         with atomic_file(note) as temporary:
             temporary.write_text(text)
     for file in folder.iterdir():  # images beyond the last one of this run
@@ -88,13 +99,10 @@ def prepare_folder(folder: Path, run: dict) -> None:
 
 def is_whole(folder: Path, weights: str, num_images: int) -> bool:
     """Does the folder hold all that a run with these weights writes? It reads run.json and file names only."""
-    try:
-        run = json.loads((folder / "run.json").read_text())
-    except (OSError, json.JSONDecodeError):
+    if read_run(folder).get("weights") != weights:
         return False
     stored = {file.name for file in folder.iterdir()}
-    wanted = {"grid.png", SAMPLES, *(image_path(folder, i).name for i in range(num_images))}
-    return run.get("weights") == weights and wanted <= stored
+    return {"grid.png", SAMPLES, *(image_path(folder, i).name for i in range(num_images))} <= stored
 
 
 class PNGFolder(Dataset):

@@ -235,7 +235,7 @@ def _say(what: str) -> None:
     warnings.warn(f"{what}; --value_range LO,HI pins it", stacklevel=2)
 
 
-def find_ranges(paths: list[str], reading: Reading, folder) -> dict[str, tuple[float, float]]:
+def find_ranges(paths: list[str], reading: Reading, folder: str) -> dict[str, tuple[float, float]]:
     """The range of the deep pictures among the files of a folder, from the values of SAMPLED of them; said if doubtful.
 
     Keys are those of `_guess`. Nothing is looked at where value_range says it.

@@ -11,10 +11,9 @@ Comma lists (`--infer_mode baseline,policy --cfg 1,1.5 --seed 0,1,2`) sample eve
 changing fastest. What results.jsonl has already is skipped.
 """
 
-import itertools
 import json
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +24,9 @@ from models.families import SIZES
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
+from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
 from sampling.run import Parts, sample_images
-from sampling.settings import FAST, SampleConfig, baseline_values, settings_of
+from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
 from util import dist
 from util.args import check_values, defaults, flag, make_parser, pick
@@ -42,9 +42,6 @@ from util.rng import DEFAULT_SEED, seed_of
 __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images and labels
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
-# flags that take a comma list
-SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile", "cfg", "temperature")
-SWEEPS += ("num_iter", "num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "refresh_every", "seed")
 
 
 @dataclass(frozen=True)
@@ -123,39 +120,6 @@ def stored_evaluation(config: dict, given: dict) -> dict:
     """The evaluation settings in a checkpoint's config, but for its reference where flags name another one."""
     named = given.keys() & {"data_path", "eval_split", "fid_stats"}
     return {k: v for k, v in config["eval"].items() if not named or k not in ("eval_split", "fid_stats")}
-
-
-@dataclass
-class Setting:
-    """One point of the grid: how it is sampled, and what identifies it."""
-
-    seed: int
-    sampling: SampleConfig
-    name: str = ""  # of its folder
-    row: dict = field(default_factory=dict)  # of results.jsonl, before anything is measured
-    present: dict | None = None  # the finished row, where results.jsonl has it already
-
-
-def span(given: dict, base: dict, fixed_rules: dict, has_heads: bool = False) -> list[Setting]:
-    """All combinations of the comma lists among the flags given, in their order; base has the values of the others.
-
-    fixed_rules: of the model. The baseline of a checkpoint with heads has no searched values, unless flags give them.
-    """
-    lists = {k: v for k, v in given.items() if k in SWEEPS}
-    grid = [{**base, **dict(zip(lists, values))} for values in itertools.product(*lists.values())]
-    grid = grid if "schedule" in given or not has_heads else [baseline_values(point) for point in grid]
-    settings = [(point.get("seed", SampleArgs.seed), pick(SampleConfig, point)) for point in grid]
-    return [Setting(seed, sampling.fitted(fixed_rules, "the model").resolved()) for seed, sampling in settings]
-
-
-def name_settings(settings: list[Setting], suffix: str) -> None:
-    """Give each setting its folder name; two with the same one (numbers alike in 6 digits) raise ValueError."""
-    for setting in settings:
-        setting.name = f"{setting.sampling.name()}_seed{setting.seed}{suffix}"
-    names = [setting.name for setting in settings]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two settings of the sweep would share the folder {name}: their values are too close")
 
 
 def keep_apart(settings: list[Setting], sweep: "Sweep") -> None:
@@ -240,14 +204,15 @@ def show(sweep: Sweep, given: dict, settings: list[Setting], config: dict) -> No
     print(json.dumps({**shown, "settings": [s.name for s in settings], "config": config}, indent=2))
 
 
-def stored_defaults(config: dict, args: SampleArgs, given: dict) -> dict:
-    """Flags of sampling and evaluation as a checkpoint's config has them, and what flags given by hand imply."""
+def stored_defaults(config: dict, args: SampleArgs, given: dict) -> tuple[SampleConfig, EvalConfig]:
+    """How a checkpoint's config says to sample and to evaluate, where flags given by hand do not say otherwise."""
     for settings_type, key in ((SampleConfig, "sample"), (EvalConfig, "eval")):
         check_values(settings_type, config[key], f"the checkpoint {args.checkpoint}")  # folder names are made of them
     base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
     num_labels = len(parse_labels(args.class_labels, len(config["data"]["classes"])))
     base |= editing_defaults(args, given, num_labels)
-    return base | (FAST if args.fast else {}) | {k: v for k, v in given.items() if k not in SWEEPS}
+    base |= (FAST if args.fast else {}) | {k: v for k, v in given.items() if k not in SWEEPS}
+    return pick(SampleConfig, base), pick(EvalConfig, base).resolved()
 
 
 def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
@@ -286,11 +251,10 @@ def run(args: SampleArgs, given: dict) -> int:
     model, tokenizer, config = load_model(content, ema=not args.no_ema, place=args.checkpoint, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
-    base = stored_defaults(config, args, given)
+    base, evaluation = stored_defaults(config, args, given)
     settings = []
     for point in settings_of(args.settings_of, given):
-        settings += span(given, base | point, model.fixed_rules, heads is not None)
-    evaluation = pick(EvalConfig, base).resolved()
+        settings += span(given, replace(base, **point), model.fixed_rules, heads is not None)
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

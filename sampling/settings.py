@@ -1,7 +1,6 @@
 """How images are sampled: the settings of a run, and those that --fast stands for."""
 
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
@@ -9,8 +8,7 @@ from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
 from heads.schedules import RuleOptions, check_num_iter
 from heads.searched import schedule_name
-from util.args import check_values, flag
-from util.evaluation.results import read_results
+from util.args import flag
 
 
 @dataclass(frozen=True)
@@ -71,30 +69,6 @@ class SampleConfig(RuleOptions):
         rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
         rest |= {"schedule": schedule_name(self.schedule)} if self.schedule is not None else {}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
-
-
-def settings_of(path: str | None, given=()) -> list[dict]:
-    """How the lines of a results file were sampled, but for seeds and the names given, each once; [{}] for None.
-
-    A file that is missing, or has no results or damaged ones, raises ValueError.
-    """
-    if path is None:
-        return [{}]
-    names = {f.name for f in fields(SampleConfig)} - set(given)
-    rows = [row["settings"] for row in read_results(Path(path)) if isinstance(row.get("settings"), dict)]
-    if not rows:
-        raise ValueError(f"--settings_of {path} holds no results of sample.py")
-    for row in rows:
-        check_values(SampleConfig, row, path)
-    points = [{k: v for k, v in row.items() if k in names} for row in rows]
-    return [point for i, point in enumerate(points) if point not in points[:i]]
-
-
-def baseline_values(values: dict) -> dict:
-    """Settings of a checkpoint with heads, but nothing searched where the mode is baseline, and what they are else."""
-    if values.get("infer_mode", "baseline") != "baseline":
-        return values
-    return {k: None if k == "schedule" or (k in FLAGS.values() and v == "schedule") else v for k, v in values.items()}
 
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import sample
-from sampling.settings import SampleConfig, settings_of
+from sampling.grid import settings_of
+from sampling.settings import SampleConfig
 from scripts import best_settings, make_table, train_classifier
 from tests.helpers import untrained
 from tests.test_cli import refused

@@ -10,6 +10,7 @@ import main_mar
 import sample
 from diffusion.solvers import SOLVERS
 from heads.policy import PolicyHeads
+from sampling.grid import SWEEPS, span
 from sampling.settings import SampleConfig
 from tests.helpers import named_weights
 from tests.test_cli import refused
@@ -26,11 +27,11 @@ def checkpoint(tmp_path_factory):
 
 def test_the_grid_is_the_product_in_the_order_of_the_flags():
     given = dict(seed=[3, 1], order=["halton", "random"], eval_bsz=7, cfg=[1.0, 1.5, 2.0])
-    settings = sample.span(given, dict(num_iter=5, cfg=9.0), {})
+    settings = span(given, SampleConfig(num_iter=5, cfg=9.0), {})
     found = [(s.seed, s.sampling.order, s.sampling.cfg) for s in settings]
     assert found == list(itertools.product(given["seed"], given["order"], given["cfg"]))
     assert {s.sampling.num_iter for s in settings} == {5}
-    (single,) = sample.span({}, dict(cfg=9.0), {})
+    (single,) = span({}, SampleConfig(cfg=9.0), {})
     assert (single.seed, single.sampling.cfg) == (1, 9.0)
 
 
@@ -130,7 +131,7 @@ def test_a_dry_run_names_the_folders_of_the_run(checkpoint, tmp_path, capsys, mo
 
 def test_what_can_be_swept_is_a_flag_of_one_value():
     names = sample.defaults(sample.SampleArgs, SampleConfig)
-    assert set(sample.SWEEPS) <= names.keys() and "cfg_interval" not in sample.SWEEPS  # has a comma in it
+    assert set(SWEEPS) <= names.keys() and "cfg_interval" not in SWEEPS  # has a comma in it
 
 
 def test_settings_tell_annealed_steps_and_spacings_apart():

@@ -26,7 +26,7 @@ from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.run import Parts, sample_images
-from sampling.settings import FAST, SampleConfig
+from sampling.settings import FAST, SampleConfig, baseline_values, settings_of
 from sampling.trace import num_traced
 from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick
@@ -42,8 +42,8 @@ __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images 
 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list
-SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg", "temperature", "num_iter")
-SWEEPS += ("num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "refresh_every", "seed")
+SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile", "cfg", "temperature")
+SWEEPS += ("num_iter", "num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "refresh_every", "seed")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class SampleArgs:
     )
     deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs)")
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
+    settings_of: str | None = flag(None, "results.jsonl: the settings of its lines, where flags do not say otherwise")
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
@@ -134,13 +135,15 @@ class Setting:
     present: dict | None = None  # the finished row, where results.jsonl has it already
 
 
-def span(given: dict, base: dict) -> list[Setting]:
-    """All combinations of the comma lists among the flags given, in their order; base has the values of the others."""
+def span(given: dict, base: dict, has_heads: bool = False) -> list[Setting]:
+    """All combinations of the comma lists among the flags given, in their order; base has the values of the others.
+
+    The baseline of a checkpoint with heads has no searched values, unless flags give them.
+    """
     lists = {k: v for k, v in given.items() if k in SWEEPS}
-    grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
-    return [
-        Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, {**base, **point}).resolved()) for point in grid
-    ]
+    grid = [{**base, **dict(zip(lists, values))} for values in itertools.product(*lists.values())]
+    grid = grid if "schedule" in given or not has_heads else [baseline_values(point) for point in grid]
+    return [Setting(point.get("seed", SampleArgs.seed), pick(SampleConfig, point).resolved()) for point in grid]
 
 
 def name_settings(settings: list[Setting], suffix: str) -> None:
@@ -282,7 +285,9 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     base = stored_defaults(config, args, given)
-    settings, evaluation = span(given, base), pick(EvalConfig, base).resolved()
+    points = settings_of(args.settings_of, given)
+    settings = [setting for point in points for setting in span(given, base | point, heads is not None)]
+    evaluation = pick(EvalConfig, base).resolved()
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

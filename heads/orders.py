@@ -51,6 +51,14 @@ def multiscale_order(state: StepState) -> torch.Tensor:
     return _by_level(state, level.flatten())
 
 
+def checkerboard_order(state: StepState) -> torch.Tensor:
+    """Cells (i, j) with i + j ≡ 0 (mod 4), then ≡ 2, then odd; within each class in the image's random order (GtR)."""
+    side = math.isqrt(state.mask.shape[1])
+    diagonal = torch.arange(side)[:, None] + torch.arange(side)
+    level = torch.where(diagonal % 2 == 1, 2, diagonal % 4 // 2)
+    return _by_level(state, level.flatten())
+
+
 def _by_level(state, level):
     """Scores (B, L) that rank by level (L,), lowest first, and by the Gumbel draws within a level."""
     rank = state.gumbel.argsort(dim=1).argsort(dim=1).float()  # 0…L−1: exact in float32, unlike a sum with the draws
@@ -81,4 +89,5 @@ ORDERS = {
     "halton": halton_order,
     "center": center_order,
     "multiscale": multiscale_order,
+    "checkerboard": checkerboard_order,
 }

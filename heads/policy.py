@@ -11,7 +11,8 @@ from torch import nn
 
 from heads.orders import ORDERS
 from heads.rules import Rules
-from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
+from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
+from heads.searched import schedule_values
 from heads.step import StepState
 from util.checkpoint import load_checkpoint, load_weights
 
@@ -147,7 +148,8 @@ def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
     return heads.eval()
 
 
-def _column(value, state):
+def column(value, state: StepState) -> torch.Tensor:
+    """A number, or (B, 1), as (B, 1) float32 on the device of the mask."""
     return torch.as_tensor(value, dtype=torch.float32, device=state.mask.device).expand(len(state.mask), 1)
 
 
@@ -175,21 +177,54 @@ def learned_group(heads, base, options):
 
 def learned_tau(heads, base, options):
     """τ around the hand-made temperature."""
-    return lambda state: heads.temperature(state, _column(base(state), state), options.cfg)
+    return lambda state: heads.temperature(state, column(base(state), state), options.cfg)
 
 
 def learned_cfg(heads, base, options):
     """w around the hand-made schedule."""
-    return lambda state, after: heads.guidance(state, _column(base(state, after), state), options.cfg)
+    return lambda state, after: heads.guidance(state, column(base(state, after), state), options.cfg)
 
 
-# kind: (hand-made rules, the learned one, the rule that the learned one moves)
+# kind: (hand-made rules, the learned one or None, the rule that the learned one moves: a schedule's where one is given)
 RULES = {
     "order": (ORDERS, learned_order, "random"),  # or RuleOptions.order_base
     "group": (GROUPS, learned_group, "cosine"),
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),
+    "profile": (PROFILES, None, "constant"),
 }
+FLAGS = {"order": "order", "group": "group", "tau": "tau_schedule", "cfg": "cfg_schedule", "profile": "cfg_profile"}
+
+
+def rule_names(mode: str, schedule: str | None = None) -> dict[str, str]:
+    """{kind: name of the rule} of an inference mode, "schedule" for what is hand-made and has values in the schedule.
+
+    schedule: as in `RuleOptions`. An unknown mode raises ValueError.
+    """
+    if mode not in INFER_MODES:
+        raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
+    names = {"profile": RULES["profile"][2]} | dict(zip(HEADS, INFER_MODES[mode]))
+    searched = schedule_values(schedule)
+    return {kind: "schedule" if kind in searched and names[kind] != "learned" else names[kind] for kind in RULES}
+
+
+def moved_rule(kind: str, schedule: str | None) -> str:
+    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else that of RULES."""
+    return "schedule" if kind in schedule_values(schedule) else RULES[kind][2]
+
+
+def hand_made(kind: str, name: str, options: RuleOptions):
+    """The rule of this name, to be called as `Rules` does; one of a schedule without values raises ValueError."""
+    if name == "schedule" and kind not in schedule_values(options.schedule):
+        raise ValueError(f"the {kind} rule 'schedule' needs --schedule FILE with values of {kind}")
+    rule = RULES[kind][0][name]
+    return rule if kind == "order" else partial(rule, options=options)
+
+
+def choices(kind: str) -> tuple[str, ...]:
+    """The names of the rules of a kind."""
+    table, learned, _ = RULES[kind]
+    return (*table, "learned") if learned else tuple(table)
 
 
 def build_rules(
@@ -200,30 +235,28 @@ def build_rules(
     group: str | None = None,
     tau_schedule: str | None = None,
     cfg_schedule: str | None = None,
+    cfg_profile: str | None = None,
     **options,
 ) -> Rules:
-    """The rules of an inference mode, any of the four replaced by the one named, "learned" included.
+    """The rules of an inference mode, any of the five replaced by the one named, "learned" included.
 
     options are the fields of `heads.schedules.RuleOptions` (cfg, temperature, …). An unknown mode or rule, or a learned
     rule without its head in `heads`, raises ValueError.
     """
-    if mode not in INFER_MODES:
-        raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
     options = RuleOptions(**options)
+    names = rule_names(mode, options.schedule)
     rules = {}
-    for kind, default, override in zip(HEADS, INFER_MODES[mode], (order, group, tau_schedule, cfg_schedule)):
-        table, learned, moved = RULES[kind]
-        name = override or default
-        if name not in table and name != "learned":
-            raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(table)}, learned")
-        rule = table[moved if name == "learned" else name]
-        rule = rule if kind == "order" else partial(rule, options=options)
+    for kind, override in zip(RULES, (order, group, tau_schedule, cfg_schedule, cfg_profile)):
+        name = override or names[kind]
+        if name not in choices(kind):
+            raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(choices(kind))}")
+        rule = hand_made(kind, moved_rule(kind, options.schedule) if name == "learned" else name, options)
         if name == "learned":
             if heads is None or kind not in heads.learn:
                 raise ValueError(
                     f"infer_mode {mode!r} needs the learned {kind} head, which this checkpoint does not have; train it "
                     f"with main_mar.py --init_from DIR --freeze_backbone --learn {kind}"
                 )
-            rule = learned(heads, rule, options)
+            rule = RULES[kind][1](heads, rule, options)
         rules[kind] = rule
     return Rules(**rules)

@@ -1,4 +1,4 @@
-"""The five rules of a step, and how their answers become a plan.
+"""The six rules of a step, and how their answers become a plan.
 
 Legend: B images, L tokens an image, n tokens unknown now. `mask` (B, L) bool is True where a token is unknown.
 """
@@ -9,19 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from heads.schedules import annealed_steps
+from heads.schedules import annealed_steps, constant_profile
 from heads.step import StepPlan, StepState
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Five rules in a row; calling them with a StepState gives the StepPlan."""
+    """Six rules in a row; calling them with a StepState gives the StepPlan."""
 
     order: Callable  # (state) -> scores (B, L): highest first
     group: Callable  # (state) -> how many tokens, (B,)
     tau: Callable  # (state) -> float, (B, 1) or (B, L)
     cfg: Callable  # (state, unknown_after (B,)) -> float, (B, 1) or (B, L)
     num_steps: Callable = annealed_steps  # (state) -> int, known without waiting for the device
+    profile: Callable = constant_profile  # (state) -> what `StepPlan.profile` says
 
     def __call__(self, state: StepState) -> StepPlan:
         select = hard_topk(self.order(state), whole_group(self.group, state), state.mask)
@@ -31,6 +32,7 @@ class Rules:
             tau=_per_token(self.tau(state), state.mask),
             cfg=_per_token(self.cfg(state, after), state.mask),
             num_steps=self.num_steps(state),
+            profile=self.profile(state),
         )
 
 

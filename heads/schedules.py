@@ -1,16 +1,19 @@
-"""Hand-made schedules: how many tokens, at which temperature, under which guidance, in how many diffusion steps.
+"""Hand-made schedules: how many tokens, at which temperature, under which guidance, in how many diffusion steps; and
+how much of the guidance acts at each of these.
 
 Legend: B images, M tokens unknown at the start (L, fewer when editing), n tokens unknown now, K = num_iter,
-u = (step + 1) / K. A new schedule is one function and one row of GROUPS, TAUS or CFGS. Everything is
-float32 on the device of the mask, and learned rules start from these same functions.
+u = (step + 1) / K. A new schedule is one function and one row of GROUPS, TAUS, CFGS or PROFILES.
+Everything is float32 on the device of the mask, and learned rules start from these same functions.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from heads.orders import ORDERS
+from heads.searched import schedule_setting, schedule_values
 from heads.step import StepState
 from util.args import flag, parse_range
 
@@ -28,9 +31,15 @@ class RuleOptions:
     order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
     order_base: str = flag("random", "hand-made order that the learned one moves")
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
+    cfg_t_interval: str = flag("0,1", "lo,hi: t/1000 within which the interval profile has guidance", metavar="LO,HI")
+    schedule: str | None = flag(
+        None, "JSON file with values of each step, for the rules schedule", type=schedule_setting, metavar="FILE"
+    )
 
     def __post_init__(self):
-        self.interval()  # a wrong text is an error now, not at the first step
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", schedule_setting(self.schedule))
+        self.interval(), self.t_interval()  # a wrong text is an error now, not at the first step
         if self.order_base not in ORDERS:
             raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
         for name in ("cfg", "temperature", "temperature_end", "order_noise"):
@@ -42,19 +51,36 @@ class RuleOptions:
         """cfg_interval as two numbers."""
         return parse_range("cfg_interval", self.cfg_interval, float, low=0, high=1)
 
+    def t_interval(self) -> tuple[float, float]:
+        """cfg_t_interval as two numbers."""
+        return parse_range("cfg_t_interval", self.cfg_t_interval, float, low=0, high=1)
+
+    def searched(self, kind: str) -> np.ndarray:
+        """The values (K,) or (P,) of the schedule for rules of this kind; a schedule without them raises KeyError."""
+        return schedule_values(self.schedule)[kind]
+
+
+def interpolate(knots, share: float):
+    """Knots (..., P), a tensor or an array, evenly spread over [0, 1], linearly interpolated at the share: (...)."""
+    last = knots.shape[-1] - 1
+    place = min(max(share, 0.0), 1.0) * last
+    left = int(place)
+    below, above = knots[..., left], knots[..., min(left + 1, last)]
+    return below + (place - left) * (above - below)
+
 
 # ---------------------------------------------------------------------------------------------------------- group
 
 
-def _group(share_left):
-    """A group rule from the share of M that should be unknown after the step: u, options -> [0, 1]."""
+def _group(share_left, whole=torch.floor):
+    """A group rule from the share of M that should be unknown after the step: u, K, options -> [0, 1]."""
 
     def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
         n = state.num_unknown
-        # the floor is taken in float64, as published; MPS has none
+        # whole numbers are taken in float64, as published; MPS has none
         wide = torch.float32 if n.device.type == "mps" else torch.float64
-        share = state.per_image(lambda u: share_left(u, options)).to(wide).to(n.device, non_blocking=True)
-        wanted = torch.floor(state.num_start.to(wide) * share).float()
+        share = state.per_image(lambda u, k: share_left(u, k, options)).to(wide).to(n.device, non_blocking=True)
+        wanted = whole(state.num_start.to(wide) * share).float()
         # max(1, min(n − 1, ·)) as published; where one token is left that is no progress, so it is taken
         after = torch.minimum(wanted, n - 1).clamp(min=1)
         return torch.where(n > 1, n - after, n)
@@ -62,14 +88,50 @@ def _group(share_left):
     return rule
 
 
-def _exp_share(u: float, options: RuleOptions) -> float:
+def _exp_share(u: float, num_iter: int, options: RuleOptions) -> float:
     a = options.group_a
     if a > 0:  # the same fraction without the large exponentials
         return 1 - math.exp(a * (u - 1)) * math.expm1(-a * u) / math.expm1(-a)
     return 1 - (math.expm1(a * u) / math.expm1(a) if a else u)  # a = 0 is the limit, the constant schedule
 
 
+def _staged_share(u: float, num_iter: int, options: RuleOptions) -> float:
+    """GtR's rates: a quarter of the tokens, a quarter, and half, in about 3/4, 3/16 and 1/16 of the steps."""
+    check_num_iter("staged", num_iter)
+    second, third = max(1, round(num_iter * 3 / 16)), max(1, round(num_iter / 16))
+    first = num_iter - second - third
+    done = round(u * num_iter)
+    if done <= first:
+        return 1 - done / (4 * first)
+    return 0.75 - (done - first) / (4 * second) if done <= first + second else (num_iter - done) / (2 * third)
+
+
+def _searched_share(u: float, num_iter: int, options: RuleOptions) -> float:
+    """1 − the cumulative curve of the schedule, which begins at 0."""
+    return 1 - interpolate(np.append(0.0, options.searched("group")), u)
+
+
+MIN_STEPS = {"staged": 3}  # of the group rules that need some
+
+
+def check_num_iter(group: str | None, num_iter: int) -> None:
+    """Raise ValueError if a group rule needs more autoregressive steps."""
+    if num_iter < MIN_STEPS.get(group, 1):
+        raise ValueError(f"the group rule {group} needs at least {MIN_STEPS[group]} steps, got num_iter {num_iter}")
+
+
 # ----------------------------------------------------------------------------------------------------- tau and cfg
+
+
+def _searched(kind: str, state: StepState, options: RuleOptions) -> torch.Tensor:
+    """The schedule's value (B, 1) of this step: K values stand at u = 1/K, 2/K, …, 1, and before the first it holds."""
+    values = options.searched(kind)
+    start = 1 / len(values)
+    return (
+        state.per_image(lambda u, k: interpolate(values, (u - start) / (1 - start) if start < 1 else 0.0))
+        .float()
+        .unsqueeze(1)
+    )
 
 
 def _known_share(state, unknown_after):
@@ -96,26 +158,51 @@ def interval_cfg(state, unknown_after, options):
     return torch.where((v >= low) & (v <= high), options.cfg, 1.0)
 
 
+# --------------------------------------------------------------------------- guidance over the diffusion steps
+
+
+def constant_profile(state, options=None):
+    """m = 1 at every diffusion step."""
+    return None
+
+
+def interval_profile(state, options):
+    """m = 1 where lo <= t / 1000 <= hi, else 0."""
+    low, high = options.t_interval()
+    return lambda share: 1.0 if low <= share <= high else 0.0
+
+
+def searched_profile(state, options):
+    """m of the schedule's knots."""
+    knots = options.searched("profile")
+    return lambda share: float(interpolate(knots, share))
+
+
 GROUPS = {
-    "cosine": _group(lambda u, options: math.cos(math.pi / 2 * u)),
-    "constant": _group(lambda u, options: 1 - u),
+    "cosine": _group(lambda u, k, options: math.cos(math.pi / 2 * u)),
+    "constant": _group(lambda u, k, options: 1 - u),
     "exp": _group(_exp_share),
-    "power": _group(lambda u, options: 1 - u**options.group_p),
+    "power": _group(lambda u, k, options: 1 - u**options.group_p),
+    "staged": _group(_staged_share),
+    "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these
 }
 TAUS = {
     "constant": lambda state, options: options.temperature,
     "linear": lambda state, options: (
-        state.per_image(lambda u: options.temperature + (options.temperature_end - options.temperature) * u)
+        state.per_image(lambda u, k: options.temperature + (options.temperature_end - options.temperature) * u)
         .float()
         .unsqueeze(1)
     ),
+    "schedule": lambda state, options: _searched("tau", state, options),
 }
 CFGS = {
     "constant": lambda state, unknown_after, options: options.cfg,
     "linear": linear_cfg,
     "power_cosine": power_cosine_cfg,
     "interval": interval_cfg,
+    "schedule": lambda state, unknown_after, options: _searched("cfg", state, options),
 }
+PROFILES = {"constant": constant_profile, "interval": interval_profile, "schedule": searched_profile}
 
 
 def annealed_steps(state: StepState) -> int:

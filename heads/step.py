@@ -4,6 +4,7 @@ Legend: B images, L tokens an image, M tokens unknown at the start (L, fewer whe
 K = num_iter, u = (step + 1) / K. `mask` (B, L) bool is True where a token is unknown.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +25,11 @@ class StepState:
     num_steps: tuple[int, int] = (100, 100)  # diffusion steps asked for at the first and at the last step
 
     def per_image(self, function) -> torch.Tensor:
-        """function(u) of the progress u = (step + 1) / num_iter as float64 (B,) on the CPU, for a Python function."""
+        """function(u, K) of the progress u = (step + 1) / K as float64 (B,) on the CPU, for a Python function."""
         steps, totals = torch.as_tensor(self.step).tolist(), torch.as_tensor(self.num_iter).tolist()
         if not isinstance(steps, list):
-            return torch.full(self.num_unknown.shape, function((steps + 1) / totals), dtype=torch.float64)
-        return torch.tensor([function((s + 1) / k) for s, k in zip(steps, totals)], dtype=torch.float64)
+            return torch.full(self.num_unknown.shape, function((steps + 1) / totals, totals), dtype=torch.float64)
+        return torch.tensor([function((s + 1) / k, k) for s, k in zip(steps, totals)], dtype=torch.float64)
 
     @property
     def is_last(self) -> bool | torch.Tensor:
@@ -39,9 +40,14 @@ class StepState:
 
 @dataclass
 class StepPlan:
-    """What the rules decided: select (B, L) bool, tau and cfg (B, L) float32, read where select is True, and T."""
+    """What the rules decided: select (B, L) bool, tau and cfg (B, L) float32, read where select is True, and T.
+
+    profile: m of w(t) = 1 + (w − 1)·m over the diffusion steps of a token, a function of t / 1000 in [0, 1] that gives
+    a float, or a tensor (B,) or (B, 1); None: m = 1. Where m is the float 0 no unconditional half is computed.
+    """
 
     select: torch.Tensor
     tau: torch.Tensor
     cfg: torch.Tensor
     num_steps: int  # diffusion steps, for all images alike
+    profile: Callable | None = None

@@ -217,6 +217,7 @@ class DiffLoss(nn.Module):
         clip=None,
         spacing=None,
         guided=None,
+        profile=None,
     ):
         """Tokens (N, C) drawn from p(token | z), float32: `DiffusionSampler.draw`, without gradient.
 
@@ -226,7 +227,7 @@ class DiffLoss(nn.Module):
         if noise is None:
             noise = torch.randn((num_steps + 1, len(z), self.channels), device=z.device)
         sampler = self.sampler(num_steps=num_steps, solver=solver, spacing=spacing, clip=clip)
-        return sampler.draw(z, z_uncond, cfg, tau, noise, num_steps, guided)
+        return sampler.draw(z, z_uncond, cfg, tau, noise, num_steps, guided, profile)
 
 
 class DiffusionSampler:
@@ -239,22 +240,24 @@ class DiffusionSampler:
         self.solver, self.spacing = SOLVERS[solver], spacing or SOLVERS[solver].spacing
         cosine_schedule(num_steps[0], self.spacing)  # an unknown spacing is an error now, not at the first step
 
-    def evals(self, num_steps: int) -> int:
-        """One row a diffusion step."""
-        return num_steps
+    def evals(self, num_steps: int, tokens: int, guided: int, profile=None) -> int:
+        """A row for each token at each diffusion step, two where guidance acts on it."""
+        schedule = cosine_schedule(num_steps, self.spacing)
+        acting = sum(_acts(_share(profile, schedule, i)) for i in range(num_steps)) if guided else 0
+        return tokens * num_steps + guided * acting
 
     def noise(self, generators, rows, num_steps: int) -> torch.Tensor:
         """(T + 1, N, C), the part of each image from its own generator."""
         return draw_by_image(generators, rows, lambda k: (num_steps + 1, k, self.head.channels), dim=1)
 
-    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None) -> torch.Tensor:
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
         """Tokens (N, C), float32, differentiable in z, cfg, tau and the weights.
 
         z, z_uncond (N, D): with z_uncond ε is the guided one, the variance the conditional one; N trajectories are
         carried and the net sees 2N rows. cfg, tau: float or (N,); what tau does is the solver's, see
         `diffusion.solvers`. noise (num_steps + 1, N, C). guided (G,) long: the rows that guidance acts on, those of
-        z_uncond (G, D), where it is not on all; the net sees N + G rows then. A wrong shape, or guidance without
-        z_uncond, raises ValueError.
+        z_uncond (G, D), where it is not on all; the net sees N + G rows then. profile: see `models.token_head.Sampler`;
+        where it gives the float 0 the net sees N rows. A wrong shape, or guidance without z_uncond, raises ValueError.
         """
         self._check(z, z_uncond, cfg, tau, noise, num_steps)
         net = self.head.net
@@ -262,20 +265,21 @@ class DiffusionSampler:
         schedule = cosine_schedule(num_steps, self.spacing)
         timesteps = schedule.table("timesteps", z.device)
         condition = net.condition(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
-        w = _column(cfg)
-        if guided is not None and isinstance(w, torch.Tensor) and w.dim():
-            w = w[guided]  # (G, 1)
+        unguided = net.condition(z) if guides and profile is not None else condition  # (N, W)
+        w = _of_rows(_column(cfg), guided)
 
         def predict(x, i):
-            t = timesteps[i : i + 1]
-            if not guides:
-                return net(x, t, condition).float().chunk(2, dim=-1)
+            t, m = timesteps[i : i + 1], _share(profile, schedule, i) if guides else 0.0
+            if not _acts(m):
+                return net(x, t, unguided).float().chunk(2, dim=-1)
             both = torch.cat([x, x if guided is None else x[guided]])
             eps, v = net(both, t, condition).float().chunk(2, dim=-1)
             eps, eps_u, v = eps[: len(x)], eps[len(x) :], v[: len(x)]
+            _check_rows("profile", m, len(x))
+            m = _of_rows(_column(m), guided)
             if guided is None:
-                return guide(eps, eps_u, w), v
-            return eps.index_copy(0, guided, guide(eps[guided], eps_u, w)), v
+                return guide(eps, eps_u, w, m), v
+            return eps.index_copy(0, guided, guide(eps[guided], eps_u, w, m)), v
 
         return self.solver.run(predict, schedule, noise.float(), _column(tau), self.clip)
 
@@ -284,10 +288,30 @@ class DiffusionSampler:
         if tuple(noise.shape) != shape:
             raise ValueError(f"noise must have shape {shape} (num_steps + 1, N, C), got {tuple(noise.shape)}")
         for name, value in (("cfg", cfg), ("tau", tau)):
-            if isinstance(value, torch.Tensor) and value.dim() and value.numel() != len(z):
-                raise ValueError(f"{name} must be a number or one for each of the {len(z)} rows, got {value.numel()}")
+            _check_rows(name, value, len(z))
         if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
             raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
+
+
+def _share(profile, schedule, i: int):
+    """m of a profile at diffusion step i of a schedule, 1.0 without one; the timestep is read on the host."""
+    return 1.0 if profile is None else profile(float(schedule.timesteps[i]) / NUM_TRAIN_STEPS)
+
+
+def _check_rows(name: str, value, num_rows: int) -> None:
+    """Raise ValueError unless a value is a number or has one for each row."""
+    if isinstance(value, torch.Tensor) and value.dim() and value.numel() != num_rows:
+        raise ValueError(f"{name} must be a number or one for each of the {num_rows} rows, got {value.numel()}")
+
+
+def _acts(m) -> bool:
+    """Is guidance computed at this m? A tensor is not read: that would wait for the device."""
+    return isinstance(m, torch.Tensor) or m != 0.0
+
+
+def _of_rows(column, rows):
+    """(N, 1) at rows (G,) as (G, 1); a number stays one, and so does a column where rows are None, for all."""
+    return column[rows] if rows is not None and isinstance(column, torch.Tensor) and column.dim() else column
 
 
 def _column(value):

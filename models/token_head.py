@@ -14,14 +14,18 @@ class Sampler(Protocol):
 
     num_steps: tuple[int, int]  # of the network for a token, at the first and at the last autoregressive step
 
-    def evals(self, num_steps: int) -> int:
-        """Rows of the network that one token takes, unguided."""
+    def evals(self, num_steps: int, tokens: int, guided: int, profile=None) -> int:
+        """Rows of the network that `draw` computes for so many tokens, of which some are guided."""
 
     def noise(self, generators: list, rows: torch.Tensor, num_steps: int) -> torch.Tensor:
         """What `draw` needs for rows (N, 2) long on the host, (image, position); image i draws from generators[i]."""
 
-    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None) -> torch.Tensor:
-        """Tokens (N, …) under z (N, D), guided by z_uncond (G, D) in the rows guided (G,); differentiable."""
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
+        """Tokens (N, …) under z (N, D), guided by z_uncond (G, D) in the rows guided (G,); differentiable.
+
+        profile(t / 1000) -> m, a float or (N,), scales guidance over diffusion steps: w(t) = 1 + (w − 1)·m; None: 1.
+        A head without diffusion steps refuses any other one with `check_no_profile`.
+        """
 
 
 class TokenHead(Protocol):
@@ -52,6 +56,12 @@ class TokenHead(Protocol):
         """What draws tokens in so many steps; options are the head's own, an unknown one is a TypeError."""
 
 
-def guide(cond: torch.Tensor, uncond: torch.Tensor, w) -> torch.Tensor:
-    """uncond + w·(cond − uncond) (arXiv 2207.12598, Eq. 6), written so that w = 1 gives cond to the bit."""
-    return cond + (w - 1.0) * (cond - uncond)
+def guide(cond: torch.Tensor, uncond: torch.Tensor, w, m=1.0) -> torch.Tensor:
+    """uncond + w'·(cond − uncond), w' = 1 + (w − 1)·m (arXiv 2207.12598, Eq. 6); w = 1 or m = 0 gives cond exactly."""
+    return cond + (w - 1.0) * m * (cond - uncond)
+
+
+def check_no_profile(profile) -> None:
+    """Raise ValueError for a profile given to a head that draws its tokens without diffusion steps."""
+    if profile is not None:
+        raise ValueError("--cfg_profile must be constant: this model draws a token in one step, not in diffusion steps")

@@ -6,7 +6,7 @@ host, so that shapes are known there: one copy a step, of the plan, keeps it cur
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -49,11 +49,11 @@ def decode(
     step that draws, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known
     tokens to keep. tokenizer: for the families whose conditions are made with it. evals, a Counter, grows by the
     network evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows that the token
-    head does. Unconditional ones are made only where guidance acts (w ≠ 1). refresh_every > 1: only so many steps apart
-    are all tokens computed, between them those that changed and those that are drawn, and learned rules see the z of
-    the last time. The model is in eval mode inside and as it was afterwards. Labels out of range, fewer than 1 step, or
-    tokens without mask raise ValueError. Labels may be whole numbers of any type; a model in another dtype than float32
-    computes in its own, its token head's process in float32.
+    head does. Unconditional ones are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not
+    the float 0. refresh_every > 1: only so many steps apart are all tokens computed, between them those that changed
+    and those that are drawn, and learned rules see the z of the last time. The model is in eval mode inside and as it
+    was afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole
+    numbers of any type; a model in another dtype than float32 computes in its own, its token head's process in float32.
     """
     labels = _checked_labels(model.config, labels)
     _check_counts(num_iter=num_iter, refresh_every=refresh_every)
@@ -71,18 +71,18 @@ def decode(
                 break
             z, positions = conditions.look(step, canvas.tokens, canvas.unknown, images)
             plan = rules(canvas.state(step, num_iter, images, z, positions, sampler.num_steps))
-            rows, guided, tau, cfg = canvas.select(plan, images)
+            rows, guided, tau, cfg, profile = canvas.select(plan, images)
             if not len(rows):  # the tokens that this step could choose from are all given
                 continue
             z, z_uncond = conditions.at(step, canvas.tokens, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
             noise = send(noise, empty.device)
             some = None if len(guided) in (0, len(rows)) else send(guided, empty.device)
-            drawn = sampler.draw(z, z_uncond, cfg, tau, noise, plan.num_steps, guided=some)
+            drawn = sampler.draw(z, z_uncond, cfg, tau, noise, plan.num_steps, guided=some, profile=profile)
             canvas.write(rows, drawn)
             conditions.write(step, rows, drawn)
             if evals is not None:
-                evals.update(mlp=(len(rows) + len(guided)) * sampler.evals(plan.num_steps))
+                evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
             if callback:
                 callback(step, rows, plan, canvas.tokens)
     if canvas.unknown.any():
@@ -100,12 +100,14 @@ class Chosen(NamedTuple):
 
     rows (N, 2) long on the host: (image, position), row-major. guided (G,) long on the host: the rows with w ≠ 1.
     tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided.
+    profile is the plan's, its tensors (N,).
     """
 
     rows: torch.Tensor
     guided: torch.Tensor
     tau: torch.Tensor
     cfg: torch.Tensor | float
+    profile: Callable | None
 
 
 class Canvas:
@@ -172,12 +174,25 @@ class Canvas:
         row, column = send(rows, self.tokens.device).unbind(dim=1)
         cfg = plan.cfg[row, column] if len(guided) else 1.0
         rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-        return Chosen(rows, guided, plan.tau[row, column], cfg)
+        return Chosen(rows, guided, plan.tau[row, column], cfg, plan.profile and of_rows(plan.profile, row))
 
     def write(self, rows, drawn) -> None:
         """drawn (N, …) are the tokens at rows (N, 2)."""
         self.tokens = self.tokens.index_put(send(rows, self.tokens.device).unbind(dim=1), drawn.to(self.tokens.dtype))
         self.unknown[rows[:, 0], rows[:, 1]] = False
+
+
+def of_rows(profile: Callable, image: torch.Tensor) -> Callable:
+    """A profile that gives a float or one number for each of B' images, as one that gives a float or one for each row.
+
+    image (N,) long says which of the B' images each row belongs to.
+    """
+
+    def per_row(share):
+        m = profile(share)
+        return m.flatten()[image] if isinstance(m, torch.Tensor) and m.dim() else m
+
+    return per_row
 
 
 @contextlib.contextmanager

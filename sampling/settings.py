@@ -1,14 +1,16 @@
 """How images are sampled: the settings of a run, and those that --fast stands for."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
-from heads.orders import ORDERS
-from heads.policy import INFER_MODES, build_rules
+from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
-from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
-from util.args import flag
+from heads.schedules import RuleOptions, check_num_iter
+from heads.searched import schedule_name
+from util.args import check_values, flag
+from util.evaluation.results import read_results
 
 
 @dataclass(frozen=True)
@@ -16,10 +18,13 @@ class SampleConfig(RuleOptions):
     """How images are sampled: everything that an image depends on but weights, label and seed."""
 
     infer_mode: str = flag("baseline", "which rules are learned", choices=INFER_MODES)
-    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=(*ORDERS, "learned"))
-    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=(*GROUPS, "learned"))
-    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=(*TAUS, "learned"))
-    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=(*CFGS, "learned"))
+    order: str | None = flag(None, "order of the tokens, instead of the mode's", choices=choices("order"))
+    group: str | None = flag(None, "how many tokens a step, instead of the mode's", choices=choices("group"))
+    tau_schedule: str | None = flag(None, "temperature schedule, instead of the mode's", choices=choices("tau"))
+    cfg_schedule: str | None = flag(None, "guidance schedule, instead of the mode's", choices=choices("cfg"))
+    cfg_profile: str | None = flag(
+        None, "share of the guidance over the diffusion steps, instead of constant", choices=choices("profile")
+    )
     num_iter: int = flag(64, "autoregressive steps", low=1)
     num_sampling_steps: int | str = flag(
         100,
@@ -47,24 +52,49 @@ class SampleConfig(RuleOptions):
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""
         options = {f.name: getattr(self, f.name) for f in fields(RuleOptions)}
-        names = ("order", "group", "tau_schedule", "cfg_schedule")
-        return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in names}, **options)
+        check_num_iter(self.group, self.num_iter)
+        return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in FLAGS.values()}, **options)
 
     def resolved(self) -> "SampleConfig":
         """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""
-        names = ("order", "group", "tau_schedule", "cfg_schedule", "spacing")
-        rows = zip(names, (*INFER_MODES[self.infer_mode], SOLVERS[self.solver].spacing))
-        return replace(self, **{name: getattr(self, name) or default for name, default in rows})
+        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode, self.schedule).items()}
+        names["spacing"] = SOLVERS[self.solver].spacing
+        return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
 
     def name(self) -> str:
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
         steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
         usual = f"{self.infer_mode}_iter{self.num_iter}_steps{steps}_cfg{self.cfg:g}"
-        defaults = asdict(SampleConfig(infer_mode=self.infer_mode, solver=self.solver).resolved())
-        defaults["solver"] = SampleConfig.solver
+        implied = SampleConfig(infer_mode=self.infer_mode, solver=self.solver, schedule=self.schedule)
+        defaults = asdict(implied.resolved()) | {"solver": SampleConfig.solver, "schedule": None}
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
         rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
+        rest |= {"schedule": schedule_name(self.schedule)} if self.schedule is not None else {}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
+
+
+def settings_of(path: str | None, given=()) -> list[dict]:
+    """How the lines of a results file were sampled, but for seeds and the names given, each once; [{}] for None.
+
+    A file that is missing, or has no results or damaged ones, raises ValueError.
+    """
+    if path is None:
+        return [{}]
+    names = {f.name for f in fields(SampleConfig)} - set(given)
+    rows = [row["settings"] for row in read_results(Path(path)) if isinstance(row.get("settings"), dict)]
+    if not rows:
+        raise ValueError(f"--settings_of {path} holds no results of sample.py")
+    for row in rows:
+        check_values(SampleConfig, row, path)
+    points = [{k: v for k, v in row.items() if k in names} for row in rows]
+    return [point for i, point in enumerate(points) if point not in points[:i]]
+
+
+def baseline_values(values: dict) -> dict:
+    """Settings of a checkpoint with heads, but nothing searched where the mode is baseline, and what they are else."""
+    if values.get("infer_mode", "baseline") != "baseline":
+        return values
+    return {k: None if k == "schedule" or (k in FLAGS.values() and v == "schedule") else v for k, v in values.items()}
 
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md

@@ -23,6 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from heads.searched import schedule_name
 from util.args import OneLineParser, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
@@ -79,6 +80,8 @@ def setting_texts(groups, columns: list[str]) -> list[dict[str, str]]:
     rows = [{} for _ in groups]
     for c in columns:
         values = [settings.get(c) for settings, *_ in groups]
+        if c == "schedule":
+            values = [v and schedule_name(v) for v in values]
         texts = ["–" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values]
         short = [text if len(text) <= 24 else f"{text[:10]}…{text[-10:]}" for text in texts]
         if len({*short}) == len({*texts}):

@@ -21,8 +21,8 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
         --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;
         --epochs) epochs=(--epochs "${words[i + 1]}") && i=$((i + 1)) ;;
-        --order | --group | --*_schedule | --cfg | --cfg_power | --cfg_interval | --temperature* | --num_iter | \
-            --num_sampling_steps | --solver | --eval_bsz | --metrics | --features | --device | --dtype)
+        --order | --group | --schedule | --*_schedule | --cfg | --cfg_power | --cfg_*interval | --cfg_profile | \
+            --temperature* | --num_iter | --num_sampling_steps | --solver | --eval_bsz | --metrics | --features | --device | --dtype)
             sampling+=("${words[i]}" "${words[i + 1]}")
             training+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
             ;;

@@ -12,6 +12,7 @@ SIDE, STEPS, BATCH = 3, 5, 3
 LENGTH = SIDE**2
 LABELS = torch.tensor([0, 2, -1])
 SEEDS = [11, 12, 13]
+SCHEDULE = '{"cfg": [2.5, 1.5, 1.0], "group": [0.25, 0.5, 1.0], "profile": [0.0, 1.0, 0.5], "tau": [1.0, 0.9, 0.75]}'
 
 
 def rules_of(**kwargs):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from models.token_head import guide
+from models.token_head import check_no_profile, guide
 from util.rng import draw_by_image
 
 WIDTH = 3
@@ -22,12 +22,16 @@ class ToyHead:
         return torch.zeros(batch, length, 1)
 
     def sampler(self, *, num_steps=1):
-        return SimpleNamespace(num_steps=(1, 1), evals=lambda n: 1, noise=self.noise, draw=self.draw)
+        return SimpleNamespace(num_steps=(1, 1), evals=self.evals, noise=self.noise, draw=self.draw)
+
+    def evals(self, num_steps, tokens, guided, profile=None):
+        return tokens + guided
 
     def noise(self, generators, rows, num_steps):
         return draw_by_image(generators, rows, lambda k: (k, 1), dim=0)
 
-    def draw(self, z, z_uncond, cfg, tau, noise, num_steps, guided=None):
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps, guided=None, profile=None):
+        check_no_profile(profile)
         if z_uncond is not None:
             guided = torch.arange(len(z)) if guided is None else guided
             w = cfg[guided].unsqueeze(1)

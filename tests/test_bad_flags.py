@@ -21,6 +21,7 @@ from scripts import (
     make_fid_stats,
     measure_latents,
     measure_reconstruction,
+    search_schedule,
     train_classifier,
     train_tokenizer,
 )
@@ -40,6 +41,7 @@ CONFIGS = {
     make_fid_stats: [make_fid_stats.StatsArgs],
     measure_latents: [measure_latents.MeasureArgs],
     measure_reconstruction: [measure_reconstruction.ReconstructionArgs],
+    search_schedule: [search_schedule.SearchArgs],
     train_classifier: [train_classifier.ClassifierArgs],
     train_tokenizer: [train_tokenizer.TokenizerArgs],
 }

@@ -27,6 +27,7 @@ from scripts import (
     measure_reconstruction,
     plot_trace,
     plot_training,
+    search_schedule,
     train_classifier,
     train_tokenizer,
 )  # fmt: skip
@@ -90,6 +91,12 @@ TRAINING = [
         for text in ("0.8,0.2", "x", "nan,1")
     ),
     ("--cfg_interval 0,2", "--cfg_interval", "'0,2'", "0 <= lo <= hi <= 1"),
+    ("--cfg_t_interval 0.8,0.2", "--cfg_t_interval", "'0.8,0.2'", "0 <= lo <= hi <= 1"),
+    ("--schedule {tmp}/missing", "--schedule", "{tmp}/missing", "No such file"),
+    ("--schedule {file}", "--schedule", "{file}", "no JSON"),
+    ("--group schedule", "--schedule FILE", "group"),
+    ("--group staged --num_iter 2", "staged", "num_iter 2", "at least 3"),
+    ("--group staged --num_iter 4 --train_masks visited --train_num_iter 2,4", "staged", "num_iter 2"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
     ("--order_base learned", "'learned'", "random, raster, halton"),
     ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),
@@ -160,6 +167,11 @@ SAMPLING = [
     ("--infer_mode baseline,policy", "policy", "--learn order"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
     ("--cfg_interval 0.8,0.2", "--cfg_interval", "'0.8,0.2'", "0 <= lo <= hi <= 1"),
+    ("--cfg_t_interval 0,2", "--cfg_t_interval", "'0,2'", "0 <= lo <= hi <= 1"),
+    ("--schedule {results}", "--schedule", "{results}", "'values'"),
+    ("--cfg_profile schedule", "--schedule FILE", "profile"),
+    ("--group cosine,staged --num_iter 2", "staged", "num_iter 2", "at least 3"),
+    ("--settings_of {tmp}/missing", "--settings_of", "{tmp}/missing"),
     ("--num_sampling_steps 100,5:", "'5:'", "between 1 and 1000"),
     ("--cfg 1,-2", "'-2'", "at least 0"),
     ("--cfg 1.5,1.50000001", "too close"),
@@ -235,6 +247,17 @@ MEASURING = [
     ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
     ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
     ("--img_size 9", "9", "8"),
+    ("--device nope", "'nope'", "cpu"),
+]
+SEARCH = [
+    ("--checkpoint {tmp}/missing", "{tmp}/missing"),
+    ("--out {file}.png", "{file}.png", ".json"),
+    ("--out {tmp}/results.json --features digits", "'digits'", "at least two", "pixels"),
+    ("--features digits,nope", "'nope'", "pixels"),
+    ("--out /proc/x/y.json", "--out /proc/x"),
+    ("--out {file}/y.json", "--out", "{file}"),
+    ("--data_path {empty}", "{empty}", "digits"),
+    ("--num_iter 65", "65", "64"),
     ("--device nope", "'nope'", "cpu"),
 ]
 AUTOENCODER = [
@@ -330,6 +353,7 @@ CATALOGUE = {
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
     measure_latents: (f"{DIGITS} --num_workers 0".split(), MEASURING),
     train_tokenizer: (SMALL.split(), AUTOENCODER),
+    search_schedule: ("--checkpoint {good} --out {out}.json --device cpu".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),
     bench_training: ("--device cpu".split(), BENCH_TRAINING),

@@ -304,6 +304,7 @@ def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_
         at = next(i for i, word in enumerate(arguments) if word.startswith("--checkpoint"))
         arguments = [*arguments[:at], *arguments[at + (2 if arguments[at] == "--checkpoint" else 1) :]]
         arguments += ["--checkpoint", str(checkpoint)]
+    monkeypatch.setattr("heads.searched.read_schedule", lambda path: {"values": {"cfg": [2.0]}})  # for one to be made
     capsys.readouterr()
     assert PROGRAMS[program]([*arguments, "--dry_run"]) == 0
     assert capsys.readouterr().err == "" and not list(tmp_path.iterdir())

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from heads.orders import ORDERS
-from heads.schedules import CFGS, GROUPS, TAUS
+from heads.schedules import CFGS, GROUPS, MIN_STEPS, PROFILES, TAUS
 from sampling.loop import generate
 from tests.helpers import randn, tiny_mar
 from tests.helpers_generate import (
     BATCH,
     LABELS,
     LENGTH,
+    SCHEDULE,
     SEEDS,
     SIDE,
     STEPS,
@@ -32,17 +33,21 @@ ITERATIONS = (1, 4, LENGTH, LENGTH + 3)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_combination_decodes_each_token_once(mar, order, group):
-    for i, (tau, cfg) in enumerate(product(TAUS, CFGS)):
+    iterations = [number for number in ITERATIONS if number >= MIN_STEPS.get(group, 1)]
+    for i, (tau, cfg, profile) in enumerate(product(TAUS, CFGS, PROFILES)):
         rules = rules_of(
             order=order,
             group=group,
             tau_schedule=tau,
             cfg_schedule=cfg,
+            cfg_profile=profile,
             cfg=2.0,
             temperature=0.9,
             cfg_interval="0.2,0.8",
+            cfg_t_interval="0.2,0.8",
+            schedule=SCHEDULE,
         )
-        num_iter = ITERATIONS[i % len(ITERATIONS)]
+        num_iter = iterations[i // len(PROFILES) % len(iterations)]
         tokens, steps = recorded(mar, rules, num_iter)
         check_decode(steps, torch.ones(BATCH, LENGTH, dtype=torch.bool), num_iter)
         assert (tokens != 0).all()

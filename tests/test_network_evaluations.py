@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.schedule import cosine_schedule
 from heads.policy import PolicyHeads, build_rules
 from models.tokenizers import build_tokenizer
 from sampling.loop import generate
@@ -51,6 +52,25 @@ def test_evaluations_said_are_those_made(schedule, num_iter, num_steps, cfg):
     rules = build_rules("baseline", cfg=cfg, cfg_schedule=schedule, cfg_interval="0.2,0.7")
     said, seen = counted(tiny_mar(), rules=rules, num_iter=num_iter, num_steps=num_steps)
     assert said == seen and seen["mlp"] >= num_steps * 89  # 64 + 5 + 20 tokens at least
+
+
+@pytest.mark.parametrize(
+    "interval, spacing", [("0,1", None), ("0.3,0.7", None), ("0,0", "uniform"), ("0.999,1", "uniform")]
+)
+@pytest.mark.parametrize("schedule", ["constant", "interval"])
+def test_a_profile_is_counted_by_the_timesteps_where_guidance_acts(schedule, interval, spacing):
+    """All 64 + 5 + 20 + 64 tokens are guided with a constant schedule, at the timesteps inside the interval."""
+    options = dict(
+        cfg=2.0, cfg_schedule=schedule, cfg_interval="0.2,0.7", cfg_profile="interval", cfg_t_interval=interval
+    )
+    settings = dict(num_iter=5, num_steps=6, spacing=spacing)
+    said, seen = counted(tiny_mar(), rules=build_rules("baseline", **options), **settings)
+    assert said == seen
+    low, high = map(float, interval.split(","))
+    shares = cosine_schedule(6, spacing or "uniform").timesteps / 1000
+    inside = ((shares >= low) & (shares <= high)).sum()
+    if schedule == "constant":
+        assert seen["mlp"] == 153 * (6 + inside)
 
 
 def test_guidance_is_computed_for_the_images_and_tokens_it_acts_on():

@@ -65,6 +65,18 @@ def test_multiscale_goes_from_coarse_to_fine(side):
         stride *= 2
 
 
+@pytest.mark.parametrize("side", [2, 3, 4, 8, 16])
+def test_checkerboard_takes_its_three_classes_in_turn(side):
+    """i + j ≡ 0, then 2 (mod 4), then odd; within a class the image's random order, that of its Gumbel draws."""
+    current = state([side**2] * 2, length=side**2)
+    order = ranking("checkerboard", side, batch=2)
+    diagonal = (order // side + order % side) % 4
+    level = torch.where(diagonal % 2 == 1, 2, diagonal // 2)
+    assert (level.diff(dim=1) >= 0).all()
+    draws = current.gumbel.gather(1, order)
+    assert (draws.diff(dim=1) < 0)[level.diff(dim=1) == 0].all()
+
+
 @pytest.mark.parametrize("side", [3, 4, 6, 9, 12, 16])
 def test_halton_follows_the_sequence(side):
     """Cells by the first point of the Halton sequence (bases 2 and 3, from point 1) in them, in exact arithmetic."""

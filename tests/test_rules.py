@@ -2,15 +2,20 @@
 
 import math
 from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+import sample
 from heads.orders import ORDERS
-from heads.policy import INFER_MODES, build_rules
-from heads.schedules import CFGS, GROUPS, TAUS, RuleOptions
+from heads.policy import INFER_MODES, RULES, build_rules, choices
+from heads.rules import whole_group
+from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.step import StepState
+from sampling.settings import SampleConfig
 from tests.helpers_generate import rules_of, run, state
 
 # ------------------------------------------------------------------------------------------------------ group rules
@@ -46,6 +51,36 @@ def sizes_of(name, num_iter, length=256, **options):
         n -= expected[-1]
     assert n == 0
     return got, expected
+
+
+@pytest.mark.parametrize("num_iter", [3, 4, 5, 8, 16, 24, 32, 64, 250])
+@pytest.mark.parametrize("length", [16, 64, 256])
+def test_staged_group_sizes(num_iter, length):
+    """A quarter of the tokens, a quarter, half; each even within about 3/4, 3/16, 1/16 of the steps (GtR)."""
+    second, third = max(1, round(num_iter * 3 / 16)), max(1, round(num_iter / 16))
+    steps = [num_iter - second - third, second, third]
+    assert min(steps) >= 1
+    shares = [Fraction(1, 4) / steps[0]] * steps[0] + [Fraction(1, 4) / steps[1]] * steps[1]
+    shares += [Fraction(1, 2) / steps[2]] * steps[2]
+    n, left = length, Fraction(1)
+    for step, share in enumerate(shares):
+        left -= share
+        current = state([n], step, num_iter, num_start=[length], length=length)
+        after = n - int(whole_group(partial(GROUPS["staged"], options=RuleOptions()), current))
+        assert after == (max(1, min(n - 1, math.floor(length * left))) if n > 1 and step < num_iter - 1 else 0)
+        n = after
+        if not n:
+            break
+    assert not n
+
+
+@pytest.mark.parametrize("num_iter", [1, 2])
+def test_staged_groups_need_three_steps(num_iter):
+    rules = rules_of(group="staged")
+    with pytest.raises(ValueError, match=f"staged needs at least 3 steps, got num_iter {num_iter}"):
+        rules(state([16], num_iter=3)) and rules.group(state([16], num_iter=num_iter))
+    with pytest.raises(ValueError, match=f"staged.*num_iter {num_iter}"):
+        SampleConfig(group="staged", num_iter=num_iter).rules()
 
 
 def test_cosine_group_sizes_for_every_number_of_steps():
@@ -109,8 +144,8 @@ def test_rules_keep_any_group_between_1_and_what_there_is(wanted, expected):
 
 def test_tau_schedules():
     options = dict(temperature=1.2, temperature_end=0.8)
-    constant, linear = (rules_of(tau_schedule=name, **options) for name in TAUS)
-    assert list(TAUS) == ["constant", "linear"]
+    constant, linear = (rules_of(tau_schedule=name, **options) for name in ("constant", "linear"))
+    assert list(TAUS) == ["constant", "linear", "schedule"]
     for step, expected in enumerate((1.1, 1.0, 0.9, 0.8)):
         current = state([4, 3], step)
         for plan, value in ((constant(current), 1.2), (linear(current), expected)):
@@ -139,6 +174,7 @@ def test_build_rules_takes_the_named_functions():
         (dict(group="sine"), f"unknown group rule 'sine'.*{', '.join(GROUPS)}"),
         (dict(tau_schedule="warm"), f"unknown tau rule 'warm'.*{', '.join(TAUS)}"),
         (dict(cfg_schedule="steep"), f"unknown cfg rule 'steep'.*{', '.join(CFGS)}"),
+        (dict(cfg_profile="learned"), f"unknown profile rule 'learned'; valid: {', '.join(PROFILES)}$"),
         (dict(mode="policy"), "policy.*order head"),
         (dict(mode="policy", order="random"), "policy.*group head"),
         (dict(mode="guidance"), "guidance.*tau head"),
@@ -147,8 +183,9 @@ def test_build_rules_takes_the_named_functions():
         (dict(order="learned"), "order head"),
         *[(dict(cfg_interval=text), "cfg_interval must be lo,hi.*0 <= lo") for text in ("", "0.5", "0.6,0.2", "a,b")],
         *[
-            (dict(cfg_interval=text), "cfg_interval must be lo,hi.*0 <= lo")
+            ({name: text}, f"{name} must be lo,hi.*0 <= lo")
             for text in ("-1,0.5", "0,2", "0,nan", "0,1,1")
+            for name in ("cfg_interval", "cfg_t_interval")
         ],
     ],
 )
@@ -161,3 +198,11 @@ def test_a_mode_without_its_learned_rules_is_the_baseline(mar):
     """Overriding every learned cell leaves nothing that needs a head."""
     both = build_rules("both", order="random", group="cosine", tau_schedule="constant", cfg_schedule="linear", cfg=2.0)
     assert torch.equal(run(mar, both, 3), run(mar, rules_of(cfg=2.0), 3))
+
+
+def test_help_names_every_rule(capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--help"])
+    shown = capsys.readouterr().out
+    for kind in RULES:
+        assert "{" + ",".join(choices(kind)) + "}" in shown.replace("\n", "").replace(" ", ""), kind

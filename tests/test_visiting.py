@@ -8,10 +8,11 @@ import torch
 
 from heads.orders import ORDERS
 from heads.policy import PolicyHeads, build_rules
-from heads.schedules import GROUPS
+from heads.schedules import GROUPS, MIN_STEPS
 from heads.step import StepState
 from models.diffloss import DiffLoss
 from tests.helpers import tiny_mar
+from tests.helpers_generate import SCHEDULE
 from tests.helpers_training import terms_of
 from training.config import resolve
 from training.objectives.draws import DrawSettings, training_draws
@@ -65,12 +66,13 @@ def no_pass(mask, num_visible):
 
 @pytest.mark.parametrize("order, group", itertools.product(ORDERS, GROUPS))
 def test_visited_masks_are_the_states_of_the_schedule(order, group):
-    draws = draws_of()
-    visit = Visits(MaskConfig(train_masks="visited", train_targets="next"), None, order, group)
+    draws = draws_of(num_iter=(MIN_STEPS.get(group, 1), 9))
+    schedule = SCHEDULE if group == "schedule" else None
+    visit = Visits(MaskConfig(train_masks="visited", train_targets="next"), None, order, group, schedule=schedule)
     found = visit(draws, no_pass)
     targets = torch.zeros(found.mask.numel(), dtype=torch.bool)
     targets[found.tokens.rows] = True
-    rules = build_rules("baseline", order=order, group=group)
+    rules = build_rules("baseline", order=order, group=group, schedule=schedule)
     for i, step in enumerate(found.policy.step.tolist()):
         assert step == int(draws.policy.place[i] * draws.policy.num_iter[i])
         mask, following = trajectory(rules, draws, i)[step]

@@ -8,6 +8,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import SCOPES, PolicyHeads
+from heads.schedules import check_num_iter
 from models.families import FAMILIES, SIZES, Family
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
@@ -337,5 +338,7 @@ def check(config: RunConfig, given: dict) -> None:
     heads = config.heads.build(1)
     config.sampling.rules(heads)
     make_visits(config.masks, config.sampling, heads)
+    if config.masks.train_masks != "random":
+        check_num_iter(config.sampling.group, config.heads.num_iter_range()[0])
     if train.freeze_backbone and not train.train_diffloss and not config.heads.learn:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")

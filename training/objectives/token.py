@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from heads.policy import PolicyHeads, base_scores
-from heads.schedules import CFGS, RuleOptions
+from heads.policy import PolicyHeads, base_scores, column, hand_made, moved_rule
+from heads.rules import whole_group
+from heads.schedules import RuleOptions
 from training.objectives.draws import Draws, DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings
-from training.objectives.states import base_group, needs_every_loss, training_state
+from training.objectives.states import needs_every_loss, training_state
 from training.objectives.visiting import Visits, make_visits
 from util.dist import autocast, send
 from util.rng import generator, seed_of
@@ -31,15 +32,20 @@ class HeadPlan:
         self.heads, self.config, self.options, self.rows = heads, config, options, draws.tokens.rows
         self.state = training_state(draws.policy, draws.mask, z)
         self.scale = draws.policy.cfg  # (b,), the guidance scale of the image's schedule
-        self.base_k = base_group(self.state)
+        self.base_k = whole_group(self._base("group"), self.state)
         self.k = heads.group_size(self.state, self.base_k, self.scale) if "group" in heads.learn else self.base_k
         self.tau = self.w = None
         if "tau" in heads.learn:
-            self.tau = heads.temperature(self.state, torch.ones_like(self.scale).unsqueeze(1), self.scale)
+            base = column(self._base("tau", temperature=1.0)(self.state), self.state)
+            self.tau = heads.temperature(self.state, base, self.scale)
         if "cfg" in heads.learn:
             after = self.state.num_unknown - self.k.detach().round()
-            base = CFGS["linear"](self.state, after, RuleOptions(cfg=self.scale.unsqueeze(1)))
+            base = column(self._base("cfg", cfg=self.scale.unsqueeze(1))(self.state, after), self.state)
             self.w = heads.guidance(self.state, base, self.scale)
+
+    def _base(self, kind: str, **numbers):
+        """The hand-made rule that the learned one of this kind moves."""
+        return hand_made(kind, moved_rule(kind, self.options.schedule), replace(self.options, **numbers))
 
     def losses(self, difficulty) -> dict[str, torch.Tensor]:
         """The losses order, size, budget of the heads that are learned; difficulty (N,) of the rows, detached."""

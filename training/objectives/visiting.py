@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from heads.policy import PolicyHeads, build_rules
+from heads.policy import PolicyHeads, build_rules, moved_rule
 from heads.rules import hard_topk, whole_group
 from heads.schedules import RuleOptions
 from sampling.settings import SampleConfig
@@ -35,10 +35,10 @@ class MaskConfig:
                 "--train_targets next needs --train_masks visited, policy or mix: random ones have no next"
             )
 
-    def rule_names(self, order: str | None, group: str | None, heads: PolicyHeads | None) -> dict[str, str]:
+    def rule_names(self, order: str | None, group: str | None, heads: PolicyHeads | None, schedule) -> dict[str, str]:
         """The rules whose states are visited: those named, else learned ones where these masks have them."""
         names = {}
-        for kind, name, base in (("order", order, "random"), ("group", group, "cosine")):
+        for kind, name, base in (("order", order, "random"), ("group", group, moved_rule("group", schedule))):
             if self.train_masks == "visited" and name == "learned":
                 raise ValueError(f"--train_masks visited follows hand-made rules; with --{kind} learned use policy")
             has_head = self.train_masks != "visited" and heads is not None and kind in heads.learn
@@ -57,7 +57,7 @@ class Visits:
 
     def __init__(self, config: MaskConfig, heads: PolicyHeads | None, order: str | None, group: str | None, **options):
         self.config, self.heads, self.options = config, heads, options
-        self.names = config.rule_names(order, group, heads)
+        self.names = config.rule_names(order, group, heads, options.get("schedule"))
         self.num_passes = config.policy_passes if "learned" in self.names.values() else 0
 
     def __call__(self, draws, encode: Callable, device="cpu"):
@@ -68,7 +68,10 @@ class Visits:
         options = self.options | {"cfg": draws.policy.cfg.unsqueeze(1)}
         heads, names, num_passes = self.heads, self.names, self.num_passes
         if draws.policy.heads_rest:  # the rules that untrained heads reproduce
-            bases = {"order": options.get("order_base", "random"), "group": "cosine"}
+            bases = {
+                "order": options.get("order_base", "random"),
+                "group": moved_rule("group", options.get("schedule")),
+            }
             heads, num_passes = None, 0
             names = {kind: bases[kind] if name == "learned" else name for kind, name in names.items()}
         rules = build_rules("baseline", heads, **names, **options)

@@ -171,6 +171,10 @@ def _classifier(net_class, path: Path):
     return Classifier, path
 
 
+_digits = functools.partial(_classifier, DigitClassifier, DIGITS_WEIGHTS)
+_cifar10 = functools.partial(_classifier, Cifar10Classifier, CIFAR10_WEIGHTS)
+
+
 class Features(NamedTuple):
     """One row of FEATURES."""
 
@@ -179,6 +183,7 @@ class Features(NamedTuple):
     dim: int  # width of the layer
     make: Callable  # () -> (class for torch-fidelity, URL of its weights or Path of committed ones)
     spatial: str | None = None  # layer for sFID, whose features keep the places in the image
+    committed: bool = False  # is it a classifier whose weights are a file here, which another's may stand in for?
 
 
 FEATURES = {
@@ -186,9 +191,14 @@ FEATURES = {
     "clip": Features("clip", None, 512, _clip),
     "vgg16": Features("fc2_relu", None, 4096, _vgg16),
     "dinov2": Features("dinov2", None, 384, _dinov2),
-    "digits": Features("features", "logits", 64, functools.partial(_classifier, DigitClassifier, DIGITS_WEIGHTS)),
-    "cifar10": Features("features", "logits", 64, functools.partial(_classifier, Cifar10Classifier, CIFAR10_WEIGHTS)),
+    "digits": Features("features", "logits", 64, _digits, committed=True),
+    "cifar10": Features("features", "logits", 64, _cifar10, committed=True),
 }
+
+
+def features_name(name: str, weights=None) -> str:
+    """By what distances may be compared: the name, with the file of a classifier instead of the committed one."""
+    return f"{name} of {weights}" if weights and name in FEATURES and FEATURES[name].committed else name
 
 
 @functools.cache  # torch-fidelity refuses to register a name twice
@@ -203,14 +213,16 @@ def _register(name: str):
 def build_extractor(name: str, weights=None, layers=(), device="cpu"):
     """(extractor, path of its weights): uint8 (B, 3, H, W) -> tuple of a tensor (B, d) for each of the layers.
 
-    weights: path of the weights; None for the published file, downloaded to torch.hub's folder unless it has it;
-    unused by committed classifiers. layers: torch-fidelity's names, by default that of FID. One-line ValueError for an
-    unknown name, a missing file, one with anything but the network's tensors, and a download that fails.
+    weights: path of the weights; None for the file of a classifier that is committed, else for the published one,
+    downloaded to torch.hub's folder unless it has it. layers: torch-fidelity's names, by default that of FID. One-line
+    ValueError for an unknown name, a missing file, one with anything but the network's tensors, and a download that
+    fails.
     """
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r}: choose from {', '.join(FEATURES)}")
     source = _register(name)
-    path = source if isinstance(source, Path) else _find_weights(name, weights, source)
+    committed = source if isinstance(source, Path) and not weights else None
+    path = committed or _find_weights(name, weights, source)
     from torch_fidelity.utils import create_feature_extractor
 
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
@@ -225,7 +237,8 @@ def build_extractor(name: str, weights=None, layers=(), device="cpu"):
         raise ValueError(f"{path} refused: not the plain tensors of {source} ({reason} ...)") from None
 
 
-def _find_weights(name: str, weights, url: str) -> Path:
+def _find_weights(name: str, weights, source: str | Path) -> Path:
+    url = str(source)
     path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", url.rsplit("/", 1)[1]))
     if path.is_file():
         return path

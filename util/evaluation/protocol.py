@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from util.args import flag
-from util.evaluation.features import FEATURES, check_features
+from util.evaluation.features import FEATURES, check_features, features_name
 from util.evaluation.fid_stats import FIDStats, load_fid_stats
 from util.evaluation.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
 from util.images.datasets import build_dataset
@@ -27,7 +27,7 @@ class EvalConfig:
         "comma list of fid, isc, kid, prc, sfid; or none (default: all but sfid that features and reference allow)",
     )
     features: str = flag("inception", "features of the metrics", choices=FEATURES)
-    fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
+    fid_weights: str | None = flag(None, "file with the published weights of the features, or another classifier's")
     eval_split: str = flag("train", "images of the data set to compare with", choices=("train", "val"))
     fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of images")
 
@@ -163,7 +163,8 @@ def protocol(kind: str, config: EvalConfig, labels, reference, data: str, *, ema
         name, split, count = f"statistics in {config.fid_stats}", reference.split or "unknown", reference.num_images
     else:
         name, split, count = data, config.eval_split, len(reference)
-    return dict(sampled, reference=name, split=split, num_reference=count, features=config.features)
+    features = features_name(config.features, config.fid_weights)
+    return dict(sampled, reference=name, split=split, num_reference=count, features=features)
 
 
 def protocol_line(record: dict) -> str:

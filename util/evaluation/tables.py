@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from util.evaluation.features import features_name
 from util.evaluation.results import numbered_results
 
 METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
 PROTOCOL = ("kind", "features", "reference")  # figures may be compared if these settings are the same
-FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "num_iter", "num_sampling_steps", "cfg")
+FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile")
+FIRST += ("num_iter", "num_sampling_steps", "cfg")
 COSTS = ("mar_evals", "mlp_evals", "images_per_second")
 
 
@@ -86,6 +88,7 @@ def by_protocol(groups) -> dict[str, list]:
     parts = {}
     for group in groups:
         kind, features, reference = (group[0].get(k) for k in PROTOCOL)
+        features = features_name(features, group[0].get("fid_weights"))
         heading = f"{kind}, features {features}, reference {reference}"
         parts.setdefault(heading, []).append(group)
     return parts

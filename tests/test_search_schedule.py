@@ -1,0 +1,212 @@
+"""scripts/search_schedule.py: where a search begins and what it moves, that it goes on exactly, what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from heads.searched import KINDS, read_schedule, schedule_setting
+from scripts import search_schedule
+from scripts.search_schedule import MOVES, NUM_KNOTS, Search, hand_made_grid, moved, values_of
+from tests.helpers import untrained
+from tests.helpers_generate import rules_of
+from tests.test_cli import refused
+from tests.test_sample import draw, rows
+from util.evaluation.reward import RewardDistance, principal_directions, reward_kinds
+from util.images.datasets import build_dataset
+
+START = dict(group=[0.25, 0.5, 1.0], tau=[1.0, 0.9, 0.8], cfg=[2.0, 2.0, 1.0], profile=[1.0] * NUM_KNOTS)
+GOAL = moved(START, np.linspace(-1, 1, 3 * 3 + NUM_KNOTS))
+CHECKPOINT = "--train_num_iter 2,4".split()
+
+
+def toy(values) -> dict:
+    """Squared distances to GOAL in two kinds of values each, never 0."""
+    far = {kind: float(np.square(np.subtract(values[kind], GOAL[kind])).sum()) for kind in KINDS}
+    return {"a": 1e-4 + far["group"] + far["cfg"], "b": 1e-4 + far["tau"] + far["profile"]}
+
+
+def search(path, measure=toy, grid=(START, GOAL | dict(cfg=[9.0, 9.0, 9.0])), seed=3, **settings):
+    return Search(measure, list(grid), path, settings, popsize=8, seed=seed, sigma=0.5)
+
+
+# --------------------------------------------------------------------------------------------------------- the space
+
+
+def test_the_start_is_at_zero_and_every_coordinate_moves_its_value():
+    size = 3 * 3 + NUM_KNOTS
+    assert moved(START, np.zeros(size)) == START
+    for i in range(3):
+        x = np.zeros(size)
+        x[3 + i], x[6 + i], x[9 + i] = 1.0, 1.0, -1.0
+        values = moved(START, x)
+        assert values["tau"][i] == pytest.approx(START["tau"][i] * np.exp(MOVES["tau"]), abs=1e-6)
+        assert values["cfg"][i] == pytest.approx(START["cfg"][i] + MOVES["cfg"])
+        assert values["profile"][i] == pytest.approx(1 - MOVES["profile"])
+        x = np.zeros(size)
+        x[i] = 1.0
+        sizes = np.diff(START["group"], prepend=0.0)
+        sizes[i] *= np.exp(MOVES["group"])
+        np.testing.assert_allclose(moved(START, x)["group"], np.cumsum(sizes) / sizes.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0, 60.0])
+def test_every_point_is_a_schedule(scale):
+    for seed in range(20):
+        values = moved(START, scale * np.random.RandomState(seed).randn(3 * 3 + NUM_KNOTS))
+        assert json.loads(schedule_setting(json.dumps(values))) == values
+
+
+@pytest.mark.parametrize("num_iter", [1, 2, 4, 9])
+def test_the_grid_are_schedules_of_hand_made_rules(num_iter):
+    grid = hand_made_grid(num_iter, 16)
+    assert len(grid) == len({json.dumps(values) for values in grid}) or num_iter == 1
+    for values in grid:
+        schedule_setting(json.dumps(values))
+        assert [len(values[kind]) for kind in ("group", "tau", "cfg")] == [num_iter] * 3
+    cosine = values_of(rules_of(cfg=2.0, cfg_schedule="constant"), 4, 256)
+    assert [256 * share for share in cosine["group"]] == pytest.approx([20, 75, 159, 256], abs=1e-3)
+    assert cosine["cfg"] == [2.0] * 4 and cosine["tau"] == [1.0] * 4
+
+
+# -------------------------------------------------------------------------------------------------------- the search
+
+
+def test_a_search_finds_what_is_better(tmp_path):
+    found = search(tmp_path / "state.json")
+    found.run(150, 1e9, quiet=True)
+    assert found.start == START  # the other point of the grid has the smaller b, but by far the larger a
+    assert found.best[0] < 0.2
+    assert set(found.candidates()) == {"start", "best", "mean"}
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 7, 30])
+def test_a_search_goes_on_bit_for_bit(stop_at, tmp_path):
+    """Interrupted within any evaluation and gone on with, whatever became of numpy's random state."""
+    whole = search(tmp_path / "whole.json")
+    whole.run(4, 1e9, quiet=True)
+
+    class Interrupted(Exception):
+        pass
+
+    calls = []
+
+    def measure(values):
+        calls.append(values)
+        np.random.seed(len(calls))  # noqa: NPY002
+        if len(calls) == stop_at:
+            raise Interrupted
+        return toy(values)
+
+    path = tmp_path / "part.json"
+    with pytest.raises(Interrupted):
+        search(path, measure).run(4, 1e9, quiet=True)
+    again = search(path, measure)
+    again.run(4, 1e9, quiet=True)
+    first, second = (json.loads(p.read_text()) for p in (tmp_path / "whole.json", path))
+    first.pop("seconds"), second.pop("seconds")
+    assert first == second and again.candidates() == whole.candidates() and again.best == whole.best
+    assert len(calls) <= 2 + 4 * 8 + 8  # at most one generation twice
+
+
+def test_a_finished_search_measures_nothing_and_a_longer_one_goes_on(tmp_path):
+    search(tmp_path / "s.json").run(2, 1e9, quiet=True)
+    search(tmp_path / "s.json", lambda values: pytest.fail("measured")).run(2, 1e9, quiet=True)
+    longer = search(tmp_path / "s.json")
+    longer.run(3, 0.0, quiet=True)  # no time
+    assert len(longer.state["generations"]) == 2
+    longer.run(3, 1e9, quiet=True)
+    assert len(longer.state["generations"]) == 3
+
+
+def test_a_state_of_another_search_is_refused(tmp_path):
+    path = tmp_path / "s.json"
+    search(path, weights="a").run(1, 1e9, quiet=True)
+    for options, shown in ((dict(weights="b"), "weights 'a', not 'b'"), (dict(weights="a", seed=4), "seed 3, not 4")):
+        with pytest.raises(ValueError, match=shown):
+            search(path, **options)
+    with pytest.raises(ValueError, match="of a search with grid"):
+        search(path, weights="a", grid=[START])
+    state = json.loads(path.read_text())
+    state["generations"][0]["points"] = "0"
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="another version of cma or numpy"):
+        search(path, weights="a").run(2, 1e9, quiet=True)
+
+
+# -------------------------------------------------------------------------------------------------------- the reward
+
+
+def test_the_reward_is_0_for_the_real_images_and_grows_with_noise():
+    real = build_dataset("digits")
+    images = np.stack([np.moveaxis(real[i][0].numpy(), 0, -1) for i in range(len(real))])
+    reward = RewardDistance(real, ("digits", "pixels"))
+    assert all(value < 1e-6 for value in reward(images).values())
+    draws = np.random.default_rng(0).integers(-60, 60, images.shape)
+    noisy = [reward((images + share * draws).clip(0, 255).astype(np.uint8)) for share in (0.5, 1.0)]
+    assert all(0.01 < noisy[0][kind] < noisy[1][kind] for kind in ("digits", "pixels"))
+
+
+def test_many_features_are_projected_to_their_principal_directions():
+    g = np.random.default_rng(0)
+    rows = g.normal(size=(400, 30)) * np.linspace(0.1, 3, 30)
+    directions = principal_directions(rows, 5)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(5), atol=1e-12)
+    kept = np.cov(rows @ directions, rowvar=False)
+    np.testing.assert_allclose(np.sort(np.diag(kept)), np.linalg.eigvalsh(np.cov(rows, rowvar=False))[-5:], rtol=1e-9)
+    assert np.array_equal(principal_directions(rows, 30), np.eye(30))
+
+
+@pytest.mark.parametrize(
+    "text, message", [("digits", "at least two"), ("digits,digits", "two"), ("digits,x", "'x'"), ("", "''")]
+)
+def test_a_reward_has_two_kinds(text, message):
+    with pytest.raises(ValueError, match=message):
+        reward_kinds(text)
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+
+def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
+    checkpoint, out = untrained(tmp_path / "c"), tmp_path / "new" / "s.json"
+    flags = ["--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
+    flags += "--iterations 1 --popsize 4 --num_images 12 --batch_size 6 --num_iter 2 --num_sampling_steps 2".split()
+    assert search_schedule.main(flags) == 0
+    content = read_schedule(out)
+    provenance = content["provenance"]
+    assert len(provenance["weights"]) == 16 and provenance["seeds"] == [1, 2] and provenance["evaluations"] == 28
+    assert (provenance["num_iter"], provenance["num_sampling_steps"], provenance["order"]) == (2, 2, "random")
+    assert set(provenance["distance"]["other_seed_over_start"]) == {"start", "best", "mean"}
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    before = out.read_bytes()
+    assert search_schedule.main(flags) == 0 and out.read_bytes() == before  # nothing is left to do
+    assert draw(checkpoint, tmp_path / "images", "--num_images", "4", "--schedule", out) == 0
+    assert json.loads(rows(tmp_path / "images")[0]["settings"]["schedule"]) == content["values"]
+    assert "another seed" in capsys.readouterr().out
+    assert "with seed 1, not 2" in refused(search_schedule.main, [*flags, "--seed", "2"], capsys)
+    out.write_text("mine")
+    assert "not of the kind" in refused(search_schedule.main, flags, capsys) and out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "flags, shown",
+    [
+        ("--out s.json", "--checkpoint is needed"),
+        ("--checkpoint c", "--out is needed"),
+        ("--checkpoint c --out s.txt", "must end in .json"),
+        ("--checkpoint nowhere --out s.json", "no checkpoint at nowhere"),
+        ("--checkpoint c --out s.json --features digits", "at least two kinds"),
+        ("--checkpoint c --out s.json --order spiral", "'spiral'"),
+        ("--checkpoint c --out s.json --popsize 1", "at least 4"),
+    ],
+)
+def test_wrong_flags_are_one_line(flags, shown, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert shown in refused(search_schedule.main, flags.split(), capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_prints_the_configuration(capsys):
+    assert search_schedule.main(["--dry_run", "--num_iter", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_iter"] == 8

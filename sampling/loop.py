@@ -58,6 +58,10 @@ def decode(
     and those that are drawn, and learned rules see the z of the last time. The model is in eval mode inside and as it
     was afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole
     numbers of any type; a model in another dtype than float32 computes in its own, its token head's process in float32.
+
+    Of gradients: recompute keeps no activations of the draws, nor of the passes where the family can, and computes them
+    again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
+    tokens without gradient.
     """
     labels = _checked_labels(model.config, labels)
     _check_counts(num_iter=num_iter, refresh_every=refresh_every)

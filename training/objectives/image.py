@@ -16,6 +16,7 @@ from training.objectives.reward import Bank, Reward, reward_weights
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.optim import TailAverage
 from util import dist
+from util.evaluation.features import check_differentiable
 from util.evaluation.reward import reward_kinds
 from util.images.datasets import labels_of
 from util.rng import generator, seed_of
@@ -227,8 +228,11 @@ def _spread(values: dict) -> dict:
 
 
 def kinds_and_weights(config: RewardConfig) -> tuple[tuple[str, ...], dict[str, float]]:
-    """The kinds of features of the reward, and {kind: weight}."""
+    """The kinds of features of the reward, and {kind: weight}; kinds without a gradient raise ValueError."""
     kinds = reward_kinds(config.reward or "")
+    for kind in kinds:
+        if kind != "pixels":
+            check_differentiable(kind)
     return kinds, reward_weights(config.reward_weights, kinds)
 
 

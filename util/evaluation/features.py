@@ -271,16 +271,20 @@ def check_features(name: str, weights=None) -> str:
     return str(build_extractor(name, weights)[1])
 
 
+def check_differentiable(name: str) -> None:
+    """Raise ValueError for features that have no gradient: those of other networks than the committed classifiers."""
+    if not FEATURES[name].committed:
+        valid = ", ".join(row for row, features in FEATURES.items() if features.committed)
+        raise ValueError(f"{name} features have no gradient; those that have: {valid}")
+
+
 def differentiable_features(name: str, device="cpu") -> Callable:
     """The function from images (B, C, H, W) in [−1, 1] to features (B, d), with a gradient.
 
-    Features of other networks than classifiers of this repository raise ValueError, and so does what
-    `build_extractor` refuses.
+    Features without one raise ValueError, and so does what `build_extractor` refuses.
     """
+    check_differentiable(name)
     extractor, _ = build_extractor(name, device=device)
-    if not hasattr(extractor, "of_floats"):
-        valid = [row for row, features in FEATURES.items() if features.logits == "logits"]
-        raise ValueError(f"{name} features have no gradient here; valid for a reward: {', '.join((*valid, 'pixels'))}")
     extractor = extractor.to(device).eval().requires_grad_(False)
     return lambda images: extractor.of_floats(images)[0]
 

@@ -112,11 +112,15 @@ class ImageObjective(nn.Module):
         return {"bank": self.bank.rows, "next": self.bank.next, "starts": self.starts, "above": self.above}
 
     def remember(self, memory: dict) -> None:
-        """Go on with the memory of a checkpoint; a bank of another size raises ValueError."""
+        """Go on with the memory of a checkpoint; another size of the bank or other kinds raise ValueError."""
         if not memory:
             return
         if len(memory["bank"]) != self.bank.size:
             raise ValueError(f"the checkpoint has a bank of {len(memory['bank'])} images, not of {self.bank.size}")
+        kinds, _ = kinds_and_weights(self.settings.reward)
+        if tuple(memory["starts"]) != kinds:
+            stored = f"the checkpoint has a reward of {','.join(memory['starts'])}, --reward has {','.join(kinds)}"
+            raise ValueError(f"{stored}: --init_from starts anew from its weights")
         self.bank.rows, self.bank.next = memory["bank"].clone(), memory["next"]
         self.starts, self.above = memory["starts"], memory["above"]
 

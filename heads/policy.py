@@ -98,7 +98,12 @@ class PolicyHeads(nn.Module):
             if self.scope[name] == "global":
                 masked = state.mask.float()
                 r = ((r * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)).unsqueeze(1)
-            return head.shared(state) + r
+            return head.shared(state) + self.adaptive(name, state, r)
+
+    @staticmethod
+    def adaptive(name: str, state: StepState, a: torch.Tensor) -> torch.Tensor:
+        """What becomes of the part of r that depends on the image, (B, L) or (B, 1): it stays as it is."""
+        return a
 
     def logits(self, state: StepState, base_cfg) -> torch.Tensor:
         """What the order head adds to the ranking of the tokens (B, L)."""

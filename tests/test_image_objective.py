@@ -1,6 +1,10 @@
 """--objective image: the gradient through sampling, what is logged and kept, runs that stop and go on."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -359,3 +363,21 @@ def test_features_of_several_processes_are_put_in_a_row(monkeypatch):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         results.append(gathered(parts[rank]))
     assert torch.equal(results[0] + results[1], torch.cat(parts))
+
+
+def test_two_processes_equal_one(base, tmp_path):
+    """torchrun with gloo against one process at the same global batch; the bank has the same images."""
+    assert train(tmp_path / "one", base, "--epochs", 1) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519", "main_mar.py"]
+    where = ["--init_from", str(base), "--output_dir", str(tmp_path / "two"), "--batch_size", "300", "--epochs", "1"]
+    root, env = Path(__file__).parent.parent, {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *TRAIN, *where], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for name, value in one["heads"].items():
+        torch.testing.assert_close(two["heads"][name], value, rtol=1e-3, atol=1e-4)
+    sums = [content["objective"]["bank"].sum(dim=0) for content in (one, two)]
+    torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        lines(tmp_path / "two")[0]["reward"], lines(tmp_path / "one")[0]["reward"], rtol=1e-4, atol=0
+    )

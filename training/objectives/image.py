@@ -149,15 +149,15 @@ class ImageObjective(nn.Module):
             return
         labels, seed = torch.tensor(labels_of(real)), seed_of("bank", state.seed)
         labels = labels[torch.randint(len(labels), (self.bank.size,), generator=generator(seed))]
-        mine = torch.arange(self.bank.size)[dist.rank() :: dist.world_size()]
+        shares = torch.arange(self.bank.size).tensor_split(dist.world_size())
         rows = []
-        for numbers in mine.split(batch_size):
-            shares = torch.rand(len(numbers), generator=generator(seed_of("bank", state.seed, int(numbers[0]))))
-            num_iter = log_uniform(shares[0].item(), *self.num_iter)
-            seeds = [seed_of("bank", state.seed, int(i)) for i in numbers]
+        for numbers in shares[dist.rank()].split(batch_size):
+            seeds = [seed_of("bank", state.seed, number) for number in numbers.tolist()]
+            uniform = torch.rand((), generator=generator(seeds[0])).item()
+            rollout = Rollout(labels[numbers], seeds, log_uniform(uniform, *self.num_iter), state.tokenizer)
             with dist.autocast(state.device, state.dtype):
-                rows.append(self.images(Rollout(labels[numbers], seeds, num_iter, state.tokenizer)))
-            rows[-1] = self.reward.features(rows[-1])
+                images = self.images(rollout)
+            rows.append(self.reward.features(images.float()))
         self.bank.push(gathered(torch.cat(rows)))
         self.starts = {kind: distance for kind, (distance, _) in self.reward.against(self.bank.rows).items()}
 

@@ -13,8 +13,17 @@ import torch
 
 from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
-from training.build import as_cached, build_data, build_model, find_reference, make_tokenizer, new_state
+from training.build import (
+    as_cached,
+    build_data,
+    build_model,
+    find_reference,
+    make_tokenizer,
+    new_state,
+    real_images,
+)
 from training.checkpoints import (
+    averages_as_weights,
     check_output,
     check_resume,
     find_checkpoint,
@@ -57,13 +66,14 @@ def run(config: RunConfig) -> int:
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer)
     model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
-    heads = load_heads(content) if launch.evaluate else config.heads.build(model.width)
+    heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
     config.sampling.rules(heads)
     model, tokenizer = model.to(device), tokenizer.to(device)
     heads = heads.to(device) if heads is not None else None
     if launch.compile:
         model.compile_parts()
-    state = make_state(config, model, tokenizer, heads, dataset.flip)
+    real = partial(real_images, config.data, img_size, dataset)
+    state = make_state(config, model, tokenizer, heads, dataset.flip, real)
     if resumed:
         check_resume(launch, state.stored, content, dataset.classes)
     if dist.is_main() and not launch.evaluate:
@@ -88,9 +98,12 @@ def run(config: RunConfig) -> int:
     return train(state, dataset, config.train, launch, samples, workers, first)
 
 
-def make_state(config: RunConfig, model, tokenizer, heads, flip: bool) -> TrainState:
-    """The state of a run that starts, all parts on the model's device; flip: may images be mirrored?"""
-    objective = OBJECTIVES[config.train.objective].build(model, heads, config.for_objective(flip))
+def make_state(config: RunConfig, model, tokenizer, heads, flip: bool, real=None) -> TrainState:
+    """The state of a run that starts, all parts on the model's device.
+
+    flip: may images be mirrored? real: a function that gives the images trained on, for objectives that compare.
+    """
+    objective = OBJECTIVES[config.train.objective].build(model, heads, config.for_objective(flip, real))
     dtype = dist.pick_dtype(config.launch.dtype, next(model.parameters()).device)
     state = new_state(objective, tokenizer, config.train, dtype)
     parts = dict(tokenizer=config.tokenizer, data=config.data, sampling=config.sampling, evaluation=config.evaluation)
@@ -107,10 +120,12 @@ def begin(
             f"--batch_size: a global batch of {train.global_batch} is more than the {num_images} images there are"
         )
     state.steps_per_epoch = max(num_images // train.global_batch, 1)
+    state.num_steps = train.epochs * state.steps_per_epoch
     state.step = train.start_epoch * state.steps_per_epoch
     if resumed:
         return restore(state, content, launch.resume)
     if content is not None:
+        content = averages_as_weights(content) if state.objective.keeps_model else content
         restore_weights(state, content, launch.init_from, heads_too=False)
     return train.start_epoch
 

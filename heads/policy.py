@@ -1,7 +1,7 @@
 """Learned heads, and the inference modes that say which of the four rules are hand-made and which learned.
 
-Legend: B images, L tokens an image, D width of z, n tokens unknown now, H width of a head. r is a head's raw output;
-every head moves the value of the hand-made rule it replaces, and r = 0 leaves that value bit for bit as it is.
+Legend: B images, L tokens an image, D width of z, n tokens unknown now. r is a head's raw output; every head moves the
+value of the hand-made rule it replaces, and r = 0 leaves that value bit for bit as it is.
 """
 
 from functools import partial
@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from heads.forms import FORMS, ProfileHead, bounded
 from heads.orders import ORDERS
 from heads.rules import Rules
 from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
@@ -16,11 +17,11 @@ from heads.searched import schedule_values
 from heads.step import StepState
 from util.checkpoint import load_checkpoint, load_weights
 
-HEADS = ("order", "group", "tau", "cfg")
+HEADS = ("order", "group", "tau", "cfg")  # the columns of INFER_MODES
+LEARNABLE = (*HEADS, "profile")
 SCOPES = ("global", "token")  # one value an image, or one a token
-HEAD_WIDTH = 64
 
-# mode:       order      group      tau         cfg
+# mode:       order      group      tau         cfg; where cfg is learned, so is the profile if there is a head for it
 INFER_MODES = {
     "baseline": ("random", "cosine", "constant", "linear"),
     "policy": ("learned", "learned", "constant", "linear"),
@@ -29,34 +30,12 @@ INFER_MODES = {
 }
 
 
-def bounded(base: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """base + (distance to the bound that r points to)·tanh(r); the bounds are widened to contain the base."""
-    up, down = (high - base).clamp(min=0), (base - low).clamp(min=0)
-    return base + torch.where(r >= 0, up, down) * torch.tanh(r)
-
-
-class Head(nn.Module):
-    """r (B, L, 1) from z (B, L, D) and the step's numbers (B, 3); the last layer starts at zero."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.token = nn.Linear(dim, HEAD_WIDTH)
-        self.step = nn.Linear(3, HEAD_WIDTH)
-        self.out = nn.Linear(HEAD_WIDTH, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, z, step):
-        hidden = self.token(self.norm(z)) + self.step(step).unsqueeze(1)  # (B, L, H)
-        return self.out(nn.functional.gelu(hidden))
-
-
 class PolicyHeads(nn.Module):
-    """The learned heads: order, group size, τ and guidance, those of them that `learn` names.
+    """The learned heads: order, group size, τ, guidance and its profile, those of them that `learn` names.
 
-    dim: width of z. tau_mode, cfg_mode: global (one value an image) or token. rho, tau, cfg: bounds (low, high) of the
-    group-size ratio, the temperature and the guidance scale. An unknown name or a bound out of order is a ValueError.
+    dim: width of z. form: a row of `heads.forms.FORMS`. tau_mode, cfg_mode: global (one value an image) or token. rho,
+    tau, cfg: bounds (low, high) of the group-size ratio, the temperature and the guidance scale. An unknown name, one
+    that the form has no head for, or a bound out of order is a ValueError.
     """
 
     def __init__(
@@ -64,6 +43,7 @@ class PolicyHeads(nn.Module):
         dim: int,
         learn=HEADS,
         *,
+        form: str = "bounded",
         tau_mode: str = "global",
         cfg_mode: str = "global",
         rho=(0, 1),
@@ -71,9 +51,12 @@ class PolicyHeads(nn.Module):
         cfg=(0, 4),
     ):
         super().__init__()
-        unknown = [name for name in learn if name not in HEADS]
+        if form not in FORMS:
+            raise ValueError(f"unknown form of heads {form!r}; valid: {', '.join(FORMS)}")
+        unknown = [name for name in learn if name not in FORMS[form].learns]
         if unknown:
-            raise ValueError(f"unknown head {unknown[0]!r}; valid: {', '.join(HEADS)}")
+            reason = f" of the form {form}" if unknown[0] in LEARNABLE else ""
+            raise ValueError(f"unknown head {unknown[0]!r}{reason}; valid: {', '.join(FORMS[form].learns)}")
         for name, scope in (("tau_mode", tau_mode), ("cfg_mode", cfg_mode)):
             if scope not in SCOPES:
                 raise ValueError(f"unknown {name} {scope!r}; valid: {', '.join(SCOPES)}")
@@ -81,15 +64,18 @@ class PolicyHeads(nn.Module):
             if not 0 <= low <= high or (name == "rho" and high > 1):
                 limit = " <= 1" if name == "rho" else ""
                 raise ValueError(f"bounds of {name} must be 0 <= low <= high{limit}, got {low, high}")
-        self.learn = tuple(name for name in HEADS if name in learn)
+        self.learn = tuple(name for name in LEARNABLE if name in learn)
+        self.form = form
         self.scope = {"order": "token", "group": "global", "tau": tau_mode, "cfg": cfg_mode}
         self.bounds = {"group": tuple(rho), "tau": tuple(tau), "cfg": tuple(cfg)}
-        self.heads = nn.ModuleDict({name: Head(dim) for name in self.learn})
+        kinds = dict.fromkeys(HEADS, FORMS[form].head) | {"profile": ProfileHead}
+        self.heads = nn.ModuleDict({name: kinds[name](dim) for name in self.learn})
 
     def settings(self) -> dict:
         """The constructor's arguments but dim, for a checkpoint."""
         return {
             "learn": list(self.learn),
+            "form": self.form,
             "tau_mode": self.scope["tau"],
             "cfg_mode": self.scope["cfg"],
             "rho": list(self.bounds["group"]),
@@ -107,11 +93,17 @@ class PolicyHeads(nn.Module):
             num_iter = torch.as_tensor(state.num_iter, device=z.device).float().expand(len(z))
             base_cfg = torch.as_tensor(base_cfg, device=z.device).float().flatten().expand(len(z))
             revealed = 1 - state.num_unknown / state.mask.shape[1]
-            r = self.heads[name](z, torch.stack([revealed, num_iter.log2() / 4, base_cfg - 1], dim=1)).squeeze(-1)
-            if self.scope[name] == "token":
-                return r
-            masked = state.mask.float()
-            return ((r * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)).unsqueeze(1)
+            head = self.heads[name]
+            r = head(z, torch.stack([revealed, num_iter.log2() / 4, base_cfg - 1], dim=1)).squeeze(-1)
+            if self.scope[name] == "global":
+                masked = state.mask.float()
+                r = ((r * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)).unsqueeze(1)
+            return head.shared(state) + self.adaptive(name, state, r)
+
+    @staticmethod
+    def adaptive(name: str, state: StepState, a: torch.Tensor) -> torch.Tensor:
+        """What becomes of the part of r that depends on the image, (B, L) or (B, 1): it stays as it is."""
+        return a
 
     def logits(self, state: StepState, base_cfg) -> torch.Tensor:
         """What the order head adds to the ranking of the tokens (B, L)."""
@@ -125,11 +117,16 @@ class PolicyHeads(nn.Module):
 
     def temperature(self, state: StepState, base, base_cfg) -> torch.Tensor:
         """τ (B, 1) or (B, L) around the base (B, 1)."""
-        return bounded(base, self.raw("tau", state, base_cfg), *self.bounds["tau"])
+        return FORMS[self.form].tau(base, self.raw("tau", state, base_cfg), *self.bounds["tau"])
 
     def guidance(self, state: StepState, base, base_cfg) -> torch.Tensor:
         """w (B, 1) or (B, L) around the hand-made schedule's value (B, 1); base_cfg is that schedule's scale."""
-        return bounded(base, self.raw("cfg", state, base_cfg), *self.bounds["cfg"])
+        return FORMS[self.form].cfg(base, self.raw("cfg", state, base_cfg), *self.bounds["cfg"])
+
+    def profile(self, base):
+        """The profile m, as `heads.step.StepPlan` has it: the hand-made one times 1 + tanh(r)."""
+        head = self.heads["profile"]
+        return head if base is None else lambda share: base(share) * head(share)
 
 
 def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
@@ -141,7 +138,9 @@ def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
     weights = content.get("heads_ema" if ema else "heads") or {}
     try:
         widths = [len(value) for name, value in weights.items() if name.endswith("norm.weight")]
-        heads = PolicyHeads(*widths[:1], **config["heads"])
+        settings = dict(config["heads"])
+        widths += [1] if settings.get("learn") == ["profile"] else []  # whose head has no width
+        heads = PolicyHeads(*widths[:1], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the checkpoint is damaged: its heads cannot be made ({error})") from None
     load_weights(heads, weights, "the checkpoint's heads")
@@ -185,27 +184,35 @@ def learned_cfg(heads, base, options):
     return lambda state, after: heads.guidance(state, column(base(state, after), state), options.cfg)
 
 
-# kind: (hand-made rules, the learned one or None, the rule that the learned one moves: a schedule's where one is given)
+def learned_profile(heads, base, options):
+    """m around the hand-made profile."""
+    return lambda state: heads.profile(base(state))
+
+
+# kind: (hand-made rules, the learned one, the rule that the learned one moves: a schedule's where one is given)
 RULES = {
     "order": (ORDERS, learned_order, "random"),  # or RuleOptions.order_base
     "group": (GROUPS, learned_group, "cosine"),
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),
-    "profile": (PROFILES, None, "constant"),
+    "profile": (PROFILES, learned_profile, "constant"),
 }
 FLAGS = {"order": "order", "group": "group", "tau": "tau_schedule", "cfg": "cfg_schedule", "profile": "cfg_profile"}
 
 
-def rule_names(mode: str, schedule: str | None = None) -> dict[str, str]:
+def rule_names(mode: str, schedule: str | None = None) -> dict[str, str | None]:
     """{kind: name of the rule} of an inference mode, "schedule" for what is hand-made and has values in the schedule.
 
-    schedule: as in `RuleOptions`. An unknown mode raises ValueError.
+    None for a profile that is learned where the heads have one, else hand-made. schedule: as in `RuleOptions`. An
+    unknown mode raises ValueError.
     """
     if mode not in INFER_MODES:
         raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
-    names = {"profile": RULES["profile"][2]} | dict(zip(HEADS, INFER_MODES[mode]))
+    names = dict(zip(HEADS, INFER_MODES[mode]))
+    names["profile"] = None if names["cfg"] == "learned" else RULES["profile"][2]
     searched = schedule_values(schedule)
-    return {kind: "schedule" if kind in searched and names[kind] != "learned" else names[kind] for kind in RULES}
+    searched = {kind for kind in searched if names[kind] not in ("learned", None)}
+    return {kind: "schedule" if kind in searched else names[kind] for kind in RULES}
 
 
 def moved_rule(kind: str, schedule: str | None) -> str:
@@ -223,8 +230,7 @@ def hand_made(kind: str, name: str, options: RuleOptions):
 
 def choices(kind: str) -> tuple[str, ...]:
     """The names of the rules of a kind."""
-    table, learned, _ = RULES[kind]
-    return (*table, "learned") if learned else tuple(table)
+    return (*RULES[kind][0], "learned")
 
 
 def build_rules(
@@ -248,6 +254,8 @@ def build_rules(
     rules = {}
     for kind, override in zip(RULES, (order, group, tau_schedule, cfg_schedule, cfg_profile)):
         name = override or names[kind]
+        if name is None:
+            name = "learned" if heads and kind in heads.learn else moved_rule(kind, options.schedule)
         if name not in choices(kind):
             raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(choices(kind))}")
         rule = hand_made(kind, moved_rule(kind, options.schedule) if name == "learned" else name, options)

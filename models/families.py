@@ -75,9 +75,12 @@ class Backbone(Protocol):
     def compile_parts(self) -> None:
         """Compile what a step repeats, in place, for batches of any size; ValueError where nothing can be compiled."""
 
-    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1) -> Conditions:
+    def conditions(
+        self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1, recompute: bool = False
+    ) -> Conditions:
         """For a batch of labels (B,). orders (B, L) long: positions in each image's random order, the first one first;
-        tokenizer: where z is made of its codebook."""
+        tokenizer: where z is made of its codebook; recompute: keep no activations for a backward pass that can be
+        computed again in it."""
 
 
 class Family(NamedTuple):

@@ -159,9 +159,11 @@ class MAR(nn.Module):
         """p(token | z); its published name is diffloss."""
         return self.diffloss
 
-    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1) -> FeatureCache:
+    def conditions(
+        self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1, recompute: bool = False
+    ) -> FeatureCache:
         """What computes z of a batch of labels (B,) while it is sampled; orders and tokenizer play no part."""
-        return FeatureCache(self, labels, refresh_every)
+        return FeatureCache(self, labels, refresh_every, recompute)
 
     def _blocks(self, depth, width, heads):
         c = self.config

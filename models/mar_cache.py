@@ -9,10 +9,11 @@ that are wanted; all others keep the keys and values they had (the token cache o
 which tokens changed is known, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from util.dist import send
 
@@ -24,8 +25,12 @@ class FeatureCache:
     whole passes both go through the transformer in one batch.
     """
 
-    def __init__(self, mar, labels: torch.Tensor, refresh_every: int = 1):
-        """refresh_every: so many autoregressive steps apart are the passes over everything."""
+    def __init__(self, mar, labels: torch.Tensor, refresh_every: int = 1, recompute: bool = False):
+        """refresh_every: so many autoregressive steps apart are the passes over everything.
+
+        recompute: where that is every step, the backward pass computes their activations again.
+        """
+        self.whole = partial(checkpoint, mar.encode_decode, use_reentrant=False) if recompute else mar.encode_decode
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
         self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
         self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise
@@ -101,7 +106,7 @@ class FeatureCache:
         labels = self.labels[index] if labelled else None
         mask, num_visible, content = send(hidden, tokens.device)[some], num_visible[some], tokens[index[some]]
         if self.refresh_every == 1:
-            return mar.encode_decode(content, mask, labels, num_visible)
+            return self.whole(content, mask, labels, num_visible)
 
         self.known[sequences] = ~hidden
         visible, padding = mar.visible_positions(mask, num_visible)

@@ -12,7 +12,17 @@ from util.rng import DEFAULT_SEED
 
 # flags that take a comma list
 SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile", "cfg", "temperature")
-SWEEPS += ("num_iter", "num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "refresh_every", "seed")
+SWEEPS += (
+    "heads_adaptive",
+    "num_iter",
+    "num_sampling_steps",
+    "solver",
+    "spacing",
+    "order_noise",
+    "order_base",
+    "refresh_every",
+    "seed",
+)
 
 
 @dataclass

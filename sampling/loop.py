@@ -8,10 +8,12 @@ host, so that shapes are known there: one copy a step, of the plan, keeps it cur
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from heads.step import StepPlan, StepState
 from util.dist import send
@@ -34,6 +36,8 @@ def decode(
     tokenizer=None,
     evals=None,
     refresh_every: int = 1,
+    recompute: bool = False,
+    local: bool = False,
     **token_head_options,
 ) -> torch.Tensor:
     """Latents (B, c, h, w), or ids, for labels (B,), −1 = unconditional; differentiable where the parts are.
@@ -54,6 +58,10 @@ def decode(
     and those that are drawn, and learned rules see the z of the last time. The model is in eval mode inside and as it
     was afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole
     numbers of any type; a model in another dtype than float32 computes in its own, its token head's process in float32.
+
+    Of gradients: recompute keeps no activations of the draws, nor of the passes where the family can, and computes them
+    again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
+    tokens without gradient.
     """
     labels = _checked_labels(model.config, labels)
     _check_counts(num_iter=num_iter, refresh_every=refresh_every)
@@ -63,24 +71,27 @@ def decode(
     canvas = Canvas(empty, tokens, mask, seeds, orders)
     rules = rules if orders is None else replace(rules, order=canvas.published_order)
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every)
+    options |= {"recompute": True} if recompute else {}
+    draw = partial(checkpoint, sampler.draw, use_reentrant=False) if recompute else sampler.draw
     with eval_mode(model):
         conditions = model.conditions(labels.to(empty.device), **options)
         for step in range(num_iter):
             images = canvas.unfinished()
             if not len(images):
                 break
-            z, positions = conditions.look(step, canvas.tokens, canvas.unknown, images)
+            seen = canvas.tokens.detach() if local else canvas.tokens
+            z, positions = conditions.look(step, seen, canvas.unknown, images)
             plan = rules(canvas.state(step, num_iter, images, z, positions, sampler.num_steps))
             rows, guided, tau, cfg, profile = canvas.select(plan, images)
             if not len(rows):  # the tokens that this step could choose from are all given
                 continue
-            z, z_uncond = conditions.at(step, canvas.tokens, canvas.unknown, rows, guided)  # (N, D), (G, D)
+            z, z_uncond = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
             noise = send(noise, empty.device)
             some = None if len(guided) in (0, len(rows)) else send(guided, empty.device)
-            drawn = sampler.draw(z, z_uncond, cfg, tau, noise, plan.num_steps, guided=some, profile=profile)
+            drawn = draw(z, z_uncond, cfg, tau, noise, plan.num_steps, guided=some, profile=profile)
             canvas.write(rows, drawn)
-            conditions.write(step, rows, drawn)
+            conditions.write(step, rows, drawn.detach() if local else drawn)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
             if callback:
@@ -167,8 +178,12 @@ class Canvas:
         )
 
     def select(self, plan: StepPlan, images) -> Chosen:
-        """The tokens that the plan (B', L) for these images selects; the one wait for the device of a step."""
-        select, guided = torch.stack([plan.select, plan.select & (plan.cfg != 1.0)]).cpu()
+        """The tokens that the plan (B', L) for these images selects; the one wait for the device of a step.
+
+        A w that has a gradient is computed with where it is 1 too.
+        """
+        acts = torch.ones_like(plan.select) if plan.cfg.requires_grad else plan.cfg != 1.0
+        select, guided = torch.stack([plan.select, plan.select & acts]).cpu()
         rows = select.nonzero()  # (N, 2), row-major
         guided = guided[rows[:, 0], rows[:, 1]].nonzero().squeeze(1)  # (G,)
         row, column = send(rows, self.tokens.device).unbind(dim=1)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from heads.policy import PolicyHeads
+from heads.policy import FLAGS, PolicyHeads
+from sampling.adaptive import Spread, without_adaptive
 from sampling.guards import complain, draw_finite, is_plain
 from sampling.loop import generate
 from sampling.settings import SampleConfig
@@ -78,7 +79,10 @@ class SamplingRun:
     def __init__(self, parts: Parts, sampling: SampleConfig, labels, seed: int, folder: Path, edit):
         self.parts, self.sampling, self.edit = parts, sampling, edit
         self.labels, self.seed, self.folder = labels, seed, folder
-        self.rules = sampling.rules(parts.heads)
+        learned = {kind for kind in ("tau", "cfg") if getattr(sampling.resolved(), FLAGS[kind]) == "learned"}
+        self.spread = Spread(name for kind, name in (("tau", "tau"), ("cfg", "w")) if kind in learned)
+        quiet = sampling.heads_adaptive == "off" and parts.heads is not None
+        self.rules = sampling.rules(without_adaptive(parts, sampling) if quiet else parts.heads)
         self.known = {}  # of an edit: tokens (1, L, C) and mask (1, L)
         if edit is not None:
             latents = parts.tokenizer.encode(edit.images().to(parts.device), sample=False)
@@ -114,6 +118,7 @@ class SamplingRun:
         latents, twice, lost = draw_finite(partial(self.latents, batch, trace, progress), len(batch), self.parts.dtype)
         images = self.pictures(latents)
         images[lost] = 0
+        self.spread.end_batch()
         self.redone += [batch[row] for row in twice]
         self.broken += [batch[row] for row in lost]
         self.plain += [i for i, image in zip(batch, images) if is_plain(image)]
@@ -125,9 +130,10 @@ class SamplingRun:
         images = [batch[row] for row in rows]
         sampling, parts = self.sampling, self.parts
 
-        def after_step(step, *details):
+        def after_step(step, rows, plan, tokens):
             progress.set_postfix_str(f"step {step + 1}/{sampling.num_iter}")
-            trace.record(step, *details)
+            self.spread.record(step, plan)
+            trace.record(step, rows, plan, tokens)
 
         with dist.autocast(parts.device, dtype):
             return generate(
@@ -168,4 +174,4 @@ class SamplingRun:
         figures |= dict(zip(problems, counts))
         for name, count in (("mar_evals", mar_evals / 1000), ("mlp_evals", mlp_evals)):
             figures[name] = round(count / num_made, 3) if num_made else None
-        return figures
+        return figures | self.spread.report(self.sampling.num_iter, self.parts.device)

@@ -23,6 +23,9 @@ class SampleConfig(RuleOptions):
     cfg_profile: str | None = flag(
         None, "share of the guidance over the diffusion steps, instead of constant", choices=choices("profile")
     )
+    heads_adaptive: str = flag(
+        "on", "off: learned rules say of each image what they say of all at that step", choices=("on", "off")
+    )
     num_iter: int = flag(64, "autoregressive steps", low=1)
     num_sampling_steps: int | str = flag(
         100,

@@ -73,7 +73,7 @@ def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainC
     config = resolve({"preset": preset, **flags})
     torch.manual_seed(0)
     mar = MAR(config.model.build()).to(device)
-    heads = config.heads.build(mar.width)
+    heads = config.build_heads(mar.width)
     heads = heads.to(device) if heads is not None else None
     tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
     objective = OBJECTIVES[config.train.objective].build(mar, heads, config.for_objective(flip=False))

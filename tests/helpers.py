@@ -54,7 +54,7 @@ def untrained(folder, *flags):
     config = resolve(given)
     classes = [str(digit) for digit in range(10)]
     mar = MAR(config.model.build(class_num=len(classes)))
-    tokenizer, heads = build_tokenizer("pixel", channels=1), config.heads.build(mar.width)
+    tokenizer, heads = build_tokenizer("pixel", channels=1), config.build_heads(mar.width)
     state = main_mar.make_state(config, mar, tokenizer, heads, flip=False)
     save_checkpoint(folder, checkpoint_content(state, 0, classes))
     return folder

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from heads.forms import bounded
 from heads.orders import ORDERS
-from heads.policy import HEADS, INFER_MODES, PolicyHeads, bounded, build_rules
+from heads.policy import HEADS, INFER_MODES, PolicyHeads, build_rules
 from sampling.loop import generate
 from tests.helpers import tiny_mar
 from tests.helpers_heads import SCOPES, state_of, trained

@@ -8,7 +8,7 @@ from torch import nn
 from models.loading import check_latents, check_tokens, stored_model_config
 from models.tokenizers import Tokenizer, tokenizer_of
 from training.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
-from training.optim import EMA, make_optimizer
+from training.optim import EMA
 from training.state import TrainState
 from util import dist
 from util.evaluation.protocol import EvalConfig, build_reference
@@ -51,6 +51,11 @@ def as_cached(data: DataConfig, latents) -> DataConfig:
             )
     split_dir = data.split_dir or stored["split_dir"]  # of the images for the metrics, which may lie elsewhere
     return replace(data, **stored | dict(split_dir=split_dir, flip=data.flip and stored["flip"]))
+
+
+def real_images(data: DataConfig, img_size: int, dataset):
+    """The images that a run is trained on, none mirrored, whether it reads them or their latents."""
+    return (build_images(data, img_size) if data.use_cached else dataset).as_reference()
 
 
 def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, dataset):
@@ -125,10 +130,10 @@ def new_state(objective: nn.Module, tokenizer: Tokenizer, train: TrainConfig, dt
         model=model,
         heads=heads,
         tokenizer=tokenizer,
-        optimizer=make_optimizer(objective, model.token_head, train.lr, train.weight_decay),
+        optimizer=objective.optimizer(),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         ema=EMA(model, train.ema_rate),
-        heads_ema=EMA(heads, train.ema_rate) if heads is not None else None,
+        heads_ema=objective.average_heads() if heads is not None else None,
         device=device,
         dtype=dtype,
         seed=train.seed,

@@ -58,6 +58,7 @@ def checkpoint_content(state: TrainState, epoch: int, classes: list[str]) -> dic
         "args": state.stored["args"],
         "heads": state.heads.state_dict() if state.heads is not None else {},
         "heads_ema": state.heads_ema.weights if state.heads is not None else {},
+        **({"objective": memory} if (memory := state.objective.memory()) else {}),
         "config": {**config, "data": {**config["data"], "classes": classes}},
         # every draw is a function of seed, step and sample; batch: how far into the unfinished epoch of so many steps
         "rng": {
@@ -183,7 +184,10 @@ def restore_weights(state: TrainState, content: dict, source, heads_too: bool = 
     load_weights(state.model, some_weights(content), source)
     state.ema.load(content.get("model_ema") or content["model"])
     wanted = list(state.heads.learn) if state.heads is not None else []
-    trained = (content.get("config", {}).get("heads") or {}).get("learn", [])
+    stored = content.get("config", {}).get("heads") or {}
+    trained = stored.get("learn", [])
+    if not heads_too and state.heads is not None and stored.get("form", "bounded") != state.heads.form:
+        trained = []  # of --init_from: others than these, whatever their names
     if wanted == trained and wanted:
         weights, averaged = content.get("heads"), content.get("heads_ema")
         if not weights and not averaged:
@@ -197,6 +201,12 @@ def restore_weights(state: TrainState, content: dict, source, heads_too: bool = 
         )
 
 
+def averages_as_weights(content: dict) -> dict:
+    """The content of a checkpoint with the averaged weights, those that are sampled with, as the weights too."""
+    pairs = (("model", "model_ema"), ("heads", "heads_ema"))
+    return content | {name: content[average] for name, average in pairs if content.get(average)}
+
+
 def restore(state: TrainState, content: dict, source) -> int:
     """Load a checkpoint into the state; the epoch to continue with."""
     for key, value_type in _STATE.items():
@@ -204,6 +214,7 @@ def restore(state: TrainState, content: dict, source) -> int:
             reason = f"its {key!r} is {type_of(content[key])}"
             raise ValueError(f"{source} cannot be continued, {reason}; --init_from starts a new run from its weights")
     restore_weights(state, content, source)
+    state.objective.remember(content.get("objective", {}))
     if "optimizer" in content:
         weight_decay = [group["weight_decay"] for group in state.optimizer.param_groups]
         try:

@@ -8,15 +8,14 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import SCOPES, PolicyHeads
-from heads.schedules import check_num_iter
 from models.families import FAMILIES, SIZES, Family
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
-from training.objectives.settings import ObjectiveSettings
-from training.objectives.visiting import MaskConfig, make_visits
+from training.objectives.settings import ObjectiveSettings, RewardConfig
+from training.objectives.visiting import MaskConfig
 from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
@@ -99,7 +98,7 @@ class TrainConfig:
     lr: float | None = flag(None, "learning rate (default: blr · global batch / 256)", low=0)
     blr: float = flag(1e-4, "base learning rate, for a global batch of 256", low=0)
     min_lr: float = flag(0.0, "where the cosine schedule ends", low=0)
-    lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine"))
+    lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine", "late_cosine"))
     warmup_epochs: float = flag(100, "epochs of linear warm-up", low=0)
     weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
     ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
@@ -124,7 +123,7 @@ class TrainConfig:
 class HeadsConfig:
     """Which policy heads are trained, between which bounds, for which settings of sampling."""
 
-    learn: str = flag("", "comma list of heads to train: order, group, tau, cfg")
+    learn: str = flag("", "comma list of heads to train: order, group, tau, cfg, profile")
     heads_from: float = flag(0.0, "epoch from which they are trained; until then hand-made rules make the masks", low=0)
     tau_mode: str = flag("global", "one temperature an image, or one a token", choices=SCOPES)
     cfg_mode: str = flag("global", "one guidance scale an image, or one a token", choices=SCOPES)
@@ -152,12 +151,13 @@ class HeadsConfig:
         """train_num_iter as two numbers; another text raises ValueError."""
         return parse_range("train_num_iter", self.train_num_iter, int, low=1)
 
-    def build(self, dim: int) -> PolicyHeads | None:
-        """The heads that --learn names, fresh, for z of width dim; None for none."""
+    def build(self, dim: int, form: str) -> PolicyHeads | None:
+        """The heads that --learn names, fresh, of a row of `heads.forms.FORMS`, for z of width dim; None for none."""
         if not self.learn:
             return None
-        bounds = {name: self.bounds(name) for name in ("rho", "tau", "cfg")}
-        return PolicyHeads(dim, tuple(self.learn.split(",")), tau_mode=self.tau_mode, cfg_mode=self.cfg_mode, **bounds)
+        options = {name: self.bounds(name) for name in ("rho", "tau", "cfg")}
+        options |= dict(form=form, tau_mode=self.tau_mode, cfg_mode=self.cfg_mode)
+        return PolicyHeads(dim, tuple(self.learn.split(",")), **options)
 
 
 @dataclass(frozen=True)
@@ -199,6 +199,7 @@ class RunConfig:
     heads: HeadsConfig
     masks: MaskConfig
     losses: HeadLossConfig
+    reward: RewardConfig
     sampling: SampleConfig
     evaluation: EvalConfig
     launch: LaunchConfig
@@ -211,10 +212,15 @@ class RunConfig:
         given = {name: value for name, value in settings.items() if name in names}
         return cls(**parts | {"model": replace(parts["model"], given=given)})
 
-    def for_objective(self, flip: bool) -> ObjectiveSettings:
+    def for_objective(self, flip: bool, real=None) -> ObjectiveSettings:
         """The parts that objectives are made of; with --evaluate no masks are made, and need no rules."""
         masks = MaskConfig() if self.launch.evaluate else self.masks
-        return ObjectiveSettings(self.train, masks, self.losses, self.heads, self.sampling, flip)
+        parts = dict(train=self.train, masks=masks, losses=self.losses, heads=self.heads, reward=self.reward)
+        return ObjectiveSettings(**parts, sampling=self.sampling, flip=flip, real=real)
+
+    def build_heads(self, dim: int) -> PolicyHeads | None:
+        """The heads that --learn names, fresh, for z of width dim, of the objective's form; None for none."""
+        return self.heads.build(dim, OBJECTIVES[self.train.objective].form)
 
     def flat(self) -> dict:
         """The dict that `from_flat` takes."""
@@ -275,6 +281,10 @@ def resolve(given: dict) -> RunConfig:
     fixed = {**PRESETS.get(preset, {}), **given, "preset": preset if preset in PRESETS else None}
     published = _PUBLISHED_DEFAULTS if fixed.get("model", ModelConfig.model) in PUBLISHED else {}
     chosen = {**defaults(*PARTS), **_CLI_DEFAULTS, **published, **fixed}
+    own = OBJECTIVES[chosen["objective"]].defaults(chosen)
+    if "blr" in given:
+        own.pop("lr", None)
+    chosen |= {name: value for name, value in own.items() if name not in given}
     config = RunConfig.from_flat(chosen | derive(chosen, given))
     sampling = config.sampling.fitted(config.model.family.model.fixed_rules, config.model.model)
     config = replace(config, sampling=sampling)
@@ -336,10 +346,8 @@ def check(config: RunConfig, given: dict) -> None:
     config.evaluation.resolved()
     if launch.evaluate:  # with the heads of the checkpoint
         return
-    heads = config.heads.build(1)
+    heads = config.build_heads(1)
     config.sampling.rules(heads)
-    make_visits(config.masks, config.sampling, heads)
-    if config.masks.train_masks != "random":
-        check_num_iter(config.sampling.group, config.heads.num_iter_range()[0])
+    OBJECTIVES[train.objective].check(heads, config.for_objective(flip=False))
     if train.freeze_backbone and not train.train_diffloss and not config.heads.learn:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")

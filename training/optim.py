@@ -20,12 +20,17 @@ def make_optimizer(module: nn.Module, token_head: nn.Module, lr: float, weight_d
 
 
 def lr_at(progress: float, *, lr: float, min_lr: float, schedule: str, warmup_epochs: float, epochs: float) -> float:
-    """Learning rate at `progress` epochs: linear warm-up, then constant, or half a cosine down to min_lr."""
+    """Learning rate at `progress` epochs: linear warm-up, then constant, or half a cosine down to min_lr.
+
+    late_cosine: constant for the first half, the cosine in the second.
+    """
     if progress < warmup_epochs:
         return lr * progress / warmup_epochs
     if schedule == "constant":
         return lr
     done = (progress - warmup_epochs) / max(epochs - warmup_epochs, 1e-9)
+    if schedule == "late_cosine":
+        done = max(2 * done - 1, 0.0)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
@@ -40,11 +45,15 @@ class EMA:
         self.weights = {name: p.detach().float().clone() for name, p in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards the model after optimizer step number `step` (1, 2, …)."""
-        rate = min(self.rate, (1 + step) / (10 + step))
+    def update(self, model: nn.Module, step: int, num_steps: int = 0) -> None:
+        """Move towards the model after optimizer step number `step` (1, 2, …) of num_steps."""
+        rate = self.rate_at(step, num_steps)
         own = {name: p.detach().float() for name, p in model.named_parameters()}
         torch._foreach_lerp_(list(self.weights.values()), [own[name] for name in self.weights], 1 - rate)
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """The share of the average that stays."""
+        return min(self.rate, (1 + step) / (10 + step))
 
     @contextlib.contextmanager
     def applied_to(self, model: nn.Module):
@@ -64,6 +73,18 @@ class EMA:
             raise ValueError(f"the averaged weights do not fit the model: {len(odd)} of them, the first is {odd[0]!r}")
         for name, value in weights.items():
             self.weights[name].copy_(value)
+
+
+class TailAverage(EMA):
+    """The mean of the weights after the last `share` of a run's steps; before these, the weights themselves."""
+
+    def __init__(self, model: nn.Module, share: float):
+        super().__init__(model, share)
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """The share of the average that stays."""
+        place = step - math.floor((1 - self.rate) * num_steps)  # 1, 2, … in the last steps
+        return 1 - 1 / max(place, 1)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ class TrainState:
     wrapped: nn.Module | None = None  # the objective inside DistributedDataParallel, or itself
     step: int = 0  # optimizer steps done
     steps_per_epoch: int = 1
+    num_steps: int = 1  # of the whole run
     batch: int = 0  # steps done of the epoch under way
     unsaved: bool = False  # has the last try to save failed?
     bad_steps: int = 0  # of these, skipped for non-finite gradients

@@ -20,7 +20,7 @@ def training_step(state: TrainState, batch, labels, indices, lr: float, config: 
     A request to stop, that any process has noted, is in state.stopping afterwards, on all of them.
     """
     for group in state.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_share", 1.0)
     terms = forward_backward(state, batch, labels, indices, config.accum_iter)
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.wrapped.parameters(), config.grad_clip or float("inf"))
@@ -68,9 +68,9 @@ def optimizer_step(state: TrainState, grad_norm: float) -> None:
     state.step += 1
     state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
     if finite:
-        state.ema.update(state.model, state.step)
+        state.ema.update(state.model, state.step, state.num_steps)
         if state.heads is not None:
-            state.heads_ema.update(state.heads, state.step)
+            state.heads_ema.update(state.heads, state.step, state.num_steps)
         return
     state.bad_steps += 1
     if state.bad_in_a_row >= MAX_BAD_STEPS:

@@ -90,6 +90,10 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, c, h, w) -> images (B, image_channels, H, W) float32, about in [−1, 1]."""
+        return self.render(latents)
+
+    def render(self, latents: torch.Tensor) -> torch.Tensor:
+        """As `decode`, differentiable."""
         return self._images(latents.float() / self._scale + self._mean).float()
 
 

@@ -143,11 +143,11 @@ def _policy_draws(drawn, settings: DrawSettings) -> PolicyDraws:
     """Of each image's (gumbel (L,), four uniform numbers)."""
     gumbel, uniform = (torch.stack(parts) for parts in zip(*drawn))
     share, cfg, place, mix = uniform.unbind(dim=1)
-    num_iter = torch.tensor([_log_uniform(u, *settings.num_iter) for u in share.tolist()])
+    num_iter = torch.tensor([log_uniform(u, *settings.num_iter) for u in share.tolist()])
     return PolicyDraws(gumbel, num_iter, 1 + (settings.cfg_max - 1) * cfg, place, mix)
 
 
-def _log_uniform(uniform: float, low: int, high: int) -> int:
+def log_uniform(uniform: float, low: int, high: int) -> int:
     """A whole number in [low, high], k with probability proportional to log((k + 1) / k)."""
     return min(high, int(low * ((high + 1) / low) ** uniform))
 

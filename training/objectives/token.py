@@ -5,20 +5,25 @@ unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from heads.policy import PolicyHeads, base_scores, column, hand_made, moved_rule
 from heads.rules import whole_group
-from heads.schedules import RuleOptions
+from heads.schedules import RuleOptions, check_num_iter
 from training.objectives.draws import Draws, DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings
 from training.objectives.states import needs_every_loss, training_state
 from training.objectives.visiting import Visits, make_visits
+from training.optim import EMA, make_optimizer
 from util.dist import autocast, send
 from util.rng import generator, seed_of
+
+if TYPE_CHECKING:  # training.config imports the table of objectives
+    from training.config import TrainConfig
 
 
 class HeadPlan:
@@ -113,6 +118,9 @@ class TokenObjective(nn.Module):
     preparation: None where only `forward` is used.
     """
 
+    form = "bounded"
+    keeps_model = False
+
     def __init__(
         self,
         model,
@@ -120,6 +128,7 @@ class TokenObjective(nn.Module):
         losses: HeadLossConfig | None = None,
         options: RuleOptions | None = None,
         preparation: Preparation | None = None,
+        train: "TrainConfig | None" = None,
     ):
         super().__init__()
         self.model = model
@@ -127,6 +136,7 @@ class TokenObjective(nn.Module):
         self.losses = losses or HeadLossConfig()
         self.options = options or RuleOptions()
         self.preparation = preparation
+        self.settings = train
 
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "TokenObjective":
@@ -143,7 +153,34 @@ class TokenObjective(nn.Module):
             every_token=visits is not None,
         )
         preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from)
-        return cls(model, heads, settings.losses, settings.sampling, preparation)
+        return cls(model, heads, settings.losses, settings.sampling, preparation, train)
+
+    @staticmethod
+    def defaults(chosen: dict) -> dict:
+        """No settings of its own: those of the flags are for this objective."""
+        return {}
+
+    @staticmethod
+    def check(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
+        """Raise ValueError for masks that the rules cannot make."""
+        make_visits(settings.masks, settings.sampling, heads)
+        if settings.masks.train_masks != "random":
+            check_num_iter(settings.sampling.group, settings.heads.num_iter_range()[0])
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW as published."""
+        return make_optimizer(self, self.model.token_head, self.settings.lr, self.settings.weight_decay)
+
+    def average_heads(self) -> EMA:
+        """An exponential moving average, as of the model's weights."""
+        return EMA(self.heads, self.settings.ema_rate)
+
+    def memory(self) -> dict:
+        """Nothing."""
+        return {}
+
+    def remember(self, memory: dict) -> None:
+        """Nothing to remember."""
 
     def train(self, mode: bool = True):
         """As ever, but what is wholly frozen stays in eval mode: its dropout would only be noise."""

@@ -163,8 +163,12 @@ def _classifier(net_class, path: Path):
                     f"{self.name.removeprefix('mar-')} features need uint8 images (B, 3, {size[0]}, {size[1]}), "
                     f"got {x.dtype} {tuple(x.shape)}"
                 )
-            x = x.float() / 127.5 - 1
-            features, logits = self.net(x.mean(dim=1, keepdim=True) if channels == 1 else x)
+            return self.of_floats(x.float() / 127.5 - 1)
+
+        def of_floats(self, x):
+            """The layers of x (B, 1 or 3, H, W) in [−1, 1], differentiable."""
+            grey = net_class.shape[0] == 1
+            features, logits = self.net(x.mean(dim=1, keepdim=True) if grey else x.expand(-1, 3, -1, -1))
             layers = {"features": features, "logits": logits}
             return tuple(layers[name] for name in self.features_list)
 
@@ -265,6 +269,24 @@ def check_features(name: str, weights=None) -> str:
     Arguments and errors as in `build_extractor`.
     """
     return str(build_extractor(name, weights)[1])
+
+
+def check_differentiable(name: str) -> None:
+    """Raise ValueError for features that have no gradient: those of other networks than the committed classifiers."""
+    if not FEATURES[name].committed:
+        valid = ", ".join(row for row, features in FEATURES.items() if features.committed)
+        raise ValueError(f"{name} features have no gradient; those that have: {valid}")
+
+
+def differentiable_features(name: str, device="cpu") -> Callable:
+    """The function from images (B, C, H, W) in [−1, 1] to features (B, d), with a gradient.
+
+    Features without one raise ValueError, and so does what `build_extractor` refuses.
+    """
+    check_differentiable(name)
+    extractor, _ = build_extractor(name, device=device)
+    extractor = extractor.to(device).eval().requires_grad_(False)
+    return lambda images: extractor.of_floats(images)[0]
 
 
 class RGBImages(Dataset):

@@ -1,0 +1,97 @@
+"""Parametrisations of the learned heads: the network that gives r, and what r does to the hand-made value it moves.
+
+A new one is a row of FORMS. Legend: B images, L tokens an image, D width of z, u = (step + 1) / K. r = 0 leaves the
+hand-made value bit for bit as it is, and every network starts at r = 0.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from heads.schedules import interpolate
+from heads.step import StepState
+
+NUM_KNOTS, PROFILE_KNOTS = 16, 8
+
+
+class Head(nn.Module):
+    """r (B, L, 1) from z (B, L, D) and the step's numbers (B, 3); the last layer starts at zero."""
+
+    def __init__(self, dim: int, width: int = 64):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.token = nn.Linear(dim, width)
+        self.step = nn.Linear(3, width)
+        self.out = nn.Linear(width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, z, step):
+        hidden = self.token(self.norm(z)) + self.step(step).unsqueeze(1)  # (B, L, width)
+        return self.out(nn.functional.gelu(hidden))
+
+    def shared(self, state: StepState):
+        """The part of r that all images share: none."""
+        return 0.0
+
+
+class KnotHead(Head):
+    """r = v(u) + a(z, step): v is one curve for all images, linear between knots that start at zero; a is a `Head`."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, width=128)
+        self.values = nn.Parameter(torch.zeros(NUM_KNOTS))
+
+    def shared(self, state: StepState) -> torch.Tensor:
+        """v(u) (B, 1)."""
+        shares, which = state.per_image(lambda u, k: u).unique(return_inverse=True)
+        v = torch.stack([interpolate(self.values, share) for share in shares.tolist()])
+        return v[which.to(v.device, non_blocking=True)].unsqueeze(1)
+
+
+class ProfileHead(nn.Module):
+    """m(t / 1000) = 1 + tanh of a curve, linear between knots that start at zero; the same for all images."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(PROFILE_KNOTS))
+
+    def forward(self, share: float) -> torch.Tensor:
+        return 1 + torch.tanh(interpolate(self.values, share))
+
+
+def bounded(base: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """base + (distance to the bound that r points to)·tanh(r); the bounds are widened to contain the base."""
+    up, down = (high - base).clamp(min=0), (base - low).clamp(min=0)
+    return base + torch.where(r >= 0, up, down) * torch.tanh(r)
+
+
+def scaled(base: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """base·exp(tanh(r) / 2), clipped to the bounds, which are widened to contain the base."""
+    return _clipped(base * torch.exp(torch.tanh(r) / 2), base, low, high)
+
+
+def shifted(base: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """base + 3·tanh(r), clipped to the bounds, which are widened to contain the base."""
+    return _clipped(base + 3 * torch.tanh(r), base, low, high)
+
+
+def _clipped(value, base, low, high):
+    return torch.minimum(torch.maximum(value, base.clamp(max=low)), base.clamp(min=high))
+
+
+class Form(NamedTuple):
+    """A row of FORMS. tau, cfg: (base, r, low, high) -> value; learns: the names that it has heads for."""
+
+    head: Callable
+    tau: Callable
+    cfg: Callable
+    learns: tuple[str, ...]
+
+
+FORMS = {
+    "bounded": Form(Head, bounded, bounded, ("order", "group", "tau", "cfg")),
+    "knots": Form(KnotHead, scaled, shifted, ("tau", "cfg", "profile")),
+}

@@ -1,0 +1,383 @@
+"""--objective image: the gradient through sampling, what is logged and kept, runs that stop and go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import main_mar
+from heads.policy import PolicyHeads, build_rules, load_heads
+from heads.schedules import interpolate
+from models.tokenizers import build_tokenizer
+from sampling.loop import decode, generate
+from tests.helpers import named_weights, tiny_mar, untrained
+from tests.helpers_heads import state_of
+from training.config import resolve
+from training.objectives.image import PATIENCE, ImageObjective, gathered
+from training.optim import TailAverage
+from util import dist
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.images.datasets import build_dataset
+
+LEARN = ("tau", "cfg", "profile")
+SAMPLING = dict(num_iter=3, num_steps=3, seeds=[4, 5], solver="dpmpp_sde", clip=(-3.0, 3.0))
+LABELS = torch.tensor([0, 2])
+
+
+def knots(scale=0.0, **options) -> PolicyHeads:
+    """Heads of this objective, all weights random at this scale but for the norms'."""
+    heads = PolicyHeads(16, LEARN, form="knots", tau=(0.4, 1.6), cfg=(0, 8), **options)
+    return named_weights(heads, scale) if scale else heads
+
+
+def rules_of(heads, **options):
+    return build_rules("guidance", heads, **dict(cfg=2.0, temperature=0.9) | options)
+
+
+# --------------------------------------------------------------------------------------------------------- the heads
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5, 9.0])
+@pytest.mark.parametrize("mode", ["token", "global"])
+@pytest.mark.parametrize("infer_mode", ["baseline", "policy", "guidance", "both"])
+def test_untrained_heads_are_the_baseline_bit_for_bit(infer_mode, mode, cfg):
+    mar, heads = tiny_mar(), knots(tau_mode=mode, cfg_mode=mode)
+    named = {"policy": dict(order="random", group="cosine"), "both": dict(order="random", group="cosine")}
+    options = dict(cfg=cfg, temperature=0.97)
+    base = generate(mar, LABELS, build_rules("baseline", **options), **SAMPLING)
+    assert torch.equal(generate(mar, LABELS, build_rules(infer_mode, heads, **options, **named.get(infer_mode, {})),
+                                **SAMPLING), base)  # fmt: skip
+
+
+def test_what_knots_say():
+    """r = v(u) with v linear between 16 knots, τ = base·exp(tanh(r) / 2), w = base + 3·tanh(r) ≥ 0, m = 1 + tanh(k)."""
+    heads = knots()
+    values = torch.linspace(-2, 1, 16)
+    for name in ("tau", "cfg"):
+        heads.heads[name].values.data = values.clone()
+    heads.heads["profile"].values.data = torch.arange(8.0)
+    for step in range(4):
+        state = state_of(torch.ones(2, 64, dtype=torch.bool), torch.zeros(2, 64, 16), step=step)
+        r = torch.tensor(-2 + 3 * (step + 1) / 4)
+        tau, w = heads.temperature(state, torch.full((2, 1), 0.9), 2.0), heads.guidance(state, torch.ones(2, 1), 2.0)
+        torch.testing.assert_close(tau, (0.9 * torch.exp(torch.tanh(r) / 2)).expand(2, 1))
+        torch.testing.assert_close(w, (1 + 3 * torch.tanh(r)).clamp(min=0).expand(2, 1))
+    profile = heads.profile(None)
+    assert profile(0.5).item() == pytest.approx(1 + torch.tanh(torch.tensor(3.5)).item())
+    assert heads.profile(lambda share: 0.5)(0.5).item() == pytest.approx(profile(0.5).item() / 2)
+    assert interpolate(values, 1.0) == values[-1] and interpolate(values, 0.0) == values[0]
+
+
+def test_values_are_clipped_to_bounds_that_contain_the_base():
+    heads = knots()
+    for name, value in (("tau", 9.0), ("cfg", 9.0)):
+        heads.heads[name].values.data.fill_(value)
+    state = state_of(torch.ones(1, 64, dtype=torch.bool), torch.zeros(1, 64, 16))
+    assert heads.temperature(state, torch.tensor([[1.5]]), 1.0).item() == pytest.approx(1.6)
+    assert heads.temperature(state, torch.tensor([[2.0]]), 1.0).item() == 2.0
+    assert heads.guidance(state, torch.tensor([[6.0]]), 1.0).item() == 8.0
+
+
+def test_a_checkpoint_knows_the_form_of_its_heads(tmp_path):
+    flags = "--objective image --learn tau,cfg,profile".split()
+    content = load_checkpoint(untrained(tmp_path / "new", *flags))
+    assert load_heads(content).form == "knots" and load_heads(content).bounds["cfg"] == (0.0, 8.0)
+    old = load_checkpoint(untrained(tmp_path / "old", "--learn", "tau,cfg"))
+    del old["config"]["heads"]["form"]  # as those before it
+    assert load_heads(old).form == "bounded"
+    alone = load_checkpoint(untrained(tmp_path / "alone", *flags[:2], "--learn", "profile"))
+    assert load_heads(alone).learn == ("profile",)
+
+
+@pytest.mark.parametrize("infer_mode", ["guidance", "both"])
+def test_a_profile_belongs_to_the_modes_with_learned_guidance_where_there_is_a_head(infer_mode):
+    heads, rest = knots(0.3), dict(order="random", group="cosine") if infer_mode == "both" else {}
+    assert build_rules(infer_mode, heads, **rest).profile(None)(0.3) != 1
+    assert build_rules(infer_mode, heads, cfg_profile="constant", **rest).profile(None) is None
+    without = PolicyHeads(16, ("tau", "cfg"), form="knots")
+    assert build_rules(infer_mode, without, **rest).profile(None) is None
+    assert build_rules("baseline", heads).profile(None) is None
+    with pytest.raises(ValueError, match="learned profile head"):
+        build_rules(infer_mode, without, cfg_profile="learned", **rest)
+
+
+# ------------------------------------------------------------------------------------------------------ the gradient
+
+
+def gradient(mar, heads, rules=None, **options):
+    """Of a fixed function of the tokens in the heads' parameters, by name."""
+    tokens = mar.patchify(decode(mar, LABELS, rules or rules_of(heads), **SAMPLING | options))
+    loss = (tokens * torch.linspace(-1, 1, tokens.numel()).view(tokens.shape)).sum()
+    grads = torch.autograd.grad(loss, list(heads.parameters()), allow_unused=True)
+    return {name: g for (name, _), g in zip(heads.named_parameters(), grads)}
+
+
+@pytest.fixture
+def frozen():
+    return tiny_mar(img_size=4).requires_grad_(False)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+@pytest.mark.parametrize("mode", ["global", "token"])
+def test_the_gradient_through_sampling_is_that_of_finite_differences(frozen, mode, cfg):
+    """At w = 1 too, where sampling leaves guidance out. Heads see z detached: what they say about it is constant."""
+    heads = knots(0.1 if cfg > 1 else 0.0, tau_mode=mode, cfg_mode=mode)
+    for name in ("tau", "cfg"):
+        heads.heads[name].out.weight.data.zero_()
+    grads = gradient(frozen, heads, rules_of(heads, cfg=cfg))
+
+    def loss():
+        with torch.no_grad():
+            tokens = frozen.patchify(decode(frozen, LABELS, rules_of(heads, cfg=cfg), **SAMPLING)).double()
+        return (tokens * torch.linspace(-1, 1, tokens.numel()).view(tokens.shape)).sum().item()
+
+    for name in ("heads.tau.values", "heads.cfg.values", "heads.profile.values", "heads.cfg.out.bias"):
+        if name == "heads.profile.values" and cfg == 1.0:
+            continue  # (w − 1)·m is 0 whatever m is
+        parameter, direction = heads.get_parameter(name), torch.sign(grads[name])
+        ends = []
+        for sign in (1, -1):
+            parameter.data += sign * 1e-2 * direction
+            ends.append(loss())
+            parameter.data -= sign * 1e-2 * direction
+        expected = (ends[0] - ends[1]) / 2e-2
+        assert grads[name].abs().sum().item() == pytest.approx(expected, rel=0.03), name
+
+
+def test_computing_again_changes_no_gradient(frozen):
+    heads = knots(0.1)
+    plain, again = gradient(frozen, heads), gradient(frozen, heads, recompute=True)
+    for name, value in plain.items():
+        torch.testing.assert_close(again[name], value, rtol=0, atol=0)
+
+
+def test_the_local_gradient_is_that_of_a_steps_own_tokens(frozen):
+    """It is the full one with later steps held at what they saw; with one step there is nothing later."""
+    heads = knots(0.1)
+    one = dict(num_iter=1)
+    for name, value in gradient(frozen, heads, **one).items():
+        torch.testing.assert_close(gradient(frozen, heads, local=True, **one)[name], value, rtol=0, atol=0)
+    local, full = gradient(frozen, heads, local=True), gradient(frozen, heads)
+    assert not torch.allclose(local["heads.tau.values"], full["heads.tau.values"], rtol=1e-3)
+    last = dict.fromkeys(("heads.tau.values", "heads.cfg.values"), 15)
+    for name, knot in last.items():  # the last knot speaks at the last step alone, after which nothing comes
+        torch.testing.assert_close(local[name][knot], full[name][knot])
+        assert full[name][knot] != 0
+
+
+# --------------------------------------------------------------------------------------------------------- the runs
+
+TRAIN = "--preset digits --diffloss_w 16 --diffloss_d 1 --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --cfg 1.5"
+TRAIN += (
+    " --solver dpmpp_sde --device cpu --batch_size 600 --bank 700 --eval_freq 100 --save_last_freq 1 --objective image"
+)
+TRAIN = [*TRAIN.split(), "--learn", "tau,cfg,profile"]
+
+
+def train(folder, base, *flags):
+    where = ["--init_from", base, "--output_dir", folder, "--resume", folder]
+    return main_mar.main([*map(str, (*TRAIN, *where, *flags))])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint whose averaged weights are not its weights."""
+    folder = untrained(tmp_path_factory.mktemp("base"))
+    content = load_checkpoint(folder)
+    content["model_ema"] = {k: v + 0.01 * torch.randn_like(v) for k, v in content["model_ema"].items()}
+    save_checkpoint(folder, content)
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(base, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, base, "--epochs", 2, "--accum_iter", 1) == 0
+    assert train(parts, base, "--epochs", 2, "--save_last_freq", 1, "--keep_last", 3) == 0
+    for name in ("checkpoint-last.pth", "checkpoints.sha256"):
+        (parts / name).unlink()
+    first = min(parts.glob("checkpoint-*.pth"))  # after one epoch
+    assert load_checkpoint(first)["epoch"] == 0
+    first.rename(parts / "checkpoint-last.pth")
+    for other in parts.glob("checkpoint-0*.pth"):
+        other.unlink()
+    assert train(parts, base, "--epochs", 2) == 0
+    a, b = load_checkpoint(whole), load_checkpoint(parts)
+    for key in ("heads", "heads_ema", "model"):
+        assert all(torch.equal(a[key][name], b[key][name]) for name in a[key])
+    assert torch.equal(a["objective"]["bank"], b["objective"]["bank"])
+    assert a["objective"]["starts"] == b["objective"]["starts"] and lines(whole) == lines(parts)
+    start, stored = load_checkpoint(base)["model_ema"], a["model"]
+    assert all(torch.equal(stored[name], value) for name, value in start.items())  # averaged weights, and untouched
+    assert any(value.abs().max() > 0 for name, value in a["heads"].items() if name.endswith("values"))
+    row = lines(whole)[-1]
+    assert {
+        "reward",
+        "distance_digits",
+        "distance_pixels",
+        "tau_mean",
+        "w_std",
+        "profile_mean",
+        "grad_norm",
+    } <= row.keys()
+
+
+def test_without_the_adaptive_part_it_stays_as_it_is_and_a_next_stage_starts_from_the_average(base, tmp_path):
+    assert train(tmp_path / "one", base, "--epochs", 1, "--no-adaptive") == 0
+    content = load_checkpoint(tmp_path / "one")
+    assert lines(tmp_path / "one")[0]["lr"] == 2.4e-2
+    assert content["heads"]["heads.tau.out.weight"].abs().max() == 0 < content["heads"]["heads.tau.values"].abs().max()
+    names = [name for name in content["heads"] if name.endswith("values")]
+    content["heads_ema"] = {name: value + name.endswith("values") for name, value in content["heads_ema"].items()}
+    save_checkpoint(tmp_path / "one", content)
+    (tmp_path / "one" / "checkpoints.sha256").unlink()
+    assert train(tmp_path / "two", tmp_path / "one", "--epochs", 1, "--lr", 1e-9) == 0
+    after = load_checkpoint(tmp_path / "two")["heads"]
+    for name in names:
+        torch.testing.assert_close(after[name], content["heads_ema"][name], atol=1e-6, rtol=0)
+
+
+def test_a_step_of_micro_batches_and_another_bank_or_reward_which_are_refused(base, tmp_path):
+    """What is logged is the mean over the halves."""
+    assert train(tmp_path / "halves", base, "--epochs", 1, "--batch_size", 300, "--accum_iter", 2) == 0
+    assert 0.5 < lines(tmp_path / "halves")[0]["reward"] < 1.5
+    with pytest.raises(ValueError, match="a bank of 700 images, not of 600"):
+        train(tmp_path / "halves", base, "--epochs", 2, "--bank", 600)
+    with pytest.raises(ValueError, match="reward of digits,pixels, --reward has pixels,digits: --init_from starts"):
+        train(tmp_path / "halves", base, "--epochs", 2, "--reward", "pixels,digits")
+
+
+def objective(bank=64, **flags):
+    """An objective of digits with a tiny MAR, and a state for it."""
+    given = dict(
+        preset="digits", objective="image", learn="tau,cfg,profile", num_iter=2, num_sampling_steps=2, bank=bank
+    )
+    config = resolve(given | dict(solver="dpmpp_sde", cfg=1.5) | flags)
+    data = build_dataset("digits")
+    mar = tiny_mar(class_num=10)
+    made = ImageObjective.build(mar, config.build_heads(mar.width), config.for_objective(False, lambda: data))
+    tokenizer = build_tokenizer("pixel", channels=1)
+    state = SimpleNamespace(seed=1, step=0, device=torch.device("cpu"), dtype=torch.float32, tokenizer=tokenizer)
+    return made.eval(), state
+
+
+def test_the_bank_is_filled_by_the_policy_before_the_first_step_with_labels_of_the_data():
+    made, state = objective()
+    labels, indices = torch.arange(8), torch.arange(8)
+    first = made.prepare(state, None, labels, indices)
+    assert made.bank.is_full and first.num_targets == 8 and first.num_iter == 2
+    assert set(made.starts) == {"digits", "pixels"} and min(made.starts.values()) > 0
+    before = made.bank.rows.clone()
+    again, state = objective()
+    again.prepare(state, None, labels[:4], indices[:4])  # the batch size plays no part
+    torch.testing.assert_close(again.bank.rows, before, rtol=1e-4, atol=1e-4)
+    made.train()
+    assert not any(module.training for module in made.model.modules())
+    terms = made(first, torch.tensor(8.0))
+    assert torch.equal(made.bank.rows[8:], before[8:]) and not torch.equal(made.bank.rows[:8], before[:8])
+    terms["loss"].backward()
+    assert all(p.grad is not None for p in made.heads.parameters())
+    assert terms["tau_mean"].item() == 1.0 and 0.5 < terms["reward"] < 2
+    seeds = made.prepare(state, None, labels, indices).seeds
+    state.step = 1
+    assert not set(seeds) & set(made.prepare(state, None, labels, indices).seeds) and len(set(seeds)) == 8
+
+
+def test_the_loss_has_the_gradient_of_the_banks_distance():
+    """With the whole bank in the batch: the weighted sum of F over their starts, by finite differences in τ."""
+    made, state = objective(bank=48)
+    labels = torch.arange(48) % 10
+    rollout = made.prepare(state, None, labels, torch.arange(48))
+    made.heads.heads["tau"].values.data.fill_(0.1)
+    made(rollout, torch.tensor(48.0))["loss"].backward()
+    slope = made.heads.heads["tau"].values.grad.sum().item()
+
+    def distance(shift):
+        made.heads.heads["tau"].values.data.fill_(0.1 + shift)
+        with torch.no_grad():
+            features = made.reward.features(made.images(rollout))
+        against = made.reward.against(features)
+        return sum(made.scale(kind) * value for kind, (value, _) in against.items())
+
+    assert slope == pytest.approx((distance(0.01) - distance(-0.01)) / 0.02, rel=0.05)
+
+
+def test_a_distance_above_its_start_for_long_ends_the_run_with_one_line():
+    made, _ = objective()
+    for _ in range(PATIENCE - 1):
+        made._watch(1.1)
+    made._watch(0.9)
+    for _ in range(PATIENCE - 1):
+        made._watch(1.1)
+    assert made.above == PATIENCE - 1
+    with pytest.raises(
+        FloatingPointError, match="above its start for 100 steps in a row, now 1.10 times it: lower --lr"
+    ):
+        made._watch(1.1)
+
+
+def test_one_set_of_heads_for_a_range_of_steps():
+    made, state = objective(train_num_iter="1,4")
+    numbers = set()
+    for state.step in range(40):
+        numbers.add(made.prepare(state, None, torch.arange(2), torch.arange(2)).num_iter)
+    assert numbers == {1, 2, 3, 4}
+
+
+def test_flags_of_this_objective_have_their_own_defaults_and_given_ones_win():
+    given = dict(preset="digits", objective="image", learn="tau", num_iter=5)
+    config = resolve(given)
+    assert (config.train.lr, config.train.batch_size, config.train.grad_clip) == (4e-3, 256, 1.0)
+    assert config.heads.train_num_iter == "5,5" and config.heads.bounds("tau") == (0.4, 1.6)
+    assert config.reward.reward == "digits,pixels" and config.train.freeze_backbone and not config.train.train_diffloss
+    assert resolve(given | dict(adaptive=False)).train.lr == 2.4e-2
+    assert resolve(given | dict(blr=1.0)).train.lr == 1.0 and resolve(given | dict(lr=0.5)).train.lr == 0.5
+    assert resolve(given | dict(tau_max=1.1)).heads.bounds("tau") == (0.4, 1.1)
+    assert resolve(dict(preset="digits")).heads.bounds("tau") == (0.9, 1.05)
+
+
+def test_the_average_is_the_mean_of_the_last_steps():
+    layer = torch.nn.Linear(1, 1, bias=False)
+    average = TailAverage(layer, 0.4)
+    for step in range(1, 11):
+        layer.weight.data.fill_(float(step))
+        average.update(layer, step, 10)
+        expected = float(step) if step <= 7 else (7 + step) / 2
+        assert average.weights["weight"].item() == pytest.approx(expected)
+
+
+def test_features_of_several_processes_are_put_in_a_row(monkeypatch):
+    """Each process adds its rows, of which it may have one less than the first, to zeros."""
+    parts, counts, results = [torch.ones(2, 3), 2 * torch.ones(1, 3)], torch.tensor([2, 1]), []
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_sum", lambda tensor: counts if tensor.dim() == 1 else tensor)
+    for rank in (0, 1):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        results.append(gathered(parts[rank]))
+    assert torch.equal(results[0] + results[1], torch.cat(parts))
+
+
+def test_two_processes_equal_one(base, tmp_path):
+    """torchrun with gloo against one process at the same global batch; the bank has the same images."""
+    assert train(tmp_path / "one", base, "--epochs", 1) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519", "main_mar.py"]
+    where = ["--init_from", str(base), "--output_dir", str(tmp_path / "two"), "--batch_size", "300", "--epochs", "1"]
+    root, env = Path(__file__).parent.parent, {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *TRAIN, *where], cwd=root, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
+    for name, value in one["heads"].items():
+        torch.testing.assert_close(two["heads"][name], value, rtol=1e-3, atol=1e-4)
+    sums = [content["objective"]["bank"].sum(dim=0) for content in (one, two)]
+    torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(
+        lines(tmp_path / "two")[0]["reward"], lines(tmp_path / "one")[0]["reward"], rtol=1e-4, atol=0
+    )

@@ -1,0 +1,254 @@
+"""The objective of whole images: learned rules move the Fréchet distance of what they sample (DESIGN.md section 4b).
+
+Legend: b images, K = num_iter, N images in the bank, P features of all kinds together. The backbone stays as it is; the
+gradient of the reward passes through `sampling.loop.decode` into temperature, guidance and its profile.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from heads.policy import FLAGS, PolicyHeads
+from sampling.loop import decode
+from training.objectives.draws import log_uniform
+from training.objectives.reward import Bank, Reward, reward_weights
+from training.objectives.settings import ObjectiveSettings, RewardConfig
+from training.optim import TailAverage
+from util import dist
+from util.evaluation.features import check_differentiable
+from util.evaluation.reward import reward_kinds
+from util.images.datasets import labels_of
+from util.rng import generator, seed_of
+
+PATIENCE = 100  # steps in a row with the reward distance above its start, before training stops
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Images to sample: labels (b,), seeds (b), num_iter; tokenizer: what makes images of their latents."""
+
+    labels: torch.Tensor
+    seeds: list[int]
+    num_iter: int
+    tokenizer: nn.Module
+
+    @property
+    def num_targets(self) -> int:
+        """Number of images, over which the loss is a mean."""
+        return len(self.labels)
+
+
+class ImageObjective(nn.Module):
+    """Minimises the mean influence of sampled images on the reward distance; see `training.objectives`."""
+
+    form = "knots"
+    keeps_model = True
+
+    def __init__(self, model, heads: PolicyHeads, settings: ObjectiveSettings):
+        super().__init__()
+        self.model, self.heads, self.settings = model, heads, settings
+        self.reward = self.weights = None  # made at the first step
+        self.bank = Bank(settings.reward.bank)
+        self.starts, self.above = None, 0  # {kind: distance of the first bank}; steps in a row above it
+        low, high = settings.heads.num_iter_range()
+        self.num_iter = (low, high)
+        names = {FLAGS[kind]: "learned" for kind in heads.learn} if heads is not None else {}
+        self.rules = replace(settings.sampling, infer_mode="baseline", **names).rules(heads)
+
+    @classmethod
+    def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "ImageObjective":
+        """The objective of a run, see `training.objectives`."""
+        return cls(model, heads, settings)
+
+    @staticmethod
+    def defaults(chosen: dict) -> dict:
+        """Settings of this objective where the flags give none; see `training.objectives`."""
+        adaptive = chosen["adaptive"]
+        optimisation = dict(batch_size=256, lr=4e-3 if adaptive else 2.4e-2, lr_schedule="late_cosine", min_lr=0.0)
+        optimisation |= dict(warmup_epochs=0, weight_decay=0.0, grad_clip=1.0, dtype="fp32", grad_checkpointing=True)
+        frozen = dict(freeze_backbone=True, train_diffloss=False)
+        bounds = dict(tau_min=0.4, tau_max=1.6, cfg_min=0.0, cfg_max=8.0)
+        steps = dict(train_num_iter="{0},{0}".format(chosen["num_iter"]))
+        return optimisation | frozen | bounds | steps | dict(reward=f"{chosen['features']},pixels")
+
+    @staticmethod
+    def check(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
+        """Raise ValueError for settings that contradict each other."""
+        if heads is None:
+            raise ValueError("--objective image trains heads: name some of tau, cfg, profile with --learn")
+        if not settings.train.freeze_backbone or settings.train.train_diffloss:
+            raise ValueError("--objective image needs --freeze_backbone --no-train_diffloss: it trains heads alone")
+        if settings.masks.train_masks != "random":
+            raise ValueError(f"--train_masks {settings.masks.train_masks} has no meaning for --objective image")
+        kinds_and_weights(settings.reward)
+
+    def train(self, mode: bool = True):
+        """As ever, but the model, which does not learn, stays in eval mode, for passes that are computed again too."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam (0.9, 0.98) with a group for what all images share, and one for the adaptive part."""
+        reward = self.settings.reward
+        groups = {1.0: [], reward.adaptive_lr: []}
+        for name, parameter in self.heads.named_parameters():
+            shared = name.endswith(".values")
+            parameter.requires_grad_(shared or reward.adaptive)
+            if parameter.requires_grad:
+                groups[1.0 if shared else reward.adaptive_lr].append(parameter)
+        groups = [{"params": params, "lr_share": share} for share, params in groups.items() if params]
+        return torch.optim.Adam(groups, lr=self.settings.train.lr, betas=(0.9, 0.98))
+
+    def average_heads(self) -> TailAverage:
+        """The mean of the last 40 % of the iterations."""
+        return TailAverage(self.heads, 0.4)
+
+    def memory(self) -> dict:
+        """What a checkpoint keeps beside the weights: {} before the first step."""
+        if not self.bank.is_full:
+            return {}
+        return {"bank": self.bank.rows, "next": self.bank.next, "starts": self.starts, "above": self.above}
+
+    def remember(self, memory: dict) -> None:
+        """Go on with the memory of a checkpoint; another size of the bank or other kinds raise ValueError."""
+        if not memory:
+            return
+        if len(memory["bank"]) != self.bank.size:
+            raise ValueError(f"the checkpoint has a bank of {len(memory['bank'])} images, not of {self.bank.size}")
+        kinds, _ = kinds_and_weights(self.settings.reward)
+        if tuple(memory["starts"]) != kinds:
+            stored = f"the checkpoint has a reward of {','.join(memory['starts'])}, --reward has {','.join(kinds)}"
+            raise ValueError(f"{stored}: --init_from starts anew from its weights")
+        self.bank.rows, self.bank.next = memory["bank"].clone(), memory["next"]
+        self.starts, self.above = memory["starts"], memory["above"]
+
+    @torch.no_grad()
+    def prepare(self, state, batch, labels, indices) -> Rollout:
+        """What to sample in this step: as many images as were read, with their labels. Fills the bank before the first.
+
+        state: a `training.state.TrainState`; batch, the images read, plays no part.
+        """
+        seed, step = state.seed, state.step
+        if self.reward is None:
+            self._begin(state, len(labels))
+        uniform = torch.rand((), generator=generator(seed_of("num_iter", seed, step))).item()
+        seeds = [seed_of("rollout", seed, step, sample) for sample in indices.tolist()]
+        return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer)
+
+    def _begin(self, state, batch_size: int) -> None:
+        """Statistics of the real images; a bank of images with the labels of real ones, unless there is one."""
+        real = self.settings.real()
+        kinds, self.weights = kinds_and_weights(self.settings.reward)
+        with dist.main_first():
+            self.reward = Reward(real, kinds, state.device)
+        state.tokenizer.requires_grad_(False)
+        if self.bank.is_full:
+            self.reward.split(self.bank.rows)  # does it fit?
+            return
+        labels, seed = torch.tensor(labels_of(real)), seed_of("bank", state.seed)
+        labels = labels[torch.randint(len(labels), (self.bank.size,), generator=generator(seed))]
+        shares = torch.arange(self.bank.size).tensor_split(dist.world_size())
+        rows = []
+        for numbers in shares[dist.rank()].split(batch_size):
+            seeds = [seed_of("bank", state.seed, number) for number in numbers.tolist()]
+            uniform = torch.rand((), generator=generator(seeds[0])).item()
+            rollout = Rollout(labels[numbers], seeds, log_uniform(uniform, *self.num_iter), state.tokenizer)
+            with dist.autocast(state.device, state.dtype):
+                images = self.images(rollout)
+            rows.append(self.reward.features(images.float()))
+        self.bank.push(gathered(torch.cat(rows)))
+        self.starts = {kind: distance for kind, (distance, _) in self.reward.against(self.bank.rows).items()}
+
+    def images(self, rollout: Rollout, callback=None) -> torch.Tensor:
+        """Images (b, C, H, W) in [−1, 1] of a rollout, differentiable in the heads where gradients are on."""
+        sampling, grad = self.settings.sampling, torch.is_grad_enabled()
+        latents = decode(
+            self.model,
+            rollout.labels,
+            self.rules,
+            num_iter=rollout.num_iter,
+            num_steps=sampling.num_sampling_steps,
+            seeds=rollout.seeds,
+            callback=callback,
+            solver=sampling.solver,
+            spacing=sampling.spacing,
+            clip=rollout.tokenizer.clip,
+            refresh_every=sampling.refresh_every,
+            recompute=grad and self.model.config.grad_checkpointing,
+            local=self.settings.reward.pathwise == "local",
+        )
+        return rollout.tokenizer.render(latents).clamp(-1, 1)
+
+    def forward(self, rollout: Rollout, num_targets) -> dict[str, torch.Tensor]:
+        """The summed influence of the images of a rollout over num_targets, and what is logged of them."""
+        said = {"tau": [], "w": []}
+
+        def listen(step, rows, plan, tokens):
+            said["tau"].append(plan.tau.detach()[plan.select])
+            said["w"].append(plan.cfg.detach()[plan.select])
+
+        images = self.images(rollout, listen)
+        with torch.autocast(images.device.type, enabled=False):
+            features = self.reward.features(images.float())
+            self.bank.push(gathered(features.detach()))
+            against = self.reward.against(self.bank.rows)
+            parts = self.reward.split(features)
+            cost = sum(self.scale(kind) * against[kind][1](parts[kind]) for kind in parts)  # (b,)
+        logged = self._distances(against) | _spread({name: torch.cat(values) for name, values in said.items()})
+        if "profile" in self.heads.learn:
+            logged |= _spread({"profile": 1 + torch.tanh(self.heads.heads["profile"].values.detach())})
+        share = len(rollout.labels) / num_targets  # so that the micro-batches of a step add up to their mean
+        logged = {name: torch.as_tensor(value, device=images.device) * share for name, value in logged.items()}
+        unused = sum(p.sum() for p in self.heads.parameters() if p.requires_grad)  # DistributedDataParallel waits
+        return {"loss": cost.sum() / num_targets + 0.0 * unused, **logged}
+
+    def scale(self, kind: str) -> float:
+        """Weight of a kind's distance: its share of all weights over the distance that it starts from."""
+        return self.weights[kind] / sum(self.weights.values()) / self.starts[kind]
+
+    def _distances(self, against) -> dict[str, float]:
+        """The distances of the bank, and their weighted mean, 1 at the start, which is watched."""
+        distances = {f"distance_{kind}": distance for kind, (distance, _) in against.items()}
+        relative = sum(self.scale(kind) * distance for kind, (distance, _) in against.items())
+        self._watch(relative)
+        return distances | {"reward": relative}
+
+    def _watch(self, relative: float) -> None:
+        """Count the steps with a reward distance above its start; many in a row raise FloatingPointError."""
+        self.above = self.above + 1 if relative > 1 else 0
+        if self.above >= PATIENCE:
+            raise FloatingPointError(
+                f"the reward distance has been above its start for {PATIENCE} steps in a row, now {relative:.2f} times "
+                "it: lower --lr or --adaptive_lr, or raise --batch_size"
+            )
+
+
+def _spread(values: dict) -> dict:
+    """Mean and standard deviation of each tensor."""
+    means = {f"{name}_mean": value.mean() for name, value in values.items()}
+    return means | {f"{name}_std": value.std(correction=0) for name, value in values.items()}
+
+
+def kinds_and_weights(config: RewardConfig) -> tuple[tuple[str, ...], dict[str, float]]:
+    """The kinds of features of the reward, and {kind: weight}; kinds without a gradient raise ValueError."""
+    kinds = reward_kinds(config.reward or "")
+    for kind in kinds:
+        if kind != "pixels":
+            check_differentiable(kind)
+    return kinds, reward_weights(config.reward_weights, kinds)
+
+
+def gathered(features: torch.Tensor) -> torch.Tensor:
+    """Features (n, P) of all processes one after the other; n may differ by one between them."""
+    size = dist.world_size()
+    if size == 1:
+        return features
+    counts = torch.zeros(size, dtype=torch.long, device=features.device)
+    counts[dist.rank()] = len(features)
+    counts = dist.all_sum(counts).tolist()
+    whole = features.new_zeros(sum(counts), features.shape[1])
+    first = sum(counts[: dist.rank()])
+    whole[first : first + len(features)] = features
+    return dist.all_sum(whole)

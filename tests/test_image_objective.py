@@ -172,7 +172,7 @@ def test_the_local_gradient_is_that_of_a_steps_own_tokens(frozen):
 
 # --------------------------------------------------------------------------------------------------------- the runs
 
-TRAIN = "--preset digits --diffloss_w 16 --diffloss_d 1 --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --cfg 1.5"
+TRAIN = "--preset digits --patch_size 2 --diffloss_w 16 --diffloss_d 1 --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --cfg 1.5"
 TRAIN += (
     " --solver dpmpp_sde --device cpu --batch_size 600 --bank 700 --eval_freq 100 --save_last_freq 1 --objective image"
 )
@@ -187,7 +187,7 @@ def train(folder, base, *flags):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A checkpoint whose averaged weights are not its weights."""
-    folder = untrained(tmp_path_factory.mktemp("base"))
+    folder = untrained(tmp_path_factory.mktemp("base"), "--patch_size", "2")
     content = load_checkpoint(folder)
     content["model_ema"] = {k: v + 0.01 * torch.randn_like(v) for k, v in content["model_ema"].items()}
     save_checkpoint(folder, content)
@@ -365,6 +365,7 @@ def test_features_of_several_processes_are_put_in_a_row(monkeypatch):
     assert torch.equal(results[0] + results[1], torch.cat(parts))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(base, tmp_path):
     """torchrun with gloo against one process at the same global batch; the bank has the same images."""
     assert train(tmp_path / "one", base, "--epochs", 1) == 0

@@ -43,17 +43,8 @@ __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images 
 GRID_ROWS, EDIT_COLUMNS = 5, 8
 # flags that take a comma list
 SWEEPS = ("infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile", "cfg", "temperature")
-SWEEPS += (
-    "heads_adaptive",
-    "num_iter",
-    "num_sampling_steps",
-    "solver",
-    "spacing",
-    "order_noise",
-    "order_base",
-    "refresh_every",
-    "seed",
-)
+SWEEPS += ("num_iter", "num_sampling_steps", "solver", "spacing", "order_noise", "order_base", "refresh_every", "seed")
+SWEEPS += ("heads_adaptive",)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 # The best hand-made settings for given numbers of steps: 84 of them on one seed, the best by the reward features again
 # on two other seeds, measured by the reward features and by a judge, another classifier, as a table.
 #   CHECKPOINT=output_dir/quickstart OUT=output_dir/grid NUM_ITER=4 STEPS=8 bash scripts/search_grid.sh
-# Digits (default): 1,800 images a setting; about 15 minutes on 2 CPU cores with 4 x 8 steps.
+# Digits (default): 1,800 images a setting; about 25 minutes on 2 shared CPU cores with 4 x 8 steps.
 #   PRESET=cifar10 CHECKPOINT=DIR DATA="--data_path data" bash scripts/search_grid.sh
 # SOLVER, TOP (settings kept) and SEEDS (of the best; 0 chooses) as well. Interrupted, the same command continues. Further
 # arguments go to sample.py, where the last one counts.

@@ -51,6 +51,13 @@ class KnotHead(Head):
         return v[which.to(v.device, non_blocking=True)].unsqueeze(1)
 
 
+class WideHead(Head):
+    """A `Head` of the width of a `KnotHead`; a curve that all tokens share would not change their order."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, width=128)
+
+
 class ProfileHead(nn.Module):
     """m(t / 1000) = 1 + tanh of a curve, linear between knots that start at zero; the same for all images."""
 
@@ -82,16 +89,39 @@ def _clipped(value, base, low, high):
     return torch.minimum(torch.maximum(value, base.clamp(max=low)), base.clamp(min=high))
 
 
-class Form(NamedTuple):
-    """A row of FORMS. tau, cfg: (base, r, low, high) -> value; learns: the names that it has heads for."""
+def of_unknown(state: StepState, base_k: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Group size (B,) = ρ·n, ρ being moved between its bounds."""
+    return bounded(base_k / state.num_unknown, r, low, high) * state.num_unknown
 
-    head: Callable
+
+def of_all(state: StepState, base_k: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """Group size (B,) that brings the share of known tokens, moved between 0 and 1, to where it should be; in [low·n,
+    high·n], which is widened to contain the base."""
+    n, total = state.num_unknown, state.num_start
+    share = (total - n + base_k) / total
+    k = base_k + (bounded(share, r, 0.0, 1.0) - share) * total
+    return torch.minimum(torch.maximum(k, torch.minimum(low * n, base_k)), torch.maximum(high * n, base_k))
+
+
+class Form(NamedTuple):
+    """A row of FORMS. heads: {name: (dim) -> network}; group: (state, base_k, r, low, high) -> k; tau, cfg: (base, r,
+    low, high) -> value; renews: are the random order's draws of tokens that stay unknown made anew after each step, so
+    that the order of all is a Plackett–Luce draw?"""
+
+    heads: dict[str, Callable]
+    group: Callable
     tau: Callable
     cfg: Callable
-    learns: tuple[str, ...]
+    renews: bool
 
 
 FORMS = {
-    "bounded": Form(Head, bounded, bounded, ("order", "group", "tau", "cfg")),
-    "knots": Form(KnotHead, scaled, shifted, ("tau", "cfg", "profile")),
+    "bounded": Form(dict.fromkeys(("order", "group", "tau", "cfg"), Head), of_unknown, bounded, bounded, False),
+    "knots": Form(
+        dict(order=WideHead, group=KnotHead, tau=KnotHead, cfg=KnotHead, profile=ProfileHead),
+        of_all,
+        scaled,
+        shifted,
+        True,
+    ),
 }

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from heads.forms import FORMS, ProfileHead, bounded
+from heads.forms import FORMS
+from heads.luce import PlackettLuce
 from heads.orders import ORDERS
 from heads.rules import Rules
 from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
@@ -53,10 +54,10 @@ class PolicyHeads(nn.Module):
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"unknown form of heads {form!r}; valid: {', '.join(FORMS)}")
-        unknown = [name for name in learn if name not in FORMS[form].learns]
+        unknown = [name for name in learn if name not in FORMS[form].heads]
         if unknown:
             reason = f" of the form {form}" if unknown[0] in LEARNABLE else ""
-            raise ValueError(f"unknown head {unknown[0]!r}{reason}; valid: {', '.join(FORMS[form].learns)}")
+            raise ValueError(f"unknown head {unknown[0]!r}{reason}; valid: {', '.join(FORMS[form].heads)}")
         for name, scope in (("tau_mode", tau_mode), ("cfg_mode", cfg_mode)):
             if scope not in SCOPES:
                 raise ValueError(f"unknown {name} {scope!r}; valid: {', '.join(SCOPES)}")
@@ -68,8 +69,7 @@ class PolicyHeads(nn.Module):
         self.form = form
         self.scope = {"order": "token", "group": "global", "tau": tau_mode, "cfg": cfg_mode}
         self.bounds = {"group": tuple(rho), "tau": tuple(tau), "cfg": tuple(cfg)}
-        kinds = dict.fromkeys(HEADS, FORMS[form].head) | {"profile": ProfileHead}
-        self.heads = nn.ModuleDict({name: kinds[name](dim) for name in self.learn})
+        self.heads = nn.ModuleDict({name: FORMS[form].heads[name](dim) for name in self.learn})
 
     def settings(self) -> dict:
         """The constructor's arguments but dim, for a checkpoint."""
@@ -98,7 +98,12 @@ class PolicyHeads(nn.Module):
             if self.scope[name] == "global":
                 masked = state.mask.float()
                 r = ((r * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)).unsqueeze(1)
-            return head.shared(state) + self.adaptive(name, state, r)
+            return self.explored(name, state, head.shared(state) + self.adaptive(name, state, r))
+
+    @staticmethod
+    def explored(name: str, state: StepState, r: torch.Tensor) -> torch.Tensor:
+        """What becomes of r (B, L) or (B, 1): it stays as it is; training may add noise."""
+        return r
 
     @staticmethod
     def adaptive(name: str, state: StepState, a: torch.Tensor) -> torch.Tensor:
@@ -110,10 +115,10 @@ class PolicyHeads(nn.Module):
         return self.raw("order", state, base_cfg)
 
     def group_size(self, state: StepState, base_k, base_cfg) -> torch.Tensor:
-        """k = ρ·n (B,), not rounded; base_k (B,) is the hand-made rule's."""
-        n = state.num_unknown
-        rho = bounded(base_k / n, self.raw("group", state, base_cfg).squeeze(1), *self.bounds["group"])
-        return torch.minimum((rho * n).clamp(min=1), n)
+        """k (B,), not rounded; base_k (B,) is the hand-made rule's."""
+        r = self.raw("group", state, base_cfg).squeeze(1)
+        k = FORMS[self.form].group(state, base_k, r, *self.bounds["group"])
+        return torch.minimum(k.clamp(min=1), state.num_unknown)
 
     def temperature(self, state: StepState, base, base_cfg) -> torch.Tensor:
         """τ (B, 1) or (B, L) around the base (B, 1)."""
@@ -165,12 +170,18 @@ def base_scores(state: StepState, options: RuleOptions) -> torch.Tensor:
 
 
 def learned_order(heads, base, options):
-    """Rank by logit + order_noise·g."""
-    return lambda state: heads.logits(state, options.cfg) + base_scores(state, options)
+    """Rank by logit + order_noise·g; where the form renews g, as a `PlackettLuce`."""
+
+    def scores(state):
+        return heads.logits(state, options.cfg) + base_scores(state, options)
+
+    if not FORMS[heads.form].renews or options.order_base != "random" or options.order_noise == 0:
+        return scores
+    return PlackettLuce(scores, options.order_noise)
 
 
 def learned_group(heads, base, options):
-    """k = round(ρ·n); `Rules` keeps it between 1 and n."""
+    """k, rounded; `Rules` keeps it between 1 and n."""
     return lambda state: heads.group_size(state, base(state), options.cfg).round()
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from heads.luce import PlackettLuce
 from heads.schedules import annealed_steps, constant_profile
 from heads.step import StepPlan, StepState
 
@@ -25,7 +26,9 @@ class Rules:
     profile: Callable = constant_profile  # (state) -> what `StepPlan.profile` says
 
     def __call__(self, state: StepState) -> StepPlan:
-        select = hard_topk(self.order(state), whole_group(self.group, state), state.mask)
+        scores = self.order(state)
+        select = hard_topk(scores, whole_group(self.group, state), state.mask)
+        luce = self.order if isinstance(self.order, PlackettLuce) else None
         after = state.num_unknown - select.sum(dim=1)  # not n − k: fewer may be there to choose from
         return StepPlan(
             select=select,
@@ -33,6 +36,8 @@ class Rules:
             cfg=_per_token(self.cfg(state, after), state.mask),
             num_steps=self.num_steps(state),
             profile=self.profile(state),
+            gumbel=luce and luce.renewed(state, scores, select),
+            log_prob=luce.log_prob(state, scores, select) if luce and scores.requires_grad else None,
         )
 
 

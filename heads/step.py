@@ -43,7 +43,9 @@ class StepPlan:
     """What the rules decided: select (B, L) bool, tau and cfg (B, L) float32, read where select is True, and T.
 
     profile: m of w(t) = 1 + (w − 1)·m over the diffusion steps of a token, a function of t / 1000 in [0, 1] that gives
-    a float, or a tensor (B,) or (B, 1); None: m = 1. Where m is the float 0 no unconditional half is computed.
+    a float, or a tensor (B,) or (B, 1); None: m = 1. Where m is the float 0 no unconditional half is computed. gumbel
+    (B, L): draws that replace the state's for the steps to come; None: these stay. log_prob (B,): of the choice, where
+    a learned order has a gradient.
     """
 
     select: torch.Tensor
@@ -51,3 +53,5 @@ class StepPlan:
     cfg: torch.Tensor
     num_steps: int  # diffusion steps, for all images alike
     profile: Callable | None = None
+    gumbel: torch.Tensor | None = None
+    log_prob: torch.Tensor | None = None

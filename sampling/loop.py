@@ -83,6 +83,7 @@ def decode(
             z, positions = conditions.look(step, seen, canvas.unknown, images)
             plan = rules(canvas.state(step, num_iter, images, z, positions, sampler.num_steps))
             rows, guided, tau, cfg, profile = canvas.select(plan, images)
+            canvas.renew(images, plan.gumbel)
             if not len(rows):  # the tokens that this step could choose from are all given
                 continue
             z, z_uncond = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
@@ -190,6 +191,12 @@ class Canvas:
         cfg = plan.cfg[row, column] if len(guided) else 1.0
         rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
         return Chosen(rows, guided, plan.tau[row, column], cfg, plan.profile and of_rows(plan.profile, row))
+
+    def renew(self, images, gumbel) -> None:
+        """Replace the draws of these images by gumbel (B', L); None: keep them."""
+        if gumbel is not None:
+            index = send(images, self.gumbel.device)
+            self.gumbel = self.gumbel.to(gumbel.dtype).index_copy(0, index, gumbel)
 
     def write(self, rows, drawn) -> None:
         """drawn (N, …) are the tokens at rows (N, 2)."""

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import main_mar
-from heads.policy import PolicyHeads, build_rules, load_heads
+from heads.policy import LEARNABLE, PolicyHeads, build_rules, load_heads
 from heads.schedules import interpolate
 from models.tokenizers import build_tokenizer
 from sampling.loop import decode, generate
 from tests.helpers import named_weights, tiny_mar, untrained
 from tests.helpers_heads import state_of
 from training.config import resolve
-from training.objectives.image import PATIENCE, ImageObjective, gathered
+from training.objectives.image import PATIENCE, Decisions, ImageObjective, Rollout, gathered, score_loss
 from training.optim import TailAverage
 from util import dist
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -29,9 +29,9 @@ SAMPLING = dict(num_iter=3, num_steps=3, seeds=[4, 5], solver="dpmpp_sde", clip=
 LABELS = torch.tensor([0, 2])
 
 
-def knots(scale=0.0, **options) -> PolicyHeads:
+def knots(scale=0.0, learn=LEARN, **options) -> PolicyHeads:
     """Heads of this objective, all weights random at this scale but for the norms'."""
-    heads = PolicyHeads(16, LEARN, form="knots", tau=(0.4, 1.6), cfg=(0, 8), **options)
+    heads = PolicyHeads(16, learn, form="knots", tau=(0.4, 1.6), cfg=(0, 8), **options)
     return named_weights(heads, scale) if scale else heads
 
 
@@ -46,12 +46,10 @@ def rules_of(heads, **options):
 @pytest.mark.parametrize("mode", ["token", "global"])
 @pytest.mark.parametrize("infer_mode", ["baseline", "policy", "guidance", "both"])
 def test_untrained_heads_are_the_baseline_bit_for_bit(infer_mode, mode, cfg):
-    mar, heads = tiny_mar(), knots(tau_mode=mode, cfg_mode=mode)
-    named = {"policy": dict(order="random", group="cosine"), "both": dict(order="random", group="cosine")}
+    mar, heads = tiny_mar(), knots(learn=LEARNABLE, tau_mode=mode, cfg_mode=mode)
     options = dict(cfg=cfg, temperature=0.97)
     base = generate(mar, LABELS, build_rules("baseline", **options), **SAMPLING)
-    assert torch.equal(generate(mar, LABELS, build_rules(infer_mode, heads, **options, **named.get(infer_mode, {})),
-                                **SAMPLING), base)  # fmt: skip
+    assert torch.equal(generate(mar, LABELS, build_rules(infer_mode, heads, **options), **SAMPLING), base)
 
 
 def test_what_knots_say():
@@ -172,10 +170,11 @@ def test_the_local_gradient_is_that_of_a_steps_own_tokens(frozen):
 
 # --------------------------------------------------------------------------------------------------------- the runs
 
-TRAIN = "--preset digits --patch_size 2 --diffloss_w 16 --diffloss_d 1 --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --cfg 1.5"
-TRAIN += (
-    " --solver dpmpp_sde --device cpu --batch_size 600 --bank 700 --eval_freq 100 --save_last_freq 1 --objective image"
-)
+TRAIN = """
+    --preset digits --patch_size 2 --diffloss_w 16 --diffloss_d 1 --buffer_size 2 --num_iter 2 --num_sampling_steps 2
+    --cfg 1.5 --solver dpmpp_sde --device cpu --batch_size 600 --bank 700 --eval_freq 100 --save_last_freq 1
+    --objective image
+"""
 TRAIN = [*TRAIN.split(), "--learn", "tau,cfg,profile"]
 
 
@@ -265,7 +264,9 @@ def objective(bank=64, **flags):
     mar = tiny_mar(class_num=10)
     made = ImageObjective.build(mar, config.build_heads(mar.width), config.for_objective(False, lambda: data))
     tokenizer = build_tokenizer("pixel", channels=1)
-    state = SimpleNamespace(seed=1, step=0, device=torch.device("cpu"), dtype=torch.float32, tokenizer=tokenizer)
+    state = SimpleNamespace(
+        seed=1, step=0, device=torch.device("cpu"), dtype=torch.float32, tokenizer=tokenizer, num_steps=10
+    )
     return made.eval(), state
 
 
@@ -303,7 +304,7 @@ def test_the_loss_has_the_gradient_of_the_banks_distance():
     def distance(shift):
         made.heads.heads["tau"].values.data.fill_(0.1 + shift)
         with torch.no_grad():
-            features = made.reward.features(made.images(rollout))
+            features = made.reward.features(made.images(rollout, Decisions(rollout, "cpu")))
         against = made.reward.against(features)
         return sum(made.scale(kind) * value for kind, (value, _) in against.items())
 
@@ -382,3 +383,46 @@ def test_two_processes_equal_one(base, tmp_path):
     torch.testing.assert_close(
         lines(tmp_path / "two")[0]["reward"], lines(tmp_path / "one")[0]["reward"], rtol=1e-4, atol=0
     )
+
+
+# -------------------------------------------------------------------------------------- order and group: score function
+
+
+def test_the_score_is_the_gradient_of_the_expected_cost():
+    """Of a choice between two costs: with P = σ(θ), dE[c]/dθ = P (1 − P)(c₁ − c₀), up to the deviation of c."""
+    theta, taken = torch.tensor(0.3, requires_grad=True), torch.rand(200000, generator=torch.Generator().manual_seed(0))
+    p = torch.sigmoid(theta)
+    first = taken < p.detach()
+    cost = torch.where(first, 5.0, 2.0)
+    log_prob = torch.where(first, p.log(), (1 - p).log()).double()
+    (slope,) = torch.autograd.grad(score_loss(cost, log_prob) / len(cost), theta)
+    expected = p * (1 - p) * 3 / cost.std(correction=0)
+    assert slope.item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_group_heads_explore_with_their_own_density():
+    rollout = Rollout(torch.arange(3), [1, 2, 3], 4, None, sigma=0.5)
+    decisions = Decisions(rollout, "cpu")
+    r = torch.zeros(2, 1, requires_grad=True)
+    state = SimpleNamespace(images=torch.tensor([0, 2]), step=1)
+    x = decisions.explored("group", state, r)
+    assert decisions.explored("tau", state, r) is r and not x.requires_grad
+    expected = torch.distributions.Normal(0.0, 0.5).log_prob(x.squeeze(1)).double()
+    constant = torch.distributions.Normal(0.0, 0.5).log_prob(torch.tensor(0.0)).double()
+    torch.testing.assert_close(decisions.log_prob[[0, 2]], expected - constant)
+    assert decisions.log_prob[1] == 0
+    (slope,) = torch.autograd.grad(decisions.log_prob.sum(), r)
+    torch.testing.assert_close(slope, x / 0.25)
+    again = Decisions(rollout, "cpu")
+    assert torch.equal(again.explored("group", state, r), x)
+
+
+def test_all_heads_get_a_gradient_and_learn(base, tmp_path):
+    made, state = objective(learn="order,group,tau,cfg,profile", num_iter=3)
+    rollout = made.prepare(state, None, torch.arange(8), torch.arange(8))
+    made(rollout, torch.tensor(8.0))["loss"].backward()
+    for name in ("heads.order.out.weight", "heads.group.out.weight", "heads.group.values", "heads.tau.values"):
+        assert made.heads.get_parameter(name).grad.abs().max() > 0, name
+    assert train(tmp_path / "all", base, "--epochs", 1, "--learn", "order,group,tau,cfg,profile") == 0
+    stored = load_checkpoint(tmp_path / "all")["heads"]
+    assert stored["heads.order.out.weight"].abs().max() > 0 < stored["heads.group.values"].abs().max()

@@ -1,9 +1,11 @@
 """The objective of whole images: learned rules move the Fréchet distance of what they sample (DESIGN.md section 4b).
 
 Legend: b images, K = num_iter, N images in the bank, P features of all kinds together. The backbone stays as it is; the
-gradient of the reward passes through `sampling.loop.decode` into temperature, guidance and its profile.
+gradient of the reward passes through `sampling.loop.decode` into temperature, guidance and its profile, and order and
+group size learn from the reward of what they chose.
 """
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,22 +23,53 @@ from util.evaluation.reward import reward_kinds
 from util.images.datasets import labels_of
 from util.rng import generator, seed_of
 
+EXPLORATION = (0.6, 0.3)  # standard deviation of the noise on the group head's r, at the first and at the last step
 PATIENCE = 100  # steps in a row with the reward distance above its start, before training stops
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Images to sample: labels (b,), seeds (b), num_iter; tokenizer: what makes images of their latents."""
+    """Images to sample: labels (b,), seeds (b), num_iter; tokenizer: what makes images of their latents.
+
+    sigma: standard deviation of the noise on what the group head says.
+    """
 
     labels: torch.Tensor
     seeds: list[int]
     num_iter: int
     tokenizer: nn.Module
+    sigma: float = EXPLORATION[0]
 
     @property
     def num_targets(self) -> int:
         """Number of images, over which the loss is a mean."""
         return len(self.labels)
+
+
+class Decisions:
+    """log P (b,) of what order and group heads decide for the images of a rollout, which has no other gradient."""
+
+    def __init__(self, rollout: Rollout, device):
+        draws = [torch.randn(rollout.num_iter, generator=generator(seed_of("explore", s))) for s in rollout.seeds]
+        self.noise, self.sigma = torch.stack(draws).to(device), rollout.sigma  # (b, K)
+        self.log_prob = torch.zeros(len(rollout.seeds), dtype=torch.float64, device=device)
+
+    def explored(self, name: str, state, r: torch.Tensor) -> torch.Tensor:
+        """r of the group head (B', 1) with Gaussian noise; of the other heads r as it is."""
+        if name != "group":
+            return r
+        x = (r + self.sigma * self.noise[state.images, state.step].unsqueeze(1)).detach()
+        self._add(state.images, -((x - r) / self.sigma).square().squeeze(1) / 2)
+        return x
+
+    def chosen(self, rows, plan) -> None:
+        """The tokens at rows (N, 2) that a step's plan (B', L) chose."""
+        if plan.log_prob is not None:
+            images = rows[:, 0].unique_consecutive().to(plan.log_prob.device)
+            self._add(images, plan.log_prob[plan.select.any(dim=1)])
+
+    def _add(self, images, value):
+        self.log_prob = self.log_prob.index_add(0, images, value.double())
 
 
 class ImageObjective(nn.Module):
@@ -54,7 +87,7 @@ class ImageObjective(nn.Module):
         low, high = settings.heads.num_iter_range()
         self.num_iter = (low, high)
         names = {FLAGS[kind]: "learned" for kind in heads.learn} if heads is not None else {}
-        self.rules = replace(settings.sampling, infer_mode="baseline", **names).rules(heads)
+        self.sampling = replace(settings.sampling, infer_mode="baseline", **names)
 
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "ImageObjective":
@@ -76,7 +109,12 @@ class ImageObjective(nn.Module):
     def check(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
         """Raise ValueError for settings that contradict each other."""
         if heads is None:
-            raise ValueError("--objective image trains heads: name some of tau, cfg, profile with --learn")
+            raise ValueError("--objective image trains heads: name some with --learn")
+        sampling = settings.sampling
+        if "order" in heads.learn and (sampling.order_base != "random" or not sampling.order_noise):
+            raise ValueError("--objective image --learn order needs --order_base random and --order_noise above 0")
+        if "order" in heads.learn and not settings.reward.adaptive:
+            raise ValueError("--learn order has no meaning with --no-adaptive: an order differs between tokens")
         if not settings.train.freeze_backbone or settings.train.train_diffloss:
             raise ValueError("--objective image needs --freeze_backbone --no-train_diffloss: it trains heads alone")
         if settings.masks.train_masks != "random":
@@ -135,7 +173,9 @@ class ImageObjective(nn.Module):
             self._begin(state, len(labels))
         uniform = torch.rand((), generator=generator(seed_of("num_iter", seed, step))).item()
         seeds = [seed_of("rollout", seed, step, sample) for sample in indices.tolist()]
-        return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer)
+        done, (first, last) = state.step / state.num_steps, EXPLORATION
+        sigma = first + (last - first) * done
+        return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer, sigma)
 
     def _begin(self, state, batch_size: int) -> None:
         """Statistics of the real images; a bank of images with the labels of real ones, unless there is one."""
@@ -156,18 +196,20 @@ class ImageObjective(nn.Module):
             uniform = torch.rand((), generator=generator(seeds[0])).item()
             rollout = Rollout(labels[numbers], seeds, log_uniform(uniform, *self.num_iter), state.tokenizer)
             with dist.autocast(state.device, state.dtype):
-                images = self.images(rollout)
+                images = self.images(rollout, Decisions(rollout, state.device))
             rows.append(self.reward.features(images.float()))
         self.bank.push(gathered(torch.cat(rows)))
         self.starts = {kind: distance for kind, (distance, _) in self.reward.against(self.bank.rows).items()}
 
-    def images(self, rollout: Rollout, callback=None) -> torch.Tensor:
+    def images(self, rollout: Rollout, decisions: Decisions, callback=None) -> torch.Tensor:
         """Images (b, C, H, W) in [−1, 1] of a rollout, differentiable in the heads where gradients are on."""
-        sampling, grad = self.settings.sampling, torch.is_grad_enabled()
+        sampling, grad = self.sampling, torch.is_grad_enabled()
+        heads = copy.copy(self.heads)  # the same networks
+        heads.explored = decisions.explored
         latents = decode(
             self.model,
             rollout.labels,
-            self.rules,
+            sampling.rules(heads),
             num_iter=rollout.num_iter,
             num_steps=sampling.num_sampling_steps,
             seeds=rollout.seeds,
@@ -185,11 +227,14 @@ class ImageObjective(nn.Module):
         """The summed influence of the images of a rollout over num_targets, and what is logged of them."""
         said = {"tau": [], "w": []}
 
+        decisions = Decisions(rollout, next(self.model.parameters()).device)
+
         def listen(step, rows, plan, tokens):
+            decisions.chosen(rows, plan)
             said["tau"].append(plan.tau.detach()[plan.select])
             said["w"].append(plan.cfg.detach()[plan.select])
 
-        images = self.images(rollout, listen)
+        images = self.images(rollout, decisions, listen)
         with torch.autocast(images.device.type, enabled=False):
             features = self.reward.features(images.float())
             self.bank.push(gathered(features.detach()))
@@ -202,7 +247,8 @@ class ImageObjective(nn.Module):
         share = len(rollout.labels) / num_targets  # so that the micro-batches of a step add up to their mean
         logged = {name: torch.as_tensor(value, device=images.device) * share for name, value in logged.items()}
         unused = sum(p.sum() for p in self.heads.parameters() if p.requires_grad)  # DistributedDataParallel waits
-        return {"loss": cost.sum() / num_targets + 0.0 * unused, **logged}
+        loss = (cost.sum() + score_loss(cost, decisions.log_prob)) / num_targets
+        return {"loss": loss + 0.0 * unused, **logged}
 
     def scale(self, kind: str) -> float:
         """Weight of a kind's distance: its share of all weights over the distance that it starts from."""
@@ -223,6 +269,12 @@ class ImageObjective(nn.Module):
                 f"the reward distance has been above its start for {PATIENCE} steps in a row, now {relative:.2f} times "
                 "it: lower --lr or --adaptive_lr, or raise --batch_size"
             )
+
+
+def score_loss(cost, log_prob) -> torch.Tensor:
+    """Σ log P·(c − mean) / deviation of costs c (b,) and log P (b,): its gradient is that of the score function."""
+    advantage = (cost - cost.mean()) / cost.std(correction=0).clamp(min=1e-12)
+    return (log_prob * advantage.detach()).sum().to(cost.dtype)
 
 
 def _spread(values: dict) -> dict:

@@ -407,8 +407,8 @@ def test_group_heads_explore_with_their_own_density():
     state = SimpleNamespace(images=torch.tensor([0, 2]), step=1)
     x = decisions.explored("group", state, r)
     assert decisions.explored("tau", state, r) is r and not x.requires_grad
-    expected = torch.distributions.Normal(0.0, 0.5).log_prob(x.squeeze(1)).double()
-    constant = torch.distributions.Normal(0.0, 0.5).log_prob(torch.tensor(0.0)).double()
+    expected = torch.distributions.Normal(0.0, 0.5).log_prob(x.squeeze(1))
+    constant = torch.distributions.Normal(0.0, 0.5).log_prob(torch.tensor(0.0))
     torch.testing.assert_close(decisions.log_prob[[0, 2]], expected - constant)
     assert decisions.log_prob[1] == 0
     (slope,) = torch.autograd.grad(decisions.log_prob.sum(), r)

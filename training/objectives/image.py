@@ -52,7 +52,7 @@ class Decisions:
     def __init__(self, rollout: Rollout, device):
         draws = [torch.randn(rollout.num_iter, generator=generator(seed_of("explore", s))) for s in rollout.seeds]
         self.noise, self.sigma = torch.stack(draws).to(device), rollout.sigma  # (b, K)
-        self.log_prob = torch.zeros(len(rollout.seeds), dtype=torch.float64, device=device)
+        self.log_prob = torch.zeros(len(rollout.seeds), device=device)
 
     def explored(self, name: str, state, r: torch.Tensor) -> torch.Tensor:
         """r of the group head (B', 1) with Gaussian noise; of the other heads r as it is."""
@@ -69,7 +69,7 @@ class Decisions:
             self._add(images, plan.log_prob[plan.select.any(dim=1)])
 
     def _add(self, images, value):
-        self.log_prob = self.log_prob.index_add(0, images, value.double())
+        self.log_prob = self.log_prob.index_add(0, images, value.float())
 
 
 class ImageObjective(nn.Module):

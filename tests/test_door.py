@@ -146,7 +146,21 @@ def test_a_lonely_process_of_a_cluster_says_what_it_waits_for(tmp_path):
 
 
 def train(folder, *flags):
-    words = [*SMALLEST.split(), "--epochs", "1", "--num_images", "20", "--metrics", "none", "--output_dir", str(folder)]
+    words = [
+        *SMALLEST.split(),
+        "--patch_size",
+        "2",
+        "--batch_size",
+        "600",
+        "--epochs",
+        "1",
+        "--num_images",
+        "20",
+        "--metrics",
+        "none",
+        "--output_dir",
+        str(folder),
+    ]
     return run_main(main_mar.main, [*words, *map(str, flags)])
 
 

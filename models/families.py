@@ -41,6 +41,7 @@ class Config(Protocol):
     class_num: int
     label_drop_prob: float  # probability of training without the label
     mask_ratio_min: float  # the smallest share of the tokens that training masks; 1.0: all tokens are targets
+    grad_checkpointing: bool  # compute activations again in the backward pass, where the model can
     seq_len: int  # L
     grid: int  # tokens of an image's side
     FREE: frozenset[str]  # names of the fields that may change within a run

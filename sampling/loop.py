@@ -70,8 +70,7 @@ def decode(
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
     canvas = Canvas(empty, tokens, mask, seeds, orders)
     rules = rules if orders is None else replace(rules, order=canvas.published_order)
-    options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every)
-    options |= {"recompute": True} if recompute else {}
+    options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
     draw = partial(checkpoint, sampler.draw, use_reentrant=False) if recompute else sampler.draw
     with eval_mode(model):
         conditions = model.conditions(labels.to(empty.device), **options)

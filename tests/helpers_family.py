@@ -25,6 +25,7 @@ class MeanConfig:
     class_num: int = 1000
     label_drop_prob: float = 0.2
     mask_ratio_min: float = 0.5
+    grad_checkpointing: bool = False
     hidden: int = 16
     noise: float = flag(0.1, "deviation of a token under tau 1", low=0)
 
@@ -124,7 +125,7 @@ class MeanModel(nn.Module):
     def compile_parts(self):
         raise ValueError("nothing to compile")
 
-    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every=1):
+    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every=1, recompute=False):
         return MeanConditions(self, labels)
 
 

@@ -62,7 +62,7 @@ class Toy(nn.Module):
 class Causal(Toy):
     """One token after the other, in the image's random order; each sees those before it in this order."""
 
-    def conditions(self, labels, *, orders, tokenizer=None, refresh_every=1):
+    def conditions(self, labels, *, orders, tokenizer=None, refresh_every=1, recompute=False):
         return CausalConditions(self, labels, orders)
 
 
@@ -107,7 +107,7 @@ SCALES = torch.tensor([0, *[1] * 4, *[2] * 9])  # of 14 positions: groups of 1, 
 class NextScale(Toy):
     """A scale is drawn whole; each of its tokens sees those of the scales before it."""
 
-    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every=1):
+    def conditions(self, labels, *, orders=None, tokenizer=None, refresh_every=1, recompute=False):
         return ScaleConditions(self, labels)
 
 

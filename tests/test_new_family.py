@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main_mar
 import sample
 from models import families
 from models.loading import load_mar, load_model
+from scripts import export_weights
 from tests import helpers_family
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
@@ -67,6 +70,33 @@ def test_a_new_stage_starts_from_its_frozen_weights(run, tmp_path):
     assert load_checkpoint(tmp_path / "stage")["model"]["mix.weight"].equal(
         load_checkpoint(folder)["model"]["mix.weight"]
     )
+
+
+def test_heads_are_trained_on_its_images(run, tmp_path):
+    """By the other objective: through the loop and the token head."""
+    _, folder = run
+    words = "--objective image --learn tau,cfg --bank 300 --epochs 1 --cfg 1.5 --num_sampling_steps 1".split()
+    stage = [*TRAIN, *words, "--features", "digits", "--output_dir", str(tmp_path / "image")]
+    assert main_mar.main([*stage, "--init_from", str(folder)]) == 0
+    heads = load_checkpoint(tmp_path / "image")["heads"]
+    assert any(value.abs().max() > 0 for name, value in heads.items() if name.endswith("values"))
+
+
+def test_export_editing_traces_and_visited_masks(run, tmp_path):
+    words, folder = run
+    assert (
+        main_mar.main([*TRAIN, "--epochs", "1", "--train_masks", "visited", "--output_dir", str(tmp_path / "v")]) == 0
+    )
+    exported = str(tmp_path / "x.safetensors")
+    assert export_weights.main(["--checkpoint", str(folder), "--output", exported]) == 0
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(np.repeat(np.uint8([[255, 0]]), 4, axis=1).repeat(8, axis=0)).save(tmp_path / "mask.png")
+    place = ["--checkpoint", exported, "--output_dir", str(tmp_path / "out"), *SAMPLE]
+    edit = ["--edit_image", str(tmp_path / "picture.png"), "--edit_mask", str(tmp_path / "mask.png")]
+    assert sample.main([*place, *edit]) == 0 and sample.main([*place, "--save_trace", "2", "--seed", "4"]) == 0
+    (made,) = (tmp_path / "out").glob("*_edit*/0.png")
+    assert np.array_equal(np.asarray(Image.open(made))[:, 4:].squeeze(), picture[:, 4:])
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
 from sampling.run import Parts, sample_images
 from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
+from training.config import DataConfig
 from util import dist
 from util.args import check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
@@ -272,8 +273,10 @@ def run(args: SampleArgs, given: dict) -> int:
         quantize(model)
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
-    split_dir = reference_reading(config["data"], args.data_path).split_dir
-    check_output_folder("output_dir", args.output_dir, data, source, split_dir)
+    trained_on = DataConfig(data=data, data_path=config["data"]["path"]).place
+    for images in filter(None, (trained_on, args.data_path)):
+        split_dir = reference_reading(config["data"], images if images == args.data_path else None).split_dir
+        check_output_folder("output_dir", args.output_dir, data, images, split_dir)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)

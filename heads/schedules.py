@@ -182,6 +182,7 @@ GROUPS = {
     "cosine": _group(lambda u, k, options: math.cos(math.pi / 2 * u)),
     "constant": _group(lambda u, k, options: 1 - u),
     "exp": _group(_exp_share),
+    "one": lambda state, options: torch.ones_like(state.num_unknown),
     "power": _group(lambda u, k, options: 1 - u**options.group_p),
     "staged": _group(_staged_share),
     "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these

@@ -23,7 +23,8 @@ class MeanConfig:
     vae_stride: int = 1
     vae_embed_dim: int = 1
     class_num: int = 1000
-    label_drop_prob: float = 0.2
+    label_drop_prob: float = flag(0.2, "probability of training without the label", low=0, high=1)
+    diffusion_batch_mul: int = flag(5, "a name of MAR's", low=1)
     mask_ratio_min: float = 0.5
     grad_checkpointing: bool = False
     hidden: int = 16

@@ -140,3 +140,4 @@ def test_its_sizes_keep_their_own_values(capsys):
         shown = json.loads(capsys.readouterr().out)
         assert shown["mean"]["hidden"] == hidden and shown["noise"] == shown["mean"]["noise"] == noise
         assert "mar" not in shown
+        assert shown["mean"]["label_drop_prob"] == 0.2 and shown["mean"]["diffusion_batch_mul"] == 5  # no preset's

@@ -244,6 +244,7 @@ def flag_classes() -> tuple:
 # with the models that MAR has published
 _CLI_DEFAULTS = dict(diffusion_batch_mul=1)
 _PUBLISHED_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536)
+_OF_IMAGES = {"img_size", "vae_stride", "vae_embed_dim", "patch_size"}
 _KL16 = dict(vae_stride=16, vae_embed_dim=16)
 _PIXELS = dict(
     tokenizer="pixel", model="mar_tiny", vae_stride=1, diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4,
@@ -278,9 +279,13 @@ PRESETS = {
 def resolve(given: dict) -> RunConfig:
     """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order."""
     preset = choose_preset(given)
-    fixed = {**PRESETS.get(preset, {}), **given, "preset": preset if preset in PRESETS else None}
-    published = _PUBLISHED_DEFAULTS if fixed.get("model", ModelConfig.model) in PUBLISHED else {}
-    chosen = {**defaults(*PARTS), **_CLI_DEFAULTS, **published, **fixed}
+    row = PRESETS.get(preset, {})
+    model = given.get("model", row.get("model", ModelConfig.model))
+    mars = {**_CLI_DEFAULTS, **(_PUBLISHED_DEFAULTS if model in PUBLISHED else {}), **row}
+    if SIZES[model] != "mar":  # what they say of a model is of MAR's
+        of_model = defaults(FAMILIES["mar"].config).keys() - _OF_IMAGES
+        mars = {name: value for name, value in mars.items() if name not in of_model}
+    chosen = {**defaults(*PARTS), **mars, **given, "preset": preset if preset in PRESETS else None}
     own = OBJECTIVES[chosen["objective"]].defaults(chosen)
     if "blr" in given:
         own.pop("lr", None)

@@ -44,6 +44,9 @@ def test_sampling_writes_nothing_among_the_images_of_its_checkpoint_or_flag(some
     for place in (other, other / "new"):
         argv = [*flags, run, "--output_dir", place, "--data_path", other]
         assert f"{place} is in {other}" in refused(sample.main, capsys, *argv)
+    place = some / "train" / "7" / "new"  # what was trained on, though something else is measured with
+    argv = [*flags, run, "--output_dir", place, "--data_path", other]
+    assert f"{place} is in {some}" in refused(sample.main, capsys, *argv)
     assert (content(some), content(other)) == before
     assert sample.main([*map(str, [*flags, run, "--output_dir", some / "samples"])]) == 0  # beside train: not read
 

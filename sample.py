@@ -274,8 +274,8 @@ def run(args: SampleArgs, given: dict) -> int:
     for setting in settings:
         setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
     trained_on = DataConfig(data=data, data_path=config["data"]["path"]).place
-    for images in filter(None, (trained_on, args.data_path)):
-        split_dir = reference_reading(config["data"], images if images == args.data_path else None).split_dir
+    for images in (trained_on, args.data_path or trained_on):
+        split_dir = reference_reading(config["data"], images).split_dir
         check_output_folder("output_dir", args.output_dir, data, images, split_dir)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)

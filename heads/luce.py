@@ -1,4 +1,4 @@
-"""A learned order as a Plackett–Luce draw, step by step (DESIGN.md section 4b).
+"""A learned order as a Plackett–Luce draw, step by step (docs/heads.md).
 
 Legend: B images, L tokens an image, ℓ = logit / order_noise, g the Gumbel draw of a token. All in float64, since draws
 that are nearly equal must stay in their order.

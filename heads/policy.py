@@ -1,4 +1,4 @@
-"""Learned heads, and the inference modes that say which of the four rules are hand-made and which learned.
+"""Learned heads, and the inference modes that say which rules are hand-made and which learned.
 
 Legend: B images, L tokens an image, D width of z, n tokens unknown now. r is a head's raw output; every head moves the
 value of the hand-made rule it replaces, and r = 0 leaves that value bit for bit as it is.

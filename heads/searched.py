@@ -1,4 +1,4 @@
-"""Searched schedules: a file gives the values of each step, the same for all images (DESIGN.md section 4b).
+"""Searched schedules: a file gives the values of each step, the same for all images (docs/heads.md).
 
 The file is a JSON object {"provenance": {…}, "values": {…}}, as scripts/search_schedule.py writes it. Values, of which
 any may be absent, for K autoregressive steps and P knots (each with a K or P of its own):

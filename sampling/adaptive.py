@@ -1,4 +1,4 @@
-"""Are learned rules adaptive, or schedules? (DESIGN.md section 4b.)
+"""Are learned rules adaptive, or schedules? (docs/heads.md)
 
 What of τ and w differs between steps, images and tokens; and heads that say the same about all images of a step.
 

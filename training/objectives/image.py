@@ -1,4 +1,4 @@
-"""The objective of whole images: learned rules move the Fréchet distance of what they sample (DESIGN.md section 4b).
+"""The objective of whole images: learned rules move the Fréchet distance of what they sample (docs/heads.md).
 
 Legend: b images, K = num_iter, N images in the bank, P features of all kinds together. The backbone stays as it is; the
 gradient of the reward passes through `sampling.loop.decode` into temperature, guidance and its profile, and order and

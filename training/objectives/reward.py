@@ -1,7 +1,7 @@
 """The reward of --objective image: a Fréchet distance in several kinds of features, and what each image does to it.
 
 Legend: n images, H x W pixels, d features of a kind, p <= 192 of its directions kept, P those of all kinds together, N
-images in the bank. Statistics are float64. (DESIGN.md section 4b.)
+images in the bank. Statistics are float64. (docs/heads.md)
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The reward distance: Fréchet distances to real images in two or more kinds of features (DESIGN.md section 4b).
+"""The reward distance: Fréchet distances to real images in two or more kinds of features (docs/heads.md).
 
 Kinds are the rows of FEATURES and `pixels`. What is optimised by them is judged by others.
 Shapes: n images, H x W pixels, C channels (1 or 3), d features, p of them kept.

@@ -208,7 +208,10 @@ def unfinished(folder: Path, pid: int) -> bool:
 
 
 def kill_one(processes, folder: Path, draws: random.Random, seconds: float) -> tuple[bool, bool, float]:
-    """Kill one of the processes at a random moment: (was it alive, was it writing, seconds until the others ended)."""
+    """Kill one of the processes at a random moment: (was it alive, was it writing, seconds until the others ended).
+
+    A run of which any process ended well counts as ended: the kill met what was left to do after its last file.
+    """
     victim = draws.choice(processes)
     if len(processes) > 1:
         # Wait for a training step: before the processes meet, only a launcher would notice that one is missing.
@@ -227,14 +230,15 @@ def kill_one(processes, folder: Path, draws: random.Random, seconds: float) -> t
     others = [process for process in processes if process is not victim]
     for process in others:
         process.join(PATIENCE)
-    if victim.exitcode == 0:
-        return False, False, 0.0
     for process in others:
         if process.exitcode is None:
             process.kill()
             raise ValueError(f"{folder}: a process was still waiting {PATIENCE} seconds after the other was killed")
-        if process.exitcode == 0:
-            raise ValueError(f"{folder}: a process said that all is well after the other was killed")
+    codes = [process.exitcode for process in others]
+    if victim.exitcode == 0 and any(codes):
+        raise ValueError(f"{folder}: a process ended with exit code {max(codes)} after the other had ended well")
+    if 0 in (victim.exitcode, *codes):  # one says that all is well: then the files are compared
+        return False, False, 0.0
     if victim.exitcode != -9:
         raise ValueError(f"{folder} ended with exit code {victim.exitcode}; what it said is in {folder}.txt")
     return True, unfinished(folder, victim.pid), time.perf_counter() - began
@@ -260,7 +264,6 @@ def torture(name: str, args: TortureArgs, work: Path) -> bool:
         if killed:
             kills += 1
         else:  # the run ended before the kill: kill another one
-            run_through(processes, str(folders[-1]))
             folders.append(work / name / f"run{len(folders)}")
         if was_writing:
             kills_while_writing += 1

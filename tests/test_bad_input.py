@@ -111,6 +111,7 @@ TRAINING = [
     ("--order_base nope", "'nope'", "random, raster, halton"),
     ("--order_base learned", "'learned'", "random, raster, halton"),
     ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),
+    ("--mix_anneal 3", "--mix_anneal needs", "--train_masks visited, policy or mix"),
     ("--train_masks visited --order learned --learn order", "--order learned", "policy"),
     ("--infer_mode policy", "policy", "--learn order"),
     ("--order learned", "order head", "--learn order"),

@@ -136,6 +136,14 @@ def test_heads_that_rest_change_nothing_and_learn_afterwards(tmp_path, masks):
     assert len(outputs) >= 2 and all(then["heads"][name].any() for name in outputs)
 
 
+def test_masks_that_have_not_begun_to_fade_are_random(tmp_path):
+    faded = train(tmp_path / "faded", "--epochs", 1, "--train_masks", "visited")
+    start = train(tmp_path / "random", "--epochs", 1, "--train_masks", "mix", "--mix_random", 1)
+    first = train(tmp_path / "first", "--epochs", 1, "--train_masks", "visited", "--mix_anneal", 10**9)
+    assert_same(first["model"], start["model"])
+    assert not faded["model"]["z_proj.weight"].equal(start["model"]["z_proj.weight"])
+
+
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
     one = train(tmp_path / "one", "--epochs", 2, "--lr", 1e-3, *NEXT)

@@ -177,6 +177,20 @@ def test_mix_keeps_a_share_of_the_published_masks(share):
     assert torch.equal(targets[kept], draws.mask[kept])  # of a random mask all masked tokens are learned
 
 
+@pytest.mark.parametrize("masks, last", [("visited", 0.0), ("mix", 0.4)])
+@pytest.mark.parametrize("epoch, left", [(0, 1.0), (1, 0.75), (3, 0.25), (4, 0.0), (9, 0.0)])
+def test_random_masks_fade(masks, last, epoch, left):
+    """From all images at the start to the share that --train_masks has without --mix_anneal, after four epochs."""
+    draws = draws_of(range(100))
+    config = MaskConfig(train_masks=masks, mix_random=0.4, mix_anneal=4)
+    share = config.random_share(epoch)
+    assert share == pytest.approx(max(last, last + (1 - last) * left))
+    found = Visits(config, None, "halton", None)(draws, no_pass, epoch=epoch)
+    visited = Visits(MaskConfig(train_masks="visited"), None, "halton", None)(draws, no_pass)
+    random = (draws.policy.mix < share).unsqueeze(1)
+    assert torch.equal(found.mask, torch.where(random, draws.mask, visited.mask))
+
+
 def test_number_of_steps_is_log_uniform():
     draws = draws_of(range(4000), (2, 16), seq_len=4)
     for low, high in ((2, 3), (4, 7), (8, 16)):
@@ -249,9 +263,9 @@ def test_the_empty_canvas_is_scored_once_a_class(monkeypatch, labels):
     expected = mar.encode_decode(tokens, mask, labels)
     encode_decode, sizes = mar.encode_decode, []
     monkeypatch.setattr(mar, "encode_decode", lambda *args: sizes.append(len(args[0])) or encode_decode(*args))
-    torch.testing.assert_close(TokenObjective(mar)._score(tokens, mask, labels, [0] * 7), expected)
+    torch.testing.assert_close(TokenObjective(mar)._score(tokens, labels, mask, [0] * 7), expected)
     mask[:, 0] = False
     torch.testing.assert_close(
-        TokenObjective(mar)._score(tokens, mask, labels, [1] * 7), encode_decode(tokens, mask, labels)
+        TokenObjective(mar)._score(tokens, labels, mask, [1] * 7), encode_decode(tokens, mask, labels)
     )
     assert sizes == [len(labels.unique()), 7]

@@ -5,6 +5,7 @@ unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -206,11 +207,12 @@ class TokenObjective(nn.Module):
         if preparation.visits is not None:
             self.eval()  # no dropout in the scores
             with autocast(state.device, state.dtype):
-                draws = preparation.visits(draws, lambda mask, n: self._score(tokens, mask, labels, n), state.device)
+                score = partial(self._score, tokens, labels)
+                draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
         return Batch(tokens, send(labels, state.device), draws.to(state.device))
 
-    def _score(self, tokens, mask, labels, num_visible):
+    def _score(self, tokens, labels, mask, num_visible):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
         if any(num_visible):
             return self.model.encode_decode(tokens, mask, send(labels, mask.device), num_visible)

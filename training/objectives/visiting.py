@@ -4,6 +4,7 @@ Legend: b images, L tokens an image, K = num_iter of an image. `mask` (b, L) boo
 draws is a `training.objectives.draws.Draws` made for every token, with policy draws.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
@@ -27,6 +28,7 @@ class MaskConfig:
     train_masks: str = flag("random", "masks: published, met by hand-made or by current rules, or mixed", choices=MASKS)
     train_targets: str = flag("masked", "what is learned: all masked tokens, or the next group", choices=TARGETS)
     mix_random: float = flag(0.5, "share of random masks with --train_masks mix", low=0, high=1)
+    mix_anneal: float = flag(0.0, "epochs over which random masks fade into those of --train_masks", low=0)
     policy_passes: int = flag(1, "scoring passes of --train_masks policy and mix with learned rules", low=1)
 
     def __post_init__(self):
@@ -34,6 +36,13 @@ class MaskConfig:
             raise ValueError(
                 "--train_targets next needs --train_masks visited, policy or mix: random ones have no next"
             )
+        if self.mix_anneal and self.train_masks == "random":
+            raise ValueError("--mix_anneal needs --train_masks visited, policy or mix: masks to fade into")
+
+    def random_share(self, epoch: float) -> float:
+        """Share of the images with random masks: falls in a line from 1, over the first mix_anneal epochs."""
+        last = self.mix_random if self.train_masks == "mix" else 0.0
+        return max(last, 1 - (1 - last) * epoch / self.mix_anneal) if self.mix_anneal else last
 
     def rule_names(self, order: str | None, group: str | None, heads: PolicyHeads | None, schedule) -> dict[str, str]:
         """The rules whose states are visited: those named, else learned ones where these masks have them."""
@@ -60,8 +69,10 @@ class Visits:
         self.names = config.rule_names(order, group, heads, options.get("schedule"))
         self.num_passes = config.policy_passes if "learned" in self.names.values() else 0
 
-    def __call__(self, draws, encode: Callable, device="cpu"):
+    def __call__(self, draws, encode: Callable, device="cpu", epoch: float = math.inf):
         """The draws (on the CPU) on the masks that are met; encode(mask (b, L), num_visible) -> z (b, L, D) on device.
+
+        epoch: how many have been trained, which decides how many images keep their random masks.
 
         Where learned rules are scored, a pass waits for the device once.
         """
@@ -89,7 +100,7 @@ class Visits:
                 goal = torch.where(active & ~goes_on, plan, goal)
                 mask = mask & ~(selected & goes_on.unsqueeze(1))
                 plan = plan + active.long()
-        return self._narrowed(draws, mask, following, goal)
+        return self._narrowed(draws, mask, following, goal, self.config.random_share(epoch))
 
     def _select(self, rules, draws, plan, mask, z, device):
         """The group (b, L) bool, on the CPU, that the rules take at step `plan` (b,)."""
@@ -98,10 +109,10 @@ class Visits:
         state = training_state(policy, mask.to(device), z)
         return hard_topk(rules.order(state), whole_group(rules.group, state), state.mask).cpu()
 
-    def _narrowed(self, draws, mask, following, step):
+    def _narrowed(self, draws, mask, following, step, random_share):
         targets = mask if self.config.train_targets == "masked" else following
-        if self.config.train_masks == "mix":
-            keep = draws.policy.mix < self.config.mix_random
+        if random_share > 0:
+            keep = draws.policy.mix < random_share
             mask, targets = (torch.where(keep.unsqueeze(1), draws.mask, new) for new in (mask, targets))
             step = torch.where(keep, training_state(replace(draws.policy, step=None), draws.mask).step, step)
         compared = needs_every_loss(self.heads) and not draws.policy.heads_rest

@@ -243,6 +243,17 @@ def test_a_second_stage_that_was_stopped_continues_with_the_same_command(tmp_pat
     assert whole["config"]["heads"]["learn"] == ["order", "group", "tau", "cfg"] and whole["heads_ema"]
 
 
+def test_a_second_stage_takes_over_the_heads_that_it_has(tmp_path, capsys):
+    """Those of the same name and form; the others start at zero, and a line says which."""
+    first = train(tmp_path / "first", "--epochs", 1, "--learn", "group,tau", "--lr", 1e-2)
+    flags = ("--epochs", 1, "--init_from", tmp_path / "first", "--learn", "tau,cfg", "--lr", 0)
+    second = train(tmp_path / "second", *flags)
+    assert f"heads of {tmp_path / 'first'}: tau; that start at zero: cfg" in capsys.readouterr().out
+    tau = [name for name in second["heads"] if name.startswith("heads.tau.")]
+    assert tau and all(second["heads"][name].equal(first["heads"][name]) for name in tau)
+    assert second["heads"]["heads.tau.out.weight"].any() and not second["heads"]["heads.cfg.out.weight"].any()
+
+
 def test_non_finite_gradients_are_skipped_and_twenty_in_a_row_stop_the_run(tmp_path, monkeypatch, capsys):
     terms = TokenObjective.forward
     bad = {"steps": {2, 3}}

@@ -180,25 +180,43 @@ def _with_rows(weights: dict, fresh: dict, names, rows: list[tuple[int, int]]) -
 
 
 def restore_weights(state: TrainState, content: dict, source, heads_too: bool = True) -> None:
-    """Load the weights and their averages of a checkpoint; heads_too: it must have the heads that are trained here."""
+    """Load the weights and their averages of a checkpoint.
+
+    heads_too: it must have the heads that are trained here, those and no others; else those of them that it has are
+    taken over, if their form is the same, and the others start at zero.
+    """
     load_weights(state.model, some_weights(content), source)
     state.ema.load(content.get("model_ema") or content["model"])
-    wanted = list(state.heads.learn) if state.heads is not None else []
+    wanted = state.heads.learn if state.heads is not None else ()
     stored = content.get("config", {}).get("heads") or {}
     trained = stored.get("learn", [])
-    if not heads_too and state.heads is not None and stored.get("form", "bounded") != state.heads.form:
-        trained = []  # of --init_from: others than these, whatever their names
-    if wanted == trained and wanted:
-        weights, averaged = content.get("heads"), content.get("heads_ema")
-        if not weights and not averaged:
-            raise ValueError(f"{source} is damaged: its config names heads, and it has none")
-        load_weights(state.heads, weights or averaged, source)
-        state.heads_ema.load(averaged or weights)
-    elif heads_too and wanted != trained:
+    if heads_too and list(wanted) != trained:
         raise ValueError(
             f"{source} has the heads {','.join(trained) or 'none'}, --learn names {','.join(wanted) or 'none'}; "
             "a new stage with other heads starts with --init_from"
         )
+    same_form = state.heads is not None and stored.get("form", "bounded") == state.heads.form
+    if taken := [name for name in wanted if name in trained and (heads_too or same_form)]:
+        take_heads(state, content, taken, source)
+    if dist.is_main() and not heads_too and trained and wanted:
+        fresh = [name for name in wanted if name not in taken]
+        print(f"heads of {source}: {','.join(taken) or 'none'}; that start at zero: {','.join(fresh) or 'none'}")
+
+
+def take_heads(state: TrainState, content: dict, names: list[str], source) -> None:
+    """Load the heads of these names and their averages from a checkpoint."""
+    weights, averaged = content.get("heads"), content.get("heads_ema")
+    if not weights and not averaged:
+        raise ValueError(f"{source} is damaged: its config names heads, and it has none")
+    prefixes = tuple(f"heads.{name}." for name in names)
+
+    def with_fresh(stored: dict) -> dict:
+        """The stored weights of these heads, and those that the others start with."""
+        own = {key: value for key, value in state.heads.state_dict().items() if not key.startswith(prefixes)}
+        return own | {key: value for key, value in stored.items() if key.startswith(prefixes)}
+
+    load_weights(state.heads, with_fresh(weights or averaged), source)
+    state.heads_ema.load(with_fresh(averaged or weights))
 
 
 def averages_as_weights(content: dict) -> dict:

@@ -3,8 +3,9 @@
     python scripts/best_settings.py OUT/results.jsonl --by fid,frechet_pixels --top 3 --out OUT/best.jsonl
     python sample.py --checkpoint DIR --output_dir OUT/judged --settings_of OUT/best.jsonl --seed 1,2
 
-A setting's score is the geometric mean of the figures in --by, which needs no unit, each averaged over seeds. Settings
-that must not be compared (other features, another reference) are refused. What chose a setting does not judge it:
+A setting's score is the geometric mean of the figures in --by, which needs no unit, each averaged over seeds. --front
+keeps, instead of the --top of them, all that no other setting beats in every figure. Settings that must not be compared
+(other features, another reference) are refused. What chose a setting does not judge it:
 sample the best again with other seeds, and measure them by other features (docs/evaluation.md).
 """
 
@@ -27,6 +28,7 @@ def parse(argv=None):
     parser.add_argument("results", nargs="+", type=Path, help="results.jsonl of one or several sweeps")
     parser.add_argument("--by", default="fid", help="comma list of figures, small is good (default: fid)")
     parser.add_argument("--top", type=int, default=3, help="how many settings (default: 3)")
+    parser.add_argument("--front", action="store_true", help="all settings that no other beats in every figure")
     parser.add_argument("--out", type=Path, required=True, help="file (.jsonl) to write")
     parser.add_argument("--dry_run", action="store_true", help="print the command line's values and stop")
     args = parser.parse_args(argv)
@@ -35,8 +37,18 @@ def parse(argv=None):
     return args
 
 
-def best(rows: list[dict], names: list[str], top: int) -> list[tuple[float, dict, dict[str, float]]]:
-    """(score, settings, figures) of the best settings among the lines, the best first.
+def front(ranked):
+    """Of (score, settings, figures) those that no other beats: as good in every figure, and better in one."""
+    points = [list(figures.values()) for _, _, figures in ranked]
+
+    def beaten(a):
+        return any(b != a and all(x <= y for x, y in zip(b, a)) for b in points)
+
+    return [row for row, point in zip(ranked, points) if not beaten(point)]
+
+
+def best(rows: list[dict], names: list[str]) -> list[tuple[float, dict, dict[str, float]]]:
+    """(score, settings, figures) of all settings among the lines, the best first.
 
     Lines that cannot be compared, and a figure that is missing or not above 0, raise ValueError.
     """
@@ -54,7 +66,7 @@ def best(rows: list[dict], names: list[str], top: int) -> list[tuple[float, dict
         if wrong:
             raise ValueError(f"{wrong[0]} must be above 0 to be ranked by, got {figures[wrong[0]]}")
         scored.append((math.prod(figures.values()) ** (1 / len(figures)), settings, figures))
-    return sorted(scored, key=lambda row: row[0])[:top]
+    return sorted(scored, key=lambda row: row[0])
 
 
 def is_results(path: Path) -> bool:
@@ -73,7 +85,8 @@ def main(argv=None) -> int:
         return 0
     check_output_file("out", args.out, is_results, args.results)
     rows = [row for path in args.results for row in read_lines(path)]
-    ranked = best(rows, args.by.split(","), args.top)
+    ranked = best(rows, args.by.split(","))
+    ranked = front(ranked) if args.front else ranked[: args.top]
     with atomic_file(args.out) as temporary:
         lines = [json.dumps({"settings": settings, "metrics": figures}) for _, settings, figures in ranked]
         temporary.write_text("\n".join(lines) + "\n")

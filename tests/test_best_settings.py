@@ -46,6 +46,16 @@ def test_the_best_have_the_smallest_geometric_mean_of_the_means_over_seeds(tmp_p
     assert [row["settings"]["cfg"] for row in rows_of(out)] == [1.0]
 
 
+def test_the_front_is_what_no_other_setting_beats(tmp_path):
+    points = [(1, 9), (2, 2), (2, 3), (9, 1), (9, 9), (2, 2)]  # the last is as good as the second
+    lines = [line(fid, pixels, cfg=float(number)) for number, (fid, pixels) in enumerate(points, start=1)]
+    results, out = written(tmp_path / "results.jsonl", lines), tmp_path / "front.jsonl"
+    assert best_settings.main([str(results), "--by", "fid,frechet_pixels", "--front", "--out", str(out)]) == 0
+    assert sorted(row["settings"]["cfg"] for row in rows_of(out)) == [1.0, 2.0, 4.0, 6.0]
+    assert best_settings.main([str(results), "--front", "--out", str(out)]) == 0  # of one figure: the smallest
+    assert [row["settings"]["cfg"] for row in rows_of(out)] == [1.0]
+
+
 def rows_of(path):
     return [json.loads(text) for text in path.read_text().splitlines()]
 

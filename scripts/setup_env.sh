@@ -33,6 +33,7 @@ into() {
     if [ -n "$dry_run" ]; then
         echo "$(show "$@" 3>&1) | $(show tee "$file" 3>&1)" >&3
     else
+        mkdir -p "$(dirname "$file")"
         "$@" | tee "$file"
     fi
 }
@@ -63,7 +64,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [ -z "$dry_run" ] || [ "$PWD" = "$root" ] || run cd "$root"
 cd "$root"
 
-if [ -z "${VIRTUAL_ENV:-}" ]; then
+if [ -z "${VIRTUAL_ENV:-}${MAR_ENV_READY:-}" ]; then
     if [ ! -f .venv/bin/activate ]; then
         python=${PYTHON:-python3}
         [ -n "$dry_run" ] || "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -77,8 +78,9 @@ fi
 
 # Install if requirements.txt is not the one of the last installation in this environment.
 stamp="${VIRTUAL_ENV:-.venv}/.mar_requirements"
-if ! cmp -s requirements.txt "$stamp"; then
+if [ -z "${MAR_ENV_READY:-}" ] && ! cmp -s requirements.txt "$stamp"; then
     say "installing requirements.txt (once; a few minutes)"
     run python -m pip install --quiet --disable-pip-version-check -r requirements.txt
     run cp requirements.txt "$stamp"
 fi
+export MAR_ENV_READY=1 # for scripts that this one calls

@@ -1,0 +1,141 @@
+"""Print docs/leaderboard.md: rules side by side at equal numbers of steps, what was optimised apart from what judges.
+
+    python scripts/make_leaderboard.py --hand OUT/hand/results.jsonl --row "heads, per step=OUT/steps/results.jsonl" ...
+
+Every file has each of its settings twice: measured by the reward's features (a line without --fid_weights, with the
+pixels) and by a judge's (--fid_weights). --hand: hand-made rules; each --row: the settings of a file under a name. Guidance
+trades pixels against features, so a row is compared with the hand-made rule of the smallest judge distance among those
+whose pixel distance is not larger than its own. `beyond` is the difference over the root of the sum of both variances.
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from util.args import OneLineParser
+from util.door import run_main
+from util.evaluation.tables import mean_and_spread, read_lines
+
+MEASURES = ("fid_weights", "metrics", "seed")  # settings that say how images are measured, or which repeat they are
+HEADINGS = ("rules", "reward: features", "reward: pixels", "judge", "best hand-made judge", "difference", "beyond")
+HEADINGS += ("transformer evals", "MLP evals", "seconds", "seeds")
+
+
+@dataclass
+class Entry:
+    """A setting: its rules' name, the values of its figures over seeds, and what sampling it costs."""
+
+    name: str
+    settings: dict
+    features: list[float]
+    pixels: list[float]
+    judge: list[float]
+    costs: dict[str, float]
+
+
+def parse(argv=None):
+    """The command line."""
+    parser = OneLineParser(prog="make_leaderboard.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--hand", action="append", required=True, type=Path, help="results.jsonl of hand-made rules")
+    parser.add_argument(
+        "--row", action="append", default=[], help="NAME=FILE, a results.jsonl and what to call its rules"
+    )
+    return parser.parse_args(argv)
+
+
+def rules_of(settings: dict) -> str:
+    """Hand-made rules in words: what differs from the published ones."""
+    words = [f"cfg {settings['cfg']:g} {settings['cfg_schedule']}", f"τ {settings['temperature']:g}"]
+    words += [settings[kind] for kind, usual in (("order", "random"), ("group", "cosine")) if settings[kind] != usual]
+    words += [f"w from {settings['cfg_interval']}"] if settings["cfg_schedule"] == "interval" else []
+    words += [f"t in {settings['cfg_t_interval']}"] if settings["cfg_profile"] == "interval" else []
+    return ", ".join(words)
+
+
+def entries(path: Path, name: str | None) -> list[Entry]:
+    """The settings of a file that were measured by both; a file without such ones raises ValueError."""
+    groups = {}
+    for row in read_lines(path):
+        settings = {key: value for key, value in row["settings"].items() if key not in MEASURES}
+        group = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}, {}, {}))
+        measured = group[2] if row["settings"].get("fid_weights") else group[1]
+        measured[row["settings"]["seed"]] = row["metrics"]
+        if row.get("num_made"):
+            group[3].update({key: row[key] for key in ("mar_evals", "mlp_evals")}, seconds=row["seconds"])
+    found = []
+    for settings, reward, judge, costs in groups.values():
+        if seeds := sorted(reward.keys() & judge.keys()):
+            features, pixels = ([reward[seed][key] for seed in seeds] for key in ("fid", "frechet_pixels"))
+            judged = [judge[seed]["fid"] for seed in seeds]
+            found.append(Entry(name or rules_of(settings), settings, features, pixels, judged, costs))
+    if not found:
+        raise ValueError(f"{path} has no setting that was measured by the reward's features and by a judge's")
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return mean_and_spread(values)[0]
+
+
+def rival(entry: Entry, hand: list[Entry]) -> Entry | None:
+    """The hand-made rule of as many steps and no larger pixel distance that the judge likes best; None without one."""
+    same = [other for other in hand if mean(other.pixels) <= mean(entry.pixels) and steps(other) == steps(entry)]
+    return min(same, key=lambda other: mean(other.judge), default=None)
+
+
+def steps(entry: Entry) -> tuple:
+    return entry.settings["num_iter"], str(entry.settings["num_sampling_steps"]), entry.settings["solver"]
+
+
+def cells(entry: Entry, hand: list[Entry]) -> list[str]:
+    """A row of the table, with the columns of HEADINGS."""
+    other = rival(entry, hand)
+    against = ["none", "", ""]
+    if other is not None and other is not entry:
+        difference = mean(entry.judge) / mean(other.judge) - 1
+        spreads = [mean_and_spread(values)[1] or 0.0 for values in (entry.judge, other.judge)]
+        error = math.hypot(*spreads)
+        beyond = f"{abs(mean(entry.judge) - mean(other.judge)) / error:.1f}" if error else "–"
+        against = [f"{shown(other.judge)} ({other.name})", f"{100 * difference:+.0f} %", beyond]
+    costs = [f"{entry.costs[key]:g}" if key in entry.costs else "–" for key in ("mar_evals", "mlp_evals", "seconds")]
+    return [
+        entry.name,
+        *map(shown, (entry.features, entry.pixels, entry.judge)),
+        *against,
+        *costs,
+        str(len(entry.judge)),
+    ]
+
+
+def shown(values: list[float]) -> str:
+    """Mean ± standard deviation."""
+    average, spread = mean_and_spread(values)
+    return f"{average:.3f}" if spread is None else f"{average:.3f} ± {spread:.3f}"
+
+
+def main(argv=None) -> int:
+    """Read, compare, print a table for each number of steps; returns the exit code."""
+    args = parse(argv)
+    rows = []
+    for text in args.row:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"--row must be NAME=FILE, got {text!r}")
+        rows += entries(Path(path), name)
+    hand = [entry for path in args.hand for entry in entries(path, None)]
+    for number in sorted({steps(entry) for entry in hand + rows}):
+        print(f"\n### {number[0]} steps of {number[1]} diffusion steps, {number[2]}\n")
+        print(f"| {' | '.join(HEADINGS)} |\n| --- |{' ---: |' * (len(HEADINGS) - 1)}")
+        table = [entry for entry in rows if steps(entry) == number]
+        table += sorted((entry for entry in hand if steps(entry) == number), key=lambda entry: mean(entry.pixels))
+        for entry in table:
+            print(f"| {' | '.join(cells(entry, hand))} |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,71 @@
+"""scripts/make_leaderboard.py: which hand-made rule a row is compared with, and that its own figures judge nothing."""
+
+import json
+
+import pytest
+
+from sampling.settings import SampleConfig
+from scripts import make_leaderboard
+from tests.test_cli import refused
+
+
+def lines(seeds, features, pixels, judge, num_iter=4, **settings):
+    """What sample.py writes of a setting for these seeds, measured by both; judge may be a list."""
+    shared = SampleConfig(num_iter=num_iter, **settings).resolved().__dict__ | dict(solver="dpmpp_sde")
+    rows = []
+    for i, seed in enumerate(seeds):
+        judged = judge[i] if isinstance(judge, list) else judge
+        made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, seconds=2.0)
+        for weights, metrics in ((None, dict(fid=features, frechet_pixels=pixels)), ("judge.npz", dict(fid=judged))):
+            rows.append(dict(settings=shared | dict(seed=seed, fid_weights=weights), metrics=metrics, **made))
+            made = dict(num_made=0)
+    return rows
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def table(capsys, *flags):
+    """{name of the rules: cells of its row} of what is printed."""
+    assert make_leaderboard.main(list(flags)) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return {row[0]: dict(zip(make_leaderboard.HEADINGS, row)) for row in rows}
+
+
+def test_a_row_meets_the_best_hand_made_rule_of_no_larger_pixel_distance(tmp_path, capsys):
+    hand = lines([1, 2], 1.0, 1.0, [0.8, 0.6], cfg=1.2) + lines([1, 2], 1.0, 1.2, [0.5, 0.5], cfg=1.5)
+    hand += lines([1, 2], 1.0, 0.9, [0.9, 0.9], cfg=1.1) + lines([1, 2], 1.0, 0.5, [0.1, 0.1], num_iter=8, cfg=3.0)
+    learned = lines([1, 2], 0.5, 1.1, [0.4, 0.3])
+    flags = (
+        "--hand",
+        written(tmp_path / "hand.jsonl", hand),
+        "--row",
+        f"mine={written(tmp_path / 'r.jsonl', learned)}",
+    )
+    rows = table(capsys, *flags)
+    mine = rows["mine"]
+    assert mine["best hand-made judge"].startswith("0.700 ± 0.141 (cfg 1.2 linear") and mine["difference"] == "-50 %"
+    assert mine["beyond"] == "2.2"  # 0.35 over the root of 0.0707² + 0.1414²
+    assert (mine["judge"], mine["reward: features"], mine["seeds"]) == ("0.350 ± 0.071", "0.500 ± 0.000", "2")
+    assert (mine["transformer evals"], mine["MLP evals"], mine["seconds"]) == ("8", "1024", "2")
+    assert rows["cfg 1.5 linear, τ 1"]["best hand-made judge"] == "none"  # the best itself
+
+
+def test_what_has_no_judge_is_no_row(tmp_path, capsys):
+    rows = lines([1], 1.0, 1.0, 1.0)
+    hand = written(tmp_path / "hand.jsonl", rows)
+    other = written(tmp_path / "other.jsonl", rows[:1])
+    assert "other.jsonl has no setting" in refused(
+        make_leaderboard.main, ["--hand", hand, "--row", f"a={other}"], capsys
+    )
+    assert "NAME=FILE, got 'a'" in refused(make_leaderboard.main, ["--hand", hand, "--row", "a"], capsys)
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(order="checkerboard", group="staged"), "cfg 1 linear, τ 1, checkerboard, staged"),
+    (dict(cfg_schedule="interval", cfg_interval="0.33,1"), "cfg 1 interval, τ 1, w from 0.33,1"),
+])  # fmt: skip
+def test_hand_made_rules_in_words(settings, words):
+    assert make_leaderboard.rules_of(SampleConfig(**settings).resolved().__dict__) == words

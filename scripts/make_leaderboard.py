@@ -3,9 +3,10 @@
     python scripts/make_leaderboard.py --hand OUT/hand/results.jsonl --row "heads, per step=OUT/steps/results.jsonl" ...
 
 Every file has each of its settings twice: measured by the reward's features (a line without --fid_weights, with the
-pixels) and by a judge's (--fid_weights). --hand: hand-made rules; each --row: the settings of a file under a name. Guidance
-trades pixels against features, so a row is compared with the hand-made rule of the smallest judge distance among those
-whose pixel distance is not larger than its own. `beyond` is the difference over the root of the sum of both variances.
+pixels) and by a judge's (--fid_weights). --hand: hand-made rules; each --row: the settings of a file under a name.
+Guidance trades pixels against features, so a row is compared with the hand-made rule of the smallest judge distance
+among those whose pixel distance is not larger than its own. `beyond` is the difference over the root of the sum of both
+variances.
 """
 
 import json

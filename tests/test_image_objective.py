@@ -14,7 +14,7 @@ import main_mar
 from models.tokenizers import build_tokenizer
 from tests.helpers import tiny_mar, untrained
 from training.config import resolve
-from training.objectives.image import PATIENCE, Decisions, ImageObjective, Rollout, gathered, score_loss
+from training.objectives.image import PATIENCE, Decisions, ImageObjective, Rollout, centred, gathered, score_loss
 from training.optim import TailAverage
 from util import dist
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -84,7 +84,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(base, tmp_pa
 def test_without_the_adaptive_part_it_stays_as_it_is_and_a_next_stage_starts_from_the_average(base, tmp_path):
     assert train(tmp_path / "one", base, "--epochs", 1, "--no-adaptive") == 0
     content = load_checkpoint(tmp_path / "one")
-    assert lines(tmp_path / "one")[0]["lr"] == 2.4e-2
+    assert lines(tmp_path / "one")[0]["lr"] == 1e-2
     assert content["heads"]["heads.tau.out.weight"].abs().max() == 0 < content["heads"]["heads.tau.values"].abs().max()
     names = [name for name in content["heads"] if name.endswith("values")]
     content["heads_ema"] = {name: value + name.endswith("values") for name, value in content["heads_ema"].items()}
@@ -163,6 +163,23 @@ def test_the_loss_has_the_gradient_of_the_banks_distance():
     assert slope == pytest.approx((distance(0.01) - distance(-0.01)) / 0.02, rel=0.05)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_the_adaptive_part_learns_what_differs_between_images(length):
+    """Its gradient has no part that all masked tokens share, so that v(u) alone moves them together; not so orders."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    state, slope = SimpleNamespace(mask=mask), torch.randn(2, length, generator=g)
+    slope = slope if length == 1 else slope * mask
+    for name in ("tau", "cfg", "group", "order"):
+        a = torch.randn(2, length, generator=g, requires_grad=True)
+        said = centred(name, state, a * 1)
+        assert torch.equal(said, a)
+        (said * slope).sum().backward()
+        counted = torch.ones_like(slope) if length == 1 else mask.float()
+        shared = 0 if name == "order" else counted * slope.sum() / counted.sum()
+        torch.testing.assert_close(a.grad, slope - shared)
+
+
 def test_a_distance_above_its_start_for_long_ends_the_run_with_one_line():
     made, _ = objective()
     for _ in range(PATIENCE - 1):
@@ -191,7 +208,7 @@ def test_flags_of_this_objective_have_their_own_defaults_and_given_ones_win():
     assert (config.train.lr, config.train.batch_size, config.train.grad_clip) == (4e-3, 256, 1.0)
     assert config.heads.train_num_iter == "5,5" and config.heads.bounds("tau") == (0.4, 1.6)
     assert config.reward.reward == "digits,pixels" and config.train.freeze_backbone and not config.train.train_diffloss
-    assert resolve(given | dict(adaptive=False)).train.lr == 2.4e-2
+    assert resolve(given | dict(adaptive=False)).train.lr == 1e-2
     assert resolve(given | dict(blr=1.0)).train.lr == 1.0 and resolve(given | dict(lr=0.5)).train.lr == 0.5
     assert resolve(given | dict(tau_max=1.1)).heads.bounds("tau") == (0.4, 1.1)
     assert resolve(dict(preset="digits")).heads.bounds("tau") == (0.9, 1.05)

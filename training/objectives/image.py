@@ -23,7 +23,7 @@ from util.evaluation.reward import reward_kinds
 from util.images.datasets import labels_of
 from util.rng import generator, seed_of
 
-EXPLORATION = (0.6, 0.3)  # standard deviation of the noise on the group head's r, at the first and at the last step
+EXPLORATION = (0.2, 0.1)  # standard deviation of the noise on the group head's r, at the first and at the last step
 PATIENCE = 100  # steps in a row with the reward distance above its start, before training stops
 
 
@@ -98,7 +98,7 @@ class ImageObjective(nn.Module):
     def defaults(chosen: dict) -> dict:
         """Settings of this objective where the flags give none; see `training.objectives`."""
         adaptive = chosen["adaptive"]
-        optimisation = dict(batch_size=256, lr=4e-3 if adaptive else 2.4e-2, lr_schedule="late_cosine", min_lr=0.0)
+        optimisation = dict(batch_size=256, lr=4e-3 if adaptive else 1e-2, lr_schedule="late_cosine", min_lr=0.0)
         optimisation |= dict(warmup_epochs=0, weight_decay=0.0, grad_clip=1.0, dtype="fp32", grad_checkpointing=True)
         frozen = dict(freeze_backbone=True, train_diffloss=False)
         bounds = dict(tau_min=0.4, tau_max=1.6, cfg_min=0.0, cfg_max=8.0)
@@ -128,7 +128,7 @@ class ImageObjective(nn.Module):
         return self
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam (0.9, 0.98) with a group for what all images share, and one for the adaptive part."""
+        """Adam (0.5, 0.98) with a group for what all images share, and one for the adaptive part."""
         reward = self.settings.reward
         groups = {1.0: [], reward.adaptive_lr: []}
         for name, parameter in self.heads.named_parameters():
@@ -137,7 +137,7 @@ class ImageObjective(nn.Module):
             if parameter.requires_grad:
                 groups[1.0 if shared else reward.adaptive_lr].append(parameter)
         groups = [{"params": params, "lr_share": share} for share, params in groups.items() if params]
-        return torch.optim.Adam(groups, lr=self.settings.train.lr, betas=(0.9, 0.98))
+        return torch.optim.Adam(groups, lr=self.settings.train.lr, betas=(0.5, 0.98))
 
     def average_heads(self) -> TailAverage:
         """The mean of the last 40 % of the iterations."""
@@ -206,6 +206,7 @@ class ImageObjective(nn.Module):
         sampling, grad = self.sampling, torch.is_grad_enabled()
         heads = copy.copy(self.heads)  # the same networks
         heads.explored = decisions.explored
+        heads.adaptive = centred
         latents = decode(
             self.model,
             rollout.labels,
@@ -269,6 +270,18 @@ class ImageObjective(nn.Module):
                 f"the reward distance has been above its start for {PATIENCE} steps in a row, now {relative:.2f} times "
                 "it: lower --lr or --adaptive_lr, or raise --batch_size"
             )
+
+
+def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
+    """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all images.
+
+    What all images share is for v(u) to learn: the adaptive part, whose many weights would move it in large steps, gets
+    the gradient of the differences. An order head has no v.
+    """
+    if name != "order" and a.requires_grad:
+        weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)
+        a.register_hook(lambda g: g - weight * (g.sum() / weight.sum().clamp(min=1)))
+    return a
 
 
 def score_loss(cost, log_prob) -> torch.Tensor:

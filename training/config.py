@@ -222,6 +222,12 @@ class RunConfig:
         """The heads that --learn names, fresh, for z of width dim, of the objective's form; None for none."""
         return self.heads.build(dim, OBJECTIVES[self.train.objective].form)
 
+    def check_sampling(self, model, heads: PolicyHeads | None) -> None:
+        """Raise ValueError for what sampling would refuse at the first images of this model, in training or after."""
+        self.sampling.check(model, heads)
+        if OBJECTIVES[self.train.objective].keeps_model and not self.launch.evaluate:  # it samples while it trains
+            replace(self.sampling, num_iter=self.heads.num_iter_range()[0]).check(model, heads)
+
     def flat(self) -> dict:
         """The dict that `from_flat` takes."""
         flags = defaults(self.model.family.config)

@@ -271,14 +271,14 @@ def run(args: SampleArgs, given: dict) -> int:
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)
     name_settings(settings, sweep.suffix)
-    for setting in settings:
-        setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     if args.output_dir is not None:
         check_output(args, config)
         keep_apart(settings, sweep)
     if args.dry_run:
         show(sweep, given, settings, config)
         return 0
+    for setting in settings:
+        setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     if parts.dtype == torch.int8:
         quantize(model)
     with dist.main_first():

@@ -78,6 +78,15 @@ def load_images(name: str = "digits", data_path=None) -> tuple[torch.Tensor, tor
     return images.float() / 127.5 - 1, torch.tensor([label for _, label, _ in items])
 
 
+def check_images(x, y, net, name: str) -> None:
+    """Raise ValueError for images x (n, C, H, H) or labels y (n,) that the classifier `name`, a net, cannot learn."""
+    if tuple(x.shape[1:]) != net.shape:
+        raise ValueError(f"the classifier {name} takes images of {net.shape} numbers, these have {tuple(x.shape[1:])}")
+    number, most = len(y.unique()), net.head.out_features
+    if not 2 <= number <= most or y.max() >= most:
+        raise ValueError(f"the classifier {name} tells 2 to {most} classes apart, the images have {number}")
+
+
 def augment(x, generator, shift: int = 1, flip: bool = False):
     """Shift the images of x (B, C, H, H) by up to `shift` pixels each way, mirror half, add noise of std 0.1."""
     size = x.shape[-1]
@@ -149,8 +158,8 @@ def main(argv=None) -> int:
     recipe = RECIPES[args.classifier]
     epochs, output = args.epochs or recipe.epochs, Path(args.output or recipe.weights)
     with torch.device("meta"):  # draws no random numbers
-        names = recipe.net().state_dict().keys()
-    check_output_file("output", output, partial(has_arrays, names=names))
+        net = recipe.net()
+    check_output_file("output", output, partial(has_arrays, names=net.state_dict().keys()))
     check_output_folder("output", output.parent, *images_of(args.classifier, args.data_path))
     if args.dry_run:
         print(recipe)
@@ -159,6 +168,7 @@ def main(argv=None) -> int:
     torch.set_num_threads(1)  # sums in a fixed order
     try:
         x, y = load_images(args.classifier, args.data_path)
+        check_images(x, y, net, args.classifier)
         rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
         held_out, kept = rows.tensor_split([math.ceil(len(x) / recipe.held_out)])
         net = train(x[kept], y[kept], epochs, args.seed, recipe)

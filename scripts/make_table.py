@@ -287,10 +287,10 @@ def main(argv=None) -> int:
     groups = order_groups(groups, columns)
     panels = choose_panels(args.x, groups, names)
     for name, path in (("csv", args.csv), ("plot", args.plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"there is no folder {path.parent}")
         if path is not None:
             check_output_folder(name, path.absolute().parent)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {path.parent}")
     if args.csv is not None:
         check_output_file("csv", args.csv, is_table, args.results)
     if args.plot is not None:

@@ -240,9 +240,10 @@ def find_cache(path: str | Path, itself: bool = True) -> Path | None:
     """
     place = Path(path).resolve()
     around = [place, *place.parents] if itself else [*place.parents]
-    for folder in around:
-        if _is_own_cache(folder) or _has_mars_latents(folder):
-            return folder
+    for is_cache in (_is_own_cache, _has_mars_latents):
+        for folder in around:
+            if is_cache(folder):
+                return folder
     for folder in [folder for folder in around if folder.is_dir()][:2]:  # of MAR's layout with its folders of classes
         classes = [Path(entry.path) for entry in _first_entries(folder) if entry.is_dir()]
         if len(classes) > 1 and all(map(_has_mars_latents, classes)):  # a single one may be a cache beside other things

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from models.loading import check_config
+from training.config import DataConfig
 from util.args import flag, make_parser
 from util.checkpoint import atomic_file, checkpoint_path, load_checkpoint
 from util.door import run_main
@@ -56,7 +57,8 @@ def run(args: ExportArgs) -> int:
         check_config(content["config"], source)
         data = content["config"]["data"]
         split_dir = stored_reading(data.get("reading")).split_dir
-        check_output_folder("output", output.parent, data["name"], data["path"], split_dir)
+        place = DataConfig(data=data["name"], data_path=data["path"]).place
+        check_output_folder("output", output.parent, data["name"], place, split_dir)
     tensors, metadata = exported(content, not args.no_ema, source)
     num_heads = sum(name.startswith(HEADS) for name in tensors)
     shown = dict(num_tensors=len(tensors) - num_heads, num_head_tensors=num_heads, bytes=num_bytes(tensors))

@@ -245,7 +245,7 @@ def find_cache(path: str | Path, itself: bool = True) -> Path | None:
             if is_cache(folder):
                 return folder
     for folder in [folder for folder in around if folder.is_dir()][:2]:  # of MAR's layout with its folders of classes
-        classes = [Path(entry.path) for entry in _first_entries(folder) if entry.is_dir()]
+        classes = [Path(entry.path) for entry in _first_entries(folder) if os.path.isdir(entry.path)]
         if len(classes) > 1 and all(map(_has_mars_latents, classes)):  # a single one may be a cache beside other things
             return folder
     return None

@@ -13,6 +13,7 @@ import torch
 
 from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
+from sampling.run import claim_folder
 from training.build import (
     as_cached,
     build_data,
@@ -37,7 +38,8 @@ from training.describe import attention_kernel, size_line
 from training.objectives import OBJECTIVES
 from training.state import TrainState
 from util import dist
-from util.args import make_parser
+from util.args import check_folder, make_parser
+from util.checkpoint import checkpoint_path
 from util.door import run_main
 from util.evaluation.metrics import metrics_line
 from util.images.folders import check_output_folder
@@ -45,15 +47,9 @@ from util.images.folders import check_output_folder
 
 def run(config: RunConfig) -> int:
     """Build everything, then train or evaluate."""
-    launch, data, img_size = config.launch, config.data, config.model.img_size
+    launch, img_size = config.launch, config.model.img_size
     device = dist.pick_device(launch.device)
     dist.pick_dtype(launch.dtype, device)  # refused now, not after the data are read
-    for name in ("output_dir", "log_dir"):
-        check_output_folder(name, getattr(launch, name), data.data, data.place, data.split_dir)
-        if data.use_cached:
-            check_output_folder(name, getattr(launch, name), "imagefolder", data.cached_path, ".")
-    if not launch.evaluate:
-        check_output(launch)
     content, resumed = find_checkpoint(launch)
     dataset = build_data(config.data, img_size)
     config = replace(config, data=as_cached(config.data, dataset))
@@ -67,7 +63,7 @@ def run(config: RunConfig) -> int:
         dataset.check(tokenizer, config.tokenizer.tokenizer)
     model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
     heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
-    config.sampling.rules(heads)
+    config.check_sampling(model, heads)
     model, tokenizer = model.to(device), tokenizer.to(device)
     heads = heads.to(device) if heads is not None else None
     if launch.compile:
@@ -93,9 +89,22 @@ def run(config: RunConfig) -> int:
         online=launch.online_eval,
     )
     if launch.evaluate:
-        return evaluate_checkpoint(state, samples)
+        return evaluate_checkpoint(state, samples, launch.resume)
     workers = dict(num_workers=config.data.num_workers, pin_memory=config.data.pin_mem and device.type == "cuda")
     return train(state, dataset, config.train, launch, samples, workers, first)
+
+
+def check_places(config: RunConfig) -> None:
+    """Raise ValueError where a run cannot or must not write."""
+    launch, data, sampling = config.launch, config.data, config.sampling
+    for name in ("output_dir", "log_dir"):
+        check_output_folder(name, getattr(launch, name), data.data, data.place, data.split_dir)
+        if data.use_cached:
+            check_output_folder(name, getattr(launch, name), "imagefolder", data.cached_path, ".")
+    if launch.evaluate or launch.online_eval:  # a long name is refused now, not when images are sampled
+        check_folder("output_dir", str(Path(launch.output_dir) / sampling.name()))
+    if not launch.evaluate:
+        check_output(launch)
 
 
 def make_state(config: RunConfig, model, tokenizer, heads, flip: bool, real=None) -> TrainState:
@@ -130,12 +139,13 @@ def begin(
     return train.start_epoch
 
 
-def evaluate_checkpoint(state: TrainState, samples: EpochSamples) -> int:
-    """--evaluate: sample with the averaged weights, compute the metrics, print them."""
+def evaluate_checkpoint(state: TrainState, samples: EpochSamples, source: str) -> int:
+    """--evaluate: sample with the averaged weights of the checkpoint `source`, compute the metrics, print them."""
     labels, reference = samples.labels(), samples.reference()
-    folder = Path(samples.output_dir) / "evaluation" / samples.sampling.name()
+    parts = state.parts._replace(checkpoint=str(checkpoint_path(source).resolve()))
     with state.averaged():
-        result = evaluate(state.parts, samples.sampling, samples.evaluation, reference, labels, samples.seed, folder)
+        folder = claim_folder(Path(samples.output_dir) / "evaluation" / samples.sampling.name(), parts)
+        result = evaluate(parts, samples.sampling, samples.evaluation, reference, labels, samples.seed, folder)
     if dist.is_main():
         print(samples.protocol(labels, reference, state.dtype))
         print(f"{len(labels)} images in {folder}: {metrics_line(result['metrics']) or 'no metrics asked for'}")
@@ -160,6 +170,7 @@ def main(argv=None) -> int:
             device = dist.pick_device(given.get("device", "auto"))
             dist.init(device, given.get("dist_url", "env://"), given.get("dist_on_itp", False))
         config = resolve(given)
+        check_places(config)
         if dry:
             show(config)
             return 0

@@ -25,16 +25,16 @@ from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
-from sampling.run import Parts, sample_images
+from sampling.run import Parts, claim_folder, own_folder, sample_images
 from sampling.settings import FAST, SampleConfig
 from sampling.trace import num_traced
 from training.config import DataConfig
 from util import dist
-from util.args import check_values, defaults, flag, make_parser, pick
+from util.args import check_folder, check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
 from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hashes
-from util.evaluation.results import append_result, find_result, git_commit, other_weights, read_named, report
+from util.evaluation.results import append_result, find_result, git_commit, read_named, report
 from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
@@ -124,14 +124,11 @@ def stored_evaluation(config: dict, given: dict) -> dict:
 
 
 def keep_apart(settings: list[Setting], sweep: "Sweep") -> None:
-    """Where a setting's folder is another checkpoint's, with other weights, name the setting by its weights too."""
-    if sweep.args.output_dir is None:
-        return
-    rows, own = read_named(sweep.results), Path(sweep.parts.checkpoint)
+    """Give each setting the name of its `own_folder`; a name that no folder can have raises ValueError."""
+    rows, parent = read_named(sweep.results), sweep.results.parent
     for setting in settings:
-        taken = other_weights(sweep.results.parent / setting.name, rows, own)
-        if taken and taken != {weights := sweep.parts.weights_hash()}:
-            setting.name += f"_weights{weights[:8]}"
+        setting.name = own_folder(parent / setting.name, sweep.parts, rows).name
+        check_folder("output_dir", str(parent / setting.name))
 
 
 def arithmetic(args: SampleArgs, width: int) -> tuple[torch.device, torch.dtype]:
@@ -234,6 +231,15 @@ def reference_reading(data: dict, data_path: str | None) -> Reading:
     return reading
 
 
+def check_output(args: SampleArgs, config: dict) -> None:
+    """Raise ValueError where the images cannot or must not be written: among those trained on, and the reference's."""
+    data = config["data"]
+    trained_on = DataConfig(data=data["name"], data_path=data["path"]).place
+    for images in (trained_on, args.data_path or trained_on):
+        split_dir = reference_reading(data, images).split_dir
+        check_output_folder("output_dir", args.output_dir, data["name"], images, split_dir)
+
+
 def open_reference(evaluation: EvalConfig, config: dict, args: SampleArgs, source: str | None, img_size: int):
     """What the metrics compare with, checked; where a path of the checkpoint's is nowhere, the error says where not."""
     reading = reference_reading(config["data"], args.data_path)
@@ -265,18 +271,16 @@ def run(args: SampleArgs, given: dict) -> int:
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)
     name_settings(settings, sweep.suffix)
-    keep_apart(settings, sweep)
+    if args.output_dir is not None:
+        check_output(args, config)
+        keep_apart(settings, sweep)
     if args.dry_run:
         show(sweep, given, settings, config)
         return 0
+    for setting in settings:
+        setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     if parts.dtype == torch.int8:
         quantize(model)
-    for setting in settings:
-        setting.sampling.rules(heads)  # a missing head or file is an error before the work, not after it
-    trained_on = DataConfig(data=data, data_path=config["data"]["path"]).place
-    for images in (trained_on, args.data_path or trained_on):
-        split_dir = reference_reading(config["data"], images).split_dir
-        check_output_folder("output_dir", args.output_dir, data, images, split_dir)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)
@@ -318,12 +322,12 @@ def run_setting(sweep: Sweep, setting: Setting, reference) -> None:
             print(f"{setting.name}: already in {sweep.results}")
             report(setting.present, folder)
         return
-    folder = Path(args.output_dir) / setting.name
+    folder = claim_folder(Path(args.output_dir) / setting.name, parts, read_named(sweep.results))
     result = evaluate(parts, setting.sampling, sweep.evaluation, reference, labels, setting.seed, folder, **options)
     if dist.is_main():
         save_grid(sweep, folder)
         measured = sweep.protocol(reference)
-        row = setting.row | dict(result, kind=measured["kind"], protocol=measured, name=setting.name)
+        row = setting.row | dict(result, kind=measured["kind"], protocol=measured, name=folder.name)
         row |= dict(checkpoint=str(checkpoint_path(args.checkpoint)), device=parts.device.type)
         row |= dict(world_size=dist.world_size(), git_commit=git_commit())
         append_result(sweep.results, row)

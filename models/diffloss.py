@@ -131,6 +131,8 @@ class DiffLoss(nn.Module):
     repeats: noise levels drawn for each token in training (MAR's diffusion_batch_mul).
     """
 
+    has_steps = True
+
     def __init__(
         self, channels: int, z_channels: int, depth: int, width: int, grad_checkpointing: bool = False, repeats: int = 1
     ):

@@ -31,6 +31,8 @@ class Sampler(Protocol):
 class TokenHead(Protocol):
     """p(token | z) with its training loss. What it predicts is a NamedTuple of tensors (N, …)."""
 
+    has_steps: bool  # is a token drawn in diffusion steps, over which guidance may have a profile?
+
     def empty(self, batch: int, length: int) -> torch.Tensor:
         """Tokens (B, L, …) of which nothing is known."""
 

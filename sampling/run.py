@@ -22,7 +22,8 @@ from sampling.settings import SampleConfig
 from sampling.trace import Trace
 from util import dist
 from util.checkpoint import weights_hash
-from util.images.pictures import image_path, is_readable, prepare_folder, save_png, to_uint8
+from util.evaluation.results import other_weights
+from util.images.pictures import begin_folder, image_path, is_readable, prepare_folder, save_png, to_uint8
 from util.rng import image_seeds
 
 
@@ -39,6 +40,25 @@ class Parts(NamedTuple):
     def weights_hash(self) -> str:
         """16 hex digits that change with the weights of model and heads."""
         return weights_hash({**self.model.state_dict(), **(self.heads.state_dict() if self.heads else {})})
+
+
+def own_folder(folder: Path, parts: Parts, rows: list[dict] = ()) -> Path:
+    """A setting's folder; where that is another checkpoint's, with other weights, one named by these weights too.
+
+    rows: of the results file beside it, if there is one.
+    """
+    taken = other_weights(folder, rows, Path(parts.checkpoint))
+    if taken and taken != {weights := parts.weights_hash()}:
+        return folder.with_name(f"{folder.name}_weights{weights[:8]}")
+    return folder
+
+
+def claim_folder(folder: Path, parts: Parts, rows: list[dict] = ()) -> Path:
+    """`own_folder`, made and marked as this checkpoint's: a process of another one that asks later gets another."""
+    with dist.main_first():
+        for _ in range(2 if dist.is_main() else 0):  # the first time another process may be quicker
+            begin_folder(own_folder(folder, parts, rows), {"checkpoint": parts.checkpoint})
+        return own_folder(folder, parts, rows)
 
 
 @torch.no_grad()

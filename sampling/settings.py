@@ -8,6 +8,7 @@ from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
 from heads.schedules import RuleOptions, check_num_iter
 from heads.searched import schedule_name
+from models.token_head import check_no_profile
 from util.args import flag
 
 
@@ -55,6 +56,20 @@ class SampleConfig(RuleOptions):
         options = {f.name: getattr(self, f.name) for f in fields(RuleOptions)}
         check_num_iter(self.group, self.num_iter)
         return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in FLAGS.values()}, **options)
+
+    def check(self, model, heads=None) -> None:
+        """Raise ValueError for what `generate` would refuse of these settings at the first images of a model.
+
+        model: a `models.families.Backbone`; heads: the policy heads to sample with.
+        """
+        rules, length = self.rules(heads), model.config.seq_len
+        if model.fixed_rules.get("group") == "one" and self.num_iter < length:
+            raise ValueError(
+                f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
+            )
+        model.token_head.sampler(num_steps=self.num_sampling_steps, solver=self.solver, spacing=self.spacing)
+        if not model.token_head.has_steps:
+            check_no_profile(rules.profile(None))
 
     def resolved(self) -> "SampleConfig":
         """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""

@@ -20,6 +20,7 @@ from util.args import OneLineParser, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
 from util.evaluation.tables import by_protocol, group_seeds, mean_and_spread, read_lines
+from util.images.folders import check_output_folder
 
 
 def parse(argv=None):
@@ -80,10 +81,11 @@ def is_results(path: Path) -> bool:
 def main(argv=None) -> int:
     """Rank, print, write; returns the exit code."""
     args = parse(argv)
+    check_output_file("out", args.out, is_results, args.results)
+    check_output_folder("out", args.out.absolute().parent)
     if args.dry_run:
         print(json.dumps({**vars(args), "results": [str(p) for p in args.results], "out": str(args.out)}, indent=2))
         return 0
-    check_output_file("out", args.out, is_results, args.results)
     rows = [row for path in args.results for row in read_lines(path)]
     ranked = best(rows, args.by.split(","))
     ranked = front(ranked) if args.front else ranked[: args.top]

@@ -29,7 +29,7 @@ from util.door import run_main
 from util.evaluation.protocol import content_hash, reference_hash
 from util.images.datasets import DATASETS, labels_of
 from util.images.folders import check_output_folder
-from util.images.latent_files import WRITERS, begin, image_names, older_reading, write_json
+from util.images.latent_files import WRITERS, begin, check_is_free, image_names, older_reading, write_json
 from util.images.latents import VERSION, open_latents
 from util.images.reading import Reading
 
@@ -140,7 +140,6 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
     """Make the cache, or its missing units; the settings are those of main_mar.py that these flags give."""
     device = dist.pick_device(args.device)
     folder = Path(args.cached_path)
-    check_output_folder("cached_path", args.cached_path, data.data, data.place, args.split_dir)
     dataset = build_images(data, args.img_size)
     tokenizer = make_tokenizer(tokenizer, model, dataset.channels).to(device).eval()
     if args.img_size % tokenizer.stride:
@@ -207,6 +206,10 @@ def main(argv=None) -> int:
     """Parse, encode; returns the exit code."""
     given = vars(make_parser("cache_latents.py", __doc__.splitlines()[0], CacheArgs).parse_args(argv))
     args, config = resolve_cache(given)
+    if args.cached_path and not args.verify:
+        data = config.data
+        check_output_folder("cached_path", args.cached_path, data.data, data.place, args.split_dir, is_cache=True)
+        check_is_free(Path(args.cached_path))
     if args.dry_run:
         print(json.dumps(asdict(args), indent=2))
         return 0

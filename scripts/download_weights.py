@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder
+from util.args import OneLineParser
 from util.checkpoint import atomic_file
 from util.door import run_main
+from util.images.folders import check_output_folder
 
 _DROPBOX = "https://www.dropbox.com/scl/fi"
 # name: (file below pretrained_models/, address in the README of github.com/LTH14/mar). The addresses were written down
@@ -175,10 +176,10 @@ def main(argv=None) -> int:
     for name in dict.fromkeys(args.names or FILES):
         place, url = FILES[name]
         wanted[name] = (f"{base}/{place}" if base else url, Path(args.out) / place)
+    check_output_folder("out", args.out)
     if args.dry_run:
         print(json.dumps({name: {"url": url, "file": str(path)} for name, (url, path) in wanted.items()}, indent=2))
         return 0
-    check_folder("out", args.out)
     for name, (url, path) in wanted.items():
         print(download(name, url, path, expected.get(name)), flush=True)
     return 0

@@ -14,10 +14,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from models.loading import check_config
-from util.args import check_folder, flag, make_parser
+from training.config import DataConfig
+from util.args import flag, make_parser
 from util.checkpoint import atomic_file, checkpoint_path, load_checkpoint
 from util.door import run_main
 from util.exported import HEADS, SUFFIX, exported, num_bytes, write_exported
+from util.images.folders import check_output_folder
+from util.images.reading import stored_reading
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def check_output(args: ExportArgs) -> Path:
     output = Path(args.output)
     if output.suffix != SUFFIX:
         raise ValueError(f"--output must end in {SUFFIX}, got {args.output}")
-    check_folder("output", str(output.parent))
+    check_output_folder("output", output.parent)
     if output.is_dir() or (output.exists() and not args.force):
         way_out = "choose another name" if output.is_dir() else "--force replaces it"
         raise ValueError(f"--output {output} is there already: {way_out}")
@@ -52,6 +55,10 @@ def run(args: ExportArgs) -> int:
     content = load_checkpoint(source)
     if "config" in content:
         check_config(content["config"], source)
+        data = content["config"]["data"]
+        split_dir = stored_reading(data.get("reading")).split_dir
+        place = DataConfig(data=data["name"], data_path=data["path"]).place
+        check_output_folder("output", output.parent, data["name"], place, split_dir)
     tensors, metadata = exported(content, not args.no_ema, source)
     num_heads = sum(name.startswith(HEADS) for name in tensors)
     shown = dict(num_tensors=len(tensors) - num_heads, num_head_tensors=num_heads, bytes=num_bytes(tensors))

@@ -13,11 +13,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from util import dist
-from util.args import check_folder, check_output_file, flag, run_with
+from util.args import check_output_file, flag, run_with
 from util.door import run_main
 from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import compute_fid_stats, has_arrays, save_fid_stats
 from util.images.datasets import ImagesArgs, broken_note
+from util.images.folders import check_output_folder
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ class StatsArgs(ImagesArgs):
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
 
-def run(args: StatsArgs) -> int:
-    """Check everything, compute, write."""
+def check_args(args: StatsArgs) -> None:
+    """Raise ValueError where the file cannot or must not be written."""
     if not args.out.endswith(".npz"):
         raise ValueError(f"--out must be a file whose name ends in .npz, got {args.out}")
     check_output_file("out", args.out, partial(has_arrays, names={"mu", "sigma"}))
-    check_folder("out", str(Path(args.out).parent))
+    check_output_folder("out", Path(args.out).parent, args.data, args.data_path, args.split_dir)
+
+
+def run(args: StatsArgs) -> int:
+    """Compute, write."""
     device = dist.pick_device(args.device)
     images = args.images(args.split)
     options = dict(weights=args.fid_weights, batch_size=args.batch_size, device=device, verbose=True)
@@ -51,7 +56,7 @@ def run(args: StatsArgs) -> int:
 
 def main(argv=None) -> int:
     """Parse, compute, write; returns the exit code."""
-    return run_with(run, StatsArgs, "make_fid_stats.py", __doc__.splitlines()[0], argv)
+    return run_with(run, StatsArgs, "make_fid_stats.py", __doc__.splitlines()[0], argv, check_args)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from util.evaluation.tables import (
     read_runs,
     varying,
 )
+from util.images.folders import check_output_folder
 from util.images.pictures import is_png
 
 HEADINGS = {
@@ -285,7 +286,9 @@ def main(argv=None) -> int:
     columns, names = varying(groups), pick_figures(groups, args.metrics)
     groups = order_groups(groups, columns)
     panels = choose_panels(args.x, groups, names)
-    for path in (args.csv, args.plot):
+    for name, path in (("csv", args.csv), ("plot", args.plot)):
+        if path is not None:
+            check_output_folder(name, path.absolute().parent)
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {path.parent}")
     if args.csv is not None:

@@ -43,9 +43,13 @@ class ReconstructionArgs(MeasuringArgs):
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
 
-def run(args: ReconstructionArgs) -> int:
-    """Check everything, measure unless results.jsonl has the result, append, print."""
+def check_args(args: ReconstructionArgs) -> None:
+    """Raise ValueError where the result cannot or must not be written."""
     check_output_folder("output_dir", args.output_dir, args.data, args.data_path, args.split_dir)
+
+
+def run(args: ReconstructionArgs) -> int:
+    """Check everything else, measure unless results.jsonl has the result, append, print."""
     device = dist.pick_device(args.device)
     dtype = dist.pick_dtype(args.dtype, device)
     images = args.images(args.split)
@@ -94,7 +98,7 @@ def run(args: ReconstructionArgs) -> int:
 
 def main(argv=None) -> int:
     """Parse, measure; returns the exit code."""
-    return run_with(run, ReconstructionArgs, "measure_reconstruction.py", __doc__.splitlines()[0], argv)
+    return run_with(run, ReconstructionArgs, "measure_reconstruction.py", __doc__.splitlines()[0], argv, check_args)
 
 
 if __name__ == "__main__":

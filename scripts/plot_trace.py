@@ -17,9 +17,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder
+from util.args import OneLineParser
 from util.checkpoint import atomic_file
 from util.door import run_main
+from util.images.folders import check_output_folder
 
 KEYS = ("order_step", "tau", "cfg", "group_size", "frames", "labels")
 FILM_ROW, FILM_MAX = 8, 16  # pictures a row of the film strip, and altogether
@@ -164,7 +165,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     trace = load_trace(args.trace)
     images = parse_images(args.images, len(trace["labels"]))
-    check_folder("out", str(args.out))
+    check_output_folder("out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     for i in images:
         draw_image(args.out / f"trace_{i}.png", trace, i)

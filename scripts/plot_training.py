@@ -15,9 +15,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser, check_folder, check_output_file
+from util.args import OneLineParser, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
+from util.images.folders import check_output_folder
 from util.images.pictures import is_png
 
 TAGS = ("mse", "order", "rho_mean", "k_over_cosine_mean", "tau_mean", "w_mean")
@@ -96,7 +97,7 @@ def main(argv=None) -> int:
     if args.smooth < 1:
         raise ValueError(f"--smooth must be at least 1, got {args.smooth}")
     check_output_file("out", args.out, is_png)
-    check_folder("out", str(args.out.parent))
+    check_output_folder("out", args.out.parent)
     if args.dry_run:
         return 0
     runs = {"/".join(folder.absolute().parts[-2:]): read_run(folder) for folder in args.runs}

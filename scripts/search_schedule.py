@@ -38,13 +38,15 @@ from heads.step import StepState
 from models.loading import load_model
 from sampling.loop import generate
 from sampling.run import Parts
+from sampling.settings import SampleConfig
 from util import dist
-from util.args import check_folder, check_output_file, flag, run_with
+from util.args import check_output_file, flag, run_with
 from util.checkpoint import atomic_file, checkpoint_path
 from util.door import run_main
 from util.evaluation.results import git_commit
 from util.evaluation.reward import RewardDistance, reward_kinds
 from util.images.datasets import build_dataset
+from util.images.folders import check_output_folder
 from util.images.pictures import is_png, to_uint8
 from util.images.reading import stored_reading
 from util.rng import DEFAULT_SEED, image_seeds
@@ -255,10 +257,15 @@ class Sampled:
         self.args = args
         model, tokenizer, config = load_model(args.checkpoint, ema=not args.no_ema)
         device = dist.pick_device(args.device)
+        # of a schedule's rules these may not fit a model
+        sampling = SampleConfig(num_iter=args.num_iter, order=args.order, solver=args.solver, cfg_profile="interval")
+        sampling.fitted(model.fixed_rules, "the model").check(model)
         self.parts = Parts(model.to(device), tokenizer.to(device), device, dist.pick_dtype(None, device))
-        data = config["data"]
-        where = dict(data_path=args.data_path or data["path"], img_size=model.config.img_size, split="train")
-        real = build_dataset(data["name"], **where, reading=stored_reading(data.get("reading")))
+        data, reading = config["data"], stored_reading(config["data"].get("reading"))
+        place = args.data_path or data["path"]
+        check_output_folder("out", Path(args.out).parent, data["name"], place, reading.split_dir)
+        where = dict(data_path=place, img_size=model.config.img_size, split="train")
+        real = build_dataset(data["name"], **where, reading=reading)
         self.reward = RewardDistance(real, reward_kinds(args.features), device)
         self.labels = torch.arange(args.num_images) % len(data["classes"])
 
@@ -299,20 +306,32 @@ def draw(search: Search, path: Path) -> None:
     plt.close(figure)
 
 
-def run(args: SearchArgs) -> int:
-    """Search, or go on, and write the schedule; returns the exit code."""
+def files_of(out: Path) -> tuple[Path, Path, Path]:
+    """The schedule, the state of the search, the picture."""
+    return out, out.with_suffix(".state.json"), out.with_suffix(".png")
+
+
+def check_args(args: SearchArgs) -> None:
+    """Raise ValueError where what is written cannot or must not be, and for flags that are wrong by themselves."""
     for name in ("checkpoint", "out"):
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not args.dry_run:
             raise ValueError(f"--{name} is needed")
     reward_kinds(args.features)
-    out = Path(args.out)
-    state, picture = out.with_suffix(".state.json"), out.with_suffix(".png")
-    check_folder("out", str(out.parent))
+    if args.out is None:
+        return
+    out, state, picture = files_of(Path(args.out))
+    check_output_folder("out", out.parent)
     if out.suffix != ".json":
         raise ValueError(f"--out {out} must end in .json")
     kinds = ((out, partial(is_own, read=read_schedule)), (state, partial(is_own, read=read_state)), (picture, is_png))
+    inputs = [checkpoint_path(args.checkpoint)] if args.checkpoint else []
     for path, is_of_its_kind in kinds:
-        check_output_file("out", path, is_of_its_kind, [checkpoint_path(args.checkpoint)])
+        check_output_file("out", path, is_of_its_kind, inputs)
+
+
+def run(args: SearchArgs) -> int:
+    """Search, or go on, and write the schedule; returns the exit code."""
+    out, state, picture = files_of(Path(args.out))
     measure = Sampled(args)
     model = measure.parts.model
     if args.num_iter > model.config.seq_len:
@@ -347,7 +366,7 @@ def run(args: SearchArgs) -> int:
 
 def main(argv=None) -> int:
     """Parse, search; returns the exit code."""
-    return run_with(run, SearchArgs, "search_schedule.py", __doc__.splitlines()[0], argv)
+    return run_with(run, SearchArgs, "search_schedule.py", __doc__.splitlines()[0], argv, check_args)
 
 
 if __name__ == "__main__":

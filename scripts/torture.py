@@ -29,6 +29,7 @@ import torch
 from util.args import flag, make_parser
 from util.checkpoint import load_checkpoint
 from util.door import run_main
+from util.images.folders import check_output_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60  # seconds within which the other process must end
@@ -286,6 +287,8 @@ def main(argv=None) -> int:
             raise ValueError(f"unknown --what {name!r}; valid: {', '.join(SCENARIOS)}, all")
     if args.work_dir is not None and Path(args.work_dir).is_dir() and any(Path(args.work_dir).iterdir()):
         raise ValueError(f"--work_dir {args.work_dir} is not empty")
+    if args.work_dir is not None:
+        check_output_folder("work_dir", args.work_dir)
     if args.dry_run:
         work = Path(args.work_dir or "WORK")
         commands = {n: [SCENARIOS[n].program, *map(str, SCENARIOS[n].flags(args, work, work / n))] for n in names}

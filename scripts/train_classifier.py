@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import check_folder, check_output_file, flag, make_parser
+from util.args import check_output_file, flag, make_parser
 from util.checkpoint import atomic_file
 from util.door import run_main
 from util.evaluation.classifiers import CIFAR10_WEIGHTS, DIGITS_WEIGHTS, Cifar10Classifier, DigitClassifier
 from util.evaluation.fid_stats import has_arrays
 from util.images.datasets import build_dataset
+from util.images.folders import check_output_folder
 
 
 class Recipe(NamedTuple):
@@ -62,13 +63,28 @@ class ClassifierArgs:
     dry_run: bool = flag(False, "print the recipe and stop")
 
 
+def images_of(name: str, data_path: str | None) -> tuple[str, str | None]:
+    """(data set, its place) that a classifier is trained on: a folder of images, or the one of its name."""
+    is_folder = data_path is not None and not Path(data_path, "cifar-10-batches-py").is_dir()
+    return "imagefolder" if is_folder else name, data_path
+
+
 def load_images(name: str = "digits", data_path=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (n, C, H, W) float in [-1, 1] in steps of 2/255, labels (n,)."""
-    folder = data_path is not None and not Path(data_path, "cifar-10-batches-py").is_dir()
-    data = build_dataset("imagefolder" if folder else name, data_path=data_path, img_size=32 if folder else None)
+    data_set, place = images_of(name, data_path)
+    data = build_dataset(data_set, data_path=place, img_size=32 if data_set == "imagefolder" else None)
     items = [data[i] for i in tqdm(range(len(data)), desc="reading", leave=False, disable=len(data) < 5000)]
     images = torch.stack([image for image, *_ in items])
     return images.float() / 127.5 - 1, torch.tensor([label for _, label, _ in items])
+
+
+def check_images(x, y, net, name: str) -> None:
+    """Raise ValueError for images x (n, C, H, H) or labels y (n,) that the classifier `name`, a net, cannot learn."""
+    if tuple(x.shape[1:]) != net.shape:
+        raise ValueError(f"the classifier {name} takes images of {net.shape} numbers, these have {tuple(x.shape[1:])}")
+    number, most = len(y.unique()), net.head.out_features
+    if not 2 <= number <= most or y.max() >= most:
+        raise ValueError(f"the classifier {name} tells 2 to {most} classes apart, the images have {number}")
 
 
 def augment(x, generator, shift: int = 1, flip: bool = False):
@@ -140,18 +156,19 @@ def main(argv=None) -> int:
     parser = make_parser("train_classifier.py", __doc__.splitlines()[0], ClassifierArgs)
     args = ClassifierArgs(**vars(parser.parse_args(argv)))
     recipe = RECIPES[args.classifier]
+    epochs, output = args.epochs or recipe.epochs, Path(args.output or recipe.weights)
+    with torch.device("meta"):  # draws no random numbers
+        net = recipe.net()
+    check_output_file("output", output, partial(has_arrays, names=net.state_dict().keys()))
+    check_output_folder("output", output.parent, *images_of(args.classifier, args.data_path))
     if args.dry_run:
         print(recipe)
         return 0
-    epochs, output = args.epochs or recipe.epochs, Path(args.output or recipe.weights)
-    with torch.device("meta"):  # draws no random numbers
-        names = recipe.net().state_dict().keys()
-    check_output_file("output", output, partial(has_arrays, names=names))
-    check_folder("output", str(output.parent))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in a fixed order
     try:
         x, y = load_images(args.classifier, args.data_path)
+        check_images(x, y, net, args.classifier)
         rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
         held_out, kept = rows.tensor_split([math.ceil(len(x) / recipe.held_out)])
         net = train(x[kept], y[kept], epochs, args.seed, recipe)

@@ -307,8 +307,8 @@ def as_begun(args: TokenizerArgs, content) -> TokenizerArgs:
     return replace(args, **before)
 
 
-def run_training(args: TokenizerArgs) -> int:
-    """Check everything, train, publish, measure."""
+def check_args(args: TokenizerArgs) -> None:
+    """Raise ValueError where the autoencoder cannot or must not be written, and for flags wrong by themselves."""
     check_output_folder("output_dir", args.output_dir, args.data, args.data_path, args.split_dir)
     path = checkpoint_path(args.output_dir)
     if path.exists() and not args.resume:
@@ -321,6 +321,11 @@ def run_training(args: TokenizerArgs) -> int:
             raise ValueError(f"--{name} must be above 0, got 0")
     if args.width % 4:
         raise ValueError(f"--width must be a multiple of 4, got {args.width}")
+
+
+def run_training(args: TokenizerArgs) -> int:
+    """Check everything else, train, publish, measure."""
+    path = checkpoint_path(args.output_dir)
     content = read_file(path) if path.exists() else None
     args = as_begun(args, content)
     images = args.images()
@@ -351,7 +356,7 @@ def run_training(args: TokenizerArgs) -> int:
 
 def main(argv=None) -> int:
     """Parse, train; returns the exit code."""
-    return run_with(run_training, TokenizerArgs, "train_tokenizer.py", __doc__.splitlines()[0], argv)
+    return run_with(run_training, TokenizerArgs, "train_tokenizer.py", __doc__.splitlines()[0], argv, check_args)
 
 
 if __name__ == "__main__":

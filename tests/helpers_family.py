@@ -47,6 +47,8 @@ class Normal(NamedTuple):
 
 
 class NormalHead(nn.Module):
+    has_steps = False
+
     def __init__(self, width, channels, noise):
         super().__init__()
         self.noise = noise

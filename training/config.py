@@ -7,7 +7,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from heads.policy import SCOPES, PolicyHeads
+from heads.policy import FLAGS, SCOPES, PolicyHeads
 from models.families import FAMILIES, SIZES, Family
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
@@ -221,6 +221,14 @@ class RunConfig:
     def build_heads(self, dim: int) -> PolicyHeads | None:
         """The heads that --learn names, fresh, for z of width dim, of the objective's form; None for none."""
         return self.heads.build(dim, OBJECTIVES[self.train.objective].form)
+
+    def check_sampling(self, model, heads: PolicyHeads | None) -> None:
+        """Raise ValueError for what sampling would refuse at the first images of this model, in training or after."""
+        self.sampling.check(model, heads)
+        if OBJECTIVES[self.train.objective].keeps_model and not self.launch.evaluate:  # it samples while it trains
+            learned = {FLAGS[kind]: "learned" for kind in heads.learn}
+            least = replace(self.sampling, infer_mode="baseline", num_iter=self.heads.num_iter_range()[0], **learned)
+            least.check(model, heads)
 
     def flat(self) -> dict:
         """The dict that `from_flat` takes."""

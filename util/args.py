@@ -157,9 +157,14 @@ def defaults(*configs) -> dict:
     return result
 
 
-def run_with(run, config_class, prog: str, description: str, argv=None) -> int:
-    """Exit code of run(args), args being the config_class of a command line; --dry_run only prints them."""
+def run_with(run, config_class, prog: str, description: str, argv=None, check=None) -> int:
+    """Exit code of run(args), args being the config_class of a command line; --dry_run only prints them.
+
+    check(args) comes before either: what it refuses needs neither data nor a model.
+    """
     args = pick(config_class, vars(make_parser(prog, description, config_class).parse_args(argv)))
+    if check is not None:
+        check(args)
     if args.dry_run:
         print(json.dumps(dataclasses.asdict(args), indent=2))
         return 0

@@ -263,12 +263,16 @@ def _find_weights(name: str, weights, source: str | Path) -> Path:
     return path
 
 
-def check_features(name: str, weights=None) -> str:
+def check_features(name: str, weights=None, img_size: int | None = None) -> str:
     """Make sure, before any sampling, that these features can be computed; returns the path of their weights.
 
-    Arguments and errors as in `build_extractor`.
+    Arguments and errors as in `build_extractor`. img_size: pixels of the images; of a committed classifier, which does
+    not resize them, another size raises ValueError.
     """
-    return str(build_extractor(name, weights)[1])
+    extractor, path = build_extractor(name, weights)
+    if img_size is not None and FEATURES[name].committed:
+        extractor(torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8))
+    return str(path)
 
 
 def check_differentiable(name: str) -> None:

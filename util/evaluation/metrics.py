@@ -175,10 +175,20 @@ def _from_statistics(images, stats: FIDStats, features, weights, metrics, **opti
     return _with_our_names(figures, metrics)
 
 
+def check_classes(labels) -> None:
+    """Raise ValueError unless the labels (n,) of the reference are of two classes or more, as `digit_metrics` needs."""
+    if len(set(labels)) < 2:
+        raise ValueError(
+            f"--features digits needs reference images of at least 2 classes, got {len(set(labels))}: name others with "
+            "--data_path, or use --metrics none"
+        )
+
+
 def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
     """svc_accuracy, the share of `images` that an SVC trained on the real pixels labels rightly, and frechet_pixels.
 
-    images, real_images: uint8 (n, 8, 8) or (n, 8, 8, 1), n >= 2; labels, real_labels: (n,) integers; else ValueError.
+    images, real_images: uint8 (n, 8, 8) or (n, 8, 8, 1), n >= 2; labels, real_labels: (n,) integers, the real ones of
+    two classes or more; else ValueError.
     The Fréchet distance is that of the 64-vectors of pixels scaled to [-1, 1].
     """
     from sklearn.svm import SVC
@@ -191,6 +201,7 @@ def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
             raise ValueError(f"{name} digits must be {need}, got {x.dtype} {x.shape} with {y.shape}")
         sets.append((x.reshape(-1, 64) / 127.5 - 1, y))
     (x, y), real = sets
+    check_classes(real[1].tolist())
     accuracy = np.mean(SVC(kernel="rbf", gamma="scale").fit(*real).predict(x) == y)
     distance = frechet_distance(*gaussian_statistics(x), *gaussian_statistics(real[0]))
     return {"svc_accuracy": float(accuracy), "frechet_pixels": distance}

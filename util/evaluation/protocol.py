@@ -12,8 +12,8 @@ import numpy as np
 from util.args import flag
 from util.evaluation.features import FEATURES, check_features, features_name
 from util.evaluation.fid_stats import FIDStats, load_fid_stats
-from util.evaluation.metrics import METRICS, compute_metrics, digit_metrics, possible_metrics
-from util.images.datasets import build_dataset
+from util.evaluation.metrics import METRICS, check_classes, compute_metrics, digit_metrics, possible_metrics
+from util.images.datasets import build_dataset, labels_of
 from util.images.reading import DEFAULT, MARS_WAY, Reading
 
 READ = 2**26  # bytes of a folder's files that are compared
@@ -63,7 +63,9 @@ class EvalConfig:
             raise ValueError(f"the metrics {names} need {needed} images, got {smallest}; or use --metrics none")
         if isinstance(reference, FIDStats):
             reference.check(self.features, img_size)
-        check_features(self.features, self.fid_weights)
+        elif self.features == "digits":
+            check_classes(labels_of(reference))
+        check_features(self.features, self.fid_weights, img_size)
 
 
 def build_reference(config: EvalConfig, name: str, data_path, img_size: int, reading: Reading = DEFAULT):

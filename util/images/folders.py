@@ -1,8 +1,10 @@
 """Finding the image files below a folder: which folders are classes, which files are images, which are neither."""
 
+import itertools
 import os
 import re
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -192,12 +194,81 @@ def training_folder(data_path: Path, split: str, split_dir: str | None) -> tuple
     return folder, [name for name in next(walk(data_path))[1] if name != folder.name and not looks_like_split(name)]
 
 
-def check_output_folder(name: str, path: str, data: str, data_path: str | None, split_dir: str | None = None) -> None:
-    """`check_folder`; and ValueError where what a program writes to --name would lie among the images that it reads.
+# what settings.json and index.json of a cache of latents have near their start (util/images/latents.py)
+_CACHE_KEYS = (b'"format"', b'"dtype"', b'"fingerprint"')
+_CACHE_HEAD = 4096  # bytes
+_NUM_LOOKED_AT = 20  # entries of a folder: one of MAR's layout has nothing but .npz files, or folders of such
 
-    Of the data set imagefolder that is data_path itself, and every place in a folder of classes and in a class.
+
+def _is_own_cache(folder: Path) -> bool:
+    """Does the folder have the settings.json or index.json of scripts/cache_latents.py?"""
+    for path in (folder / "settings.json", folder / "index.json"):
+        try:
+            with open(path, "rb") as file:
+                head = file.read(_CACHE_HEAD)
+        except OSError:
+            continue
+        if all(key in head for key in _CACHE_KEYS):
+            return True
+    return False
+
+
+def _first_entries(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as listed:
+            return list(itertools.islice((e for e in listed if not is_system(e.name)), _NUM_LOOKED_AT))
+    except OSError:
+        return []
+
+
+def _has_mars_latents(folder: Path) -> bool:
+    """Does the first .npz in the folder hold an image's latents, as MAR's main_cache.py writes them?"""
+    path = next((e.path for e in _first_entries(folder) if e.name.endswith(".npz")), None)
+    if path is None:
+        return False
+    try:
+        with zipfile.ZipFile(path) as file:
+            return {"moments.npy", "moments_flip.npy"} <= set(file.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
+
+
+def find_cache(path: str | Path, itself: bool = True) -> Path | None:
+    """The cache of latents that a place is in, known by its files: of scripts/cache_latents.py or of MAR's layout.
+
+    itself: may the place itself be one? The place need not exist. None for a place outside of caches.
     """
-    check_folder(name, path)
+    place = Path(path).resolve()
+    around = [place, *place.parents] if itself else [*place.parents]
+    for is_cache in (_is_own_cache, _has_mars_latents):
+        for folder in around:
+            if is_cache(folder):
+                return folder
+    for folder in [folder for folder in around if folder.is_dir()][:2]:  # of MAR's layout with its folders of classes
+        classes = [Path(entry.path) for entry in _first_entries(folder) if os.path.isdir(entry.path)]
+        if len(classes) > 1 and all(map(_has_mars_latents, classes)):  # a single one may be a cache beside other things
+            return folder
+    return None
+
+
+def check_output_folder(
+    name: str,
+    path: str | Path,
+    data: str | None = None,
+    data_path: str | None = None,
+    split_dir: str | None = None,
+    *,
+    is_cache: bool = False,
+) -> None:
+    """`check_folder`; and ValueError where what a program writes to --name would lie among what others read.
+
+    That is a cache of latents, with is_cache another one than the folder itself; and of the data set imagefolder
+    data_path itself, and every place in a folder of classes and in a class.
+    """
+    check_folder(name, str(path))
+    cache = find_cache(path, itself=not is_cache)
+    if cache is not None:
+        raise ValueError(f"--{name} {path} is in {cache}, a cache of latents: choose a folder outside")
     if data != "imagefolder" or not data_path or not Path(data_path).expanduser().is_dir():
         return
     root, output = Path(data_path).expanduser(), Path(path).resolve()

@@ -62,15 +62,20 @@ def older_reading(folder: Path) -> dict:
     return {name: value for name, value in asdict(MARS_WAY).items() if name not in stored.get("reading", {})}
 
 
+def check_is_free(folder: Path) -> None:
+    """Raise ValueError for a folder that holds something else than a cache of this program."""
+    if read_settings(folder) is None and folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"--cached_path {folder} is not empty and no cache of this program; give another")
+
+
 def begin(folder: Path, settings: dict) -> None:
     """Start a cache in a new or empty folder, or continue one with the same settings; others raise ValueError.
 
     The first process must call it before the others do (`dist.main_first`): it removes an interrupted run's files.
     """
+    check_is_free(folder)
     stored = read_settings(folder)
     if stored is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"--cached_path {folder} is not empty and no cache of this program; give another")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", settings)
         return

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import re
 import warnings
 import zipfile
@@ -72,21 +73,43 @@ def read_run(folder: Path) -> dict:
     return run if isinstance(run, dict) else {}
 
 
-def prepare_folder(folder: Path, run: dict) -> None:
-    """Make the folder of a sampling run; if its run.json describes another run, remove that run's files.
+def begin_folder(folder: Path, run: dict) -> None:
+    """Make the folder of a sampling run, with run.json unless it has one; of processes at once the first one's stays.
 
-    The place of the checkpoint, the key `checkpoint`, makes no other run. Files of these names in a folder without
-    run.json are nobody's of ours: ValueError, and nothing is touched.
+    Files of a run's names in a folder without run.json are nobody's of ours: ValueError, and nothing is touched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    note = folder / "run.json"
+    if note.is_file():
+        return
+    made = next((file for file in folder.iterdir() if re.fullmatch(MADE, file.name)), None)
+    if made is not None and not note.is_file():
+        raise ValueError(f"{folder} holds {made.name} and no run.json: not ours, choose another folder")
+    temporary = folder / f".run.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(run))
+    try:
+        os.link(temporary, note)  # whole or not at all, and never over another one
+    except (FileExistsError, FileNotFoundError):  # another process was quicker, or has tidied up
+        pass
+    except OSError:  # a file system without links
+        temporary.replace(note)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(folder: Path, run: dict) -> None:
+    """`begin_folder`; if the run.json there describes another run, remove that run's files.
+
+    The place of the checkpoint, the key `checkpoint`, makes no other run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob(".*.tmp"):  # of a process that was killed
         file.unlink()
+    begin_folder(folder, run)
     note = folder / "run.json"
     text = json.dumps(run)
-    if not note.is_file() or note.read_bytes() != text.encode():
+    if note.read_bytes() != text.encode():
         made = [file for file in folder.iterdir() if re.fullmatch(MADE, file.name)]
-        if made and not note.is_file():
-            raise ValueError(f"{folder} holds {made[0].name} and no run.json: not ours, choose another folder")
         if {**read_run(folder), "checkpoint": None} != {**json.loads(text), "checkpoint": None}:
             for file in made:
                 file.unlink()

@@ -17,9 +17,9 @@ stage() { # FROM TO flags
     shift 2
     run python main_mar.py --preset digits --init_from "$from" --objective image --train_num_iter 4,8 --num_iter 4 \
         --num_sampling_steps 8 --solver dpmpp_sde --cfg 1.8 --temperature 0.9 --reward digits,pixels \
-        --reward_weights 1,3 --bank 1024 --no-grad_checkpointing --eval_freq 1000 --seed "${SEED:-1}" \
+        --reward_weights 1,2 --bank 1024 --no-grad_checkpointing --eval_freq 1000 --seed "${SEED:-1}" \
         --output_dir "$to" --resume "$to" "$@"
 }
-stage "$base" "$out/steps" --learn tau,cfg,profile --no-adaptive --lr 1.6e-2 --epochs 14 "$@"
-stage "$out/steps" "$out" --learn order,group,tau,cfg,profile --lr 2e-3 --adaptive_lr 0.3 --epochs 40 "$@"
+stage "$base" "$out/steps" --learn tau,cfg,profile --no-adaptive --epochs 14 "$@"
+stage "$out/steps" "$out" --learn order,group,tau,cfg,profile --adaptive_lr 0.08 --epochs 40 "$@"
 say "heads: $out; without their adaptive part: $out/steps"

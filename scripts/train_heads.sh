@@ -20,6 +20,6 @@ stage() { # FROM TO flags
         --reward_weights 1,2 --bank 1024 --no-grad_checkpointing --eval_freq 1000 --seed "${SEED:-1}" \
         --output_dir "$to" --resume "$to" "$@"
 }
-stage "$base" "$out/steps" --learn tau,cfg,profile --no-adaptive --epochs 14 "$@"
-stage "$out/steps" "$out" --learn order,group,tau,cfg,profile --adaptive_lr 0.08 --epochs 40 "$@"
+stage "$base" "$out/steps" --learn tau,cfg,profile --no-adaptive --epochs 10 "$@"
+stage "$out/steps" "$out" --learn order,group,tau,cfg,profile --adaptive_lr 0.08 --epochs 24 "$@"
 say "heads: $out; without their adaptive part: $out/steps"

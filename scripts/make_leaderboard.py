@@ -1,12 +1,13 @@
 """Print docs/leaderboard.md: rules side by side at equal numbers of steps, what was optimised apart from what judges.
 
     python scripts/make_leaderboard.py --hand OUT/hand/results.jsonl --row "heads, per step=OUT/steps/results.jsonl" ...
+    python scripts/make_leaderboard.py --hand OUT/hand/results.jsonl --row OUT/modes/results.jsonl
 
 Every file has each of its settings twice: measured by the reward's features (a line without --fid_weights, with the
-pixels) and by a judge's (--fid_weights). --hand: hand-made rules; each --row: the settings of a file under a name.
-Guidance trades pixels against features, so a row is compared with the hand-made rule of the smallest judge distance
-among those whose pixel distance is not larger than its own. `beyond` is the difference over the root of the sum of both
-variances.
+pixels) and by a judge's (--fid_weights). --hand: hand-made rules; each --row: the settings of a file under a name, or
+under those of their inference modes. Guidance trades pixels against features, so a row is compared with the hand-made
+rule of the smallest judge distance among those whose pixel distance is not larger than its own. `beyond` is the
+difference over the root of the sum of both variances.
 """
 
 import json
@@ -43,13 +44,15 @@ def parse(argv=None):
     parser = OneLineParser(prog="make_leaderboard.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--hand", action="append", required=True, type=Path, help="results.jsonl of hand-made rules")
     parser.add_argument(
-        "--row", action="append", default=[], help="NAME=FILE, a results.jsonl and what to call its rules"
+        "--row", action="append", default=[], help="FILE or NAME=FILE: a results.jsonl, and what to call its rules"
     )
     return parser.parse_args(argv)
 
 
 def rules_of(settings: dict) -> str:
-    """Hand-made rules in words: what differs from the published ones."""
+    """The inference mode of learned rules; of hand-made ones in words what differs from the published ones."""
+    if settings["infer_mode"] != "baseline":
+        return settings["infer_mode"]
     words = [f"cfg {settings['cfg']:g} {settings['cfg_schedule']}", f"τ {settings['temperature']:g}"]
     words += [settings[kind] for kind, usual in (("order", "random"), ("group", "cosine")) if settings[kind] != usual]
     words += [f"w from {settings['cfg_interval']}"] if settings["cfg_schedule"] == "interval" else []
@@ -123,10 +126,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     rows = []
     for text in args.row:
-        name, equals, path = text.partition("=")
-        if not (name and equals and path):
-            raise ValueError(f"--row must be NAME=FILE, got {text!r}")
-        rows += entries(Path(path), name)
+        name, _, path = text.rpartition("=")
+        rows += entries(Path(path), name or None)
     hand = [entry for path in args.hand for entry in entries(path, None)]
     for number in sorted({steps(entry) for entry in hand + rows}):
         print(f"\n### {number[0]} steps of {number[1]} diffusion steps, {number[2]}\n")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set up; train mar_tiny on scikit-learn's digits, then four heads on the frozen model; compare the four inference
-# modes, draw traces of images; sample 1,800 digits and measure them. Finished parts are not run again.
+# Set up; train mar_tiny on scikit-learn's digits, then its heads, by --objective image on the frozen model; compare the
+# inference modes with a small grid of hand-made settings, by features that were not optimised; draw traces of images;
+# sample 1,800 digits with the heads and measure them. Finished parts are not run again.
 #   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [--seed S,… of the comparison] [--dry_run] [other flags]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -8,8 +9,8 @@ out=output_dir/quickstart
 epochs=()
 training=()
 sampling=()
-images=(--num_images 300)
-seeds=(--seed 0,1,2)
+images=(--num_images 600)
+seeds=(--seed 1,2)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -34,19 +35,31 @@ done
 
 run python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
 
-# The heads, on masks of every ratio: the states that sampling meets.
-run python main_mar.py --preset digits "${training[@]}" --init_from "$out" --freeze_backbone --no-train_diffloss \
-    --learn order,group,tau,cfg --mask_ratio_min 0 --mask_ratio_per_image --epochs 6 --warmup_epochs 0 "${epochs[@]}" \
+budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
+run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
+    "${budget[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,2 --bank 512 --lr 1e-2 \
+    --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 4 "${training[@]}" "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
-modes=$out/modes
-run python sample.py --checkpoint "$out/heads" --output_dir "$modes" "${sampling[@]}" "${images[@]}" --save_trace 1 \
-    --infer_mode baseline,policy,guidance,both "${seeds[@]}"
+# Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
+judge=$out/judge.npz
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --output "$judge"
+measured() { # FOLDER flags: the same images by both
+    local folder=$1
+    shift
+    for weights in "" "$judge"; do
+        run python sample.py --checkpoint "$out/heads" --output_dir "$folder" "${budget[@]}" "$@" "${sampling[@]}" \
+            "${images[@]}" "${seeds[@]}" --metrics fid --features digits ${weights:+--fid_weights "$weights"}
+    done
+}
+measured "$out/hand" --infer_mode baseline --cfg 1.2,1.5,1.8 --temperature 0.85,0.95
+measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 1
 first=${seeds[1]%%,*}
-trace=("$modes"/both_*_seed"$first"_*/trace.npz)
+trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)
 run python scripts/plot_trace.py "${trace[0]}" --out "$out/trace"
 say
-run python scripts/make_table.py "$modes/results.jsonl" --csv "$modes/table.csv"
+into "$out/table.md" python scripts/make_leaderboard.py --hand "$out/hand/results.jsonl" --row "$out/modes/results.jsonl"
 say
 
-run python sample.py --checkpoint "$out" --output_dir "$out/samples" "${sampling[@]}"
+run python sample.py --checkpoint "$out/heads" --output_dir "$out/samples" --infer_mode both "${budget[@]}" \
+    "${sampling[@]}"

@@ -60,7 +60,13 @@ def test_what_has_no_judge_is_no_row(tmp_path, capsys):
     assert "other.jsonl has no setting" in refused(
         make_leaderboard.main, ["--hand", hand, "--row", f"a={other}"], capsys
     )
-    assert "NAME=FILE, got 'a'" in refused(make_leaderboard.main, ["--hand", hand, "--row", "a"], capsys)
+    assert "there is no file a" in refused(make_leaderboard.main, ["--hand", hand, "--row", "a"], capsys)
+
+
+def test_rows_without_a_name_have_that_of_their_mode(tmp_path, capsys):
+    hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
+    modes = written(tmp_path / "m.jsonl", lines([1], 1, 1, 1, infer_mode="both") + lines([1], 1, 1, 1, cfg=1.5))
+    assert {"both", "cfg 1.5 linear, τ 1"} <= table(capsys, "--hand", hand, "--row", modes).keys()
 
 
 @pytest.mark.parametrize("settings, words", [

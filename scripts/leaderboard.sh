@@ -41,8 +41,7 @@ row published "published: linear cfg 1.5, tau 1" "$base" --infer_mode baseline -
 row staged "checkerboard, staged" "$base" --infer_mode baseline --order checkerboard --group staged --cfg 1.8 \
     --temperature 0.9
 row searched "searched schedule" "$base" --infer_mode baseline --schedule "$schedule"
-row steps "heads: tau, w, profile of each step" "$heads/steps" --infer_mode guidance
-row guidance "heads: the same, adaptive" "$heads" --infer_mode guidance
-row off "heads: the same, adaptive part off" "$heads" --infer_mode guidance --heads_adaptive off
+row off "heads: tau and w of each step" "$heads" --infer_mode guidance --heads_adaptive off
+row guidance "heads: tau and w of each image" "$heads" --infer_mode guidance
 row both "heads: order and groups too" "$heads" --infer_mode both
 into "$out/leaderboard.md" python scripts/make_leaderboard.py "${files[@]}"

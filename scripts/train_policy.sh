@@ -3,6 +3,7 @@
 # checkpoint, each for about the same time, sampled at several numbers of steps, as a table and a plot.
 #   random   published masks: the checkpoint is trained as before
 #   visited  the states and next groups of the best hand-made order, low-discrepancy
+#   anneal   as visited, into which random masks fade over the first half of its epochs (--mix_anneal)
 #   policy   as visited for four fifths of its epochs, then the states and next groups of the heads named in LEARN, which
 #            are trained together with the backbone from that epoch on (--heads_from)
 #   early    as policy, with heads from the start
@@ -11,7 +12,7 @@
 # Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS names the stages to compare, LEARN the heads of policy and early. EPOCHS is that of random and visited; policy and
+# ARMS names the stages to compare, LEARN the heads of policy and early. EPOCHS is that of random, visited and anneal; policy and
 # joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py --only heads). Finished parts
 # are not run again. About an hour and a half on 2 CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -46,10 +47,13 @@ if [[ -z ${INIT:-} && $preset != mar_base ]]; then
     run "${launcher[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
 fi
 results=()
-for arm in ${ARMS:-random visited policy early joint}; do
+for arm in ${ARMS:-random visited anneal policy early joint}; do
     case $arm in
         random) share=100 masks=(--train_masks random) ;;
         visited) share=100 masks=(--train_masks visited --train_targets next --order halton) ;;
+        anneal)
+            share=100 masks=(--train_masks visited --train_targets next --order halton --mix_anneal $((epochs / 2)))
+            ;;
         joint)
             share=93 masks=(--train_masks visited --train_targets next --learn group --order halton --order_base halton)
             ;;
@@ -60,7 +64,7 @@ for arm in ${ARMS:-random visited policy early joint}; do
             ;;
     esac
     mode=policy
-    [[ $arm == random || $arm == visited ]] && mode=baseline
+    [[ $arm == random || $arm == visited || $arm == anneal ]] && mode=baseline
     for seed in ${SEEDS:-1 2 3}; do
         model=$out/$arm/seed$seed
         num_epochs=$((epochs * share / 100))

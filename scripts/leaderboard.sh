@@ -44,4 +44,4 @@ row searched "searched schedule" "$base" --infer_mode baseline --schedule "$sche
 row off "heads: tau and w of each step" "$heads" --infer_mode guidance --heads_adaptive off
 row guidance "heads: tau and w of each image" "$heads" --infer_mode guidance
 row both "heads: order and groups too" "$heads" --infer_mode both
-into "$out/leaderboard.md" python scripts/make_leaderboard.py "${files[@]}"
+into "$out/leaderboard.md" python scripts/make_leaderboard.py --page "${files[@]}"

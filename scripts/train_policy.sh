@@ -12,8 +12,8 @@
 # Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS names the stages to compare, LEARN the heads of policy and early. EPOCHS is that of random, visited and anneal; policy and
-# joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py --only heads). Finished parts
+# ARMS names the stages to compare, LEARN the heads of policy and early. EPOCHS is that of random, visited and anneal; policy
+# and joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py --only heads). Finished parts
 # are not run again. About an hour and a half on 2 CPU cores.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 

@@ -103,7 +103,7 @@ def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: in
     return watch.now() - began
 
 
-def all_tokens(draws, encode, device):
+def all_tokens(draws, encode, device, epoch):
     """Replaces `Visits`: the published masks, with every token a target of the diffusion MLP."""
     return draws.with_mask(draws.mask, None, torch.ones_like(draws.mask))
 

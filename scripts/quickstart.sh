@@ -47,10 +47,10 @@ judge=$out/judge.npz
 measured() { # FOLDER flags: the same images by both
     local folder=$1
     shift
-    for weights in "" "$judge"; do
-        run python sample.py --checkpoint "$out/heads" --output_dir "$folder" "${budget[@]}" "$@" "${sampling[@]}" \
-            "${images[@]}" "${seeds[@]}" --metrics fid --features digits ${weights:+--fid_weights "$weights"}
-    done
+    local call=(python sample.py --checkpoint "$out/heads" --output_dir "$folder" "${budget[@]}" "$@" "${sampling[@]}"
+        "${images[@]}" "${seeds[@]}" --metrics fid --features digits)
+    run "${call[@]}"
+    run "${call[@]}" --fid_weights "$judge"
 }
 measured "$out/hand" --infer_mode baseline --cfg 1.2,1.5,1.8 --temperature 0.85,0.95
 measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 1

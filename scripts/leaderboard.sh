@@ -43,5 +43,6 @@ row staged "checkerboard, staged" "$base" --infer_mode baseline --order checkerb
 row searched "searched schedule" "$base" --infer_mode baseline --schedule "$schedule"
 row off "heads: tau and w of each step" "$heads" --infer_mode guidance --heads_adaptive off
 row guidance "heads: tau and w of each image" "$heads" --infer_mode guidance
+row staged_heads "heads: the same, staged groups" "$heads" --infer_mode guidance --group staged
 row both "heads: order and groups too" "$heads" --infer_mode both
 into "$out/leaderboard.md" python scripts/make_leaderboard.py --page "${files[@]}"

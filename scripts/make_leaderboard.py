@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 
 from util.args import OneLineParser
 from util.door import run_main
-from util.evaluation.tables import mean_and_spread, read_lines
+from util.evaluation.tables import COSTS, group_seeds, mean_and_spread, read_lines
 
-MEASURES = ("fid_weights", "metrics", "seed")  # settings that say how images are measured, or which repeat they are
+MEASURES = ("fid_weights", "metrics")  # settings that say how images are measured
 HEADINGS = ("rules", "reward: features", "reward: pixels", "judge", "best hand-made judge", "difference", "beyond")
-HEADINGS += ("transformer evals", "MLP evals", "seconds", "seeds")
+HEADINGS += ("transformer evals", "MLP evals", "images/s", "seeds")
 PAGE = """# Leaderboard
 
 Rules side by side on digits, at equal numbers of steps, printed by `bash scripts/leaderboard.sh`. The quickstart's
@@ -35,10 +35,10 @@ Reward: the Fréchet distances that schedules and heads were optimised by, and h
 features of the digit classifier and on pixels. Judge: the same distance on the features of another classifier, which
 took no part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds of the images. Guidance
 trades pixels against features, so a row is compared with the hand-made rule that the judge likes best among those of
-no larger pixel distance; `none` where no hand-made rule comes that near on pixels. `beyond` is the difference over
-the root of the sum of both variances. Hand-made rules: of a grid of 136, those that no other beats in both reward
-features. Evaluations are those of an image; seconds those of a run of 1,800 images on the two CPU cores here, which
-are shared: they say little."""
+no larger pixel distance; `none` where no hand-made rule comes that near on pixels, or where it is that rule itself.
+`beyond` is the difference over the root of the sum of both variances. Hand-made rules: of a grid of 136, those that
+no other beats in both reward features. Evaluations are those of an image; images/s were measured on two shared CPU
+cores and say little."""
 
 
 @dataclass
@@ -75,22 +75,23 @@ def rules_of(settings: dict) -> str:
     return ", ".join(words)
 
 
+def rules_key(settings: dict) -> str:
+    """What two lines about the same images have in common, however they were measured."""
+    return json.dumps({key: value for key, value in settings.items() if key not in MEASURES}, sort_keys=True)
+
+
 def entries(path: Path, name: str | None) -> list[Entry]:
     """The settings of a file that were measured by both; a file without such ones raises ValueError."""
-    groups = {}
-    for row in read_lines(path):
-        settings = {key: value for key, value in row["settings"].items() if key not in MEASURES}
-        group = groups.setdefault(json.dumps(settings, sort_keys=True), (settings, {}, {}, {}))
-        measured = group[2] if row["settings"].get("fid_weights") else group[1]
-        measured[row["settings"]["seed"]] = row["metrics"]
-        if row.get("num_made"):
-            group[3].update({key: row[key] for key in ("mar_evals", "mlp_evals")}, seconds=row["seconds"])
-    found = []
-    for settings, reward, judge, costs in groups.values():
-        if seeds := sorted(reward.keys() & judge.keys()):
-            features, pixels = ([reward[seed][key] for seed in seeds] for key in ("fid", "frechet_pixels"))
-            judged = [judge[seed]["fid"] for seed in seeds]
-            found.append(Entry(name or rules_of(settings), settings, features, pixels, judged, costs))
+    groups, found, judged = group_seeds(read_lines(path)), [], {}
+    for settings, figures, _ in groups:
+        if settings.get("fid_weights") and "fid" in figures:
+            judged[rules_key(settings)] = figures["fid"]
+    for settings, figures, _ in groups:
+        judge = judged.get(rules_key(settings))
+        if judge and not settings.get("fid_weights") and {"fid", "frechet_pixels"} <= figures.keys():
+            costs = {key: mean(figures[key]) for key in COSTS if key in figures}
+            reward = figures["fid"], figures["frechet_pixels"]
+            found.append(Entry(name or rules_of(settings), settings, *reward, judge, costs))
     if not found:
         raise ValueError(f"{path} has no setting that was measured by the reward's features and by a judge's")
     return found
@@ -120,7 +121,7 @@ def cells(entry: Entry, hand: list[Entry]) -> list[str]:
         error = math.hypot(*spreads)
         beyond = f"{abs(mean(entry.judge) - mean(other.judge)) / error:.1f}" if error else "–"
         against = [f"{shown(other.judge)} ({other.name})", f"{100 * difference:+.0f} %", beyond]
-    costs = [f"{entry.costs[key]:g}" if key in entry.costs else "–" for key in ("mar_evals", "mlp_evals", "seconds")]
+    costs = [f"{entry.costs[key]:.4g}" if key in entry.costs else "–" for key in COSTS]
     return [
         entry.name,
         *map(shown, (entry.features, entry.pixels, entry.judge)),

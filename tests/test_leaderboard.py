@@ -15,7 +15,7 @@ def lines(seeds, features, pixels, judge, num_iter=4, **settings):
     rows = []
     for i, seed in enumerate(seeds):
         judged = judge[i] if isinstance(judge, list) else judge
-        made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, seconds=2.0)
+        made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, images_per_second=2.0)
         for weights, metrics in ((None, dict(fid=features, frechet_pixels=pixels)), ("judge.npz", dict(fid=judged))):
             rows.append(dict(settings=shared | dict(seed=seed, fid_weights=weights), metrics=metrics, **made))
             made = dict(num_made=0)
@@ -49,7 +49,7 @@ def test_a_row_meets_the_best_hand_made_rule_of_no_larger_pixel_distance(tmp_pat
     assert mine["best hand-made judge"].startswith("0.700 ± 0.141 (cfg 1.2 linear") and mine["difference"] == "-50 %"
     assert mine["beyond"] == "2.2"  # 0.35 over the root of 0.0707² + 0.1414²
     assert (mine["judge"], mine["reward: features"], mine["seeds"]) == ("0.350 ± 0.071", "0.500 ± 0.000", "2")
-    assert (mine["transformer evals"], mine["MLP evals"], mine["seconds"]) == ("8", "1024", "2")
+    assert (mine["transformer evals"], mine["MLP evals"], mine["images/s"]) == ("8", "1024", "2")
     assert rows["cfg 1.5 linear, τ 1"]["best hand-made judge"] == "none"  # the best itself
 
 

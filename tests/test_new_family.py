@@ -23,9 +23,7 @@ SAMPLE = "--num_images 4 --metrics none --num_iter 3 --cfg 1.5 --device cpu".spl
 
 @pytest.fixture(autouse=True)
 def row(monkeypatch):
-    monkeypatch.setitem(families.FAMILIES, "mean", helpers_family.ROW)
-    for size in helpers_family.SIZES:
-        monkeypatch.setitem(families.SIZES, size, "mean")
+    helpers_family.add_family(monkeypatch)
 
 
 @pytest.fixture

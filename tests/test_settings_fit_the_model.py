@@ -6,7 +6,6 @@ import torch
 import main_mar
 import sample
 from heads.policy import build_rules
-from models import families
 from sampling.loop import generate
 from sampling.settings import SampleConfig
 from scripts import search_schedule
@@ -32,16 +31,10 @@ IMAGE = "--objective image --learn tau --features digits --bank 16".split()
 def trained(tmp_path_factory):
     """A checkpoint of the family of helpers_family, before it needs any rule."""
     with pytest.MonkeyPatch.context() as patch:
-        add_family(patch)
+        helpers_family.add_family(patch)
         folder = tmp_path_factory.mktemp("run")
         assert main_mar.main([*TRAIN, "--epochs", "1", "--output_dir", str(folder)]) == 0
     return folder
-
-
-def add_family(patch):
-    patch.setitem(families.FAMILIES, "mean", helpers_family.ROW)
-    for size in helpers_family.SIZES:
-        patch.setitem(families.SIZES, size, "mean")
 
 
 @pytest.fixture
@@ -49,7 +42,7 @@ def needing(monkeypatch):
     """A function that adds the family to the table, with these rules that it needs beside its order."""
 
     def add(rules):
-        add_family(monkeypatch)
+        helpers_family.add_family(monkeypatch)
         monkeypatch.setattr(helpers_family.MeanModel, "fixed_rules", {"order": "raster", **rules})
 
     for name in ("engine_mar.train_one_epoch", "sampling.run.generate"):

@@ -273,10 +273,11 @@ class ImageObjective(nn.Module):
 
 
 def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
-    """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all images.
+    """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all B images.
 
     What all images share is for v(u) to learn: the adaptive part, whose many weights would move it in large steps, gets
-    the gradient of the differences. An order head has no v.
+    the gradient of the differences. An order head has no v. The mean is that of a process's own micro-batch: images that
+    finish early leave it, so processes may not all take part in a step, and none waits for another.
     """
     if name != "order" and a.requires_grad:
         weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)

@@ -95,17 +95,24 @@ class Spread:
             sums = (
                 dist.all_sum(sums.to(device, torch.float32) if device.type == "mps" else sums.to(device)).double().cpu()
             )
-            sums = sums[sums[:, 0] > 0]
-            if not len(sums):
-                continue
-            mean, squares, variance = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)  # of each step
-            parts = {
-                "steps": mean.var(correction=0),
-                "images": (squares - mean.square()).clamp(min=0).mean(),
-                "tokens": variance.mean(),
-            }
-            total = sum(parts.values())
-            total = total if total > 1e-10 else torch.zeros(())  # less is rounding
-            shares = {part: round((value / total).item(), 4) if total > 0 else 0.0 for part, value in parts.items()}
-            report[f"{name}_variance"] = {"total": round(total.item(), 6), **shares}
+            if (sums[:, 0] > 0).any():
+                report[f"{name}_variance"] = shares_of(sums)
         return report
+
+
+def shares_of(sums: torch.Tensor) -> dict[str, float]:
+    """{total, steps, images, tokens} of sums (K, 4): images of a step and, over them, Σ mean, Σ mean², Σ variance.
+
+    Mean and variance are those over the tokens that an image draws in the step. Steps without images do not count.
+    """
+    sums = sums[sums[:, 0] > 0]
+    mean, squares, variance = (sums[:, 1:] / sums[:, :1]).unbind(dim=1)  # of each step
+    parts = {
+        "steps": mean.var(correction=0),
+        "images": (squares - mean.square()).clamp(min=0).mean(),
+        "tokens": variance.mean(),
+    }
+    total = sum(parts.values())
+    total = total if total > 1e-10 else torch.zeros(())  # less is rounding
+    shares = {part: round((value / total).item(), 4) if total > 0 else 0.0 for part, value in parts.items()}
+    return {"total": round(total.item(), 6), **shares}

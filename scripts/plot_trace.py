@@ -2,6 +2,8 @@
 
 python scripts/plot_trace.py OUT/<setting>/trace.npz --out DIR [--images 0,1,2]
 
+DIR/rules.png: τ and guidance scale of each step in all traced images, and how much of their variance is between steps,
+between images and between tokens: a schedule differs between steps only.
 DIR/trace_<i>.png: maps of the step, τ and guidance scale of each token, tokens a step, the image after each step.
 DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange. The tokens that an
 edited image had from the start are blank in the maps.
@@ -13,10 +15,12 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from sampling.adaptive import shares_of
 from util.args import OneLineParser
 from util.checkpoint import atomic_file
 from util.door import run_main
@@ -104,6 +108,47 @@ def draw_bars(axis, group_size: np.ndarray) -> None:
             axis.text(x, size, str(size), ha="center", va="bottom", fontsize=8)
 
 
+def by_step(values: np.ndarray, order_step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (N, K) of values (N, L) over the tokens that an image draws in a step; NaN where it draws none."""
+    chosen = order_step[:, :, None] == np.arange(order_step.max() + 1)  # (N, L, K)
+    number = chosen.sum(axis=1)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        mean = (values[:, :, None] * chosen).sum(axis=1) / number
+        variance = (np.square(values[:, :, None] - mean[:, None]) * chosen).sum(axis=1) / number
+    return mean, variance
+
+
+def shares(mean: np.ndarray, variance: np.ndarray) -> dict[str, float]:
+    """The shares of variance of a results line, of means and variances (N, K) of the traced images."""
+    drawn = ~np.isnan(mean)
+    sums = [drawn, np.nan_to_num(mean), np.square(np.nan_to_num(mean)), np.nan_to_num(variance)]
+    return shares_of(torch.tensor(np.stack([x.sum(axis=0) for x in sums], axis=1), dtype=torch.float64))
+
+
+def draw_rules(path: Path, trace: dict[str, np.ndarray]) -> None:
+    """The PNG of τ and w over the steps, a line for each traced image."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for axis, key, title in ((axes[0], "tau", "temperature τ"), (axes[1], "cfg", "guidance scale w")):
+        mean, variance = by_step(trace[key], trace["order_step"])
+        steps, part = np.arange(1, mean.shape[1] + 1), shares(mean, variance)
+        axis.plot(steps, mean.T, color="#4c72b0", alpha=max(0.15, 1 / len(mean)), linewidth=1, marker=".")
+        axis.plot(steps, np.nanmean(mean, axis=0), color="black", linewidth=2)
+        spread = ", ".join(f"{name} {part[name]:.0%}" for name in ("steps", "images", "tokens"))
+        axis.set_title(f"{title}\nvariance {part['total']:.3g}: {spread}", fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{len(trace['labels'])} images (blue) and their mean", fontsize=11)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+    plt.close(figure)
+
+
 def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     """The PNG of image i of the trace."""
     import matplotlib
@@ -167,6 +212,8 @@ def main(argv=None) -> int:
     images = parse_images(args.images, len(trace["labels"]))
     check_output_folder("out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
+    draw_rules(args.out / "rules.png", trace)
+    print(args.out / "rules.png")
     for i in images:
         draw_image(args.out / f"trace_{i}.png", trace, i)
         draw_gif(args.out / f"trace_{i}.gif", trace, i)

@@ -1,5 +1,7 @@
 """Traces: what sample.py --save_trace records of growing images, that it changes none, and the pictures made of it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 from heads.policy import PolicyHeads
 from models.tokenizers import build_tokenizer
+from sampling.adaptive import Spread
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from sampling.trace import num_traced
@@ -193,7 +196,7 @@ def test_a_png_and_a_gif_an_image(traced, tmp_path):
     trace = folder_of(traced) / "trace.npz"
     assert plot_trace.main([str(trace), "--out", str(tmp_path / "new" / "dir"), "--images", "3,0"]) == 0
     names = {p.name for p in (tmp_path / "new" / "dir").iterdir()}
-    assert names == {"trace_0.png", "trace_0.gif", "trace_3.png", "trace_3.gif"}
+    assert names == {"rules.png", "trace_0.png", "trace_0.gif", "trace_3.png", "trace_3.gif"}
     with Image.open(tmp_path / "new" / "dir" / "trace_3.png") as image:
         assert image.format == "PNG" and image.width >= 1000
         assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 100
@@ -207,6 +210,22 @@ def test_a_png_and_a_gif_an_image(traced, tmp_path):
             assert np.abs(growing - arrays["frames"][3, step]).max() <= 8  # GIF has 256 colours
             new = np.abs(mask - plot_trace.NEW).max(-1) <= 8
             assert np.array_equal(new, (arrays["order_step"][3] == step).reshape(8, 8))
+
+
+def test_the_shares_in_the_picture_are_those_of_the_results_line():
+    """Images that end at different steps, values that differ between tokens."""
+    rng = np.random.default_rng(0)
+    order_step = np.array([rng.permutation([-1, 0, 0, 1, 1, 1, 2, 3]), rng.permutation([0, 0, 0, 0, 0, 1, 1, 1])])
+    values = rng.normal(1, 0.2, order_step.shape).astype(np.float32)
+    spread = Spread(["tau"])
+    for step in range(4):
+        images = (order_step >= step).any(axis=1)  # the unfinished ones
+        select = torch.tensor(order_step[images] == step)
+        tau = torch.tensor(values[images])
+        spread.record(step, SimpleNamespace(select=select, tau=tau, cfg=tau))
+    spread.end_batch()
+    drawn = plot_trace.shares(*plot_trace.by_step(values, order_step))
+    assert drawn["total"] > 0 and drawn == pytest.approx(spread.report(4, torch.device("cpu"))["tau_variance"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def draw_bars(axis, group_size: np.ndarray) -> None:
 
 
 def by_step(values: np.ndarray, order_step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance (N, K) of values (N, L) over the tokens that an image draws in a step; NaN where it draws none."""
+    """Mean and variance (N, K) of values (N, L) over the tokens that an image draws in a step; NaN where it draws 0."""
     chosen = order_step[:, :, None] == np.arange(order_step.max() + 1)  # (N, L, K)
     number = chosen.sum(axis=1)
     with np.errstate(invalid="ignore"):  # 0 / 0

@@ -4,28 +4,24 @@
     python sample.py --checkpoint output_dir/quickstart --output_dir OUT --schedule schedule.json --num_iter 4 \\
         --num_sampling_steps 8 --solver dpmpp_sde
 
-What is minimised is the mean, over the kinds in --features, of the Fréchet distance of --num_images images to the data,
-divided by that of the start, which is the best point of a small grid of hand-made settings. All points have the same
-random numbers. At the end the start, the mean of the search and its best point are measured under another seed, and the
-better of the last two is written. Judge it by other features: docs/evaluation.md.
+What is minimised is the mean, over the kinds in --features and weighted by --reward_weights, of the Fréchet distance of
+--num_images images to the data, divided by that of the start, which is the best point of a small grid of hand-made
+settings. All points have the same random numbers. At the end the start, the mean of the search and its best point are
+measured under another seed, and the better of the last two is written. Judge it by other features: docs/evaluation.md.
 
 OUT.json         the schedule, with what it was made of and its distances
 OUT.state.json   the search so far, after each generation; the same command goes on from it exactly
 OUT.png          the distances over the evaluations
 """
 
-import hashlib
-import itertools
 import json
 import sys
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
@@ -34,32 +30,22 @@ from diffusion.solvers import SOLVERS
 from heads.orders import ORDERS
 from heads.policy import build_rules
 from heads.searched import read_schedule
-from heads.step import StepState
 from models.loading import load_model
 from sampling.loop import generate
 from sampling.run import Parts
 from sampling.settings import SampleConfig
+from training.search import Options, Search, hand_made_grid, ratio, read_state
 from util import dist
 from util.args import check_output_file, flag, run_with
 from util.checkpoint import atomic_file, checkpoint_path
 from util.door import run_main
 from util.evaluation.results import git_commit
-from util.evaluation.reward import RewardDistance, reward_kinds
+from util.evaluation.reward import RewardDistance, reward_kinds, reward_weights
 from util.images.datasets import build_dataset
 from util.images.folders import check_output_folder
 from util.images.pictures import is_png, to_uint8
 from util.images.reading import stored_reading
 from util.rng import DEFAULT_SEED, image_seeds
-
-# The grid that the search starts from: the smallest geometric mean of the distances wins, which needs no unit.
-GRID = dict(
-    cfg_schedule=("constant", "linear"), cfg=(1.25, 1.8, 3.0), temperature=(0.9, 1.0), group=("cosine", "power")
-)
-# How far a coordinate of 1 moves a value: factors e^x of a group and of τ, terms of w and of the profile.
-MOVES = dict(group=0.3, tau=0.1, cfg=0.4, profile=0.3)
-BOUNDS = dict(tau=(0.4, 1.6), cfg=(0.0, 8.0), profile=(0.0, 3.0))
-NUM_KNOTS = 8
-DIGITS = 6  # after the point, of all values: what is written is what was measured
 
 
 @dataclass(frozen=True)
@@ -69,6 +55,7 @@ class SearchArgs:
     checkpoint: str | None = flag(None, "folder or file of the checkpoint")
     out: str | None = flag(None, "the .json to write; the state and the picture get names beside it")
     features: str = flag("digits,pixels", "comma list of the kinds of features of the reward, two at least")
+    reward_weights: str | None = flag(None, "comma list of their weights (default: 1 each)")
     data_path: str | None = flag(None, "folder of the real images (default: the training data)")
     num_iter: int = flag(4, "autoregressive steps", low=1)
     num_sampling_steps: int | str = flag(
@@ -91,152 +78,6 @@ class SearchArgs:
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
-
-
-# ------------------------------------------------------------------------------------------------------ the schedules
-
-
-def values_of(rules, num_iter: int, length: int) -> dict[str, list[float]]:
-    """What hand-made rules decide at each step about an image of `length` tokens, as the values of a schedule."""
-    mask, decided = torch.ones(1, length, dtype=torch.bool), {"group": [], "tau": [], "cfg": []}
-    start, zeros = torch.full((1,), float(length)), torch.zeros(1, length)
-    for step in range(num_iter):
-        n = mask.sum(dim=1).float()
-        plan = rules(StepState(step, num_iter, mask, n, start, zeros, None, torch.zeros(1, dtype=torch.long)))
-        mask = mask & ~plan.select
-        decided["group"].append(1 - mask.sum().item() / length)
-        decided["tau"].append(plan.tau[0, 0].item())
-        decided["cfg"].append(plan.cfg[0, 0].item())
-    decided["profile"] = [1.0] * NUM_KNOTS
-    return {kind: [round(x, DIGITS) for x in numbers] for kind, numbers in decided.items()}
-
-
-def hand_made_grid(num_iter: int, length: int) -> list[dict]:
-    """The schedules of all points of GRID."""
-    points = (dict(zip(GRID, point)) for point in itertools.product(*GRID.values()))
-    return [values_of(build_rules("baseline", **point), num_iter, length) for point in points]
-
-
-def moved(start: dict, x: np.ndarray) -> dict[str, list[float]]:
-    """The schedule at x (3K + 8,), whose coordinates move the groups, τ, w and the profile of the start, at 0."""
-    ends = np.cumsum([len(start[kind]) for kind in ("group", "tau", "cfg")])
-    group, tau, cfg, profile = np.split(np.asarray(x), ends)
-    sizes = np.diff(start["group"], prepend=0.0) * np.exp(MOVES["group"] * group)
-    schedule = {
-        "group": np.cumsum(sizes) / sizes.sum(),
-        "tau": start["tau"] * np.exp(MOVES["tau"] * tau),
-        "cfg": start["cfg"] + MOVES["cfg"] * cfg,
-        "profile": start["profile"] + MOVES["profile"] * profile,
-    }
-    schedule |= {kind: schedule[kind].clip(*bounds) for kind, bounds in BOUNDS.items()}
-    result = {kind: [round(float(x), DIGITS) for x in numbers] for kind, numbers in schedule.items()}
-    return result | {"group": [*result["group"][:-1], 1.0]}
-
-
-def ratio(distances: dict, unit: dict) -> float:
-    """The mean over the kinds of the distance over that of the unit."""
-    return float(np.mean([distances[kind] / unit[kind] for kind in unit]))
-
-
-# --------------------------------------------------------------------------------------------------------- the search
-
-
-class Search:
-    """CMA-ES over schedules; what it has measured stands in `state` and, after each generation, in a file.
-
-    measure(values) -> {kind: distance > 0}, a function of the values alone. The points of a generation follow from the
-    seed and from what was measured before, so that the file needs no more than that. settings: what must be the same
-    for the file to be gone on with. A file that does not fit raises ValueError.
-    """
-
-    def __init__(self, measure, grid: list[dict], path: Path, settings: dict, *, popsize: int, seed: int, sigma: float):
-        self.measure, self.grid, self.path = measure, grid, path
-        self.options = dict(popsize=popsize, seed=seed, sigma=sigma)
-        settings = {**settings, **self.options, "grid": digest(json.dumps(grid).encode())}
-        settings = json.loads(json.dumps(settings))
-        self.state = {"settings": settings, "seconds": 0.0, "grid": [], "generations": []}
-        if path.exists():
-            self.state = read_state(path)
-            changed = [k for k in settings if self.state["settings"].get(k) != settings[k]]
-            if changed:
-                before, now = self.state["settings"].get(changed[0]), settings[changed[0]]
-                raise ValueError(f"{path} is of a search with {changed[0]} {before!r}, not {now!r}: name another --out")
-
-    def run(self, iterations: int, max_seconds: float, *, quiet: bool = False) -> None:
-        """The grid, then generations until there are so many, or their evaluations took so long, or CMA-ES ends."""
-        total = len(self.grid) + iterations * self.options["popsize"]
-        done = len(self.state["grid"]) + len(self.state["generations"]) * self.options["popsize"]
-        with tqdm(total=total, initial=done, unit="eval", desc="grid", disable=quiet, leave=False) as progress:
-            for values in self.grid[len(self.state["grid"]) :]:
-                self.state["grid"].append(self._timed(values, progress))
-                self._write()
-            self._begin()
-            progress.set_description("search")
-            while len(self.state["generations"]) < iterations and self.state["seconds"] < max_seconds:
-                if self.strategy.stop():
-                    break
-                points = self.strategy.ask()
-                measured = [self._timed(moved(self.start, x), progress) for x in points]
-                self.state["generations"].append({"points": digest(np.stack(points).tobytes()), "distances": measured})
-                self._tell(points, measured)
-                self._write()
-                progress.set_postfix_str(f"distance {self.best[0]:.3f} of the start's")
-
-    def _begin(self) -> None:
-        """The strategy at the best point of the grid, told again what was measured."""
-        import cma
-
-        scores = [np.mean([np.log(d) for d in distances.values()]) for distances in self.state["grid"]]
-        number = int(np.argmin(scores))
-        self.start, self.unit = self.grid[number], self.state["grid"][number]
-        self.best = (1.0, self.start)
-        random = np.random.RandomState(self.options["seed"])  # its own: cma would seed and use numpy's global one
-        options = dict(popsize=self.options["popsize"], randn=random.randn, seed=np.nan, verbose=-9, verb_log=0)
-        size = sum(len(numbers) for numbers in self.start.values())
-        self.strategy = cma.CMAEvolutionStrategy(np.zeros(size), self.options["sigma"], options)
-        for generation in self.state["generations"]:
-            points = self.strategy.ask()
-            if digest(np.stack(points).tobytes()) != generation["points"]:
-                raise ValueError(f"{self.path} was made by another version of cma or numpy: name another --out")
-            self._tell(points, generation["distances"])
-
-    def _tell(self, points, measured) -> None:
-        ratios = [ratio(distances, self.unit) for distances in measured]
-        self.strategy.tell(points, ratios)
-        number = int(np.argmin(ratios))
-        if ratios[number] < self.best[0]:
-            self.best = (ratios[number], moved(self.start, points[number]))
-
-    def _timed(self, values, progress) -> dict[str, float]:
-        began = time.perf_counter()
-        distances = self.measure(values)
-        self.state["seconds"] += time.perf_counter() - began
-        progress.update()
-        return distances
-
-    def _write(self) -> None:
-        with atomic_file(self.path) as temporary:
-            temporary.write_text(json.dumps(self.state))
-
-    def candidates(self) -> dict[str, dict]:
-        """{name: schedule}: the start, the best point that was measured, the mean of the last generation."""
-        return {"start": self.start, "best": self.best[1], "mean": moved(self.start, self.strategy.result.xfavorite)}
-
-
-def digest(data: bytes) -> str:
-    """16 hex digits of the data."""
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
-
-
-def read_state(path: Path) -> dict:
-    """What `Search` wrote; another file raises ValueError."""
-    try:
-        state = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        state = None
-    if not isinstance(state, dict) or not {"settings", "seconds", "grid", "generations"} <= state.keys():
-        raise ValueError(f"{path} is no state of a search")
-    return state
 
 
 def is_own(path: Path, read) -> bool:
@@ -291,7 +132,12 @@ def draw(search: Search, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     generations = [generation["distances"] for generation in search.state["generations"]]
-    ratios = np.array([[ratio(distances, search.unit) for distances in measured] for measured in generations])
+    ratios = np.array(
+        [
+            [ratio(distances, search.unit, search.options.reward_weights) for distances in measured]
+            for measured in generations
+        ]
+    )
     counts = np.arange(1, ratios.size + 1).reshape(ratios.shape)
     figure, panel = plt.subplots(figsize=(7, 4))
     panel.scatter(counts, ratios, s=6, color="0.75", label="a point")
@@ -316,7 +162,7 @@ def check_args(args: SearchArgs) -> None:
     for name in ("checkpoint", "out"):
         if getattr(args, name) is None and not args.dry_run:
             raise ValueError(f"--{name} is needed")
-    reward_kinds(args.features)
+    reward_weights(args.reward_weights, reward_kinds(args.features))
     if args.out is None:
         return
     out, state, picture = files_of(Path(args.out))
@@ -340,11 +186,12 @@ def run(args: SearchArgs) -> int:
     settings = {k: v for k, v in asdict(args).items() if k not in changing} | {"weights": measure.parts.weights_hash()}
     out.parent.mkdir(parents=True, exist_ok=True)
     grid = hand_made_grid(args.num_iter, model.config.seq_len)
-    search = Search(measure, grid, state, settings, popsize=args.popsize, seed=args.seed, sigma=args.sigma)
+    weights = reward_weights(args.reward_weights, reward_kinds(args.features))
+    search = Search(measure, grid, state, settings, Options(args.popsize, args.seed, args.sigma, weights))
     search.run(args.iterations, args.max_minutes * 60)
     candidates = search.candidates()
     check = {name: measure(values, args.seed + 1) for name, values in candidates.items()}
-    ratios = {name: ratio(distances, check["start"]) for name, distances in check.items()}
+    ratios = {name: ratio(distances, check["start"], weights) for name, distances in check.items()}
     name = min(("best", "mean"), key=ratios.get)
     generations = len(search.state["generations"])
     evaluations = len(grid) + generations * args.popsize

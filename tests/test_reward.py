@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tests.helpers import randn
-from training.objectives.reward import RIDGE, Bank, Frechet, Reward, reward_weights
+from training.objectives.reward import RIDGE, Bank, Frechet, Reward
 from util.evaluation.metrics import frechet_distance, gaussian_statistics
-from util.evaluation.reward import RewardDistance
+from util.evaluation.reward import RewardDistance, reward_weights
 from util.images.datasets import build_dataset
 
 

@@ -7,11 +7,11 @@ import pytest
 
 from heads.searched import KINDS, read_schedule, schedule_setting
 from scripts import search_schedule
-from scripts.search_schedule import MOVES, NUM_KNOTS, Search, hand_made_grid, moved, values_of
 from tests.helpers import untrained
 from tests.helpers_generate import rules_of
 from tests.test_cli import refused
 from tests.test_sample import draw, rows
+from training.search import MOVES, NUM_KNOTS, Options, Search, hand_made_grid, moved, values_of
 from util.evaluation.reward import RewardDistance, principal_directions, reward_kinds
 from util.images.datasets import build_dataset
 
@@ -26,8 +26,10 @@ def toy(values) -> dict:
     return {"a": 1e-4 + far["group"] + far["cfg"], "b": 1e-4 + far["tau"] + far["profile"]}
 
 
-def search(path, measure=toy, grid=(START, GOAL | dict(cfg=[9.0, 9.0, 9.0])), seed=3, **settings):
-    return Search(measure, list(grid), path, settings, popsize=8, seed=seed, sigma=0.5)
+def search(
+    path, measure=toy, grid=(START, GOAL | dict(cfg=[9.0, 9.0, 9.0])), seed=3, reward_weights=(1.0, 1.0), **settings
+):
+    return Search(measure, list(grid), path, settings, Options(8, seed, 0.5, dict(zip("ab", reward_weights))))
 
 
 # --------------------------------------------------------------------------------------------------------- the space
@@ -80,6 +82,21 @@ def test_a_search_improves_on_its_start(tmp_path):
     assert set(searching.candidates()) == {"start", "best", "mean"}
 
 
+def test_weights_choose_what_a_search_improves(tmp_path):
+    """Two goals that pull against each other: the heavier kind of distance ends nearer to its own."""
+
+    def torn(values):
+        far = {kind: np.square(np.subtract(values["tau"], goal)).sum() for kind, goal in (("a", 0.5), ("b", 1.2))}
+        return {kind: 0.01 + float(x) for kind, x in far.items()}
+
+    ends = []
+    for number, reward_weights in enumerate([(4.0, 1.0), (1.0, 4.0)]):
+        searching = search(tmp_path / f"{number}.json", torn, [START], reward_weights=reward_weights)
+        searching.run(60, 1e9, quiet=True)
+        ends.append(torn(searching.best[1]))
+    assert ends[0]["a"] < 0.5 * ends[1]["a"] and ends[1]["b"] < 0.5 * ends[0]["b"]
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 7, 30])
 def test_a_search_goes_on_bit_for_bit(stop_at, tmp_path):
     """Interrupted within any evaluation and gone on with, whatever became of numpy's random state."""
@@ -125,6 +142,8 @@ def test_a_state_of_another_search_is_refused(tmp_path):
     for options, shown in ((dict(weights="b"), "weights 'a', not 'b'"), (dict(weights="a", seed=4), "seed 3, not 4")):
         with pytest.raises(ValueError, match=shown):
             search(path, **options)
+    with pytest.raises(ValueError, match="of a search with reward_weights"):
+        search(path, weights="a", reward_weights=(1.0, 2.0))
     with pytest.raises(ValueError, match="of a search with grid"):
         search(path, weights="a", grid=[START])
     state = json.loads(path.read_text())
@@ -197,6 +216,7 @@ def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
         ("--checkpoint c --out s.txt", "must end in .json"),
         ("--checkpoint nowhere --out s.json", "no checkpoint at nowhere"),
         ("--checkpoint c --out s.json --features digits", "at least two kinds"),
+        ("--checkpoint c --out s.json --reward_weights 1", "'1'"),
         ("--checkpoint c --out s.json --order spiral", "'spiral'"),
         ("--checkpoint c --out s.json --popsize 1", "at least 4"),
     ],

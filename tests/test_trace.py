@@ -225,7 +225,8 @@ def test_the_shares_in_the_picture_are_those_of_the_results_line():
         spread.record(step, SimpleNamespace(select=select, tau=tau, cfg=tau))
     spread.end_batch()
     drawn = plot_trace.shares(*plot_trace.by_step(values, order_step))
-    assert drawn["total"] > 0 and drawn == pytest.approx(spread.report(4, torch.device("cpu"))["tau_variance"], abs=1e-4)
+    reported = spread.report(4, torch.device("cpu"))["tau_variance"]
+    assert drawn["total"] > 0 and drawn == pytest.approx(reported, abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from torch import nn
 from heads.policy import FLAGS, PolicyHeads
 from sampling.loop import decode
 from training.objectives.draws import log_uniform
-from training.objectives.reward import Bank, Reward, reward_weights
+from training.objectives.reward import Bank, Reward
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.optim import TailAverage
 from util import dist
 from util.evaluation.features import check_differentiable
-from util.evaluation.reward import reward_kinds
+from util.evaluation.reward import reward_kinds, reward_weights
 from util.images.datasets import labels_of
 from util.rng import generator, seed_of
 
@@ -276,8 +276,8 @@ def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
     """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all B images.
 
     What all images share is for v(u) to learn: the adaptive part, whose many weights would move it in large steps, gets
-    the gradient of the differences. An order head has no v. The mean is that of a process's own micro-batch: images that
-    finish early leave it, so processes may not all take part in a step, and none waits for another.
+    the gradient of the differences. An order head has no v. The mean is over a process's own micro-batch: images that
+    finish early leave it, so that processes may not all take part in a step, and none waits for another.
     """
     if name != "order" and a.requires_grad:
         weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)

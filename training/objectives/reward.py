@@ -6,7 +6,6 @@ images in the bank. Statistics are float64. (docs/heads.md)
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from util.evaluation.features import differentiable_features
@@ -110,16 +109,3 @@ class Reward:
 
 def _pixels(images):
     return images.movedim(1, -1).flatten(1)  # (n, H·W·C), as `RewardDistance` has them
-
-
-def reward_weights(text: str | None, kinds: tuple[str, ...]) -> dict[str, float]:
-    """{kind: weight} of a comma list, 1 each for None; what is not one positive number a kind raises ValueError."""
-    try:
-        weights = [1.0] * len(kinds) if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        weights = []
-    if len(weights) != len(kinds) or not all(0 < weight < np.inf for weight in weights):
-        raise ValueError(
-            f"--reward_weights must be {len(kinds)} numbers above 0, one for each of {','.join(kinds)}, got {text!r}"
-        )
-    return dict(zip(kinds, weights))

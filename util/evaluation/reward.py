@@ -25,6 +25,19 @@ def reward_kinds(text: str) -> tuple[str, ...]:
     return kinds
 
 
+def reward_weights(text: str | None, kinds: tuple[str, ...]) -> dict[str, float]:
+    """{kind: weight} of a comma list, 1 each for None; what is not one positive number a kind raises ValueError."""
+    try:
+        weights = [1.0] * len(kinds) if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(kinds) or not all(0 < weight < np.inf for weight in weights):
+        raise ValueError(
+            f"--reward_weights must be {len(kinds)} numbers above 0, one for each of {','.join(kinds)}, got {text!r}"
+        )
+    return dict(zip(kinds, weights))
+
+
 class RewardDistance:
     """{kind: Fréchet distance to the real images} of uint8 images (n, H, W, C), C that of the real ones.
 

@@ -8,24 +8,34 @@
 #            are trained together with the backbone from that epoch on (--heads_from)
 #   early    as policy, with heads from the start
 #   joint    the states of visited; a group head is trained beside the backbone, without a scoring pass
+# After them, for digits, the whole pipeline stage by stage, each at the same evaluations beside the hand-made rules on the
+# backbone of anneal, on the reward's features and a judge's:
+#   random    the checkpoint trained as before, the published rules
+#   anneal    on the backbone of anneal its order, the published group sizes, tau and w
+#   searched  the same with a schedule by scripts/search_schedule.py
+#   heads     the same with heads by --objective image, around hand-made rules
+#   pipeline  the same with heads around the searched schedule
 #   INIT=output_dir/quickstart OUT=output_dir/policy SEEDS="1 2 3" bash scripts/train_policy.sh
 # Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS names the stages to compare, LEARN the heads of policy and early. EPOCHS is that of random, visited and anneal; policy
+# ARMS names the masks to compare, STAGES those of the pipeline, LEARN the heads of policy and early. EPOCHS is that of random, visited and anneal; policy
 # and joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py --only heads). Finished parts
-# are not run again. About an hour and a half on 2 CPU cores.
+# are not run again. On 2 CPU cores the masks take an hour and a half, and the pipeline as long for each seed; ARMS= or
+# STAGES= leaves them out.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
 out=${OUT:-output_dir/policy}
 learn=${LEARN:-group}
 launcher=(python)
+stages=
 case $preset in
     digits)
         init=${INIT:-output_dir/quickstart} epochs=${EPOCHS:-45} steps=2,4,8,16 range=2,16
         stage=(--warmup_epochs 1 --eval_freq 1000)
         sampling=(--cfg 1,1.25,1.5 --num_images 1800)
+        stages=${STAGES-random anneal searched heads pipeline}
         ;;
     cifar10)
         init=${INIT:-output_dir/cifar10} epochs=${EPOCHS:-30} steps=2,4,8,16 range=2,16
@@ -47,7 +57,7 @@ if [[ -z ${INIT:-} && $preset != mar_base ]]; then
     run "${launcher[@]}" main_mar.py --preset "$preset" "${data[@]}" --output_dir "$init" --resume "$init" "$@"
 fi
 results=()
-for arm in ${ARMS:-random visited anneal policy early joint}; do
+for arm in ${ARMS-random visited anneal policy early joint}; do
     case $arm in
         random) share=100 masks=(--train_masks random) ;;
         visited) share=100 masks=(--train_masks visited --train_targets next --order halton) ;;
@@ -76,6 +86,61 @@ for arm in ${ARMS:-random visited anneal policy early joint}; do
     done
     results+=("$out/$arm/results.jsonl")
 done
-into "$out/table.md" python scripts/make_table.py "${results[@]}" --csv "$out/table.csv" --plot "$out/fid_by_evals.png"
-run python scripts/plot_training.py "$out"/*/seed*/ --out "$out/curves.png"
-say "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png, training: $out/curves.png"
+if [[ -n ${results[*]} ]]; then
+    into "$out/table.md" python scripts/make_table.py "${results[@]}" --csv "$out/table.csv" \
+        --plot "$out/fid_by_evals.png"
+    run python scripts/plot_training.py "$out"/*/seed*/ --out "$out/curves.png"
+    say "table: $out/table.md and table.csv, plot: $out/fid_by_evals.png, training: $out/curves.png"
+fi
+
+[ -n "$stages" ] || exit 0
+pass=() # --dry_run goes on to the scripts that this one calls
+[ -z "$dry_run" ] || pass=(--dry_run)
+budget=(--num_sampling_steps 8 --solver dpmpp_sde)
+judge=$out/pipeline/judge.npz
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --output "$judge"
+
+measure() { # STAGE NUM_ITER CHECKPOINT flags: the same images by both
+    local images=(python sample.py --checkpoint "$3" --output_dir "$out/pipeline/$1" --num_iter "$2" "${budget[@]}"
+        --num_images 1800 --metrics fid --features digits --seed "$seed" "${@:4}")
+    run "${images[@]}"
+    run "${images[@]}" --fid_weights "$judge"
+}
+heads() { # STAGE CHECKPOINT flags: train them, measure them
+    local model=$out/pipeline/$1/seed$seed
+    BASE=$2 OUT=$model SEED=$seed bash scripts/train_heads.sh "${pass[@]}" --order halton --learn group,tau,cfg,profile \
+        "${@:3}"
+    measure "$1" 4,8 "$model" --infer_mode both
+}
+for seed in ${SEEDS:-1 2 3}; do
+    annealed=$out/anneal/seed$seed
+    schedule=$out/pipeline/schedule$seed.json
+    for number in 4 8; do # hand-made rules are chosen on the first backbone
+        grid=$out/pipeline/grid$number
+        [ -f "$grid/best.jsonl" ] || NUM_ITER=$number CHECKPOINT=$annealed OUT=$grid JUDGE=$judge SEEDS=$seed \
+            bash scripts/search_grid.sh "${pass[@]}" --order halton
+        measure hand $number "$annealed" --settings_of "$grid/best.jsonl" --order halton
+    done
+    for stage in $stages; do
+        case $stage in
+            random) measure random 4,8 "$out/random/seed$seed" --infer_mode baseline ;;
+            anneal) measure anneal 4,8 "$annealed" --infer_mode baseline ;;
+            searched | pipeline)
+                [ -f "$schedule" ] || run python scripts/search_schedule.py --checkpoint "$annealed" --out "$schedule" \
+                    --num_iter 4 "${budget[@]}" --order halton --reward_weights 1,2
+                if [[ $stage == searched ]]; then
+                    measure searched 4,8 "$annealed" --infer_mode baseline --schedule "$schedule"
+                else
+                    heads pipeline "$annealed" --schedule "$schedule"
+                fi
+                ;;
+            heads) heads heads "$annealed" ;;
+            *) fail "unknown stage '$stage' in STAGES; valid: random, anneal, searched, heads, pipeline" ;;
+        esac
+    done
+done
+rows=()
+for stage in $stages; do
+    rows+=(--row "$stage=$out/pipeline/$stage/results.jsonl")
+done
+into "$out/pipeline/table.md" python scripts/make_leaderboard.py --hand "$out/pipeline/hand/results.jsonl" "${rows[@]}"

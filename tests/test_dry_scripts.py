@@ -61,7 +61,7 @@ def test_the_sourced_files_are_named_here():
 
 
 @pytest.mark.parametrize("script, preset", CASES)
-def test_a_dry_run_shows_commands_and_does_nothing(script, preset, place, tmp_path, capsys):
+def test_a_dry_run_shows_commands_and_does_nothing(script, preset, place, tmp_path, monkeypatch, capsys):
     copy, run = place
     before = tree(tmp_path)
     code, shown, errors, calls = run(script, "--dry_run", **(dict(PRESET=preset) if preset else {}))
@@ -76,9 +76,14 @@ def test_a_dry_run_shows_commands_and_does_nothing(script, preset, place, tmp_pa
     )
     known = ("python", "torchrun", "ruff", "cp")
     assert all(shlex.split(line)[0] in known and "--dry_run" not in line for line in lines[2:])
+    monkeypatch.chdir(tmp_path)
     for arguments in {
         tuple(arguments) for line in lines for name, arguments in commands_in(line) if name == "main_mar.py"
     }:
+        for flag, value in zip(arguments, arguments[1:]):
+            if flag == "--schedule":  # which a command before it makes
+                Path(value).parent.mkdir(parents=True, exist_ok=True)
+                Path(value).write_text('{"values": {"tau": [1.0, 0.9]}}')
         assert main_mar.main([*arguments, "--dry_run"]) == 0
     capsys.readouterr()
 

@@ -11,6 +11,7 @@ training=()
 sampling=()
 images=(--num_images 600)
 seeds=(--seed 1,2)
+groups=(--group cosine,staged)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -25,7 +26,9 @@ for ((i = 0; i < ${#words[@]}; i++)); do
         --order | --group | --schedule | --*_schedule | --cfg | --cfg_power | --cfg_*interval | --cfg_profile | \
             --temperature* | --num_iter | --num_sampling_steps | --solver | --eval_bsz | --metrics | --features | --device | --dtype)
             sampling+=("${words[i]}" "${words[i + 1]}")
-            training+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
+            training+=("${words[i]}" "${words[i + 1]}")
+            [[ ${words[i]} != --num_iter || ,${words[i + 1]}, != *,[12],* ]] || groups=() # staged needs three
+            i=$((i + 1))
             ;;
         --seed) seeds=(--seed "${words[i + 1]}") && i=$((i + 1)) ;;
         --num_images) images=(--num_images "${words[i + 1]}") && sampling+=("${images[@]}") && i=$((i + 1)) ;;
@@ -52,7 +55,7 @@ measured() { # FOLDER flags: the same images by both
     run "${call[@]}"
     run "${call[@]}" --fid_weights "$judge"
 }
-measured "$out/hand" --infer_mode baseline --cfg 1.2,1.5,1.8 --temperature 0.85,0.95
+measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5,1.8 --temperature 0.85,0.95
 measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 1
 first=${seeds[1]%%,*}
 trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)

@@ -1,5 +1,6 @@
 """What trains and how fast: which weights decay, the learning rate, averaged weights."""
 
+import copy
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 
 from tests.helpers import tiny_mar
 from tests.helpers_training import CHANNELS
-from training.optim import EMA, lr_at, make_optimizer
+from training.optim import EMA, CosineAdam, lr_at, make_optimizer
 
 
 @pytest.fixture
@@ -18,6 +19,48 @@ def mar():
 
 
 # ------------------------------------------------------------------------------------------------ optimizer and rate
+
+
+def test_cosine_adam_is_adam_of_the_coefficients():
+    """Against autograd through p = Σ q_k s_k c_k, over some steps, with a gradient that depends on p."""
+    n, steps = 16, 7
+    i = torch.arange(n, dtype=torch.float64)
+    rows = [torch.cos(torch.pi * k * (i + 0.5) / n) * (3 / (1 + k / 2) if k else 1.0) for k in range(n)]
+    basis = torch.stack([row / torch.cos(torch.pi * k * (i + 0.5) / n).norm() for k, row in enumerate(rows)])
+    goal = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    q, p = (
+        torch.zeros(n, dtype=torch.float64, requires_grad=True),
+        torch.nn.Parameter(torch.zeros(n, dtype=torch.float64)),
+    )
+    plain = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    other = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    reference = torch.optim.Adam([q, other], lr=0.1, betas=(0.5, 0.98))
+    optimizer = CosineAdam([{"params": [p], "cosines": True}, {"params": [plain]}], lr=0.1, betas=(0.5, 0.98))
+    for _ in range(steps):
+        for this, values, free in ((reference, q @ basis, other), (optimizer, p, plain)):
+            this.zero_grad()
+            ((values - goal).square().sum() + free.square().sum()).backward()
+            this.step()
+    torch.testing.assert_close(p.detach(), (q @ basis).detach())
+    assert torch.equal(plain, other) and p.abs().min() > 0
+
+
+def test_cosine_adam_goes_on_from_its_state():
+    p, again = (torch.nn.Parameter(torch.zeros(8)) for _ in range(2))
+    first, second = (CosineAdam([{"params": [x], "cosines": True}], lr=0.1) for x in (p, again))
+
+    def move(optimizer, x, step):
+        x.grad = torch.linspace(-1, 2, 8) * (step + 1)
+        optimizer.step()
+
+    for step in range(4):
+        move(first, p, step)
+        if step == 1:
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+            again.data.copy_(p.data)
+        elif step > 1:
+            move(second, again, step)
+    assert torch.equal(p, again)
 
 
 def test_what_decays(mar):

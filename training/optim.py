@@ -1,6 +1,7 @@
 """Optimizer groups, learning rate, exponential moving average of weights."""
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -32,6 +33,40 @@ def lr_at(progress: float, *, lr: float, min_lr: float, schedule: str, warmup_ep
     if schedule == "late_cosine":
         done = max(2 * done - 1, 0.0)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class CosineAdam(torch.optim.Adam):
+    """Adam in which groups with `cosines` hold curves, parameters p (n,) at n knots, that it moves along cosines.
+
+    p = Σ_k q_k s_k c_k with the orthonormal cosines c_k ∝ cos(πk(i + ½)/n) at knot i, s_0 = 1 and s_k = 3 / (1 + k/2);
+    Adam moves q. Knot by knot all would follow what their gradients share, which is mostly noise; along cosines the mean
+    takes small steps, and slopes and what is smooth large ones.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Moves the parameters; see `torch.optim.Optimizer.step`."""
+        curves = []
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None and group.get("cosines")]
+            curves += [(p, *_cosines(len(p), p.dtype, p.device)) for p in moved]
+        for p, basis, sizes in curves:
+            p.copy_(basis @ p / sizes)
+            p.grad.copy_(sizes * (basis @ p.grad))
+        loss = super().step(closure)
+        for p, basis, sizes in curves:
+            p.copy_(basis.T @ (sizes * p))
+        return loss
+
+
+@functools.lru_cache
+def _cosines(n: int, dtype, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The orthonormal cosines (n, n), one a row, and s (n,)."""
+    k = torch.arange(n, dtype=torch.float64)
+    basis = torch.cos(math.pi * k[:, None] * (k + 0.5) / n) * math.sqrt(2 / n)
+    basis[0] /= math.sqrt(2)
+    sizes = torch.where(k > 0, 3 / (1 + k / 2), 1.0)
+    return basis.to(device, dtype), sizes.to(device, dtype)
 
 
 class EMA:

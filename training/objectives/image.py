@@ -16,7 +16,7 @@ from sampling.loop import decode
 from training.objectives.draws import log_uniform
 from training.objectives.reward import Bank, Reward
 from training.objectives.settings import ObjectiveSettings, RewardConfig
-from training.optim import TailAverage
+from training.optim import CosineAdam, TailAverage
 from util import dist
 from util.evaluation.features import check_differentiable
 from util.evaluation.reward import reward_kinds, reward_weights
@@ -128,16 +128,20 @@ class ImageObjective(nn.Module):
         return self
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam (0.5, 0.98) with a group for what all images share, and one for the adaptive part."""
+        """Adam (0.5, 0.98) with a group for what all images share, along cosines, and one for the adaptive part."""
         reward = self.settings.reward
-        groups = {1.0: [], reward.adaptive_lr: []}
+        curves, adaptive = [], []
         for name, parameter in self.heads.named_parameters():
             shared = name.endswith(".values")
             parameter.requires_grad_(shared or reward.adaptive)
             if parameter.requires_grad:
-                groups[1.0 if shared else reward.adaptive_lr].append(parameter)
-        groups = [{"params": params, "lr_share": share} for share, params in groups.items() if params]
-        return torch.optim.Adam(groups, lr=self.settings.train.lr, betas=(0.5, 0.98))
+                (curves if shared else adaptive).append(parameter)
+        groups = [
+            {"params": curves, "lr_share": 1.0, "cosines": True},
+            {"params": adaptive, "lr_share": reward.adaptive_lr},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return CosineAdam(groups, lr=self.settings.train.lr, betas=(0.5, 0.98))
 
     def average_heads(self) -> TailAverage:
         """The mean of the last 40 % of the iterations."""

@@ -39,8 +39,8 @@ class CosineAdam(torch.optim.Adam):
     """Adam in which groups with `cosines` hold curves, parameters p (n,) at n knots, that it moves along cosines.
 
     p = Σ_k q_k s_k c_k with the orthonormal cosines c_k ∝ cos(πk(i + ½)/n) at knot i, s_0 = 1 and s_k = 3 / (1 + k/2);
-    Adam moves q. Knot by knot all would follow what their gradients share, which is mostly noise; along cosines the mean
-    takes small steps, and slopes and what is smooth large ones.
+    Adam moves q. Knot by knot all would follow what their gradients share, which is mostly noise; along cosines the
+    mean takes small steps, and slopes and what is smooth large ones.
     """
 
     @torch.no_grad()

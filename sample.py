@@ -266,7 +266,10 @@ def run(args: SampleArgs, given: dict) -> int:
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)
     own = str(checkpoint_path(args.checkpoint).resolve())
-    parts = Parts(model, tokenizer, *arithmetic(args, model.width), heads, own)
+    device, dtype = arithmetic(args, model.width)
+    for part in filter(None, (model, tokenizer, heads)):
+        part.to(device)
+    parts = Parts(model, tokenizer, device, dtype, heads, own)
     data, source = config["data"]["name"], args.data_path or config["data"]["path"]
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)
@@ -284,8 +287,6 @@ def run(args: SampleArgs, given: dict) -> int:
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)
-    for part in filter(None, (model, tokenizer, heads)):
-        part.to(parts.device)
     if args.compile:
         model.compile_parts()
     for i, setting in enumerate(settings, start=1):

@@ -5,10 +5,9 @@ Legend: B images of a batch, L tokens an image, C channels a token.
 
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +26,12 @@ from util.images.pictures import begin_folder, image_path, is_readable, prepare_
 from util.rng import image_seeds
 
 
-class Parts(NamedTuple):
-    """What makes an image, all of it on the device: a `models.families.Backbone`, its tokenizer, its policy heads."""
+@dataclass(frozen=True)
+class Parts:
+    """What makes an image: a `models.families.Backbone`, its tokenizer, its policy heads.
+
+    All of it is on the device, or RuntimeError is raised.
+    """
 
     model: nn.Module
     tokenizer: nn.Module
@@ -36,6 +39,9 @@ class Parts(NamedTuple):
     dtype: torch.dtype
     heads: PolicyHeads | None = None
     checkpoint: str | None = None  # the file that has them, for run.json
+
+    def __post_init__(self):
+        dist.check_devices(self.device, model=self.model, tokenizer=self.tokenizer, heads=self.heads)
 
     def weights_hash(self) -> str:
         """16 hex digits that change with the weights of model and heads."""

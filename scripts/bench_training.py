@@ -75,7 +75,7 @@ def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainC
     mar = MAR(config.model.build()).to(device)
     heads = config.build_heads(mar.width)
     heads = heads.to(device) if heads is not None else None
-    tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim)
+    tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim).to(device)
     objective = OBJECTIVES[config.train.objective].build(mar, heads, config.for_objective(flip=False))
     state = new_state(objective, tokenizer, config.train, dist.pick_dtype(config.launch.dtype, device))
     state.wrapped.train()

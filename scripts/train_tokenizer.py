@@ -161,7 +161,7 @@ class Run:
 
     def tokenizer(self) -> AutoencoderTokenizer:
         """A frozen copy of the autoencoder as it is now."""
-        return AutoencoderTokenizer(self.args.class_name, copy.deepcopy(self.autoencoder))
+        return AutoencoderTokenizer(self.args.class_name, copy.deepcopy(self.autoencoder)).to(self.device)
 
     def scores(self, tokenizer, indices, fid: ReconstructionFID | None = None, verbose=False) -> dict[str, float]:
         """{psnr, ssim} of the tokenizer on the images at these indices; with fid also rfid."""

@@ -9,6 +9,7 @@ from torch import nn
 from heads.policy import PolicyHeads
 from sampling.run import Parts
 from training.optim import EMA
+from util import dist
 
 
 @dataclass
@@ -39,6 +40,9 @@ class TrainState:
     stopping: bool = False  # has any process been asked?
     interrupted: bool = False  # while sampling, that is without the other processes
     interruptible: bool = False  # may a signal interrupt at once, instead of waiting for the end of the step?
+
+    def __post_init__(self):
+        dist.check_devices(self.device, objective=self.objective, tokenizer=self.tokenizer)
 
     @property
     def parts(self) -> Parts:

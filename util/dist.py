@@ -2,12 +2,14 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import sys
 import threading
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 WAIT_SECONDS = 5  # for other processes, before the waiting one says so
 
@@ -133,6 +135,18 @@ def pick_device(name: str) -> torch.device:
     if device_type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return device
+
+
+def check_devices(device: torch.device, **modules) -> None:
+    """Raise RuntimeError unless the tensors of all modules, None among them or not, are on the device.
+
+    For what is made of them: a forgotten `.to(device)` is found there and not in its first step.
+    """
+    for name, module in modules.items():
+        tensors = itertools.chain(module.parameters(), module.buffers()) if isinstance(module, nn.Module) else ()
+        other = next((x.device for x in tensors if x.device.type != device.type), None)
+        if other is not None:
+            raise RuntimeError(f"{name} is on {other}, what it works with is on {device}")
 
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,125 @@
+"""Every program on a device that refuses what a GPU refuses (`helpers_device`), on any machine; its waits counted."""
+
+import pytest
+import torch
+
+import main_mar
+import sample
+from models.tokenizers import build_tokenizer
+from sampling.run import Parts
+from scripts import bench, bench_training, search_schedule, train_tokenizer
+from tests.helpers import tiny_mar
+from tests.helpers_device import DEVICE, FarTensor, near, pretended
+from tests.test_sample import rows
+
+TINY = "--preset digits --epochs 1 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2".split()
+TINY += "--batch_size 1200 --num_images 20 --num_iter 2 --num_sampling_steps 2 --eval_freq 1000 --dtype fp32".split()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    with pretended(monkeypatch) as counter:
+        yield counter
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint with heads, made on the CPU."""
+    folder = tmp_path_factory.mktemp("trained")
+    heads = "--learn order,group,tau,cfg --train_num_iter 2,4".split()
+    assert main_mar.main([*TINY, *heads, "--output_dir", str(folder), "--device", "cpu"]) == 0
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- the device itself
+
+
+def test_host_and_device_do_not_mix(waits):
+    far = torch.arange(3.0).to(DEVICE)
+    assert isinstance(far, FarTensor) and far.device == DEVICE
+    for mixed in (
+        lambda: far + torch.ones(3),
+        lambda: torch.stack([far, torch.ones(3)]),
+        lambda: far.index_select(0, torch.tensor([0])),
+    ):
+        with pytest.raises(RuntimeError, match="on one device"):
+            mixed()
+    assert not waits
+    assert torch.equal((far + torch.tensor(1.0) + 1).cpu(), torch.tensor([2.0, 3.0, 4.0])) and waits.total() == 1
+    assert torch.equal(far[torch.tensor([2])].cpu(), torch.tensor([2.0]))
+    assert far.sum().item() == 3.0 and (far > 1).nonzero().shape == (1, 1) and waits.total() == 4
+
+
+def test_gradients_on_it_are_those_of_the_cpu(monkeypatch):
+    torch.manual_seed(0)
+    module, x = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 1)), torch.randn(4, 5)
+    module(x).square().sum().backward()
+    expected = [p.grad.clone() for p in module.parameters()]
+    module.zero_grad(set_to_none=True)
+    with pretended(monkeypatch):
+        module.to(DEVICE)
+        module(x.to(DEVICE)).square().sum().backward()
+    for parameter, value in zip(module.parameters(), expected):
+        torch.testing.assert_close(near(parameter.grad), value)
+
+
+def test_a_part_on_another_device_is_found_where_parts_are_put_together(waits):
+    model, tokenizer = tiny_mar(), build_tokenizer("pixel", channels=1)
+    Parts(model, tokenizer, torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="model is on cpu, what it works with is on lazy"):
+        Parts(model, tokenizer, DEVICE, torch.float32)
+    with pytest.raises(RuntimeError, match="tokenizer is on cpu"):
+        Parts(tiny_mar().to(DEVICE), tokenizer, DEVICE, torch.float32)
+    Parts(tiny_mar().to(DEVICE), build_tokenizer("pixel", channels=1).to(DEVICE), DEVICE, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------------- the programs
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--learn order,group,tau,cfg --train_masks policy --train_num_iter 2,4 --accum_iter 2 --batch_size 600",
+        "--objective image --learn order,group,tau,cfg,profile --bank 32 --init_from {trained} --no-grad_checkpointing",
+    ],
+    ids=["plain", "heads", "image"],
+)
+def test_training_and_its_samples(flags, trained, waits, tmp_path):
+    more = flags.format(trained=trained).split()
+    assert main_mar.main([*TINY, *more, "--output_dir", str(tmp_path / "out")]) == 0
+    assert waits["training/step.py:training_step"] == 1  # of the one step
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--infer_mode baseline,both --metrics fid --features digits --save_trace 2",
+        "--fast --solver ddim",
+        "--order halton --group power --cfg_schedule interval --cfg_profile interval --tau_schedule linear",
+        "--infer_mode guidance --heads_adaptive off --refresh_every 2",
+    ],
+)
+def test_sampling_waits_once_a_step(flags, trained, waits, tmp_path):
+    call = ["--checkpoint", str(trained), "--output_dir", str(tmp_path), *flags.split(), "--dtype", "fp32"]
+    assert sample.main([*call, "--num_iter", "3", "--num_images", "20"]) == 0
+    settings = len(rows(tmp_path))
+    assert 0 < waits["sampling/loop.py:select"] <= 3 * (settings + flags.count("off"))
+
+
+@pytest.mark.slow
+def test_a_search(trained, waits, tmp_path):
+    flags = "--iterations 1 --popsize 4 --num_images 12 --batch_size 6 --num_iter 2 --num_sampling_steps 2".split()
+    assert search_schedule.main(["--checkpoint", str(trained), "--out", str(tmp_path / "s.json"), *flags]) == 0
+
+
+def test_a_tokenizer(waits, tmp_path):
+    flags = "--data digits --epochs 0.1 --width 16 --stride 2 --batch_size 64".split()
+    assert train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "t")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [bench, bench_training])
+def test_benchmarks(program, waits, tmp_path):
+    more = "--quick --only sampling" if program is bench else "--only heads"
+    assert program.main(f"--preset digits --repeats 1 {more}".split()) == 0

@@ -3,6 +3,7 @@
 # and learned heads, at equal numbers of steps, on the reward's features and on a judge's.
 #   BASE=output_dir/quickstart HEADS=output_dir/heads OUT=output_dir/leaderboard STEPS="4 8 16" bash scripts/leaderboard.sh
 # HEADS is made by scripts/train_heads.sh where it is missing. SCHEDULE=FILE is a searched schedule (made if not given).
+# Hand-made rules of up to 4 steps are chosen from the whole grid, of others from the small one (GRID=whole: from all).
 # SEEDS are those of the images; 0 chooses. Several hours on 2 CPU cores; interrupted, the same command continues. Further
 # arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -19,7 +20,9 @@ pass=() # --dry_run goes on to the scripts that this one calls
 [ -f "$heads/checkpoint-last.pth" ] || OUT=$heads bash scripts/train_heads.sh "${pass[@]}"
 files=()
 for number in "${numbers[@]}"; do
-    NUM_ITER=$number CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
+    grid=whole
+    [ "$number" -le 4 ] || grid=small
+    GRID=${GRID:-$grid} NUM_ITER=$number CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
         bash scripts/search_grid.sh "${pass[@]}" "$@"
     files+=(--hand "$out/grid$number/judged/results.jsonl")
 done

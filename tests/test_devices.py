@@ -1,5 +1,6 @@
 """Every program on a device that refuses what a GPU refuses (`helpers_device`), on any machine; its waits counted."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,15 +12,27 @@ from scripts import bench, bench_training, search_schedule, train_tokenizer
 from tests.helpers import tiny_mar
 from tests.helpers_device import DEVICE, FarTensor, near, pretended
 from tests.test_sample import rows
+from util.images.pictures import read_png
 
 TINY = "--preset digits --epochs 1 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2".split()
 TINY += "--batch_size 1200 --num_images 20 --num_iter 2 --num_sampling_steps 2 --eval_freq 1000 --dtype fp32".split()
+PICTURES = "--infer_mode both --num_iter 3 --num_images 40 --num_sampling_steps 6 --solver dpmpp --dtype fp32".split()
 
 
 @pytest.fixture
-def waits(monkeypatch):
+def pretence(monkeypatch):
     with pretended(monkeypatch) as counter:
         yield counter
+
+
+@pytest.fixture(params=["pretended", pytest.param("cuda", marks=pytest.mark.gpu)])
+def waits(request):
+    """The waits for the device that programs pick by themselves; None where it is real and nobody counts."""
+    if request.param == "pretended":
+        return request.getfixturevalue("pretence")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +44,18 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pictured(trained, tmp_path_factory):
+    """A folder of pictures made on the CPU."""
+    folder = tmp_path_factory.mktemp("pictured")
+    assert sample.main(["--checkpoint", str(trained), "--output_dir", str(folder), "--device", "cpu", *PICTURES]) == 0
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------------- the device itself
 
 
-def test_host_and_device_do_not_mix(waits):
+def test_host_and_device_do_not_mix(pretence):
     far = torch.arange(3.0).to(DEVICE)
     assert isinstance(far, FarTensor) and far.device == DEVICE
     for mixed in (
@@ -44,10 +65,10 @@ def test_host_and_device_do_not_mix(waits):
     ):
         with pytest.raises(RuntimeError, match="on one device"):
             mixed()
-    assert not waits
-    assert torch.equal((far + torch.tensor(1.0) + 1).cpu(), torch.tensor([2.0, 3.0, 4.0])) and waits.total() == 1
+    assert not pretence
+    assert torch.equal((far + torch.tensor(1.0) + 1).cpu(), torch.tensor([2.0, 3.0, 4.0])) and pretence.total() == 1
     assert torch.equal(far[torch.tensor([2])].cpu(), torch.tensor([2.0]))
-    assert far.sum().item() == 3.0 and (far > 1).nonzero().shape == (1, 1) and waits.total() == 4
+    assert far.sum().item() == 3.0 and (far > 1).nonzero().shape == (1, 1) and pretence.total() == 4
 
 
 def test_gradients_on_it_are_those_of_the_cpu(monkeypatch):
@@ -63,7 +84,7 @@ def test_gradients_on_it_are_those_of_the_cpu(monkeypatch):
         torch.testing.assert_close(near(parameter.grad), value)
 
 
-def test_a_part_on_another_device_is_found_where_parts_are_put_together(waits):
+def test_a_part_on_another_device_is_found_where_parts_are_put_together(pretence):
     model, tokenizer = tiny_mar(), build_tokenizer("pixel", channels=1)
     Parts(model, tokenizer, torch.device("cpu"), torch.float32)
     with pytest.raises(RuntimeError, match="model is on cpu, what it works with is on lazy"):
@@ -88,7 +109,7 @@ def test_a_part_on_another_device_is_found_where_parts_are_put_together(waits):
 def test_training_and_its_samples(flags, trained, waits, tmp_path):
     more = flags.format(trained=trained).split()
     assert main_mar.main([*TINY, *more, "--output_dir", str(tmp_path / "out")]) == 0
-    assert waits["training/step.py:training_step"] == 1  # of the one step
+    assert waits is None or waits["training/step.py:training_step"] == 1  # of the one step
 
 
 @pytest.mark.parametrize(
@@ -103,8 +124,18 @@ def test_training_and_its_samples(flags, trained, waits, tmp_path):
 def test_sampling_waits_once_a_step(flags, trained, waits, tmp_path):
     call = ["--checkpoint", str(trained), "--output_dir", str(tmp_path), *flags.split(), "--dtype", "fp32"]
     assert sample.main([*call, "--num_iter", "3", "--num_images", "20"]) == 0
-    settings = len(rows(tmp_path))
-    assert 0 < waits["sampling/loop.py:select"] <= 3 * (settings + flags.count("off"))
+    most = 3 * (len(rows(tmp_path)) + flags.count("off"))
+    assert waits is None or 0 < waits["sampling/loop.py:select"] <= most
+
+
+def test_pictures_are_those_of_the_cpu(trained, pictured, waits, tmp_path):
+    """To one grey level, but for a pixel in a thousand."""
+    assert sample.main(["--checkpoint", str(trained), "--output_dir", str(tmp_path), *PICTURES]) == 0
+    here, there = (
+        np.stack([read_png(path) for path in sorted(folder.glob("*/*.png")) if path.stem.isdigit()])
+        for folder in (tmp_path, pictured)
+    )
+    assert len(here) == 40 and (np.abs(here.astype(int) - there) > 1).mean() <= 1e-3
 
 
 @pytest.mark.slow

@@ -271,7 +271,7 @@ class TokenObjective(nn.Module):
             z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible)
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
-        fit = head.fit(head.guided(cond, uncond, rows.spread(w)), rows.draws)
+        fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
         return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
 
 

@@ -26,7 +26,7 @@ class CELoss(nn.Module):
     """
 
     has_steps = False
-    differentiable = False
+    discrete = True
 
     def __init__(self, width: int, vocab_size: int, *, label_smoothing: float = 0.1):
         super().__init__()

@@ -132,7 +132,7 @@ class DiffLoss(nn.Module):
     """
 
     has_steps = True
-    differentiable = True
+    discrete = False
 
     def __init__(
         self, channels: int, z_channels: int, depth: int, width: int, grad_checkpointing: bool = False, repeats: int = 1

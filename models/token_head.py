@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+LOSSES = {"diffusion": "continuous", "ce": "discrete"}  # --loss: the tokens that it is for
+
 
 class Sampler(Protocol):
     """Draws tokens with the settings that `TokenHead.sampler` was given."""
@@ -35,7 +37,7 @@ class TokenHead(Protocol):
     """p(token | z) with its training loss. What it predicts is a NamedTuple of tensors (N, …)."""
 
     has_steps: bool  # is a token drawn in diffusion steps, over which guidance may have a profile?
-    differentiable: bool  # has a drawn token a gradient? Ids have none: what they depend on learns by `log_prob`
+    discrete: bool  # are tokens ids (B, L) long? They have no gradient: what they depend on learns by `log_prob`
 
     def empty(self, batch: int, length: int) -> torch.Tensor:
         """Tokens (B, L, …) of which nothing is known."""

@@ -48,7 +48,7 @@ class Normal(NamedTuple):
 
 
 class NormalHead(nn.Module):
-    has_steps, differentiable = False, True
+    has_steps, discrete = False, False
 
     def __init__(self, width, channels, noise):
         super().__init__()

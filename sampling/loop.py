@@ -213,7 +213,7 @@ class Canvas:
 
         Where log p has a gradient its sum for each image is added to the plan's. images (B',) are those of the plan.
         """
-        place = torch.searchsorted(images, rows[:, 0]), rows[:, 1]  # on the host
+        place = torch.searchsorted(images, rows[:, 0].contiguous()), rows[:, 1]  # on the host
         index = send(torch.stack(place), log_prob.device).unbind()
         spread = torch.zeros_like(plan.tau).index_put(index, log_prob)  # (B', L)
         if log_prob.requires_grad:

@@ -89,11 +89,10 @@ def decode(
                 continue
             pair = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
-            judged = model.token_head.discrete and plan.looks_at_ids
-            drawn, log_prob = chosen.draw(sampler, *pair, send(noise, empty.device), plan.num_steps, judged, recompute)
+            drawn, log_prob = chosen.draw(sampler, *pair, send(noise, empty.device), recompute)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
-            if judged:
+            if log_prob is not None:
                 plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_prob)
             canvas.write(rows, drawn)
             conditions.write(step, rows, drawn.detach() if local else drawn)
@@ -113,25 +112,28 @@ class Chosen(NamedTuple):
     """The tokens of a step.
 
     rows (N, 2) long on the host: (image, position), row-major. guided (G,) long on the host: the rows with w ≠ 1.
-    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided. profile is the plan's, its
-    tensors (N,).
+    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided. num_steps and profile are the
+    plan's, its tensors (N,). judged: ids of which log p is asked for.
     """
 
     rows: torch.Tensor
     guided: torch.Tensor
     tau: torch.Tensor
     cfg: torch.Tensor | float
+    num_steps: int
     profile: Callable | None
+    judged: bool
 
-    def draw(self, sampler, z, z_uncond, noise, num_steps: int, judged: bool, recompute: bool):
+    def draw(self, sampler, z, z_uncond, noise, recompute: bool):
         """(tokens (N, …), where they are judged their log p (N,), else None) of a `models.token_head.Sampler`.
 
         z (N, D), z_uncond (G, D) or None; recompute: keep no activations, the backward pass computes them again.
         """
         call = partial(checkpoint, use_reentrant=False) if recompute else _call
         some = None if len(self.guided) in (0, len(self.rows)) else send(self.guided, z.device)
-        drawn = call(sampler.draw, z, z_uncond, self.cfg, self.tau, noise, num_steps, guided=some, profile=self.profile)
-        if not judged:
+        options = dict(guided=some, profile=self.profile)
+        drawn = call(sampler.draw, z, z_uncond, self.cfg, self.tau, noise, self.num_steps, **options)
+        if not self.judged:
             return drawn, None
         return drawn, call(sampler.log_prob, drawn, z, z_uncond, self.cfg, self.tau, guided=some)
 
@@ -206,7 +208,9 @@ class Canvas:
         row, column = send(rows, self.tokens.device).unbind(dim=1)
         cfg = plan.cfg[row, column] if len(guided) else 1.0
         rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-        return Chosen(rows, guided, plan.tau[row, column], cfg, plan.profile and of_rows(plan.profile, row))
+        profile = plan.profile and of_rows(plan.profile, row)
+        judged = plan.looks_at_ids and not self.tokens.is_floating_point()
+        return Chosen(rows, guided, plan.tau[row, column], cfg, plan.num_steps, profile, judged)
 
     def judged(self, rules, state: StepState, plan: StepPlan, images, rows, drawn, log_prob):
         """(plan, rows, drawn) when the ids drawn (N,) at rows (N, 2) have log p (N,): what the rules keep of them.

@@ -112,8 +112,8 @@ class Chosen(NamedTuple):
     """The tokens of a step.
 
     rows (N, 2) long on the host: (image, position), row-major. guided (G,) long on the host: the rows with w ≠ 1.
-    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided. num_steps and profile are the
-    plan's, its tensors (N,). judged: ids of which log p is asked for.
+    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided. num_steps and profile are
+    the plan's, its tensors (N,). judged: ids of which log p is asked for.
     """
 
     rows: torch.Tensor

@@ -18,7 +18,7 @@ WIDTH = 3
 class ToyHead:
     """token = tanh of the guided z's sum + 0.1·τ·noise."""
 
-    has_steps = False
+    has_steps, discrete = False, False
 
     def empty(self, batch, length):
         return torch.zeros(batch, length, 1)

@@ -1,4 +1,4 @@
-"""Hand-made orders: which tokens come next. A new one is one function and one row of ORDERS.
+"""Hand-made orders: which tokens come next. A new one is one function and one row of ORDERS, or of AFTER_DRAW.
 
 Legend: B images, L tokens an image. An order is a function of the `StepState` that gives scores (B, L), highest first,
 in float32 on the device of the mask.
@@ -6,6 +6,7 @@ in float32 on the device of the mask.
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -59,6 +60,20 @@ def checkerboard_order(state: StepState) -> torch.Tensor:
     return _by_level(state, level.flatten())
 
 
+@dataclass(frozen=True)
+class Confidence:
+    """All unknown tokens are drawn, and those kept that the model is surest of (MaskGIT; arXiv 2406.11838, Table 5).
+
+    noise: of Gumbel draws, new ones at each step, on the log-probabilities; it falls in a line to 0 at the last step.
+    """
+
+    noise: float
+
+    def scores(self, state: StepState, log_prob, gumbel) -> torch.Tensor:
+        """Scores (B, L) of what was drawn: its log p (B, L), and Gumbel draws (B, L)."""
+        return log_prob + self.noise * (1 - state.step / max(state.num_iter - 1, 1)) * gumbel
+
+
 def _by_level(state, level):
     """Scores (B, L) that rank by level (L,), lowest first, and by the Gumbel draws within a level."""
     rank = state.gumbel.argsort(dim=1).argsort(dim=1).float()  # 0…L−1: exact in float32, unlike a sum with the draws
@@ -91,3 +106,5 @@ ORDERS = {
     "multiscale": multiscale_order,
     "checkerboard": checkerboard_order,
 }
+# orders that look at the tokens that were drawn: only ids have a probability
+AFTER_DRAW = {"confidence": Confidence}

@@ -11,7 +11,7 @@ from torch import nn
 
 from heads.forms import FORMS
 from heads.luce import PlackettLuce
-from heads.orders import ORDERS
+from heads.orders import AFTER_DRAW, ORDERS
 from heads.rules import Rules
 from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.searched import schedule_values
@@ -202,7 +202,7 @@ def learned_profile(heads, base, options):
 
 # kind: (hand-made rules, the learned one, the rule that the learned one moves: a schedule's where one is given)
 RULES = {
-    "order": (ORDERS, learned_order, "random"),  # or RuleOptions.order_base
+    "order": (ORDERS | AFTER_DRAW, learned_order, "random"),  # or RuleOptions.order_base
     "group": (GROUPS, learned_group, "cosine"),
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),
@@ -236,6 +236,8 @@ def hand_made(kind: str, name: str, options: RuleOptions):
     if name == "schedule" and kind not in schedule_values(options.schedule):
         raise ValueError(f"the {kind} rule 'schedule' needs --schedule FILE with values of {kind}")
     rule = RULES[kind][0][name]
+    if name in AFTER_DRAW:
+        return rule(options.confidence_noise)
     return rule if kind == "order" else partial(rule, options=options)
 
 

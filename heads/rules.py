@@ -5,20 +5,25 @@ Legend: B images, L tokens an image, n tokens unknown now. `mask` (B, L) bool is
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from heads.luce import PlackettLuce
+from heads.orders import Confidence
 from heads.schedules import annealed_steps, constant_profile
 from heads.step import StepPlan, StepState
+
+if TYPE_CHECKING:
+    from models.token_head import TokenHead
 
 
 @dataclass(frozen=True)
 class Rules:
     """Six rules in a row; calling them with a StepState gives the StepPlan."""
 
-    order: Callable  # (state) -> scores (B, L): highest first
+    order: Callable | Confidence  # (state) -> scores (B, L): highest first
     group: Callable  # (state) -> how many tokens, (B,)
     tau: Callable  # (state) -> float, (B, 1) or (B, L)
     cfg: Callable  # (state, unknown_after (B,)) -> float, (B, 1) or (B, L)
@@ -26,19 +31,43 @@ class Rules:
     profile: Callable = constant_profile  # (state) -> what `StepPlan.profile` says
 
     def __call__(self, state: StepState) -> StepPlan:
+        if isinstance(self.order, Confidence):
+            keep = torch.minimum(whole_group(self.group, state), state.mask.sum(dim=1))
+            return self._plan(state, state.mask, state.num_unknown - keep, keep=keep)
         scores = self.order(state)
         select = hard_topk(scores, whole_group(self.group, state), state.mask)
         luce = self.order if isinstance(self.order, PlackettLuce) else None
-        after = state.num_unknown - select.sum(dim=1)  # not n − k: fewer may be there to choose from
+        return self._plan(
+            state,
+            select,
+            state.num_unknown - select.sum(dim=1),  # not n − k: fewer may be there to choose from
+            gumbel=luce and luce.renewed(state, scores, select),
+            log_prob=luce.log_prob(state, scores, select) if luce and scores.requires_grad else None,
+        )
+
+    def _plan(self, state: StepState, select, after, **parts) -> StepPlan:
+        """The plan that selects tokens (B, L) bool and leaves so many unknown, after (B,)."""
         return StepPlan(
             select=select,
             tau=_per_token(self.tau(state), state.mask),
             cfg=_per_token(self.cfg(state, after), state.mask),
             num_steps=self.num_steps(state),
             profile=self.profile(state),
-            gumbel=luce and luce.renewed(state, scores, select),
-            log_prob=luce.log_prob(state, scores, select) if luce and scores.requires_grad else None,
+            **parts,
         )
+
+    def after_draw(self, state: StepState, plan: StepPlan, log_prob, gumbel) -> StepPlan:
+        """The plan whose selection is what is kept of it; log_prob (B, L) of what was drawn, gumbel (B, L) draws."""
+        scores = self.order.scores(state, log_prob, gumbel)
+        return replace(plan, select=hard_topk(scores, plan.keep, state.mask))
+
+    def check(self, token_head: "TokenHead") -> None:
+        """Raise ValueError where the order looks at the probability of tokens that have none."""
+        if isinstance(self.order, Confidence) and not token_head.discrete:
+            raise ValueError(
+                "--order confidence needs the probability of a token, which only ids have (--loss ce): "
+                "choose another order for a diffusion loss"
+            )
 
 
 def whole_group(group: Callable, state: StepState) -> torch.Tensor:

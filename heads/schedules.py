@@ -23,13 +23,14 @@ class RuleOptions:
     """The numbers that rules read. In training each image has its own guidance scale: then cfg is (B, 1)."""
 
     cfg: float = flag(1.0, "guidance scale w; 1.0 = off", low=0)
-    temperature: float = flag(1.0, "noise temperature tau", low=0)
+    temperature: float = flag(1.0, "temperature tau, of the noise or of the softmax over ids", low=0)
     temperature_end: float = flag(1.0, "tau at the last step of the linear tau schedule", low=0)
     group_a: float = flag(1.0, "curvature of the exp group schedule")
     group_p: float = flag(2.0, "exponent of the power group schedule", low=1e-6)
     cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
     order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
     order_base: str = flag("random", "hand-made order that the learned one moves")
+    confidence_noise: float = flag(4.5, "Gumbel noise of the order confidence at the first step; falls to 0", low=0)
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
     cfg_t_interval: str = flag("0,1", "lo,hi: t/1000 within which the interval profile has guidance", metavar="LO,HI")
     schedule: str | None = flag(
@@ -42,7 +43,7 @@ class RuleOptions:
         self.interval(), self.t_interval()  # a wrong text is an error now, not at the first step
         if self.order_base not in ORDERS:
             raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
-        for name in ("cfg", "temperature", "temperature_end", "order_noise"):
+        for name in ("cfg", "temperature", "temperature_end", "order_noise", "confidence_noise"):
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a number of at least 0, got {value}")

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion import gaussian
 from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule, step_range
 from diffusion.solvers import SOLVERS
-from models.token_head import guide
+from models.token_head import check_no_filter, guide
 from util.rng import draw_by_image
 
 
@@ -132,6 +132,7 @@ class DiffLoss(nn.Module):
     """
 
     has_steps = True
+    discrete = False
 
     def __init__(
         self, channels: int, z_channels: int, depth: int, width: int, grad_checkpointing: bool = False, repeats: int = 1
@@ -168,7 +169,7 @@ class DiffLoss(nn.Module):
         mse, vb = gaussian.training_losses(cosine_schedule(), target, x_t, t, noise, eps, v)
         return {"mse": mse, "vb": vb}
 
-    def fit(self, prediction: Denoised, draws) -> torch.Tensor:
+    def fit(self, prediction: Denoised, target, draws) -> torch.Tensor:
         """mean ‖ε_θ − ε‖² (N,)."""
         return (draws["noise"] - prediction.eps).square().mean(-1)
 
@@ -198,12 +199,15 @@ class DiffLoss(nn.Module):
         mse, vb = self.token_loss_terms(target, z, t, noise, tau)
         return mse + vb
 
-    def sampler(self, *, num_steps: int | str = 100, solver="ddpm", spacing=None, clip=None) -> "DiffusionSampler":
+    def sampler(
+        self, *, num_steps: int | str = 100, solver="ddpm", spacing=None, clip=None, top_k=0, top_p=1.0
+    ) -> "DiffusionSampler":
         """What draws tokens. num_steps: T, or "A:B" for A at the first autoregressive step to B at the last.
 
         spacing names the timesteps (`diffusion.schedule.SPACINGS`; None: the solver's). clip (lo, hi) bounds the
-        predicted x₀. An unknown solver, spacing or number of steps raises ValueError.
+        predicted x₀. An unknown solver, spacing or number of steps, or a filter of ids, raises ValueError.
         """
+        check_no_filter(top_k, top_p)
         return DiffusionSampler(self, step_range(num_steps), solver, spacing, clip)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 
 from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
-from models.token_head import TokenHead
+from models.token_head import LOSSES, TokenHead
 
 
 class Conditions(Protocol):
@@ -90,14 +90,21 @@ class Family(NamedTuple):
     model: type
     config: type  # a `Config`
     sizes: dict  # --model NAME -> configuration
-    tokens: tuple[str, ...]  # of a tokenizer's `tokens` those that fit: "continuous", "discrete", "multiscale"
+    # of a tokenizer's `tokens` those that fit: "continuous", "discrete", "multiscale"; a configuration whose field
+    # `loss`, of LOSSES, says which of them, and that of ids has a field `vocab_size`
+    tokens: tuple[str, ...]
     # (weights of a file without config) -> (fields of the configuration, tokenizer settings); None: no such files
     read_published: Callable | None = None
 
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
-FAMILIES = {"mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous",), read_published)}
+FAMILIES = {"mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published)}
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
+
+
+def tokens_of(family: str, sizes: dict) -> tuple[str, ...]:
+    """Of the tokens that a family takes those that its model of these sizes does; its loss decides, if it has one."""
+    return (LOSSES[sizes["loss"]],) if "loss" in sizes else FAMILIES[family].tokens
 
 
 def family_of(config: dict) -> str:

@@ -3,7 +3,8 @@
 import os
 from dataclasses import asdict, fields, replace
 
-from models.families import FAMILIES, SIZES, family_of
+from models.families import FAMILIES, SIZES, family_of, tokens_of
+from models.token_head import LOSSES
 from models.tokenizers import tokenizer_of
 from util.args import check_values, pick
 from util.checkpoint import find_stored, load_checkpoint, load_weights
@@ -58,8 +59,8 @@ def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, *
         tokenizer = tokenizer_of(settings, shape.vae_embed_dim if config["tokenizer"] == "pixel" else None)
     except ValueError as error:
         raise ValueError(f"{error}{looked_for(error, nowhere)}") from None
-    check_tokens(tokenizer, name)
-    check_latents(tokenizer, shape.vae_stride, shape.vae_embed_dim, f"the model in {checkpoint}")
+    check_tokens(tokenizer, name, asdict(shape))
+    check_latents(tokenizer, asdict(shape), f"the model in {checkpoint}")
     latents = tokenizer.describe()
     if config.get("latents") not in (None, latents):  # of the same shape, yet it would decode noise
         trained = config["latents"]
@@ -178,18 +179,27 @@ def row_fields(family: str) -> list[str]:
     return [name for name in names if any(row[name] != rows[0][name] for row in rows)]
 
 
-def check_tokens(tokenizer, family: str) -> None:
-    """Raise ValueError unless models of the family take tokens of a kind that the tokenizer makes."""
-    wanted = FAMILIES[family].tokens
-    if not set(wanted) & set(tokenizer.tokens):
-        made = " or ".join(tokenizer.tokens)
+def check_tokens(tokenizer, family: str, sizes: dict) -> None:
+    """Raise ValueError unless the family's models of these sizes take tokens of a kind that the tokenizer makes."""
+    wanted = tokens_of(family, sizes)
+    if set(wanted) & set(tokenizer.tokens):
+        return
+    made = f"the tokenizer {tokenizer.kind} makes {' or '.join(tokenizer.tokens)} tokens"
+    if "loss" not in sizes:
+        raise ValueError(f"{made}, the family {family} takes {' or '.join(wanted)} ones")
+    others = [f"--loss {loss}" for loss, kind in LOSSES.items() if kind in tokenizer.tokens]
+    way_out = " or ".join([*others, f"a --tokenizer of {wanted[0]} ones"])
+    raise ValueError(f"{made}, --loss {sizes['loss']} takes {wanted[0]} ones: choose {way_out}")
+
+
+def check_latents(tokenizer, sizes: dict, what: str) -> None:
+    """Raise ValueError if a model of these sizes, named by what, is for other latents or ids than the tokenizer's."""
+    stride, channels, entries = (sizes.get(name) for name in ("vae_stride", "vae_embed_dim", "vocab_size"))
+    if entries is not None and entries != tokenizer.codebook_size:
         raise ValueError(
-            f"the tokenizer {tokenizer.kind} makes {made} tokens, the family {family} takes {' or '.join(wanted)} ones"
+            f"{what} is for a codebook of {entries} entries, the tokenizer {tokenizer.kind} has "
+            f"{tokenizer.codebook_size}: give the one that it was trained with (--tokenizer, --vae_path)"
         )
-
-
-def check_latents(tokenizer, stride: int, channels: int, what: str) -> None:
-    """Raise ValueError if a model, named by what, is for latents of another shape than the tokenizer's."""
     if (tokenizer.stride, tokenizer.channels) != (stride, channels):
         raise ValueError(
             f"{what} is for latents of stride {stride} with {channels} channels, the tokenizer {tokenizer.kind} "

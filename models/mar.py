@@ -1,6 +1,7 @@
-"""MAR: an MAE-style encoder and decoder over continuous tokens, and the diffusion loss (arXiv 2406.11838).
+"""MAR: an MAE-style encoder and decoder, with the diffusion loss or, over ids, cross-entropy (arXiv 2406.11838).
 
 Legend: B images, L tokens an image, C channels a token, S buffer tokens, D width, V visible tokens (the batch maximum).
+Tokens are (B, L, C); with --loss ce ids (B, L) long.
 `mask` (B, L) bool is True where a token is still unknown. Attribute names are those of the published checkpoints.
 """
 
@@ -13,8 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion.schedule import step_range
+from models.celoss import CELoss
 from models.diffloss import DiffLoss
 from models.mar_cache import FeatureCache
+from models.token_head import LOSSES, TokenHead
 from models.tokenizers.ldm import KL16_PATH
 from util.args import flag
 
@@ -45,13 +48,22 @@ class MARConfig:
     num_sampling_steps: int | str = "100"  # where sample settings say nothing
     diffusion_batch_mul: int = flag(4, "noise levels drawn for each token in training", low=1)
     grad_checkpointing: bool = flag(False, "recompute activations in the backward pass")
+    loss: str = flag("diffusion", "of a token: diffusion of latents, or cross-entropy of ids", choices=LOSSES)
+    vocab_size: int | None = flag(None, "entries of the codebook, with --loss ce (the tokenizer's)", low=1)
+    label_smoothing: float = flag(0.1, "share of the target spread over all ids, with --loss ce", low=0, high=1)
 
     FREE: ClassVar = frozenset(
         "mask_ratio_min label_drop_prob attn_dropout proj_dropout num_sampling_steps diffusion_batch_mul "
-        "grad_checkpointing".split()
+        "grad_checkpointing label_smoothing".split()
     )
 
     def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"unknown loss {self.loss!r}; valid: {', '.join(LOSSES)}")
+        if self.loss == "ce" and self.patch_size != 1:
+            raise ValueError(f"--patch_size {self.patch_size} must be 1 with --loss ce: a token is one id")
+        if self.loss != "ce" and self.vocab_size is not None:
+            raise ValueError(f"--vocab_size {self.vocab_size} has no meaning with --loss {self.loss}: it is for ce")
         step_range(self.num_sampling_steps)  # raises ValueError for what is neither a number nor two
         cell = self.vae_stride * self.patch_size
         if self.img_size < cell or self.img_size % cell:
@@ -107,7 +119,10 @@ def read_published(weights: dict) -> tuple[dict, dict]:
 
 
 class MAR(nn.Module):
-    """Masked autoregressive model: `encode_decode` gives a condition z for each token, `diffloss` draws from p(x|z)."""
+    """Masked autoregressive model: `encode_decode` gives a condition z for each token, `token_head` is p(x|z).
+
+    A configuration with --loss ce and no vocab_size raises ValueError.
+    """
 
     compiled = False  # set by compile_parts; `FeatureCache`, which calls parts of the blocks, then compiles those
     fixed_rules = {}  # any order, any group size
@@ -121,7 +136,12 @@ class MAR(nn.Module):
         self.class_emb = nn.Embedding(c.class_num, width)
         self.fake_latent = nn.Parameter(torch.zeros(1, width))  # stands for "no label"
 
-        self.z_proj = nn.Linear(c.token_dim, width)
+        if c.loss == "ce":
+            if c.vocab_size is None:
+                raise ValueError("--loss ce needs vocab_size, the number of entries of the tokenizer's codebook")
+            self.token_emb = nn.Embedding(c.vocab_size, width)
+        else:
+            self.z_proj = nn.Linear(c.token_dim, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + seq_len, width))
         self.encoder_blocks = self._blocks(c.encoder_depth, width, c.encoder_num_heads)
@@ -134,10 +154,13 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(out_width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, seq_len, out_width))
 
-        self._init_weights()  # before the diffusion MLP exists: that one initialises itself
-        self.diffloss = DiffLoss(
-            c.token_dim, out_width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing, repeats=c.diffusion_batch_mul
-        )
+        self._init_weights()  # before the token head exists: that one initialises itself
+        if c.loss == "ce":
+            self.celoss = CELoss(out_width, c.vocab_size, label_smoothing=c.label_smoothing)
+        else:
+            self.diffloss = DiffLoss(
+                c.token_dim, out_width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing, repeats=c.diffusion_batch_mul
+            )
 
     @property
     def width(self) -> int:
@@ -151,13 +174,18 @@ class MAR(nn.Module):
 
     @property
     def blocks(self) -> tuple:
-        """The transformer's blocks and the diffusion MLP's."""
-        return (*self.encoder_blocks, *self.decoder_blocks, *self.diffloss.net.res_blocks)
+        """The transformer's blocks and the token head's."""
+        of_token_head = [self.celoss] if self.config.loss == "ce" else self.diffloss.net.res_blocks
+        return (*self.encoder_blocks, *self.decoder_blocks, *of_token_head)
 
     @property
-    def token_head(self) -> DiffLoss:
-        """p(token | z); its published name is diffloss."""
-        return self.diffloss
+    def token_head(self) -> TokenHead:
+        """p(token | z); the published name of a DiffLoss is diffloss."""
+        return self.celoss if self.config.loss == "ce" else self.diffloss
+
+    def head_logits(self, z: torch.Tensor) -> torch.Tensor:
+        """Logits (…, V) float32 of the ids under z (…, D), with --loss ce."""
+        return self.celoss.logits(z)
 
     def conditions(
         self, labels, *, orders=None, tokenizer=None, refresh_every: int = 1, recompute: bool = False
@@ -183,28 +211,37 @@ class MAR(nn.Module):
     def _init_weights(self):
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
-        nn.init.normal_(self.class_emb.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents (B, c, h, w) to tokens (B, L, C), row by row; within a token channel first, then row and column."""
+        """Latents (B, c, h, w) to tokens (B, L, C), row by row; within a token channel first, then row and column.
+
+        Ids (B, h, w) to (B, L).
+        """
+        if self.config.loss == "ce":
+            return latents.flatten(1)
         b, c, h, w = latents.shape
         p = self.config.patch_size
         x = latents.reshape(b, c, h // p, p, w // p, p)
         return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)
 
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens (B, L, C) to latents (B, c, h, w); the inverse of `patchify`."""
+        """Tokens (B, L, C) to latents (B, c, h, w), or ids (B, L) to (B, h, w); the inverse of `patchify`."""
+        if self.config.loss == "ce":
+            return tokens.unflatten(1, (self.config.grid, self.config.grid))
         b, g, p, c = tokens.shape[0], self.config.grid, self.config.patch_size, self.config.vae_embed_dim
         return tokens.reshape(b, g, g, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * p, g * p)
 
     def encode_decode(self, tokens, mask, labels=None, num_visible=None) -> torch.Tensor:
         """Condition z (B, L, D) of every token, the diffusion position embedding included.
 
-        tokens (B, L, C), read where mask (B, L) bool is False; labels (B,) long, −1 = unconditional, None = all
+        tokens (B, L, …), read where mask (B, L) bool is False; labels (B,) long, −1 = unconditional, None = all
         unconditional. Rows of mask may have different counts. num_visible: those counts as a list of B ints, for a
         caller that knows them; otherwise finding them waits for the device once.
         """
@@ -233,12 +270,16 @@ class MAR(nn.Module):
         return self.encoder_norm((run or self._run)(self.encoder_blocks, x, self._attention_mask(padding)))
 
     def embed_tokens(self, tokens, positions, padding=None) -> torch.Tensor:
-        """What the encoder sees (B, V, D) of the tokens (B, L, C) at positions (B, V); padding as in `encode`."""
+        """What the encoder sees (B, V, D) of the tokens (B, L, …) at positions (B, V); padding as in `encode`."""
+        position = self.encoder_pos_embed_learned[0, self.config.buffer_size :][positions]
+        if self.config.loss == "ce":
+            x = self.token_emb(tokens.gather(1, positions))
+            return self.z_proj_ln(x + position.to(x.dtype))
         x = tokens.gather(1, positions.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))  # (B, V, C)
         if padding is not None:  # attention leaves the padding out, but 0 · NaN is NaN
             x = x.masked_fill(padding.unsqueeze(-1), 0.0)
         x = self.z_proj(x.to(self.z_proj.weight.dtype))  # tokens are float32, whatever the model's dtype
-        return self.z_proj_ln(x + self.encoder_pos_embed_learned[0, self.config.buffer_size :][positions].to(x.dtype))
+        return self.z_proj_ln(x + position.to(x.dtype))
 
     def decode(self, encoded, visible, padding, run=None) -> torch.Tensor:
         """Decoder output z (B, L, D): mask tokens stand wherever no encoded token (B, S + V, D) does; run as above."""
@@ -255,7 +296,7 @@ class MAR(nn.Module):
         return x[:, c.buffer_size :] + self.diffusion_pos_embed_learned
 
     def compile_parts(self) -> None:
-        """Compile the transformer's blocks and the diffusion MLP, in place, for batches of any size.
+        """Compile the transformer's blocks and, of the diffusion loss, the MLP, in place, for batches of any size.
 
         Where nothing can be compiled, as without a C++ compiler on a CPU, that is a ValueError.
         """
@@ -264,7 +305,8 @@ class MAR(nn.Module):
         except RuntimeError as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
-        for part in (*self.encoder_blocks, *self.decoder_blocks, self.diffloss.net):
+        of_token_head = [] if self.config.loss == "ce" else [self.diffloss.net]
+        for part in (*self.encoder_blocks, *self.decoder_blocks, *of_token_head):
             part.compile(dynamic=True)
         self.compiled = True
 

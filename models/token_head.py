@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+LOSSES = {"diffusion": "continuous", "ce": "discrete"}  # --loss: the tokens that it is for
+
 
 class Sampler(Protocol):
     """Draws tokens with the settings that `TokenHead.sampler` was given."""
@@ -27,11 +29,15 @@ class Sampler(Protocol):
         A head without diffusion steps refuses any other one with `check_no_profile`.
         """
 
+    def log_prob(self, drawn, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
+        """log p (N,) of tokens drawn (N, …) under what `draw` draws from, differentiable; of ids only."""
+
 
 class TokenHead(Protocol):
     """p(token | z) with its training loss. What it predicts is a NamedTuple of tensors (N, …)."""
 
     has_steps: bool  # is a token drawn in diffusion steps, over which guidance may have a profile?
+    discrete: bool  # are tokens ids (B, L) long? They have no gradient: what they depend on learns by `log_prob`
 
     def empty(self, batch: int, length: int) -> torch.Tensor:
         """Tokens (B, L, …) of which nothing is known."""
@@ -45,8 +51,8 @@ class TokenHead(Protocol):
     def losses(self, prediction, target, draws: dict) -> dict[str, torch.Tensor]:
         """The terms, each (N,), whose sum is the loss."""
 
-    def fit(self, prediction, draws: dict) -> torch.Tensor:
-        """The term (N,) that says how well the prediction fits, which guidance is trained on."""
+    def fit(self, prediction, target, draws: dict) -> torch.Tensor:
+        """The term (N,) that says how well the prediction fits target (N, …), which guidance is trained on."""
 
     def comparable(self, loss, draws: dict) -> torch.Tensor:
         """Losses (N,) such that tokens can be compared by them: without what their draws alone make of them."""
@@ -54,8 +60,9 @@ class TokenHead(Protocol):
     def guided(self, cond, uncond, w) -> NamedTuple:
         """The prediction under guidance w (N,)."""
 
-    def sampler(self, *, num_steps=100, **options) -> Sampler:
-        """What draws tokens in so many steps; options are the head's own, an unknown one is a TypeError."""
+    def sampler(self, *, num_steps=100, solver=None, spacing=None, clip=None, top_k=0, top_p=1.0) -> Sampler:
+        """What draws tokens. A head of ids has no use for the settings of diffusion steps, num_steps to clip, and
+        takes any; another head refuses the filters of ids, top_k and top_p, with `check_no_filter`."""
 
 
 def guide(cond: torch.Tensor, uncond: torch.Tensor, w, m=1.0) -> torch.Tensor:
@@ -67,3 +74,12 @@ def check_no_profile(profile) -> None:
     """Raise ValueError for a profile given to a head that draws its tokens without diffusion steps."""
     if profile is not None:
         raise ValueError("--cfg_profile must be constant: this model draws a token in one step, not in diffusion steps")
+
+
+def check_no_filter(top_k: int, top_p: float) -> None:
+    """Raise ValueError for a filter of ids given to a head whose tokens are none."""
+    for name, value, off in (("top_k", top_k, (0,)), ("top_p", top_p, (0, 1))):
+        if value not in off:
+            raise ValueError(
+                f"--{name} {value:g} must be {off[-1]}: this model draws tokens that are no ids (--loss ce)"
+            )

@@ -41,10 +41,9 @@ def without_adaptive(parts, sampling) -> PolicyHeads:
             num_iter=sampling.num_iter,
             num_steps=sampling.num_sampling_steps,
             seeds=[seed_of("adaptive", i) for i in range(NUM_RECORDED)],
-            solver=sampling.solver,
-            spacing=sampling.spacing,
             clip=parts.tokenizer.clip,
             refresh_every=sampling.refresh_every,
+            **sampling.token_head_options(),
         )
     means = {key: torch.stack(values).mean() for key, values in said.items()}
 

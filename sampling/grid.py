@@ -20,6 +20,9 @@ SWEEPS += (
     "spacing",
     "order_noise",
     "order_base",
+    "confidence_noise",
+    "top_k",
+    "top_p",
     "refresh_every",
     "seed",
 )

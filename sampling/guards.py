@@ -10,7 +10,7 @@ from util.dist import is_half
 
 
 def draw_finite(draw, num_images: int, dtype) -> tuple[torch.Tensor, list[int], list[int]]:
-    """(latents (B, c, h, w), images drawn twice, images that are still not finite) of draw(images, dtype), B images.
+    """(latents (B, …), images drawn twice, images that are still not finite) of draw(images, dtype), B images.
 
     In floats of 16 bits a token may overflow. Its image is then drawn again in float32; draw must use the same seed.
     The finished batch is checked, so that the host does not wait for the device between the steps.

@@ -67,11 +67,11 @@ def decode(
     _check_counts(num_iter=num_iter, refresh_every=refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
     _check_images(empty.shape, seeds, orders, tokens, mask)
+    rules.check(model.token_head)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
     canvas = Canvas(empty, tokens, mask, seeds, orders)
     rules = rules if orders is None else replace(rules, order=canvas.published_order)
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
-    draw = partial(checkpoint, sampler.draw, use_reentrant=False) if recompute else sampler.draw
     with eval_mode(model):
         conditions = model.conditions(labels.to(empty.device), **options)
         for step in range(num_iter):
@@ -80,20 +80,22 @@ def decode(
                 break
             seen = canvas.tokens.detach() if local else canvas.tokens
             z, positions = conditions.look(step, seen, canvas.unknown, images)
-            plan = rules(canvas.state(step, num_iter, images, z, positions, sampler.num_steps))
-            rows, guided, tau, cfg, profile = canvas.select(plan, images)
+            state = canvas.state(step, num_iter, images, z, positions, sampler.num_steps)
+            plan = rules(state)
+            chosen = canvas.select(plan, images)
+            rows, guided = chosen.rows, chosen.guided
             canvas.renew(images, plan.gumbel)
             if not len(rows):  # the tokens that this step could choose from are all given
                 continue
-            z, z_uncond = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
+            pair = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
-            noise = send(noise, empty.device)
-            some = None if len(guided) in (0, len(rows)) else send(guided, empty.device)
-            drawn = draw(z, z_uncond, cfg, tau, noise, plan.num_steps, guided=some, profile=profile)
-            canvas.write(rows, drawn)
-            conditions.write(step, rows, drawn.detach() if local else drawn)
+            drawn, log_prob = chosen.draw(sampler, *pair, send(noise, empty.device), recompute)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
+            if log_prob is not None:
+                plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_prob)
+            canvas.write(rows, drawn)
+            conditions.write(step, rows, drawn.detach() if local else drawn)
             if callback:
                 callback(step, rows, plan, canvas.tokens)
     if canvas.unknown.any():
@@ -110,15 +112,34 @@ class Chosen(NamedTuple):
     """The tokens of a step.
 
     rows (N, 2) long on the host: (image, position), row-major. guided (G,) long on the host: the rows with w ≠ 1.
-    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided. profile is the plan's, its
-    tensors (N,).
+    tau (N,) on the device; cfg (N,) on the device, or the number 1.0 where no row is guided. num_steps and profile are
+    the plan's, its tensors (N,). judged: ids of which log p is asked for.
     """
 
     rows: torch.Tensor
     guided: torch.Tensor
     tau: torch.Tensor
     cfg: torch.Tensor | float
+    num_steps: int
     profile: Callable | None
+    judged: bool
+
+    def draw(self, sampler, z, z_uncond, noise, recompute: bool):
+        """(tokens (N, …), where they are judged their log p (N,), else None) of a `models.token_head.Sampler`.
+
+        z (N, D), z_uncond (G, D) or None; recompute: keep no activations, the backward pass computes them again.
+        """
+        call = partial(checkpoint, use_reentrant=False) if recompute else _call
+        some = None if len(self.guided) in (0, len(self.rows)) else send(self.guided, z.device)
+        options = dict(guided=some, profile=self.profile)
+        drawn = call(sampler.draw, z, z_uncond, self.cfg, self.tau, noise, self.num_steps, **options)
+        if not self.judged:
+            return drawn, None
+        return drawn, call(sampler.log_prob, drawn, z, z_uncond, self.cfg, self.tau, guided=some)
+
+
+def _call(function: Callable, *args, **options):
+    return function(*args, **options)
 
 
 class Canvas:
@@ -138,9 +159,7 @@ class Canvas:
         if seeds is None:
             seeds = torch.randint(0, 2**32, (shape[0],)).tolist()
         self.generators = [generator(seed) for seed in seeds]
-        # minus the log of an exponential draw is a Gumbel draw
-        gumbel = [-torch.empty(shape[1]).exponential_(generator=g).log() for g in self.generators]
-        self.gumbel = torch.stack(gumbel).to(device)
+        self.gumbel = torch.stack([_gumbel(shape[1], g) for g in self.generators]).to(device)
         self.orders = self.gumbel.argsort(dim=1, descending=True)
         if orders is not None:
             self.orders = torch.as_tensor(orders, device=device).flip(1)
@@ -189,7 +208,27 @@ class Canvas:
         row, column = send(rows, self.tokens.device).unbind(dim=1)
         cfg = plan.cfg[row, column] if len(guided) else 1.0
         rows = torch.stack([images[rows[:, 0]], rows[:, 1]], dim=1)
-        return Chosen(rows, guided, plan.tau[row, column], cfg, plan.profile and of_rows(plan.profile, row))
+        profile = plan.profile and of_rows(plan.profile, row)
+        judged = plan.looks_at_ids and not self.tokens.is_floating_point()
+        return Chosen(rows, guided, plan.tau[row, column], cfg, plan.num_steps, profile, judged)
+
+    def judged(self, rules, state: StepState, plan: StepPlan, images, rows, drawn, log_prob):
+        """(plan, rows, drawn) when the ids drawn (N,) at rows (N, 2) have log p (N,): what the rules keep of them.
+
+        Where log p has a gradient its sum for each image is added to the plan's. images (B',) are those of the plan.
+        """
+        place = torch.searchsorted(images, rows[:, 0].contiguous()), rows[:, 1]  # on the host
+        index = send(torch.stack(place), log_prob.device).unbind()
+        spread = torch.zeros_like(plan.tau).index_put(index, log_prob)  # (B', L)
+        if log_prob.requires_grad:
+            of_images = spread.sum(dim=1)
+            plan = replace(plan, log_prob=of_images if plan.log_prob is None else plan.log_prob + of_images)
+        if plan.keep is None:
+            return plan, rows, drawn
+        draws = torch.stack([_gumbel(plan.tau.shape[1], self.generators[i]) for i in images.tolist()])
+        plan = rules.after_draw(state, plan, spread.detach(), send(draws, spread.device))
+        keep = plan.select.cpu()[place]
+        return plan, rows[keep], drawn[send(keep, drawn.device)]
 
     def renew(self, images, gumbel) -> None:
         """Replace the draws of these images by gumbel (B', L); None: keep them."""
@@ -201,6 +240,11 @@ class Canvas:
         """drawn (N, …) are the tokens at rows (N, 2)."""
         self.tokens = self.tokens.index_put(send(rows, self.tokens.device).unbind(dim=1), drawn.to(self.tokens.dtype))
         self.unknown[rows[:, 0], rows[:, 1]] = False
+
+
+def _gumbel(length: int, generator: torch.Generator) -> torch.Tensor:
+    """Gumbel draws (L,): minus the log of exponential ones."""
+    return -torch.empty(length).exponential_(generator=generator).log()
 
 
 def of_rows(profile: Callable, image: torch.Tensor) -> Callable:

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from heads.policy import FLAGS, PolicyHeads
+from models.coding import encode, render
 from sampling.adaptive import Spread, without_adaptive
 from sampling.guards import complain, draw_finite, is_plain
 from sampling.loop import generate
@@ -109,10 +110,9 @@ class SamplingRun:
         self.spread = Spread(name for kind, name in (("tau", "tau"), ("cfg", "w")) if kind in learned)
         quiet = sampling.heads_adaptive == "off" and parts.heads is not None
         self.rules = sampling.rules(without_adaptive(parts, sampling) if quiet else parts.heads)
-        self.known = {}  # of an edit: tokens (1, L, C) and mask (1, L)
+        self.known = {}  # of an edit: tokens (1, L, …) and mask (1, L)
         if edit is not None:
-            latents = parts.tokenizer.encode(edit.images().to(parts.device), sample=False)
-            self.known["tokens"] = parts.model.patchify(latents)
+            self.known["tokens"] = encode(parts.model, parts.tokenizer, edit.images().to(parts.device))
             self.known["mask"] = torch.from_numpy(edit.unknown).reshape(1, -1)
         self.num_made, self.seconds, self.evals = 0, 0.0, Counter()
         self.redone, self.broken, self.plain = [], [], []  # numbers of images
@@ -152,7 +152,7 @@ class SamplingRun:
         return images
 
     def latents(self, batch: range, trace: Trace, progress, rows, dtype) -> torch.Tensor:
-        """Latents (b, c, h, w) of the images at these rows of a batch, computed in this dtype."""
+        """Latents (b, c, h, w), or ids (b, h, w), of the images at these rows of a batch, computed in this dtype."""
         images = [batch[row] for row in rows]
         sampling, parts = self.sampling, self.parts
 
@@ -170,17 +170,16 @@ class SamplingRun:
                 num_steps=sampling.num_sampling_steps,
                 seeds=image_seeds(self.seed, images),
                 callback=None if trace.steps else after_step,  # a second time it would be traced twice
-                solver=sampling.solver,
-                spacing=sampling.spacing,
                 clip=parts.tokenizer.clip,
                 refresh_every=sampling.refresh_every,
+                **sampling.token_head_options(),
                 evals=self.evals,
                 **{name: known.expand(len(images), *known.shape[1:]) for name, known in self.known.items()},
             )
 
     def pictures(self, latents) -> torch.Tensor:
-        """uint8 (B, H, W, C) of latents (B, c, h, w)."""
-        images = to_uint8(self.parts.tokenizer.decode(latents))
+        """uint8 (B, H, W, C) of latents (B, c, h, w) or ids (B, h, w)."""
+        images = to_uint8(render(self.parts.tokenizer, latents))
         return images if self.edit is None else self.edit.paste(images)
 
     def report(self) -> dict:

@@ -36,6 +36,8 @@ class SampleConfig(RuleOptions):
     )
     solver: str = flag("ddpm", "solver of the diffusion head", choices=SOLVERS)
     spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
+    top_k: int = flag(0, "ids are drawn from so many, the likeliest ones; 0 = from all", low=0)
+    top_p: float = flag(1.0, "ids are drawn from the likeliest that hold this share; 0 or 1 = from all", low=0, high=1)
     refresh_every: int = flag(
         1, "steps between passes over all tokens; between them only those that changed or are drawn", low=1
     )
@@ -67,9 +69,14 @@ class SampleConfig(RuleOptions):
             raise ValueError(
                 f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
             )
-        model.token_head.sampler(num_steps=self.num_sampling_steps, solver=self.solver, spacing=self.spacing)
+        rules.check(model.token_head)
+        model.token_head.sampler(num_steps=self.num_sampling_steps, **self.token_head_options())
         if not model.token_head.has_steps:
             check_no_profile(rules.profile(None))
+
+    def token_head_options(self) -> dict:
+        """The settings that `TokenHead.sampler` takes, beside the number of steps and what is the tokenizer's."""
+        return dict(solver=self.solver, spacing=self.spacing, top_k=self.top_k, top_p=self.top_p)
 
     def resolved(self) -> "SampleConfig":
         """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""

@@ -39,7 +39,7 @@ class Trace:
             self.steps.append((step, rows, plan.tau, plan.cfg, tokens[: self.count].clone()))
 
     def end(self, decode, images: np.ndarray) -> None:
-        """Add the batch: decode turns tokens (n, L, C) into uint8 (n, H, W, C), images are the finished ones.
+        """Add the batch: decode turns tokens (n, L, …) into uint8 (n, H, W, C), images are the finished ones.
 
         The last batch of the N images writes the file.
         """

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from models import families
 from models.families import Family
-from models.token_head import check_no_profile, guide
+from models.token_head import check_no_filter, check_no_profile, guide
 from util.args import flag
 from util.rng import draw_by_image
 
@@ -48,7 +48,7 @@ class Normal(NamedTuple):
 
 
 class NormalHead(nn.Module):
-    has_steps = False
+    has_steps, discrete = False, False
 
     def __init__(self, width, channels, noise):
         super().__init__()
@@ -68,7 +68,7 @@ class NormalHead(nn.Module):
     def losses(self, prediction, target, draws):
         return {"square": (prediction.mean - prediction.drawn).square().mean(dim=1)}
 
-    def fit(self, prediction, draws):
+    def fit(self, prediction, target, draws):
         return (prediction.mean - prediction.drawn).square().mean(dim=1)
 
     def comparable(self, loss, draws):
@@ -77,7 +77,8 @@ class NormalHead(nn.Module):
     def guided(self, cond, uncond, w):
         return cond._replace(mean=guide(cond.mean, uncond.mean, w.reshape(-1, 1)))
 
-    def sampler(self, *, num_steps=1, solver="ddpm", spacing=None, clip=None):
+    def sampler(self, *, num_steps=1, solver="ddpm", spacing=None, clip=None, top_k=0, top_p=1.0):
+        check_no_filter(top_k, top_p)
         return NormalSampler(self)
 
 

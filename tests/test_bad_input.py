@@ -266,6 +266,7 @@ SEARCH = [
     ("--out {file}.png", "{file}.png", ".json"),
     ("--out {tmp}/results.json --features digits", "'digits'", "at least two", "pixels"),
     ("--features digits,nope", "'nope'", "pixels"),
+    ("--reward_weights 1,2,3", "--reward_weights", "'1,2,3'", "digits,pixels"),
     ("--out /proc/x/y.json", "--out /proc/x"),
     ("--out {file}/y.json", "--out", "{file}"),
     ("--data_path {empty}", "{empty}", "digits"),

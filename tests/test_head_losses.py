@@ -75,7 +75,7 @@ def test_guidance_loss_is_the_squared_error_of_the_guided_prediction():
     cond, uncond = (Denoised(noise, eps, noise) for eps in (eps_c, eps_u))
 
     def loss(w):
-        return guidance_loss(head.fit(head.guided(cond, uncond, w), {"noise": noise}), keep)
+        return guidance_loss(head.fit(head.guided(cond, uncond, w), None, {"noise": noise}), keep)
 
     torch.testing.assert_close(loss(w).detach(), naive)
     at = [loss(torch.full((50,), float(best) + d)) for d in (-0.1, 0.0, 0.1)]

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import nn
 
+from models.families import tokens_of
 from models.loading import check_latents, check_tokens, stored_model_config
 from models.tokenizers import Tokenizer, tokenizer_of
 from training.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
@@ -75,8 +76,8 @@ def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, data
 def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int) -> Tokenizer:
     """The tokenizer for images of so many channels; one that does not fit the model or the flags raises ValueError."""
     tokenizer = tokenizer_of(vars(config), channels)
-    check_tokens(tokenizer, model.family_name)
-    for name, true in latents_of(tokenizer).items():
+    check_tokens(tokenizer, model.family_name, model.settings)
+    for name, true in latents_of(tokenizer, model).items():
         if model.settings[name] not in (None, true):
             raise ValueError(
                 f"--{name} {model.settings[name]} does not fit the tokenizer {config.tokenizer}, which has {true}"
@@ -84,9 +85,12 @@ def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int) -
     return tokenizer
 
 
-def latents_of(tokenizer: Tokenizer) -> dict:
-    """Fields of a model's configuration that the tokenizer decides."""
-    return dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
+def latents_of(tokenizer: Tokenizer, model: ModelConfig) -> dict:
+    """Fields of the model's configuration that the tokenizer decides."""
+    known = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
+    if tokens_of(model.family_name, model.settings) == ("discrete",):
+        known["vocab_size"] = tokenizer.codebook_size
+    return known
 
 
 def build_model(
@@ -107,8 +111,8 @@ def build_model(
                 "starts a new run from its other weights"
             )
         if "vae_stride" in stored:
-            check_latents(tokenizer, stored["vae_stride"], stored["vae_embed_dim"], "the checkpoint")
-    return config.family.model(config.build(**latents_of(tokenizer), class_num=num_classes))
+            check_latents(tokenizer, stored, "the checkpoint")
+    return config.family.model(config.build(**latents_of(tokenizer, config), class_num=num_classes))
 
 
 def freeze(model, train: TrainConfig) -> None:

@@ -27,6 +27,28 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
+def gumbel(seeds: torch.Tensor, num: int) -> torch.Tensor:
+    """Gumbel draws (N, num) float32, row i of seeds[i] alone; seeds (N,) int32 are whatever a generator draws.
+
+    Made where the seeds are, since for a codebook of 16384 entries a host would take longer than a GPU for all the
+    rest; in whole numbers, so that every device has the same uniform numbers.
+    """
+    places = _mixed(torch.arange(num, dtype=torch.int32, device=seeds.device))
+    uniform = ((_mixed(seeds.unsqueeze(1) ^ places) >> 8) & 0xFFFFFF).float() * 2.0**-24  # in [0, 1)
+    # minus the log of an exponential draw, which is −log(1 − u) or, that no draw is infinite, half a step of u
+    return uniform.neg_().log1p_().neg_().clamp_(min=2.0**-25).log_().neg_()
+
+
+def _mixed(x: torch.Tensor) -> torch.Tensor:
+    """int32 (…) to int32 (…), one to one, each bit of the result depending on all bits of x: "lowbias32", C. Wellons.
+
+    Products wrap around; a shift to the right keeps the sign, so its upper bits are masked.
+    """
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - 2**32)
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
 def draw_by_image(generators: list, rows: torch.Tensor, shape, dim: int) -> torch.Tensor:
     """Normal draws for rows (N, 2), (image, position) in row-major order, those of image i from generators[i].
 

@@ -19,7 +19,9 @@ class HeadLossConfig:
     lambda_order: float = flag(1.0, "weight of the order loss", low=0)
     lambda_size: float = flag(0.01, "weight of the penalty on the size of the soft selection", low=0)
     lambda_budget: float = flag(10.0, "weight of the budget that holds the mean group size at the cosine one", low=0)
-    lambda_cfg: float = flag(1.0, "weight of the guidance head's epsilon consistency", low=0)
+    lambda_cfg: float = flag(
+        1.0, "weight of the guidance head's misfit: epsilon consistency, or cross-entropy of ids", low=0
+    )
     order_objective: str = flag("easy", "tokens that the order head puts first", choices=ORDER_OBJECTIVES)
     topk_temperature: float = flag(0.1, "temperature of the soft top-k", low=1e-4)
 
@@ -37,5 +39,6 @@ def budget_loss(k, base_k):
 
 
 def guidance_loss(fit, keep):
-    """ε-consistency: mean of fit (N,), the misfit of guided predictions, over the rows that keep (N,) bool names."""
+    """Mean of fit (N,), the misfit of guided predictions (ε-consistency, or cross-entropy of ids), over the rows that
+    keep (N,) bool names."""
     return (fit * keep).sum() / keep.sum().clamp(min=1)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from heads.policy import FLAGS, PolicyHeads
+from models.coding import render
 from sampling.loop import decode
 from training.objectives.draws import log_uniform
 from training.objectives.reward import Bank, Reward
@@ -219,14 +220,13 @@ class ImageObjective(nn.Module):
             num_steps=sampling.num_sampling_steps,
             seeds=rollout.seeds,
             callback=callback,
-            solver=sampling.solver,
-            spacing=sampling.spacing,
             clip=rollout.tokenizer.clip,
             refresh_every=sampling.refresh_every,
+            **sampling.token_head_options(),
             recompute=grad and self.model.config.grad_checkpointing,
             local=self.settings.reward.pathwise == "local",
         )
-        return rollout.tokenizer.render(latents).clamp(-1, 1)
+        return render(rollout.tokenizer, latents).clamp(-1, 1)
 
     def forward(self, rollout: Rollout, num_targets) -> dict[str, torch.Tensor]:
         """The summed influence of the images of a rollout over num_targets, and what is logged of them."""

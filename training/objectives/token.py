@@ -141,7 +141,12 @@ class TokenObjective(nn.Module):
 
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "TokenObjective":
-        """The objective of a run, see `training.objectives`."""
+        """The objective of a run, see `training.objectives`; a τ head of ids raises ValueError."""
+        if heads is not None and "tau" in heads.learn and model.token_head.discrete:
+            raise ValueError(
+                "--learn tau: --objective token learns it by the noise of a diffusion loss; for ids (--loss ce) use "
+                "--objective image, or leave tau out"
+            )
         train, sizes = settings.train, model.config
         visits = make_visits(settings.masks, settings.sampling, heads)
         draws = DrawSettings(
@@ -265,29 +270,33 @@ class TokenObjective(nn.Module):
         return type(predictions[0])(*(torch.cat(values)[place] for values in zip(*predictions)))
 
     def _guidance_loss(self, w, batch: Batch, prediction, target, tau, rows):
-        """ε-consistency of the guidance scales w (b, 1) or (b, L): its gradient reaches w only."""
+        """Misfit of the predictions guided by the scales w (b, 1) or (b, L): its gradient reaches w only."""
         draws, head = batch.draws, self.model.token_head
         with torch.no_grad():  # the one extra pass, and only where guidance is learned
             z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible)
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
-        fit = head.fit(head.guided(cond, uncond, rows.spread(w)), rows.draws)
+        fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
         return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
 
 
 def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:
     """Tokens (b, L, …) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.images.latents`.
 
+    Where the model's tokens are ids these take the place of the moments, (b, 2, h, w).
     flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of image i
     comes from seeds[i] alone.
     """
+    discrete = model.token_head.discrete
     if batch.dtype == torch.uint8:
         images = batch.float() / 127.5 - 1
         if flip is not None:
             images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        moments = tokenizer.encode_moments(images)
+        moments = tokenizer.encode_ids(images) if discrete else tokenizer.encode_moments(images)
     else:
         moments = batch[torch.arange(len(batch), device=batch.device), 0 if flip is None else flip.long()]
+    if discrete:
+        return model.patchify(moments.long())
     return model.patchify(tokenizer.from_moments(moments, generator=[generator(seed) for seed in seeds]))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from heads.orders import AFTER_DRAW
 from heads.policy import PolicyHeads, build_rules, moved_rule
 from heads.rules import hard_topk, whole_group
 from heads.schedules import RuleOptions
@@ -50,6 +51,11 @@ class MaskConfig:
         for kind, name, base in (("order", order, "random"), ("group", group, moved_rule("group", schedule))):
             if self.train_masks == "visited" and name == "learned":
                 raise ValueError(f"--train_masks visited follows hand-made rules; with --{kind} learned use policy")
+            if name in AFTER_DRAW:
+                raise ValueError(
+                    f"--order {name} looks at tokens that the model draws, training masks cannot: use --train_masks "
+                    "random, or another order"
+                )
             has_head = self.train_masks != "visited" and heads is not None and kind in heads.learn
             names[kind] = name or ("learned" if has_head else base)
         return names

@@ -1,0 +1,167 @@
+"""Cross-entropy: p(token | z) over the entries of a codebook, for tokens that are ids.
+
+Legend: B images, L tokens an image, N token rows, G of them guided, D width of z, V entries of the codebook.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.token_head import check_no_profile, guide
+from util.dist import send
+from util.rng import gumbel
+
+
+class Logits(NamedTuple):
+    """A prediction: unnormalised log-probabilities of the entries, float32 (N, V)."""
+
+    logits: torch.Tensor
+
+
+class CELoss(nn.Module):
+    """One linear layer from z to the logits, with its training loss and its sampler: a `models.token_head.TokenHead`.
+
+    label_smoothing: share of the target's probability that training spreads evenly over all entries.
+    """
+
+    has_steps = False
+    discrete = True
+
+    def __init__(self, width: int, vocab_size: int, *, label_smoothing: float = 0.1):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.proj = nn.Linear(width, vocab_size)
+        nn.init.normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
+        """(…, V) float32 of z (…, D) in any dtype."""
+        return self.proj(z.to(self.proj.weight.dtype)).float()
+
+    def empty(self, batch: int, length: int) -> torch.Tensor:
+        """Ids (B, L) long, all 0."""
+        return torch.zeros(batch, length, dtype=torch.long, device=self.proj.weight.device)
+
+    def draws(self, generator: torch.Generator, num_tokens: int) -> dict[str, torch.Tensor]:
+        """{}: the loss is not random."""
+        return {}
+
+    def predict(self, target, z, draws, tau=None) -> Logits:
+        """The logits under z (N, D), divided by tau, a float or (N,), where it is given."""
+        logits = self.logits(z)
+        return Logits(logits if tau is None else logits / _column(tau))
+
+    def losses(self, prediction: Logits, target, draws) -> dict[str, torch.Tensor]:
+        """{ce (N,)} of the ids target (N,), with label smoothing; ln V where all logits are equal."""
+        return {"ce": _cross_entropy(prediction.logits, target, self.label_smoothing)}
+
+    def fit(self, prediction: Logits, target, draws) -> torch.Tensor:
+        """−log p of the ids target (N,)."""
+        return _cross_entropy(prediction.logits, target)
+
+    def comparable(self, loss, draws) -> torch.Tensor:
+        """The losses (N,): nothing about them is drawn."""
+        return loss
+
+    def guided(self, cond: Logits, uncond: Logits, w) -> Logits:
+        """uncond + w·(cond − uncond) with w (N,)."""
+        return Logits(guide(cond.logits, uncond.logits, _column(w)))
+
+    def sampler(
+        self, *, num_steps=1, solver=None, spacing=None, clip=None, top_k: int = 0, top_p: float = 1.0
+    ) -> "CategoricalSampler":
+        """What draws ids from the top_k likeliest entries (0: all) and of these the fewest that hold more than top_p
+        (0 or 1: all). The other settings are those of diffusion steps, of which there are none.
+
+        A top_k below 0, or a top_p outside 0 … 1, raises ValueError.
+        """
+        if top_k < 0:
+            raise ValueError(f"--top_k must be 0 (off) or a number of entries, got {top_k}")
+        if not 0 <= top_p <= 1:
+            raise ValueError(f"--top_p must be between 0 and 1 (both off), got {top_p:g}")
+        return CategoricalSampler(self, top_k, top_p)
+
+
+class CategoricalSampler:
+    """Draws ids from softmax(guided logits / τ), filtered: a `models.token_head.Sampler`."""
+
+    num_steps = (1, 1)
+
+    def __init__(self, head: CELoss, top_k: int, top_p: float):
+        self.head, self.top_k, self.top_p = head, top_k, top_p
+
+    def evals(self, num_steps: int, tokens: int, guided: int, profile=None) -> int:
+        """A row for each token, two for a guided one."""
+        return tokens + guided
+
+    def noise(self, generators, rows, num_steps: int) -> torch.Tensor:
+        """Gumbel draws (N, V) on the device, the part of each image of its own generator."""
+        images, counts = rows[:, 0].unique_consecutive(return_counts=True)
+        parts = [
+            torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, generator=generators[image])
+            for image, count in zip(images.tolist(), counts.tolist())
+        ]
+        return gumbel(send(torch.cat(parts), self.head.proj.weight.device), self.head.proj.out_features)
+
+    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
+        """Ids (N,) long by Gumbel-max, that is a categorical draw, with noise (N, V); without gradient.
+
+        z (N, D), z_uncond (G, D), guided and profile as in `models.token_head.Sampler`; cfg, tau: float or (N,).
+        """
+        check_no_profile(profile)
+        with torch.no_grad():
+            return self._filtered(z, z_uncond, cfg, tau, guided).add_(noise).argmax(dim=-1)
+
+    def log_prob(self, drawn, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
+        """log p (N,) of the ids drawn (N,) under what `draw` draws from; differentiable in z, cfg, tau and weights."""
+        logits = self._filtered(z, z_uncond, cfg, tau, guided)
+        return logits.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
+
+    def _filtered(self, z, z_uncond, cfg, tau, guided) -> torch.Tensor:
+        """Guided logits / τ (N, V), −∞ where the filter takes an entry away; a new tensor."""
+        logits = self.head.logits(z)
+        if z_uncond is not None:
+            uncond, w = self.head.logits(z_uncond), _column(cfg)
+            if guided is None:
+                logits = guide(logits, uncond, w)
+            else:
+                w = w[guided] if isinstance(w, torch.Tensor) and w.dim() else w
+                logits = logits.index_copy(0, guided, guide(logits[guided], uncond, w))
+        logits = logits / _column(tau)
+        return logits.masked_fill(~kept(logits, self.top_k, self.top_p), -math.inf) if self._filters else logits
+
+    @property
+    def _filters(self) -> bool:
+        return 0 < self.top_k < self.head.proj.out_features or 0 < self.top_p < 1
+
+
+@torch.no_grad()
+def kept(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Which entries (N, V) bool of logits (N, V) a filter leaves, top-k first, then top-p of what top-k leaves.
+
+    top_k keeps everything that is at least the k-th largest; top_p the likeliest entries up to the one with which their
+    sum exceeds it.
+    """
+    keep = torch.ones_like(logits, dtype=torch.bool)
+    if 0 < top_k < logits.shape[-1]:
+        keep = logits >= logits.topk(top_k, dim=-1).values[:, -1:]
+    if 0 < top_p < 1:
+        p, order = logits.masked_fill(~keep, -math.inf).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+        before = p.cumsum(dim=-1) - p
+        keep &= torch.zeros_like(keep).scatter(1, order, before <= top_p)
+    return keep
+
+
+def _cross_entropy(logits, target, label_smoothing: float = 0.0) -> torch.Tensor:
+    """(N,) of logits (N, V) for ids (N,)."""
+    return F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+
+
+def _column(value):
+    """A number as it is, (N,) or (N, 1) as (N, 1) float32, so that it broadcasts over the entries."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.float().reshape(-1, 1) if value.dim() else value.float()

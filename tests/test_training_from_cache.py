@@ -43,7 +43,7 @@ def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, 
     """The noise of the posterior comes from a seed for each image: another seed, other tokens; not the batch."""
     latents = open_latents(cache(pictures, tmp_path / "c", "--tokenizer", "tiny:0"))
     batch, _, _ = next(iter(DataLoader(latents, batch_size=4)))
-    model = SimpleNamespace(patchify=lambda latents: latents)
+    model = SimpleNamespace(patchify=lambda latents: latents, token_head=SimpleNamespace(discrete=False))
 
     def tokens(batch, flip, seeds):
         return tokens_of(batch, flip, seeds, TinyKL(), model)

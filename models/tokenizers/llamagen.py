@@ -94,8 +94,10 @@ def config_of(weights: dict, path) -> VQConfig:
         codebook_size, codebook_embed_dim = weights["quantize.embedding.weight"].shape
         z_channels = len(weights["encoder.conv_out.weight"])
         encoder, decoder = widths("encoder", num_levels[0]), widths("decoder", num_levels[1])[::-1]
-    except (KeyError, ValueError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"{path} is no tokenizer of LlamaGen: it lacks {error}") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is no tokenizer of LlamaGen: its tensors have other numbers of dimensions") from None
     uneven = not encoder or num_levels[0] != num_levels[1]
     if uneven or ch == 0 or ch % 32 or any(width % ch for width in encoder + decoder):
         raise ValueError(f"{path} is no tokenizer of LlamaGen: its levels have the widths {encoder} and {decoder}")

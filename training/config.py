@@ -45,7 +45,10 @@ class DataConfig(Reading):
 class TokenizerConfig:
     """Which autoencoder makes the latents."""
 
-    tokenizer: str | None = flag(None, "pixel, kl16, vq16, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)")
+    tokenizer: str | None = flag(
+        None,
+        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
+    )
     vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     vae_scale: str | None = flag(
         None, "factor of the latents, or one a channel (default: the tokenizer's)", metavar="X"

@@ -8,7 +8,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import FLAGS, SCOPES, PolicyHeads
-from models.families import FAMILIES, SIZES, Family
+from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
@@ -75,6 +75,11 @@ class ModelConfig:
         """The value of each field of the family's configuration: the one given, else that of the size's row."""
         row = self.family.sizes[self.model]
         return {field.name: self.given.get(field.name, getattr(row, field.name)) for field in fields(row)}
+
+    @property
+    def fixed_rules(self) -> dict[str, str]:
+        """The rules that the model cannot do without."""
+        return rules_of(self.family_name, self.settings)
 
     @property
     def img_size(self) -> int:
@@ -299,7 +304,7 @@ def resolve(given: dict) -> RunConfig:
         own.pop("lr", None)
     chosen |= {name: value for name, value in own.items() if name not in given}
     config = RunConfig.from_flat(chosen | derive(chosen, given))
-    sampling = config.sampling.fitted(config.model.family.model.fixed_rules, config.model.model)
+    sampling = config.sampling.fitted(config.model.fixed_rules, config.model.model)
     config = replace(config, sampling=sampling)
     check(config, given)
     return config

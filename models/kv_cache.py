@@ -90,6 +90,15 @@ def put(kept, index: tuple, new):
     return kept.index_put(index, new) if torch.is_grad_enabled() else kept.index_put_(index, new)
 
 
+def check_prefix(unknown: torch.Tensor) -> None:
+    """Raise ValueError where a known token of unknown (B, L) bool comes after an unknown one."""
+    if (unknown[:, :-1] & ~unknown[:, 1:]).any():
+        raise ValueError(
+            "a raster model keeps only the first tokens of an image, row by row: the part to keep (--edit_mask) must "
+            "end where the new one begins"
+        )
+
+
 class CausalConditions:
     """The `models.families.Conditions` of a causal model: z of one token an image, the next of its order.
 
@@ -133,11 +142,8 @@ class CausalConditions:
     def _put_known_first(self, unknown, device):
         later = unknown.gather(1, self.orders).to(torch.uint8)
         orders = self.orders.gather(1, later.argsort(dim=1, stable=True))
-        if self.raster and not orders.equal(self.orders):
-            raise ValueError(
-                "a raster model keeps only the first tokens of an image, row by row: the part to keep must end where "
-                "the new one begins (a model of --ar_order random keeps any)"
-            )
+        if self.raster:
+            check_prefix(unknown)
         self.orders, self.on_device = orders, send(orders, device)
 
     def _extend(self, tokens, unknown, images, labelled: bool):

@@ -14,7 +14,9 @@ from tests import helpers_ids
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
-TRAIN = "--data digits --model mar_ar_tiny --img_size 8 --batch_size 256 --blr 0.01 --num_iter 16 --num_images 4".split()
+TRAIN = (
+    "--data digits --model mar_ar_tiny --img_size 8 --batch_size 256 --blr 0.01 --num_iter 16 --num_images 4".split()
+)
 TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --device cpu --warmup_epochs 0".split()
 IDS = ["--tokenizer", "grey16", "--loss", "ce"]
 LATENTS = "--tokenizer pixel --patch_size 2 --diffloss_w 16 --diffloss_d 1".split()
@@ -88,7 +90,9 @@ def test_heads_are_learned_on_images(tmp_path, capsys):
     assert any(value.abs().max() > 0 for name, value in heads.items() if name.endswith("values"))
     line = refused(main_mar.main, [*on_images, "--learn", "order", "--output_dir", str(tmp_path / "order")], capsys)
     assert "--order must be known before the first token is drawn" in line
-    line = refused(main_mar.main, [*stage, "--learn", "cfg", "--freeze_backbone", "--output_dir", str(tmp_path / "cfg")], capsys)
+    line = refused(
+        main_mar.main, [*stage, "--learn", "cfg", "--freeze_backbone", "--output_dir", str(tmp_path / "cfg")], capsys
+    )
     assert "--learn cfg: --objective token learns heads on masks" in line and "use --objective image" in line
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
 from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
 from models.token_head import LOSSES, TokenHead
@@ -106,6 +107,7 @@ class Family(NamedTuple):
 FAMILIES = {
     "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published),
     "mar_ar": Family(MARAR, MARARConfig, MAR_AR_CONFIGS, ("continuous", "discrete"), fixed_rules=fixed_rules),
+    "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",)),
 }
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
 

@@ -90,6 +90,12 @@ def put(kept, index: tuple, new):
     return kept.index_put(index, new) if torch.is_grad_enabled() else kept.index_put_(index, new)
 
 
+def raster_only(orders: torch.Tensor | None) -> None:
+    """None, which stands for row by row; orders (B, L) that are other ones raise ValueError."""
+    if orders is not None and (orders != torch.arange(orders.shape[1], device=orders.device)).any():
+        raise ValueError("a raster model draws row by row: it needs --order raster")
+
+
 def check_prefix(unknown: torch.Tensor) -> None:
     """Raise ValueError where a known token of unknown (B, L) bool comes after an unknown one."""
     if (unknown[:, :-1] & ~unknown[:, 1:]).any():

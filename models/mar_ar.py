@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.celoss import CELoss
 from models.diffloss import DiffLoss
-from models.kv_cache import CausalConditions, Extension
+from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import MAR, MARConfig, compile_all
 from models.mar_cache import after_attention, before_attention
 from util.args import flag
@@ -126,11 +126,7 @@ class MARAR(nn.Module):
         The cache is exact, so refresh_every plays no part. Another order than the one that a raster model was trained
         in raises ValueError.
         """
-        if self.config.ar_order == "raster" and orders is not None:
-            if not (orders == torch.arange(orders.shape[1], device=orders.device)).all():
-                raise ValueError("a raster model (--ar_order raster) draws row by row: it needs --order raster")
-            orders = None
-        return CausalConditions(self, labels, orders)
+        return CausalConditions(self, labels, raster_only(orders) if self.config.ar_order == "raster" else orders)
 
     def encode_decode(self, tokens, mask, labels=None, num_visible=None, orders=None) -> torch.Tensor:
         """z (B, L, D) of every token from those before it, by position; mask and num_visible play no part.

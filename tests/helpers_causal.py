@@ -2,6 +2,7 @@
 
 import torch
 
+from models.kv_cache import CausalConditions
 from models.mar_ar import MARAR, MARARConfig
 
 ENTRIES, LENGTH = 16, 16
@@ -40,3 +41,11 @@ def some_orders(model, batch, seed=2):
         return torch.arange(LENGTH).repeat(batch, 1)
     g = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(LENGTH, generator=g) for _ in range(batch)])
+
+
+class WholePass(CausalConditions):
+    """The conditions without a cache: a pass over the whole sequence for each z."""
+
+    def _extend(self, tokens, unknown, images, labelled):
+        z = self.model.outputs(tokens[images], self.on_device[images], self.labels[images] if labelled else None)
+        return z[torch.arange(len(images)), (~unknown[images]).sum(dim=1)].unsqueeze(1)

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from heads.policy import build_rules
-from models.kv_cache import CausalConditions, KeyValueCache
+from models.kv_cache import KeyValueCache
 from models.mar import MAR, MAR_CONFIGS
 from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig
 from sampling.loop import decode, generate
-from tests.helpers_causal import ENTRIES, LENGTH, some_orders, some_tokens, tiny_ar
+from tests.helpers_causal import ENTRIES, LENGTH, WholePass, some_orders, some_tokens, tiny_ar
 
 KINDS = [("ce", "random"), ("ce", "raster"), ("diffusion", "random"), ("diffusion", "raster")]
 LABELS, SEEDS = torch.tensor([0, 2, -1]), [5, 6, 7]
@@ -112,15 +112,6 @@ def test_sequences_of_different_lengths_share_a_pass():
     assert all(kept.shape == (3, LENGTH + 1, 2, 8) for pair in cache.stores.values() for kept in pair)
 
 
-class Whole(CausalConditions):
-    """The conditions without a cache: one whole pass for each z."""
-
-    def _extend(self, tokens, unknown, images, labelled):
-        orders, labels = self.on_device[images], self.labels[images] if labelled else None
-        z = self.model.outputs(tokens[images], orders, labels)
-        return z[torch.arange(len(images)), (~unknown[images]).sum(dim=1)].unsqueeze(1)
-
-
 @pytest.mark.parametrize("cfg, schedule", [(1.0, "constant"), (2.5, "constant"), (2.5, "interval"), (2.5, "linear")])
 @torch.no_grad()
 def test_samples_are_those_drawn_without_a_cache(model, cfg, schedule, monkeypatch):
@@ -132,7 +123,7 @@ def test_samples_are_those_drawn_without_a_cache(model, cfg, schedule, monkeypat
 
     cached = made(callback=lambda step, rows, *_: steps.append(len(rows)))
     assert steps == [3] * LENGTH
-    monkeypatch.setattr("models.mar_ar.CausalConditions", Whole)
+    monkeypatch.setattr("models.mar_ar.CausalConditions", WholePass)
     torch.testing.assert_close(cached, made(), rtol=1e-4, atol=1e-4)
 
 

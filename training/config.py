@@ -58,7 +58,7 @@ class ModelConfig:
     """A size of a family, and the fields of its configuration that flags or a preset set."""
 
     model: str = flag("mar_large", "model size", choices=SIZES)
-    given: dict = field(default_factory=dict)  # by name; vae_stride and vae_embed_dim None: known with the tokenizer
+    given: dict = field(default_factory=dict)  # by name; vae_stride, vae_embed_dim, vocab_size None: the tokenizer's
 
     @property
     def family_name(self) -> str:
@@ -338,7 +338,7 @@ def derive(chosen: dict, given: dict) -> dict:
         published = _KL16 if tokenizer == "kl16" else {}
         for name in ("vae_stride", "vae_embed_dim"):
             derived[name] = given.get(name, published.get(name))
-        derived["patch_size"] = given.get("patch_size", 1)
+        derived |= dict(vocab_size=given.get("vocab_size"), patch_size=given.get("patch_size", 1))
     if chosen["lr"] is None:
         derived["lr"] = chosen["blr"] * chosen["batch_size"] * chosen["accum_iter"] * dist.world_size() / 256
     return derived

@@ -71,10 +71,7 @@ def decode(
     rules.check(model)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
     canvas = Canvas(empty, tokens, mask, seeds, orders)
-    if orders is not None:
-        rules = replace(rules, order=canvas.published_order)
-    elif is_known_ahead(rules.order):
-        canvas.follow(rules.order)
+    rules = canvas.ordered(rules, orders is not None)
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
     with eval_mode(model):
         conditions = model.conditions(labels.to(empty.device), **options)
@@ -172,10 +169,14 @@ class Canvas:
         """Scores (B', L) of the orders given."""
         return -torch.argsort(self.orders, dim=1).float()[state.images]
 
-    def follow(self, order: Callable) -> None:
-        """Replace the orders by those of a hand-made rule."""
-        images = torch.arange(len(self.unknown))
-        self.orders = order(self.state(0, 1, images, None, None, (1, 1))).argsort(dim=1, descending=True, stable=True)
+    def ordered(self, rules, given: bool):
+        """The rules that follow the orders, if these were given; else the orders follow the rules, if known ahead."""
+        if given:
+            return replace(rules, order=self.published_order)
+        if is_known_ahead(rules.order):
+            state = self.state(0, 1, torch.arange(len(self.unknown)), None, None, (1, 1))
+            self.orders = rules.order(state).argsort(dim=1, descending=True, stable=True)
+        return rules
 
     def unfinished(self) -> torch.Tensor:
         """Images (B',) long on the host with unknown tokens; the others have left the batch."""

@@ -23,7 +23,7 @@ class ToyHead:
     def empty(self, batch, length):
         return torch.zeros(batch, length, 1)
 
-    def sampler(self, *, num_steps=1, solver="ddpm", spacing=None):
+    def sampler(self, *, num_steps=1, solver="ddpm", spacing=None, top_k=0, top_p=1.0):
         return SimpleNamespace(num_steps=(1, 1), evals=self.evals, noise=self.noise, draw=self.draw)
 
     def evals(self, num_steps, tokens, guided, profile=None):

@@ -158,7 +158,8 @@ class Table:
     def train(self, row: Row) -> None:
         """Train the row's model with every seed; finished ones end at once."""
         preset = self.preset
-        model = ["--model", preset.causal, "--ar_order", row.order] if row.causal else ["--model", preset.mar]
+        causal = ["--model", preset.causal, "--ar_order", row.order, "--num_iter", preset.tokens]
+        model = causal if row.causal else ["--model", preset.mar]
         flags = [*model, "--loss", row.loss, *row.flags.format(out=self.out).split(), *preset.training.split()]
         flags += ["--lr_schedule", "cosine"] if row.loss == "ce" else []
         flags += ["--epochs", self.args.epochs] if self.args.epochs else []

@@ -80,6 +80,7 @@ def test_a_raster_model_keeps_its_order_and_prefixes(tmp_path, capsys):
     assert "a raster model keeps only the first tokens of an image" in refused(sample.main, words, capsys)
 
 
+@pytest.mark.slow
 def test_heads_are_learned_on_images(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main_mar.main([*TRAIN, *IDS, "--epochs", "1", "--output_dir", str(folder)]) == 0

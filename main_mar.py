@@ -22,6 +22,7 @@ from training.build import (
     make_tokenizer,
     new_state,
     real_images,
+    takes_ids,
 )
 from training.checkpoints import (
     averages_as_weights,
@@ -60,7 +61,7 @@ def run(config: RunConfig) -> int:
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels)
     if config.data.use_cached:
-        dataset.check(tokenizer, config.tokenizer.tokenizer)
+        dataset.check(tokenizer, config.tokenizer.tokenizer, takes_ids(config.model))
     model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
     heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
     config.check_sampling(model, heads)

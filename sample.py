@@ -265,6 +265,8 @@ def run(args: SampleArgs, given: dict) -> int:
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)
+    if edit is not None:
+        edit.check(model.fixed_rules)
     own = str(checkpoint_path(args.checkpoint).resolve())
     device, dtype = arithmetic(args, model.width)
     for part in filter(None, (model, tokenizer, heads)):

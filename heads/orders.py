@@ -106,5 +106,12 @@ ORDERS = {
     "multiscale": multiscale_order,
     "checkerboard": checkerboard_order,
 }
+
+
+def is_known_ahead(order) -> bool:
+    """Is this a hand-made order, the same whatever the model computes?"""
+    return order in ORDERS.values()
+
+
 # orders that look at the tokens that were drawn: only ids have a probability
 AFTER_DRAW = {"confidence": Confidence}

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from heads.luce import PlackettLuce
-from heads.orders import Confidence
+from heads.orders import ORDERS, Confidence, is_known_ahead
 from heads.schedules import annealed_steps, constant_profile
 from heads.step import StepPlan, StepState
 
 if TYPE_CHECKING:
-    from models.token_head import TokenHead
+    from models.families import Backbone
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,14 @@ class Rules:
         scores = self.order.scores(state, log_prob, gumbel)
         return replace(plan, select=hard_topk(scores, plan.keep, state.mask))
 
-    def check(self, token_head: "TokenHead") -> None:
-        """Raise ValueError where the order looks at the probability of tokens that have none."""
-        if isinstance(self.order, Confidence) and not token_head.discrete:
+    def check(self, model: "Backbone") -> None:
+        """Raise ValueError for an order that looks at what the model's tokens do not have, or have too late."""
+        if model.fixed_rules.get("group") == "one" and not is_known_ahead(self.order):
+            raise ValueError(
+                "--order must be known before the first token is drawn: this model draws one token a step and is told "
+                f"where; valid: {', '.join(ORDERS)}"
+            )
+        if isinstance(self.order, Confidence) and not model.token_head.discrete:
             raise ValueError(
                 "--order confidence needs the probability of a token, which only ids have (--loss ce): "
                 "choose another order for a diffusion loss"

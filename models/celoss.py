@@ -21,21 +21,14 @@ class Logits(NamedTuple):
     logits: torch.Tensor
 
 
-class CELoss(nn.Module):
-    """One linear layer from z to the logits, with its training loss and its sampler: a `models.token_head.TokenHead`.
+class CrossEntropy:
+    """Training loss and sampler of the logits that a linear layer `proj` makes of z: a `models.token_head.TokenHead`.
 
     label_smoothing: share of the target's probability that training spreads evenly over all entries.
     """
 
     has_steps = False
     discrete = True
-
-    def __init__(self, width: int, vocab_size: int, *, label_smoothing: float = 0.1):
-        super().__init__()
-        self.label_smoothing = label_smoothing
-        self.proj = nn.Linear(width, vocab_size)
-        nn.init.normal_(self.proj.weight, std=0.02)
-        nn.init.zeros_(self.proj.bias)
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """(…, V) float32 of z (…, D) in any dtype."""
@@ -85,12 +78,37 @@ class CELoss(nn.Module):
         return CategoricalSampler(self, top_k, top_p)
 
 
+class CELoss(CrossEntropy, nn.Module):
+    """The token head of MAR's kind."""
+
+    def __init__(self, width: int, vocab_size: int, *, label_smoothing: float = 0.1):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.proj = nn.Linear(width, vocab_size)
+        nn.init.normal_(self.proj.weight, std=0.02)
+        nn.init.zeros_(self.proj.bias)
+
+
+class CELinear(CrossEntropy, nn.Linear):
+    """A token head that is its linear layer, without bias, for models whose published key is such as output.weight."""
+
+    label_smoothing = 0.0
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__(width, vocab_size, bias=False)
+
+    @property
+    def proj(self) -> nn.Linear:
+        """The layer itself."""
+        return self
+
+
 class CategoricalSampler:
     """Draws ids from softmax(guided logits / τ), filtered: a `models.token_head.Sampler`."""
 
     num_steps = (1, 1)
 
-    def __init__(self, head: CELoss, top_k: int, top_p: float):
+    def __init__(self, head: CrossEntropy, top_k: int, top_p: float):
         self.head, self.top_k, self.top_p = head, top_k, top_p
 
     def evals(self, num_steps: int, tokens: int, guided: int, profile=None) -> int:

@@ -9,7 +9,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
+from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
 from models.token_head import LOSSES, TokenHead
 
 
@@ -66,11 +68,13 @@ class Backbone(Protocol):
     def unpatchify(self, tokens: torch.Tensor) -> torch.Tensor:
         """The inverse of `patchify`."""
 
-    def encode_decode(self, tokens, mask, labels, num_visible) -> torch.Tensor:
+    def encode_decode(self, tokens, mask, labels, num_visible, orders=None) -> torch.Tensor:
         """z (B, L, D) for the training loss of the tokens (B, L, …) that mask (B, L) bool names, of the other tokens.
 
         labels (B,) long, −1 without label, or None: all without. num_visible: B ints, the tokens that are not masked.
-        Where all tokens are targets (mask_ratio_min 1.0), z may look at the tokens before its own in the model's order.
+        orders (B, L) long: positions in an order drawn for each image, in which the tokens that are not masked come
+        first; for the families that need one. Where all tokens are targets (mask_ratio_min 1.0), z may look at the
+        tokens before its own in the model's order.
         """
 
     def compile_parts(self) -> None:
@@ -95,16 +99,28 @@ class Family(NamedTuple):
     tokens: tuple[str, ...]
     # (weights of a file without config) -> (fields of the configuration, tokenizer settings); None: no such files
     read_published: Callable | None = None
+    # (fields of the configuration) -> `Backbone.fixed_rules`, where these depend on it; None: the model class has them
+    fixed_rules: Callable | None = None
 
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
-FAMILIES = {"mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published)}
+FAMILIES = {
+    "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published),
+    "mar_ar": Family(MARAR, MARARConfig, MAR_AR_CONFIGS, ("continuous", "discrete"), fixed_rules=fixed_rules),
+    "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",)),
+}
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
 
 
 def tokens_of(family: str, sizes: dict) -> tuple[str, ...]:
     """Of the tokens that a family takes those that its model of these sizes does; its loss decides, if it has one."""
     return (LOSSES[sizes["loss"]],) if "loss" in sizes else FAMILIES[family].tokens
+
+
+def rules_of(family: str, sizes: dict) -> dict[str, str]:
+    """The `Backbone.fixed_rules` of a family's model of these sizes."""
+    row = FAMILIES[family]
+    return row.fixed_rules(sizes) if row.fixed_rules else row.model.fixed_rules
 
 
 def family_of(config: dict) -> str:

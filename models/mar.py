@@ -238,12 +238,12 @@ class MAR(nn.Module):
         b, g, p, c = tokens.shape[0], self.config.grid, self.config.patch_size, self.config.vae_embed_dim
         return tokens.reshape(b, g, g, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * p, g * p)
 
-    def encode_decode(self, tokens, mask, labels=None, num_visible=None) -> torch.Tensor:
+    def encode_decode(self, tokens, mask, labels=None, num_visible=None, orders=None) -> torch.Tensor:
         """Condition z (B, L, D) of every token, the diffusion position embedding included.
 
         tokens (B, L, …), read where mask (B, L) bool is False; labels (B,) long, −1 = unconditional, None = all
         unconditional. Rows of mask may have different counts. num_visible: those counts as a list of B ints, for a
-        caller that knows them; otherwise finding them waits for the device once.
+        caller that knows them; otherwise finding them waits for the device once. orders play no part.
         """
         if num_visible is None:
             num_visible = (~mask).sum(dim=1).tolist()
@@ -300,14 +300,8 @@ class MAR(nn.Module):
 
         Where nothing can be compiled, as without a C++ compiler on a CPU, that is a ValueError.
         """
-        try:
-            torch.compile(torch.sin)(torch.zeros(2, device=self.mask_token.device))
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
         of_token_head = [] if self.config.loss == "ce" else [self.diffloss.net]
-        for part in (*self.encoder_blocks, *self.decoder_blocks, *of_token_head):
-            part.compile(dynamic=True)
+        compile_all((*self.encoder_blocks, *self.decoder_blocks, *of_token_head), self.mask_token.device)
         self.compiled = True
 
     def _class_embedding(self, labels, batch_size):
@@ -329,3 +323,14 @@ class MAR(nn.Module):
             else:
                 x = block(x, attn_mask=attention_mask)
         return x
+
+
+def compile_all(parts, device: torch.device) -> None:
+    """Compile modules in place, for batches of any size; ValueError where this device compiles nothing."""
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
+    for part in parts:
+        part.compile(dynamic=True)

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.kv_cache import put
 from util.dist import send
 
 
@@ -67,7 +68,7 @@ class FeatureCache:
         stale = self.refreshed[both[:, 0]] < step
         if stale.any():
             part = self._partial_pass(tokens, unknown, both[stale])
-            z = _put(z, (send(stale.nonzero().squeeze(1), z.device),), part.to(z.dtype))
+            z = put(z, (send(stale.nonzero().squeeze(1), z.device),), part.to(z.dtype))
         return z[: len(rows)], z[len(rows) :] if len(guided) else None
 
     def write(self, step: int, rows, drawn) -> None:
@@ -85,7 +86,7 @@ class FeatureCache:
             z = self._whole_pass(tokens, unknown, images, sequences, labelled)
             if self.z is None:
                 self.z = z.new_zeros(self.room, *z.shape[1:])
-            self.z = _put(self.z, (send(sequences, z.device),), z)
+            self.z = put(self.z, (send(sequences, z.device),), z)
             self.refreshed[sequences] = step
 
     def _make_room(self):
@@ -162,34 +163,29 @@ class FeatureCache:
         """
         rows = sequences[:, None]
         for block in blocks:
-            query, key, value = self._call(_before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
+            query, key, value = self._call(before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
                 self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
-            pair = [_put(kept, (rows, slots), new) for kept, new in zip(self.stores[block], (key, value))]
+            pair = [put(kept, (rows, slots), new) for kept, new in zip(self.stores[block], (key, value))]
             self.stores[block] = pair
             if not whole:
                 key, value = ((kept[sequences] if len(sequences) < self.room else kept)[:, :-1] for kept in pair)
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            x = self._call(_after_attention, block, x, looked.transpose(1, 2))
+            x = self._call(after_attention, block, x, looked.transpose(1, 2))
         return x
 
     def _call(self, part, *args):
         return (_compiled(part) if self.mar.compiled else part)(*args)
 
 
-def _put(kept, index: tuple, new):
-    """kept[index] = new; where gradients are asked for in a copy, since they may need what was there before."""
-    return kept.index_put(index, new) if torch.is_grad_enabled() else kept.index_put_(index, new)
-
-
-def _before_attention(block, x):
+def before_attention(block, x):
     """Queries, keys and values (B', ·, 3, H, D / H) of a block."""
     return block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
 
 
-def _after_attention(block, x, looked):
+def after_attention(block, x, looked):
     """The rest of a block, from what its attention found (B', ·, H, D / H)."""
     x = x + block.attn.proj(looked.flatten(2))
     return x + block.mlp(block.norm2(x))

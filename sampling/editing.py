@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.kv_cache import check_prefix
 from sampling.trace import GREY
 from util.images.datasets import read_rgb
 from util.images.pictures import make_grid
@@ -25,6 +26,11 @@ class Edit:
 
     source: np.ndarray
     unknown: np.ndarray
+
+    def check(self, fixed_rules: dict[str, str]) -> None:
+        """Raise ValueError for known tokens that a model with these rules of its own cannot keep."""
+        if fixed_rules == {"order": "raster", "group": "one"}:
+            check_prefix(torch.from_numpy(self.unknown).flatten()[None])
 
     @property
     def pixels(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from heads.orders import is_known_ahead
 from heads.step import StepPlan, StepState
 from util.dist import send
 from util.rng import generator
@@ -67,10 +68,10 @@ def decode(
     _check_counts(num_iter=num_iter, refresh_every=refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
     _check_images(empty.shape, seeds, orders, tokens, mask)
-    rules.check(model.token_head)
+    rules.check(model)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
     canvas = Canvas(empty, tokens, mask, seeds, orders)
-    rules = rules if orders is None else replace(rules, order=canvas.published_order)
+    rules = canvas.ordered(rules, orders is not None)
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
     with eval_mode(model):
         conditions = model.conditions(labels.to(empty.device), **options)
@@ -147,7 +148,7 @@ class Canvas:
 
     tokens (B, L, …) are replaced and never written into, so that gradients pass. unknown (B, L) bool is on the host.
     gumbel (B, L): one Gumbel draw a token, which make the image's random order. orders (B, L) long: positions in that
-    order, or in the one given, the first revealed first.
+    order, in the one given or, where it is known ahead, in that of the rules; the first revealed first.
     """
 
     def __init__(self, empty, tokens, mask, seeds, orders):
@@ -167,6 +168,15 @@ class Canvas:
     def published_order(self, state: StepState) -> torch.Tensor:
         """Scores (B', L) of the orders given."""
         return -torch.argsort(self.orders, dim=1).float()[state.images]
+
+    def ordered(self, rules, given: bool):
+        """The rules that follow the orders, if these were given; else the orders follow the rules, if known ahead."""
+        if given:
+            return replace(rules, order=self.published_order)
+        if is_known_ahead(rules.order):
+            state = self.state(0, 1, torch.arange(len(self.unknown)), None, None, (1, 1))
+            self.orders = rules.order(state).argsort(dim=1, descending=True, stable=True)
+        return rules
 
     def unfinished(self) -> torch.Tensor:
         """Images (B',) long on the host with unknown tokens; the others have left the batch."""

@@ -69,7 +69,7 @@ class SampleConfig(RuleOptions):
             raise ValueError(
                 f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
             )
-        rules.check(model.token_head)
+        rules.check(model)
         model.token_head.sampler(num_steps=self.num_sampling_steps, **self.token_head_options())
         if not model.token_head.has_steps:
             check_no_profile(rules.profile(None))

@@ -1,4 +1,4 @@
-"""Encode a data set once and keep the latents on disk, for main_mar.py --use_cached. Takes main_cache.py's flags.
+"""Encode a data set once and keep latents or ids on disk, for main_mar.py --use_cached. Takes main_cache.py's flags.
 
     torchrun --nproc_per_node=8 scripts/cache_latents.py --data_path IMAGENET --vae_path kl16.ckpt --cached_path DIR
     python main_mar.py --use_cached --cached_path DIR ...
@@ -40,7 +40,12 @@ class CacheArgs(Reading):
 
     cached_path: str = flag("", "folder for the latents")
     format: str = flag("packed", "packed: a few large files; npz: a file an image, as MAR has it", choices=WRITERS)
-    cache_dtype: str = flag("float32", "numbers on disk", choices=("float32", "float16"))
+    tokens: str | None = flag(
+        None,
+        "continuous: latents; discrete: ids of the tokenizer's codebook (default: latents where it has them)",
+        choices=("continuous", "discrete"),
+    )
+    cache_dtype: str = flag("float32", "numbers of latents on disk", choices=("float32", "float16"))
     shard_size: int = flag(4096, "images a file of the packed format", low=1)
     verify: bool = flag(False, "only read the whole cache and check it")
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
@@ -63,15 +68,15 @@ class CacheArgs(Reading):
 
 
 # flags that main_mar.py does not have
-OWN = ("format", "cache_dtype", "shard_size", "verify")
+OWN = ("format", "tokens", "cache_dtype", "shard_size", "verify")
 
 
 @torch.no_grad()
 def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
-    """Moments (b, 2, c, h, w) of images uint8 (b, C, H, W) and of their mirror images."""
+    """Moments (b, 2, c, h, w), or as an unsigned dtype ids (b, 2, h, w), of images uint8 (b, C, H, W) and mirrored."""
     images = images.to(device, non_blocking=True).float() / 127.5 - 1
-    pair = [tokenizer.encode_moments(pixels).cpu() for pixels in (images, images.flip(-1))]
-    moments = torch.stack(pair, dim=1).numpy()
+    encode_tokens = tokenizer.encode_ids if is_discrete(dtype) else tokenizer.encode_moments
+    moments = torch.stack([encode_tokens(pixels).cpu() for pixels in (images, images.flip(-1))], dim=1).numpy()
     with np.errstate(over="ignore"):
         moments = moments.astype(dtype)
     if not np.isfinite(moments).all():
@@ -79,8 +84,29 @@ def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
     return moments
 
 
-def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device) -> None:
-    """Encode and write the images of each unit, batch by batch."""
+def is_discrete(dtype: str) -> bool:
+    """Are numbers of this type on disk ids?"""
+    return np.dtype(dtype).kind == "u"
+
+
+def choose_dtype(args: CacheArgs, tokenizer) -> str:
+    """The type of the numbers on disk: of latents the flag's, of ids the smallest that has all of the codebook's.
+
+    Tokens that the tokenizer does not make, and ids in MAR's layout, raise ValueError.
+    """
+    tokens = args.tokens or tokenizer.tokens[0]
+    if tokens not in tokenizer.tokens:
+        made = " or ".join(tokenizer.tokens)
+        raise ValueError(f"--tokens {tokens} does not fit the tokenizer {args.tokenizer}, which makes {made} ones")
+    if tokens == "continuous":
+        return args.cache_dtype
+    if args.format != "packed":
+        raise ValueError(f"--format {args.format} is MAR's layout, which has no ids: use packed")
+    return "uint16" if tokenizer.codebook_size <= 2**16 else "uint32"
+
+
+def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device, dtype: str) -> None:
+    """Encode and write the images of each unit, batch by batch, as numbers of this dtype."""
     batches = [unit[i : i + args.batch_size] for unit in units for i in range(0, len(unit), args.batch_size)]
     loader = DataLoader(
         dataset,
@@ -95,7 +121,7 @@ def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device) -> 
             for _ in range(math.ceil(len(unit) / args.batch_size)):
                 images, _, indices = next(loaded)
                 readable = dataset.broken[indices] == 0  # for a broken one `images` has another image
-                parts.append(encode(tokenizer, images, device, args.cache_dtype)[readable.numpy()])
+                parts.append(encode(tokenizer, images, device, dtype)[readable.numpy()])
                 kept += indices[readable].tolist()
                 progress.update(len(images))
             writer.write(unit, kept, np.concatenate(parts))
@@ -121,7 +147,8 @@ def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str],
         (folder / "index.json").unlink()
         raise
     left_out = f", {len(index['broken'])} that could not be read are left out" if index["broken"] else ""
-    print(f"latents of {len(latents)} images in {latents.num_classes} classes{left_out}: {folder}")
+    tokens = "ids" if latents.codebook_size else "latents"
+    print(f"{tokens} of {len(latents)} images in {latents.num_classes} classes{left_out}: {folder}")
     print(f"train on them with --use_cached --cached_path {folder}")
 
 
@@ -141,16 +168,18 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
     device = dist.pick_device(args.device)
     folder = Path(args.cached_path)
     dataset = build_images(data, args.img_size)
-    tokenizer = make_tokenizer(tokenizer, model, dataset.channels).to(device).eval()
+    tokenizer = make_tokenizer(tokenizer, model, dataset.channels, any_tokens=True).to(device).eval()
     if args.img_size % tokenizer.stride:
         raise ValueError(f"--img_size {args.img_size} must be a multiple of the tokenizer's {tokenizer.stride}")
     side = args.img_size // tokenizer.stride
+    dtype = choose_dtype(args, tokenizer)
     settings = dict(
         version=VERSION,
         format=args.format,
-        dtype=args.cache_dtype,
+        dtype=dtype,
         img_size=args.img_size,
-        shape=[tokenizer.moment_channels, side, side],
+        shape=[side, side] if is_discrete(dtype) else [tokenizer.moment_channels, side, side],
+        codebook_size=tokenizer.codebook_size if is_discrete(dtype) else 0,
         fingerprint=tokenizer.fingerprint,
         reading=asdict(data.reading) if data.data == "imagefolder" else None,
         classes=dataset.classes,
@@ -170,7 +199,7 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
 
     todo = missing_units(folder, dataset, writer, args.batch_size, device)
     if todo:
-        encode_units(todo, dataset, tokenizer, writer, args, device)
+        encode_units(todo, dataset, tokenizer, writer, args, device, dtype)
     broken = dist.all_sum(dataset.broken.int().to(device))  # each process knows those of its own units
     dataset.broken.copy_(broken > 0)
     if dist.is_main():

@@ -1,10 +1,11 @@
-"""Fetch MAR's published weights: mar_base, mar_large, mar_huge and the KL-16 autoencoder (default: all four).
+"""Fetch published weights: MAR's and its KL-16 autoencoder (default: these four), LlamaGen's tokenizers and models.
 
     python scripts/download_weights.py mar_base kl16
+    python scripts/download_weights.py llamagen_vq16 llamagen_ar_b
 
-They go to the places below pretrained_models/ that MAR's commands name. An interrupted download continues. The SHA-256
-of a file is compared with --sha256 NAME=HEX, else with the <file>.sha256 that the first download wrote; an existing
-file that has it is not fetched again.
+They go to the places below pretrained_models/ that MAR's and LlamaGen's commands name. An interrupted download
+continues. The SHA-256 of a file is compared with --sha256 NAME=HEX, else with the <file>.sha256 that the first download
+wrote; an existing file that has it is not fetched again.
 """
 
 import hashlib
@@ -27,9 +28,10 @@ from util.door import run_main
 from util.images.folders import check_output_folder
 
 _DROPBOX = "https://www.dropbox.com/scl/fi"
-# name: (file below pretrained_models/, address in the README of github.com/LTH14/mar). The addresses were written down
+_LLAMAGEN = "https://huggingface.co/FoundationVision/LlamaGen/resolve/main"
+# name: (file below pretrained_models/, address in the README of github.com/LTH14/mar). All addresses were written down
 # without network access and are not tested; the checksums of the files are not known.
-FILES = {
+MARS_FILES = {
     "mar_base": (
         "mar/mar_base/checkpoint-last.pth",
         f"{_DROPBOX}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
@@ -47,6 +49,21 @@ FILES = {
         f"{_DROPBOX}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
     ),
 }
+# name: file in the repository of github.com/FoundationVision/LlamaGen, which is also its place below pretrained_models/
+LLAMAGEN_FILES = {
+    "llamagen_vq16": "vq_ds16_c2i.pt",
+    "llamagen_vq8": "vq_ds8_c2i.pt",
+    "llamagen_vq16_t2i": "vq_ds16_t2i.pt",
+    "llamagen_ar_b": "c2i_B_256.pt",
+    "llamagen_ar_l": "c2i_L_256.pt",
+    "llamagen_ar_b_384": "c2i_B_384.pt",
+    "llamagen_ar_l_384": "c2i_L_384.pt",
+    "llamagen_ar_xl_384": "c2i_XL_384.pt",
+    "llamagen_ar_xxl_384": "c2i_XXL_384.pt",
+    "llamagen_ar_t2i_xl_256": "t2i_XL_stage1_256.pt",
+    "llamagen_ar_t2i_xl_512": "t2i_XL_stage2_512.pt",
+}
+FILES = {**MARS_FILES, **{name: (file, f"{_LLAMAGEN}/{file}") for name, file in LLAMAGEN_FILES.items()}}
 ATTEMPTS = 5  # requests in a row, each for the bytes that the last one left out
 TIMEOUT = 30  # seconds without a byte
 
@@ -159,7 +176,7 @@ def parse_sha256(texts: list[str]) -> dict[str, str]:
 def main(argv=None) -> int:
     """Parse, fetch, check; returns the exit code."""
     parser = OneLineParser(prog="download_weights.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FILES)} (default: MAR's four)")
     parser.add_argument("--out", default="pretrained_models", help="folder to put them below (default: %(default)s)")
     parser.add_argument("--base_url", help="a mirror with the files at the same paths as below --out")
     parser.add_argument("--sha256", action="append", default=[], metavar="NAME=HEX", help="checksum a file must have")
@@ -173,7 +190,7 @@ def main(argv=None) -> int:
     if base and not re.match(r"https?://\w", base):
         raise ValueError(f"--base_url {base!r} must start with http:// or https://")
     wanted = {}
-    for name in dict.fromkeys(args.names or FILES):
+    for name in dict.fromkeys(args.names or MARS_FILES):
         place, url = FILES[name]
         wanted[name] = (f"{base}/{place}" if base else url, Path(args.out) / place)
     check_output_folder("out", args.out)

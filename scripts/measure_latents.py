@@ -31,9 +31,13 @@ def main(argv=None) -> int:
     given = make_parser("measure_latents.py", __doc__.splitlines()[0], MeasureArgs).parse_args(argv)
     args = MeasureArgs(**vars(given))
     device = dist.pick_device(args.device)
+    if args.data_path and Path(args.data_path, "settings.json").is_file():
+        raise ValueError(f"--data_path {args.data_path} is a cache of latents or ids: give the images it was made of")
     unnormalised = {} if args.tokenizer == "pixel" else dict(vae_scale=1.0, vae_mean=0.0)
     dataset = args.images()
     tokenizer = args.build(dataset.channels, **unnormalised).to(device)
+    if "continuous" not in tokenizer.tokens:
+        raise ValueError(f"the tokenizer {args.tokenizer} makes ids alone, which have no mean and no scale to measure")
     mean, variance = measure_latents(
         tokenizer,
         dataset,

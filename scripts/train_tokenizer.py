@@ -7,7 +7,8 @@ Every tenth image is held out of training, to measure PSNR, SSIM and (with --fea
 reconstructions), a line of kind "reconstruction" in results.jsonl, and checkpoint-last.pth for --resume.
 
 Loss: mean absolute error + perceptual_weight · perceptual distance + a penalty, which is kl_weight · KL (both summed
-over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE).
+over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE). Entries that
+no latent chooses any more are moved to latents; which share of the codebook is used is measured with the rest.
 """
 
 import copy
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs 
 from models.tokenizers import build_tokenizer
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from models.tokenizers.measuring import measure_latents
-from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
+from training.autoencoders import LOSSES, centre_latents, make_autoencoder, revive, start_codebook, watched
 from training.optim import lr_at
 from util import dist
 from util.args import flag, pick, run_with
@@ -41,7 +42,7 @@ from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.metrics import metrics_line
 from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
+from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions, warn_of_usage
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.foreign import are_weights, type_of
 from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
@@ -53,6 +54,7 @@ from util.rng import generator, seed_of
 SAVE_EVERY = 500  # steps, besides the end of each epoch
 HOLD_OUT = 10  # every tenth image
 WARMUP = 0.02  # share of the run
+REVIVE_UNTIL = 0.9  # share of the run after which entries of the codebook stay where they are
 NUM_PICTURES = 8
 NUM_MEASURED = 10000  # images for mean and scale of the latents
 # flags that must be the same with --resume
@@ -120,6 +122,7 @@ class Run:
         self.autoencoder = autoencoder.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.Adam(self.autoencoder.parameters(), lr=args.lr, betas=(0.9, 0.99))
         self.step, self.minutes = 0, 0.0  # trained so far
+        self.idle = torch.zeros(args.codebook_size if args.vq else 0, dtype=torch.long)  # see `revive`
 
     @property
     def done(self) -> float:
@@ -133,6 +136,7 @@ class Run:
             optimizer=self.optimizer.state_dict(),
             step=self.step,
             minutes=self.minutes,
+            idle=self.idle,
             settings=asdict(self.args),
         )
         save_checkpoint(self.args.output_dir, content)
@@ -157,14 +161,17 @@ class Run:
             self.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged: its optimizer does not fit ({str(error)[:120]})") from None
-        self.step, self.minutes = content["step"], content["minutes"]
+        idle = content.get("idle", self.idle)  # none in a checkpoint of before entries were revived
+        if not torch.is_tensor(idle) or idle.shape != self.idle.shape:
+            raise ValueError(f"{path} is damaged: its 'idle' does not fit the codebook")
+        self.step, self.minutes, self.idle = content["step"], content["minutes"], idle
 
     def tokenizer(self) -> AutoencoderTokenizer:
         """A frozen copy of the autoencoder as it is now."""
         return AutoencoderTokenizer(self.args.class_name, copy.deepcopy(self.autoencoder)).to(self.device)
 
     def scores(self, tokenizer, indices, fid: ReconstructionFID | None = None, verbose=False) -> dict[str, float]:
-        """{psnr, ssim} of the tokenizer on the images at these indices; with fid also rfid."""
+        """`score_reconstructions` of the tokenizer on the images at these indices; without fid no rfid."""
         options = dict(batch_size=self.args.batch_size, device=self.device, dtype=self.dtype, verbose=verbose)
         return score_reconstructions(tokenizer, Subset(self.images, indices), fid, **options)
 
@@ -190,7 +197,7 @@ def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
     if args.vq and run.step == 0:
         start_codebook(run.autoencoder, images, draws)
     loss_terms, penalty_name = LOSSES[args.class_name]
-    with dist.autocast(run.device, run.dtype):
+    with dist.autocast(run.device, run.dtype), watched(run.autoencoder) as quantised:
         decoded, penalty = loss_terms(run.autoencoder, images, draws)
         terms = {"l1": F.l1_loss(decoded.float(), images), penalty_name: penalty}
         if run.perceptual is not None:
@@ -206,6 +213,8 @@ def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = lr_at(progress, lr=args.lr, min_lr=0.0, schedule="cosine", warmup_epochs=WARMUP, epochs=1.0)
     run.optimizer.step()
+    if args.vq and run.done < REVIVE_UNTIL:
+        revive(run.autoencoder, run.idle, *quantised[0], draws)
     return {name: term.item() for name, term in terms.items()}
 
 
@@ -285,8 +294,12 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
         append_result(results, row)
     print(protocol_line(row["protocol"]))
     print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(row['metrics'])}")
+    if args.vq:
+        num_tokens = len(run.held_out) * (run.images.img_size // args.stride) ** 2
+        warn_of_usage(row["metrics"]["usage"], num_tokens, args.codebook_size)
     shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}, scale {tokenizer.scale:.4f}"
-    print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its latents:")
+    tokens = "latents, or with --loss ce on its ids" if args.vq else "latents"
+    print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its {tokens}:")
     flags = ["--data", args.data]
     if args.data_path:
         flags += ["--data_path", args.data_path]

@@ -38,6 +38,17 @@ def named_weights(model: torch.nn.Module, scale: float = 0.05) -> torch.nn.Modul
     return model
 
 
+def tensors_by_name(shapes: dict) -> dict[str, torch.Tensor]:
+    """Tensors of an autoencoder, {name: shape}, each drawn from a seed that is its name's checksum, by its fan-in."""
+    tensors = {}
+    for name, shape in shapes.items():
+        g = np.random.RandomState(zlib.crc32(name.encode()) & 0xFFFFFFFF)
+        fan_in = 400 if len(shape) == 1 else np.prod(shape[1:])
+        value = g.standard_normal(shape) / np.sqrt(fan_in) + (len(shape) == 1 and name.endswith("weight"))
+        tensors[name] = torch.from_numpy(value.astype(np.float32))
+    return tensors
+
+
 def randn(*shape, seed=0) -> torch.Tensor:
     """Standard normal numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

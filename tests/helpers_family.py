@@ -120,7 +120,7 @@ class MeanModel(nn.Module):
     def unpatchify(self, tokens):
         return tokens.transpose(1, 2).unflatten(2, (self.config.grid, -1))
 
-    def encode_decode(self, tokens, mask, labels, num_visible):
+    def encode_decode(self, tokens, mask, labels, num_visible, orders=None):
         known = (~mask).unsqueeze(-1)
         mean = (tokens * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)
         label = 0.0 if labels is None else self.label(labels.clamp(min=0)) * (labels >= 0).unsqueeze(1)

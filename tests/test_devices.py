@@ -101,8 +101,15 @@ def test_a_part_on_another_device_is_found_where_parts_are_put_together(pretence
     "flags",
     [
         "",
-        "--learn order,group,tau,cfg --train_masks policy --train_num_iter 2,4 --accum_iter 2 --batch_size 600",
-        "--objective image --learn order,group,tau,cfg,profile --bank 32 --init_from {trained} --no-grad_checkpointing",
+        pytest.param(
+            "--learn order,group,tau,cfg --train_masks policy --train_num_iter 2,4 --accum_iter 2 --batch_size 600",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--objective image --learn order,group,tau,cfg,profile --bank 32 --init_from {trained} "
+            "--no-grad_checkpointing",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["plain", "heads", "image"],
 )

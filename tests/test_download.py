@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import main_mar
+from models.tokenizers.vq import VQ_CONFIGS
 from scripts import download_weights
 from tests.test_cli import refused
 from tests.test_sample import SMALL, train_tiny
@@ -185,6 +186,18 @@ def test_a_dry_run_lists_all_four_where_mars_commands_look_for_them(tmp_path, mo
     }
     assert all(p["url"].startswith("https://") and p["url"].endswith("dl=1") for p in shown.values())
     assert len({p["url"] for p in shown.values()}) == 4 and not list(tmp_path.iterdir())
+
+
+def test_llamagens_files_have_names_and_go_where_its_commands_look_for_them(tmp_path, monkeypatch, capsys):
+    """The tokenizers under the names of their rows; none is fetched unless it is asked for."""
+    monkeypatch.chdir(tmp_path)
+    names = list(download_weights.LLAMAGEN_FILES)
+    assert set(VQ_CONFIGS) <= set(names) and {"llamagen_ar_b", "llamagen_ar_l", "llamagen_ar_xl_384"} <= set(names)
+    assert download_weights.main([*names, "--dry_run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["llamagen_vq16"]["file"] == "pretrained_models/vq_ds16_c2i.pt"
+    assert all(place["url"].endswith(f"/{place['file'].split('/')[-1]}") for place in shown.values())
+    assert len({place["url"] for place in shown.values()}) == len(names)
 
 
 def test_what_was_fetched_is_evaluated_with_mars_command(server, get, tmp_path, capsys):

@@ -12,6 +12,7 @@ from scipy.ndimage import correlate1d
 from models.tokenizers import measuring
 from scripts import measure_reconstruction
 from tests.helpers import image_folder
+from tests.helpers_ids import GreyIds
 from tests.helpers_tokenizers import TINY
 from tests.test_cli import refused
 from tests.test_sample import rows
@@ -19,7 +20,14 @@ from util.evaluation.features import RGBImages, feature_batches
 from util.evaluation.fid_stats import compute_fid_stats
 from util.evaluation.metrics import compute_metrics, frechet_distance, gaussian_statistics
 from util.evaluation.protocol import class_balance
-from util.evaluation.reconstruction import PSNR_MAX, ReconstructionFID, psnr, score_reconstructions, ssim
+from util.evaluation.reconstruction import (
+    PSNR_MAX,
+    ReconstructionFID,
+    codebook_scores,
+    psnr,
+    score_reconstructions,
+    ssim,
+)
 from util.images.datasets import build_dataset
 
 
@@ -107,6 +115,21 @@ def test_reconstruction_figures_are_those_of_the_images(digits):
     ]
     expected = frechet_distance(*gaussian_statistics(moved[0]), *gaussian_statistics(moved[1]))
     assert against["rfid"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_usage_and_perplexity_are_those_of_the_ids(digits):
+    """Closed forms, and of a tokenizer of ids alone the images that its ids decode to."""
+    assert codebook_scores(torch.full((8,), 3)) == pytest.approx(dict(usage=1.0, perplexity=8.0))
+    assert codebook_scores(torch.tensor([5, 0, 0, 0])) == pytest.approx(dict(usage=0.25, perplexity=1.0))
+    assert codebook_scores(torch.tensor([1, 1, 2, 0]))["perplexity"] == pytest.approx(2 * 2**0.5)
+    real = torch.from_numpy(digits[:50]).permute(0, 3, 1, 2)
+    scores = score_reconstructions(GreyIds(), torch.utils.data.TensorDataset(real), None, batch_size=33)
+    ids = GreyIds().encode_ids(real / 127.5 - 1)
+    assert scores.keys() == {"psnr", "ssim", "usage", "perplexity"}
+    assert scores["usage"] == len(ids.unique()) / GreyIds().codebook_size
+    assert scores["perplexity"] == pytest.approx(codebook_scores(ids.flatten().bincount())["perplexity"])
+    made = ((GreyIds().decode_ids(ids) + 1) * 127.5).round().to(torch.uint8)
+    assert scores["psnr"] == pytest.approx(psnr(made, real).mean().item())
 
 
 def test_what_cannot_be_compared_is_refused(digits):

@@ -347,6 +347,7 @@ def scalars(folder, name):
     return [e.value for e in events.Scalars(f"train/{name}")]
 
 
+@pytest.mark.slow
 def test_the_group_head_keeps_the_budget_and_collapses_without(tmp_path):
     """Fewer tokens are always easier: only the budget term keeps the mean group size at the cosine schedule's."""
     flags = ("--learn", "order,group", "--mask_ratio_min", 0, "--mask_ratio_per_image", "--epochs", 40, "--lr", 3e-3)

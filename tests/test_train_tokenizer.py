@@ -12,10 +12,11 @@ from PIL import Image
 import main_mar
 from models.tokenizers import build_tokenizer
 from scripts import train_tokenizer
-from training.autoencoders import LOSSES, centre_latents, make_autoencoder, start_codebook
+from training.autoencoders import LOSSES, centre_latents, make_autoencoder, revive, start_codebook, watched
 from util.checkpoint import FILE_NAME, read_file, save_checkpoint
 from util.door import run_main
 from util.evaluation.perceptual import Perceptual, build_perceptual
+from util.evaluation.reconstruction import warn_of_usage
 from util.images.datasets import MemoryDataset, build_dataset, in_memory
 from util.images.pictures import save_png
 
@@ -72,7 +73,8 @@ def test_a_run_leaves_a_tokenizer_a_picture_and_a_result(trained):
     assert (tokenizer.kind, tokenizer.stride, tokenizer.channels, tokenizer.image_channels) == (class_name, 2, 3, 1)
     (row,) = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert (row["kind"], row["protocol"]["num_images"], row["training"]["steps"]) == ("reconstruction", 20, 2)
-    assert row["metrics"].keys() == {"rfid", "psnr", "ssim"}
+    of_codebook = {"usage", "perplexity"} if class_name == "VQModel" else set()
+    assert row["metrics"].keys() == {"rfid", "psnr", "ssim"} | of_codebook
     assert np.asarray(Image.open(folder / "reconstructions.png")).std() > 0
 
 
@@ -131,6 +133,37 @@ def test_a_codebook_starts_at_latents():
     nearest = torch.cdist(autoencoder.quantize.embedding.weight, latents).min(dim=1).values
     assert nearest.max() < 1e-3
     assert len(autoencoder.quantize.embedding.weight.unique(dim=0)) > 25
+
+
+def test_entries_that_no_latent_chooses_are_moved_to_latents():
+    """After as many latents as give each entry ten chances; those in use stay as they are."""
+    torch.manual_seed(0)
+    sizes = dict(stride=2, latent_channels=3, width=4, codebook_size=32, image_channels=1, img_size=8)
+    autoencoder = make_autoencoder("VQModel", **sizes)
+    start_codebook(autoencoder, digits()[:8], torch.Generator().manual_seed(0))
+    codes = autoencoder.quantize.embedding.weight
+    with torch.no_grad():
+        codes[20:] += 1000
+    before, idle, moved, chosen = codes.detach().clone(), torch.zeros(32, dtype=torch.long), [], []
+    for step in range(4):  # of 8·16 latents each, so the third gives 320
+        with watched(autoencoder) as quantised:
+            autoencoder.decode(autoencoder.encode(digits()[:8]).latents)
+        ((latents, ids),) = quantised
+        revive(autoencoder, idle, latents, ids, torch.Generator().manual_seed(step))
+        moved.append((codes != before).any(dim=1))
+        chosen.append(ids.unique())
+    assert [m.sum() for m in moved[:2]] == [0, 0] and moved[2][20:].all() and torch.equal(moved[2], moved[3])
+    assert len(chosen[0]) > 5 and not moved[3][chosen[0]].any()
+    assert torch.cdist(codes, latents).min(dim=1).values[20:].max() < 1e-3
+    autoencoder.decode(autoencoder.encode(digits()[:8]).latents)
+    assert len(quantised) == 1  # nothing is watched outside the block
+
+
+@pytest.mark.parametrize("usage, num_tokens, warned", [(0.4, 100, True), (0.6, 100, False), (0.3, 50, False)])
+def test_low_usage_is_warned_of_as_far_as_the_tokens_can_tell(capsys, usage, num_tokens, warned):
+    warn_of_usage(usage, num_tokens, 100)
+    line = capsys.readouterr().out
+    assert line == ("warning: 100 tokens use 40.0% of 100 entries: lower --codebook_size, or train longer\n" * warned)
 
 
 # ------------------------------------------------------------------------------------------------------- resumption

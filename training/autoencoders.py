@@ -4,11 +4,13 @@ Shapes: B images of C channels, H x W pixels, values in [-1, 1]; latents (B, c, 
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 MULTIPLIERS = (1, 1, 2, 2, 4)  # channels of the levels over those of the first one, as in KL-16
+CHANCES = 10  # latents an entry of a codebook, after which one that none has chosen is moved
 
 
 def _kl_terms(autoencoder, images, generator):
@@ -74,6 +76,39 @@ def start_codebook(autoencoder, images: torch.Tensor, generator: torch.Generator
     latents = autoencoder.encode(images).latents.movedim(1, -1).flatten(0, -2)  # (B·h·w, c)
     codes = autoencoder.quantize.embedding.weight
     codes.copy_(latents[torch.randint(len(latents), (len(codes),), generator=generator)])
+
+
+@contextmanager
+def watched(autoencoder):
+    """A list that gets (latents (N, c), ids (N,)) of each quantisation inside the block; none of an AutoencoderKL."""
+    seen = []
+    if not hasattr(autoencoder, "quantize"):
+        yield seen
+        return
+
+    def note(quantize, inputs, output):
+        seen.append((inputs[0].detach().movedim(1, -1).flatten(0, -2), output[2][2].flatten()))
+
+    handle = autoencoder.quantize.register_forward_hook(note)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def revive(autoencoder, idle: torch.Tensor, latents: torch.Tensor, ids: torch.Tensor, generator) -> None:
+    """Move the entries that are dead to latents (N, c) of this step, drawn at random; its ids are (N,).
+
+    idle (V,) long on the host: steps since an entry was chosen or moved, changed in place.
+    """
+    codes = autoencoder.quantize.embedding.weight
+    idle += 1
+    idle[ids.cpu()] = 0
+    dead = (idle >= math.ceil(CHANCES * len(codes) / len(latents))).nonzero().squeeze(1)
+    drawn = torch.randint(len(latents), (len(dead),), generator=generator)
+    codes[dead.to(codes.device)] = latents[drawn.to(latents.device)].to(codes.dtype)
+    idle[dead] = 0
 
 
 @torch.no_grad()

@@ -73,10 +73,14 @@ def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, data
     return reference
 
 
-def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int) -> Tokenizer:
-    """The tokenizer for images of so many channels; one that does not fit the model or the flags raises ValueError."""
+def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int, any_tokens: bool = False) -> Tokenizer:
+    """The tokenizer for images of so many channels; one that does not fit the model or the flags raises ValueError.
+
+    any_tokens: it may make others than the model takes.
+    """
     tokenizer = tokenizer_of(vars(config), channels)
-    check_tokens(tokenizer, model.family_name, model.settings)
+    if not any_tokens:
+        check_tokens(tokenizer, model.family_name, model.settings)
     for name, true in latents_of(tokenizer, model).items():
         if model.settings[name] not in (None, true):
             raise ValueError(
@@ -85,10 +89,15 @@ def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int) -
     return tokenizer
 
 
+def takes_ids(model: ModelConfig) -> bool:
+    """Are the model's tokens ids?"""
+    return tokens_of(model.family_name, model.settings) == ("discrete",)
+
+
 def latents_of(tokenizer: Tokenizer, model: ModelConfig) -> dict:
     """Fields of the model's configuration that the tokenizer decides."""
     known = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
-    if tokens_of(model.family_name, model.settings) == ("discrete",):
+    if takes_ids(model):
         known["vocab_size"] = tokenizer.codebook_size
     return known
 

@@ -8,7 +8,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import FLAGS, SCOPES, PolicyHeads
-from models.families import FAMILIES, SIZES, Family
+from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
@@ -45,7 +45,10 @@ class DataConfig(Reading):
 class TokenizerConfig:
     """Which autoencoder makes the latents."""
 
-    tokenizer: str | None = flag(None, "pixel, kl16, vq16, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)")
+    tokenizer: str | None = flag(
+        None,
+        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
+    )
     vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     vae_scale: str | None = flag(
         None, "factor of the latents, or one a channel (default: the tokenizer's)", metavar="X"
@@ -58,7 +61,7 @@ class ModelConfig:
     """A size of a family, and the fields of its configuration that flags or a preset set."""
 
     model: str = flag("mar_large", "model size", choices=SIZES)
-    given: dict = field(default_factory=dict)  # by name; vae_stride and vae_embed_dim None: known with the tokenizer
+    given: dict = field(default_factory=dict)  # by name; vae_stride, vae_embed_dim, vocab_size None: the tokenizer's
 
     @property
     def family_name(self) -> str:
@@ -75,6 +78,11 @@ class ModelConfig:
         """The value of each field of the family's configuration: the one given, else that of the size's row."""
         row = self.family.sizes[self.model]
         return {field.name: self.given.get(field.name, getattr(row, field.name)) for field in fields(row)}
+
+    @property
+    def fixed_rules(self) -> dict[str, str]:
+        """The rules that the model cannot do without."""
+        return rules_of(self.family_name, self.settings)
 
     @property
     def img_size(self) -> int:
@@ -299,7 +307,7 @@ def resolve(given: dict) -> RunConfig:
         own.pop("lr", None)
     chosen |= {name: value for name, value in own.items() if name not in given}
     config = RunConfig.from_flat(chosen | derive(chosen, given))
-    sampling = config.sampling.fitted(config.model.family.model.fixed_rules, config.model.model)
+    sampling = config.sampling.fitted(config.model.fixed_rules, config.model.model)
     config = replace(config, sampling=sampling)
     check(config, given)
     return config
@@ -333,7 +341,7 @@ def derive(chosen: dict, given: dict) -> dict:
         published = _KL16 if tokenizer == "kl16" else {}
         for name in ("vae_stride", "vae_embed_dim"):
             derived[name] = given.get(name, published.get(name))
-        derived["patch_size"] = given.get("patch_size", 1)
+        derived |= dict(vocab_size=given.get("vocab_size"), patch_size=given.get("patch_size", 1))
     if chosen["lr"] is None:
         derived["lr"] = chosen["blr"] * chosen["batch_size"] * chosen["accum_iter"] * dist.world_size() / 256
     return derived

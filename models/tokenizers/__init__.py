@@ -1,10 +1,12 @@
-"""Tokenizers: images in [−1, 1] to normalised latents and back. A new one is one file and one row of TOKENIZERS.
+"""Tokenizers: images in [−1, 1] to latents, or ids, and back. A new one is one file and one row of TOKENIZERS.
 
 The interface, documented in `models.tokenizers.continuous.Tokenizer`:
 
     encode(images (B, image_channels, H, W), sample=True, generator=None) -> (raw − mean)·scale, (B, channels, h, w)
     decode(latents (B, channels, h, w)) -> images
     encode_moments(images) -> (B, moment_channels, h, w), raw; from_moments(moments, sample, generator) -> latents
+    tokens: which of "continuous", "discrete", "multiscale" they can be used as; where discrete, codebook_size entries,
+    encode_ids(images) -> ids (B, h, w) long; decode_ids(ids) -> images
     stride (pixels of a latent's side), channels, scale, mean, clip ((lo, hi) for a predicted x₀, or None), fingerprint
 """
 
@@ -12,10 +14,17 @@ from functools import partial
 
 from models.tokenizers.continuous import Tokenizer
 from models.tokenizers.ldm import LDM, load_ldm
+from models.tokenizers.llamagen import load_llamagen
 from models.tokenizers.pixel import PixelTokenizer
 from models.tokenizers.saved import load_diffusers
+from models.tokenizers.vq import VQ_CONFIGS
 
-TOKENIZERS = {"pixel": PixelTokenizer, **{name: partial(load_ldm, name) for name in LDM}, "diffusers": load_diffusers}
+TOKENIZERS = {
+    "pixel": PixelTokenizer,
+    **{name: partial(load_ldm, name) for name in LDM},
+    **{name: partial(load_llamagen, name) for name in VQ_CONFIGS},
+    "diffusers": load_diffusers,
+}
 _OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all rows but pixel
 
 

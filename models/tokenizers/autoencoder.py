@@ -6,6 +6,7 @@ from models.tokenizers.continuous import Tokenizer, per_channel
 
 # class in diffusers -> levels: its setting with one entry a level (each level but the first halves the image); images:
 # its setting with the image's channels; gaussian: does an image have a posterior? noisy: does decoding draw noise?
+# codebook: its setting with the number of entries
 AUTOENCODERS = {
     "AutoencoderKL": dict(levels="block_out_channels", images="in_channels", gaussian=True, noisy=False),
     "AutoencoderTiny": dict(levels="encoder_block_out_channels", images="in_channels", gaussian=False, noisy=False),
@@ -14,7 +15,9 @@ AUTOENCODERS = {
         levels="encoder_block_out_channels", images="encoder_in_channels", gaussian=True, noisy=True
     ),
     # its latents are those before quantisation, which is the first layer of the decoder, as in LDM
-    "VQModel": dict(levels="block_out_channels", images="in_channels", gaussian=False, noisy=False),
+    "VQModel": dict(
+        levels="block_out_channels", images="in_channels", gaussian=False, noisy=False, codebook="num_vq_embeddings"
+    ),
 }
 # settings of scale and mean, which do not change moments
 _NORMALISATION = {"scaling_factor", "shift_factor", "latents_mean", "latents_std"}
@@ -37,6 +40,8 @@ class AutoencoderTokenizer(Tokenizer):
         )
         self.settings = {k: v for k, v in config.items() if not k.startswith("_") and k not in _NORMALISATION}
         self.noisy = row["noisy"]
+        if "codebook" in row:
+            self.tokens, self.codebook_size = ("continuous", "discrete"), config[row["codebook"]]
         self.autoencoder = autoencoder.float().requires_grad_(False)
         self.eval()
 
@@ -49,6 +54,17 @@ class AutoencoderTokenizer(Tokenizer):
         if self.noisy:  # the same draw for each image: decoding is a function of the latents
             options["generator"] = [torch.Generator().manual_seed(0) for _ in raw]
         return self.autoencoder.decode(raw, return_dict=False, **options)[0]
+
+    def _ids(self, images):
+        raw = self._moments(images).float()
+        # image by image: the distances to all entries are (h·w, codebook_size)
+        ids = [self.autoencoder.quantize(latents[None])[2][2] for latents in raw]
+        return torch.stack(ids).reshape(len(raw), *raw.shape[2:])
+
+    def _images_of_ids(self, ids):
+        entries = self.autoencoder.quantize.embedding(ids).movedim(-1, 1)
+        spatial = entries if self.autoencoder.config["norm_type"] == "spatial" else None
+        return self.autoencoder.decoder(self.autoencoder.post_quant_conv(entries), spatial)
 
 
 def normalisation(place, config: dict, vae_scale=None, vae_mean=None) -> dict:

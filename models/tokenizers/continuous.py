@@ -20,10 +20,12 @@ class Tokenizer(nn.Module):
     moments are its mean and log-variance (2c channels)? Else they are the raw latents (c channels). scale and mean: a
     number, or one for each channel. A sub-class may set `clip`, (lo, hi) for a predicted x₀ in normalised units, and
     `settings`, plain values which besides the weights decide its moments. tokens: what a model can take them as, see
-    `models.families.Family`.
+    `models.families.Family`. Where these are "discrete" a sub-class sets codebook_size, the number of entries, and has
+    `_ids` and `_images_of_ids`.
     """
 
     tokens: tuple[str, ...] = ("continuous",)
+    codebook_size = 0
     clip = None
     settings: dict = {}
 
@@ -63,11 +65,41 @@ class Tokenizer(nn.Module):
 
         Other channels, or sides that are no multiples of stride, raise ValueError.
         """
+        self._check_images(images)
+        return self._moments(images).float()
+
+    @torch.no_grad()
+    def encode_ids(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, image_channels, H, W) in [−1, 1] -> ids (B, h, w) long, each from 0 to codebook_size − 1.
+
+        Images as in `encode_moments`; a tokenizer without a codebook raises ValueError.
+        """
+        self._check_discrete()
+        self._check_images(images)
+        return self._ids(images)
+
+    @torch.no_grad()
+    def decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, h, w) long -> images (B, image_channels, H, W) float32, about in [−1, 1].
+
+        Ids that are no entries of the codebook, and a tokenizer without one, raise ValueError.
+        """
+        self._check_discrete()
+        low, high = ids.min().item(), ids.max().item()
+        if not 0 <= low <= high < self.codebook_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"ids for the tokenizer {self.kind} are 0 to {self.codebook_size - 1}, got {wrong}")
+        return self._images_of_ids(ids).float()
+
+    def _check_images(self, images: torch.Tensor) -> None:
         shape = tuple(images.shape)
         if len(shape) != 4 or shape[1] != self.image_channels or shape[2] % self.stride or shape[3] % self.stride:
             wanted = f"(B, {self.image_channels}, H, W), H and W divisible by {self.stride}"
             raise ValueError(f"images for the tokenizer {self.kind} must be {wanted}, got {shape}")
-        return self._moments(images).float()
+
+    def _check_discrete(self) -> None:
+        if "discrete" not in self.tokens:
+            raise ValueError(f"the tokenizer {self.kind} has no codebook, its tokens are {' or '.join(self.tokens)}")
 
     def from_moments(self, moments: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:
         """Raw moments (B, moment_channels, h, w) -> normalised latents (B, c, h, w).

@@ -67,6 +67,7 @@ class Draws:
     flip: torch.Tensor  # (b,) bool: mirror the image
     drop: torch.Tensor  # (b,) bool: train without the label
     mask: torch.Tensor  # (b, L) bool, True = masked
+    orders: torch.Tensor  # (b, L) long, positions in a random order in which the tokens that are not masked come first
     num_visible: list[int]  # (b) tokens that are not masked
     tokens: TokenDraws
     policy: PolicyDraws | None = None
@@ -84,7 +85,8 @@ class Draws:
         tokens = self.tokens.narrowed(targets, torch.zeros_like(targets) if others is None else others)
         policy = None if self.policy is None else replace(self.policy, step=step)
         num_visible = (~mask).sum(dim=1).tolist()
-        return replace(self, mask=mask, num_visible=num_visible, tokens=tokens, policy=policy)
+        orders = self.orders.gather(1, mask.gather(1, self.orders).to(torch.uint8).argsort(dim=1, stable=True))
+        return replace(self, mask=mask, orders=orders, num_visible=num_visible, tokens=tokens, policy=policy)
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,15 @@ def training_draws(seed: int, step: int, samples: list[int], token_head, setting
     length = settings.seq_len
     shared = torch.rand((), generator=generator(seed_of("mask ratio", seed, step))).item()
     mask = torch.zeros(len(samples), length, dtype=torch.bool)
-    flip, drop, rows, draws, policy = [], [], [], [], []
+    flip, drop, orders, rows, draws, policy = [], [], [], [], [], []
     for i, sample in enumerate(samples):
         g = generator(seed_of("train", seed, step, sample))
         uniform = torch.rand(3, generator=g).tolist()
         flip.append(uniform[0] < 0.5)
         drop.append(uniform[1] < settings.label_drop_prob)
         ratio = mask_ratio(uniform[2] if settings.mask_ratio_per_image else shared, settings.mask_ratio_min)
-        masked = torch.randperm(length, generator=g)[: math.ceil(length * ratio)]
+        masked, visible = torch.randperm(length, generator=g).tensor_split([math.ceil(length * ratio)])
+        orders.append(torch.cat([visible, masked]))
         mask[i, masked] = True
         drawn = torch.arange(length) if settings.every_token else masked
         rows.append(drawn + i * length)
@@ -133,6 +136,7 @@ def training_draws(seed: int, step: int, samples: list[int], token_head, setting
         flip=torch.tensor(flip),
         drop=torch.tensor(drop),
         mask=mask,
+        orders=torch.stack(orders),
         num_visible=(~mask).sum(dim=1).tolist(),
         tokens=TokenDraws(torch.cat(rows), joined),
         policy=_policy_draws(policy, settings) if policy else None,

@@ -141,7 +141,9 @@ class TokenObjective(nn.Module):
 
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "TokenObjective":
-        """The objective of a run, see `training.objectives`; a τ head of ids raises ValueError."""
+        """The objective of a run, see `training.objectives`; heads that it cannot train raise ValueError."""
+        if model.fixed_rules.get("group") == "one":
+            check_one_a_step(heads, settings)
         if heads is not None and "tau" in heads.learn and model.token_head.discrete:
             raise ValueError(
                 "--learn tau: --objective token learns it by the noise of a diffusion loss; for ids (--loss ce) use "
@@ -233,7 +235,7 @@ class TokenObjective(nn.Module):
         they say.
         """
         draws, head = batch.draws, self.model.token_head
-        z = self.model.encode_decode(batch.tokens, draws.mask, batch.labels, draws.num_visible)
+        z = self.model.encode_decode(batch.tokens, draws.mask, batch.labels, draws.num_visible, draws.orders)
         plan = None
         if self.heads is not None and not draws.policy.heads_rest:
             plan = HeadPlan(self.heads, self.losses, self.options, draws, z)
@@ -273,11 +275,25 @@ class TokenObjective(nn.Module):
         """Misfit of the predictions guided by the scales w (b, 1) or (b, L): its gradient reaches w only."""
         draws, head = batch.draws, self.model.token_head
         with torch.no_grad():  # the one extra pass, and only where guidance is learned
-            z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible)
+            z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible, draws.orders)
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
         return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
+
+
+def check_one_a_step(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
+    """Raise ValueError for what is learned on masks, which a model that draws one token a step has no use for."""
+    if heads is not None:
+        raise ValueError(
+            f"--learn {','.join(heads.learn)}: --objective token learns heads on masks, and this model draws one token "
+            "a step: use --objective image"
+        )
+    if settings.masks.train_masks != "random":
+        raise ValueError(
+            f"--train_masks {settings.masks.train_masks} must be random: this model draws one token a step, and learns "
+            "all tokens of an image in one pass"
+        )
 
 
 def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:

@@ -213,6 +213,8 @@ def metrics_line(metrics: dict) -> str:
         "rfid": "rFID {rfid:.3f}",
         "psnr": "PSNR {psnr:.2f} dB",
         "ssim": "SSIM {ssim:.4f}",
+        "usage": "codebook used {usage:.1%}",
+        "perplexity": "perplexity {perplexity:.1f}",
         "fid": "FID {fid:.3f}",
         "sfid": "sFID {sfid:.3f}",
         "is_mean": "IS {is_mean:.2f}±{is_std:.2f}",

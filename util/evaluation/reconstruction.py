@@ -1,4 +1,4 @@
-"""What a tokenizer loses: rFID, PSNR and SSIM of decode(encode(image)).
+"""What a tokenizer loses: rFID, PSNR and SSIM of decode(encode(image)); how much of its codebook it uses.
 
 Shapes: B images, C channels, H x W pixels; figures are of uint8 images, 0..255, as they would be saved.
 """
@@ -15,6 +15,7 @@ from util.evaluation.features import build_extractor
 from util.evaluation.fid_stats import FIDStats, Moments
 from util.evaluation.metrics import frechet_distance
 
+LOW_USAGE = 0.5  # share of the entries; of as many tokens as entries, all equally likely, 0.63 are used
 PSNR_MAX = 100.0  # dB of an image without any error, whose PSNR is infinite
 
 
@@ -79,19 +80,25 @@ def score_reconstructions(
 ) -> dict[str, float]:
     """{rfid, psnr, ssim} of a tokenizer on a Dataset of (uint8 (C, H, W), ...), n >= 2 images, in one pass.
 
-    fid None: no rfid. Latents are the means of their distributions (sample=False). dtype: arithmetic of the tokenizer.
-    Images that the features cannot take, and what `ReconstructionFID.build_features` refuses, raise ValueError.
+    Of one with a codebook the images are decoded from ids, and {usage, perplexity} of these are measured too, see
+    `codebook_scores`. fid None: no rfid. Latents are the means of their distributions (sample=False). dtype: arithmetic
+    of the tokenizer. Images that the features cannot take, and what `ReconstructionFID.build_features` refuses, raise
+    ValueError.
     """
     device = torch.device(device)
     features = None if fid is None else fid.build_features(device)
     accurate = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     decoded_moments, real_moments, quality = Moments(), Moments(), []
+    counts = torch.zeros(getattr(tokenizer, "codebook_size", 0), dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
         loader = iter(DataLoader(images, batch_size=batch_size, num_workers=num_workers))  # draws a random number
     with tqdm(total=len(images), unit="image", desc="reconstructing", disable=not verbose, leave=False) as progress:
         for batch, *_ in loader:
             batch = batch.to(device)
-            decoded = _reconstruct(tokenizer, batch, dtype).to(accurate)
+            decoded, ids = _reconstruct(tokenizer, batch, dtype, discrete=len(counts) > 0)
+            decoded = decoded.to(accurate)
+            if ids is not None:
+                counts += ids.flatten().bincount(minlength=len(counts)).cpu()
             batch = batch.to(accurate)
             quality.append(torch.stack([psnr(decoded, batch), ssim(decoded, batch)]).cpu())
             if fid is not None:
@@ -104,14 +111,38 @@ def score_reconstructions(
         reference = real_moments.result() if fid.stats is None else (fid.stats.mu, fid.stats.sigma)
         scores["rfid"] = frechet_distance(*decoded_moments.result(), *reference)
     scores["psnr"], scores["ssim"] = torch.cat(quality, dim=1).mean(dim=1).tolist()
-    return scores
+    return scores | (codebook_scores(counts) if len(counts) else {})
 
 
-def _reconstruct(tokenizer, images: torch.Tensor, dtype) -> torch.Tensor:
-    """decode(encode(images)) of uint8 images (B, C, H, W), rounded to uint8; another shape raises ValueError."""
+def codebook_scores(counts: torch.Tensor) -> dict[str, float]:
+    """{usage, perplexity} of how often each entry was chosen, (V,): the share of those that were, and e to the entropy.
+
+    The perplexity is the number of entries that, chosen equally often, would say as much: V at most.
+    """
+    p = counts.double() / counts.sum()
+    return {"usage": (counts > 0).double().mean().item(), "perplexity": torch.special.entr(p).sum().exp().item()}
+
+
+def warn_of_usage(usage: float, num_tokens: int, codebook_size: int) -> None:
+    """Print a line if so many tokens use a small share of the entries, as far as they can tell."""
+    if usage < LOW_USAGE * min(1.0, num_tokens / codebook_size):
+        share = f"{num_tokens} tokens use {usage:.1%} of {codebook_size} entries"
+        print(f"warning: {share}: lower --codebook_size, or train longer")
+
+
+def _reconstruct(tokenizer, images: torch.Tensor, dtype, discrete: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(uint8 images (B, C, H, W) made of the tokens of such images, the ids (B, h, w) where these are discrete).
+
+    A tokenizer that makes images of another shape raises ValueError.
+    """
+    pixels, ids = images.float() / 127.5 - 1, None
     with autocast(images.device, dtype):
-        decoded = tokenizer.decode(tokenizer.encode(images.float() / 127.5 - 1, sample=False))
+        if discrete:
+            ids = tokenizer.encode_ids(pixels)
+            decoded = tokenizer.decode_ids(ids)
+        else:
+            decoded = tokenizer.decode(tokenizer.encode(pixels, sample=False))
     if decoded.shape != images.shape:
         shapes = f"{tuple(decoded.shape[1:])} from {tuple(images.shape[1:])}"
         raise ValueError(f"the tokenizer makes images of another shape: {shapes}")
-    return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ((decoded.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), ids

@@ -83,6 +83,7 @@ def begin(folder: Path, settings: dict) -> None:
         stored["reading"] = {**asdict(MARS_WAY), **(stored.get("reading") or {})}
     elif "reading" in settings:
         stored.setdefault("reading", None)
+    stored.setdefault("codebook_size", 0)  # one of before there were ids
     stored.setdefault("content", settings.get("content"))  # one of before it is known by names and sizes alone
     for key, value in settings.items():
         if stored[key] != value:
@@ -133,7 +134,7 @@ class PackedWriter:
         return None
 
     def write(self, unit: range, kept: list[int], pairs: np.ndarray) -> None:
-        """Write pairs (n, 2, c, h, w), those of the images `kept` of the unit."""
+        """Write pairs (n, 2, …), those of the images `kept` of the unit."""
         path = shard_path(self.folder, unit.start // self.settings["shard_size"])
         path.with_suffix(".json").unlink(missing_ok=True)
         with atomic_file(path) as temporary, open(temporary, "wb") as file:

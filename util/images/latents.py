@@ -1,4 +1,4 @@
-"""Latents on disk: written once by scripts/cache_latents.py, read by training in place of images.
+"""Latents, or ids, on disk: written once by scripts/cache_latents.py, read by training in place of images.
 
     FOLDER/settings.json      written first: data, tokenizer and format; a run that continues must have the same
     FOLDER/index.json         written last: the settings, classes, name and label of each image, names of broken ones
@@ -8,8 +8,9 @@
     npz: MAR's own layout
         CLASS/IMAGE.npz       float arrays `moments` and `moments_flip` (c, h, w)
 
-Moments are those of a tokenizer's `encode_moments`: scale, mean and sampling are applied when they are read. A folder
-of .npz files without settings.json and index.json is a cache of MAR's main_cache.py.
+Moments are those of a tokenizer's `encode_moments`: scale, mean and sampling are applied when they are read. Where the
+index has a codebook_size above 0, a packed cache holds ids (n, 2, h, w), uint16 or uint32, in their place. A folder of
+.npz files without settings.json and index.json is a cache of MAR's main_cache.py.
 """
 
 import bisect
@@ -77,7 +78,7 @@ def read_npz(path, shape=None) -> np.ndarray:
 
 
 def open_shard(path: Path, count: int, shape, dtype) -> np.ndarray:
-    """Memory-map (count, 2, c, h, w). A missing, truncated or different file raises ValueError."""
+    """Memory-map (count, 2, *shape). A missing, truncated or different file raises ValueError."""
     try:
         shard = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
@@ -100,13 +101,27 @@ class Latents:
     """What data sets of cached latents have in common: ds[i] -> (moments (2, c, h, w) plain and mirrored, label, i).
 
     Also `shape` (c, h, w) of the moments, `fingerprint` of the tokenizer that made them (None in caches of MAR's) and
-    `reading`, how its images were read (None for images from no folder).
+    `reading`, how its images were read (None for images from no folder). A cache of ids has a codebook_size above 0
+    and, in place of the moments, ids (2, h, w) long.
     """
 
-    def check(self, tokenizer, name: str) -> None:
-        """Raise ValueError unless this tokenizer, called `name`, could have made the latents."""
+    codebook_size = 0
+
+    def check(self, tokenizer, name: str, discrete: bool = False) -> None:
+        """Raise ValueError unless this tokenizer, called `name`, could have made the latents or, if discrete, ids."""
+        if discrete != (self.codebook_size > 0):
+            held, wanted, tokens = ("latents", "ids", "discrete") if discrete else ("ids", "latents", "continuous")
+            raise ValueError(
+                f"the cache in {self.folder} holds {held}, this model takes {wanted}: choose another --loss, or a "
+                f"cache that scripts/cache_latents.py --tokens {tokens} makes"
+            )
+        if self.codebook_size not in (0, tokenizer.codebook_size):
+            raise ValueError(
+                f"the ids in {self.folder} are of a codebook of {self.codebook_size} entries, that of the tokenizer "
+                f"{name} has {tokenizer.codebook_size}"
+            )
         side = self.img_size // tokenizer.stride
-        expected = (tokenizer.moment_channels, side, side)
+        expected = (side, side) if discrete else (tokenizer.moment_channels, side, side)
         if tuple(self.shape) != expected:
             raise ValueError(
                 f"the latents in {self.folder} have the shape {tuple(self.shape)}, those of the tokenizer {name} at "
@@ -139,6 +154,7 @@ class PackedLatents(Latents, ImageDataset):
         self.reading = reading_of(index)
         self.folder, self.shape, self.fingerprint = folder, tuple(index["shape"]), index["fingerprint"]
         self.labels, self.dtype, self.shards = index["labels"], index["dtype"], index.get("shards", [])
+        self.codebook_size = index.get("codebook_size", 0)  # none in a cache of before there were ids
         self.ends = list(itertools.accumulate(count for count, _ in self.shards))
         num_stored = self.ends[-1] if self.ends else 0
         if not self.ends or len(self) != num_stored:
@@ -148,7 +164,7 @@ class PackedLatents(Latents, ImageDataset):
             self.shard(number)
 
     def shard(self, number: int) -> np.ndarray:
-        """The array (n, 2, c, h, w) of file `number`."""
+        """The array (n, 2, …) of file `number`."""
         if number not in self.open:
             path = shard_path(self.folder, number)
             self.open[number] = open_shard(path, self.shards[number][0], self.shape, self.dtype)
@@ -161,7 +177,8 @@ class PackedLatents(Latents, ImageDataset):
         i = self._index(i)
         number = bisect.bisect_right(self.ends, i)
         row = i - self.ends[number]  # negative: counted from the end of the file
-        return torch.from_numpy(np.array(self.shard(number)[row])), self.labels[i], i
+        pair = np.array(self.shard(number)[row], dtype=np.int64 if self.codebook_size else None)
+        return torch.from_numpy(pair), self.labels[i], i
 
     def verify(self) -> None:
         """Read everything; a file whose values are not those once written raises ValueError."""

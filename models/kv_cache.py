@@ -1,0 +1,162 @@
+"""Keys and values of a causal model, kept from one token to the next, and the conditions that are made with them.
+
+Legend: B images, R sequences, R' of them looked at, L tokens, n inputs of a sequence that are new (the maximum over the
+sequences), H heads, d width of a head, D width of z, G guided tokens. Input i of a sequence stands for the token before
+the i-th of its order, the label for i = 0; its output is z of the i-th.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from util.dist import send
+
+
+class KeyValueCache:
+    """The keys and values of R sequences of at most L inputs, layer by layer, each 2 · R · H · L · d numbers.
+
+    A sequence may lag behind the others: each pass gives it all the inputs that it lacks.
+    """
+
+    def __init__(self, num_sequences: int, capacity: int):
+        self.capacity = capacity
+        self.lengths = torch.zeros(num_sequences, dtype=torch.long)  # inputs that are kept, on the host
+        self.stores = {}  # layer: its keys and its values, each (R, L + 1, H, d); the last slot takes padding
+
+    def extend(self, sequences: torch.Tensor, lengths: torch.Tensor, device) -> "Extension":
+        """The pass that brings sequences (R',) long to lengths (R',) long, greater than theirs; both on the host."""
+        extension = Extension(self, sequences, self.lengths[sequences], lengths, device)
+        self.lengths[sequences] = lengths
+        return extension
+
+
+class Extension:
+    """One pass over the inputs that some sequences lack.
+
+    places (R', n) long: which inputs these are; a sequence that lacks fewer than the others repeats its last one.
+    last_places (R', 1) long: its last one. num_inputs: of all sequences, without the repeated ones.
+    """
+
+    def __init__(self, cache: KeyValueCache, sequences, start, stop, device):
+        counts = stop - start
+        slots = start.unsqueeze(1) + torch.arange(int(counts.max()))  # (R', n)
+        last = stop.unsqueeze(1) - 1
+        alone = slots.shape[1] == 1 and bool((slots == slots[0]).all())
+        self.cache, self.num_inputs, self.num_keys = cache, int(counts.sum()), int(stop.max())
+        self.all = len(sequences) == len(cache.lengths)
+        self.sequences = send(sequences, device)
+        self.places, self.last_places = send(torch.minimum(slots, last), device), send(last, device)
+        self.slots = send(slots.masked_fill(slots > last, cache.capacity), device)
+        self.ends = send(counts - 1, device)
+        self.mask = None  # (R', 1, n, keys) bool; None: all keys may be looked at
+        if not alone:
+            self.mask = (torch.arange(self.num_keys, device=device) <= self.slots.unsqueeze(-1)).unsqueeze(1)
+
+    def attend(self, layer: int, query, key, value) -> torch.Tensor:
+        """What the new inputs find (R', n, H, d) among those before them and themselves; key and value are kept.
+
+        query (R', n, H, d), key and value (R', n, H', d), where each of H' heads serves H / H' of the query's.
+        """
+        stores = self.cache.stores
+        if layer not in stores:
+            shape = len(self.cache.lengths), self.cache.capacity + 1, *key.shape[2:]
+            stores[layer] = [key.new_zeros(shape) for _ in range(2)]
+        index = self.sequences.unsqueeze(1), self.slots
+        stores[layer] = [put(kept, index, new) for kept, new in zip(stores[layer], (key, value))]
+        key, value = (kept[:, : self.num_keys] for kept in stores[layer])
+        if not self.all:
+            key, value = key[self.sequences], value[self.sequences]
+        return attention(query, key, value, self.mask)
+
+    def last(self, x: torch.Tensor) -> torch.Tensor:
+        """Of x (R', n, D) that of each sequence's last input, (R', 1, D)."""
+        return x.gather(1, self.ends[:, None, None].expand(-1, 1, x.shape[-1]))
+
+
+def attention(query, key, value, mask=None, *, causal: bool = False, dropout: float = 0.0) -> torch.Tensor:
+    """(B, n, H, d) of query (B, n, H, d), key and value (B, m, H', d), where mask (B, 1, n, m) bool allows.
+
+    causal: input i looks at 0 … i, in place of a mask.
+    """
+    query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    return found.transpose(1, 2)
+
+
+def put(kept, index: tuple, new):
+    """kept[index] = new; where gradients are asked for in a copy, since they may need what was there before."""
+    return kept.index_put(index, new) if torch.is_grad_enabled() else kept.index_put_(index, new)
+
+
+def raster_only(orders: torch.Tensor | None) -> None:
+    """None, which stands for row by row; orders (B, L) that are other ones raise ValueError."""
+    if orders is not None and (orders != torch.arange(orders.shape[1], device=orders.device)).any():
+        raise ValueError("a raster model draws row by row: it needs --order raster")
+
+
+def check_prefix(unknown: torch.Tensor) -> None:
+    """Raise ValueError where a known token of unknown (B, L) bool comes after an unknown one."""
+    if (unknown[:, :-1] & ~unknown[:, 1:]).any():
+        raise ValueError(
+            "a raster model keeps only the first tokens of an image, row by row: the part to keep (--edit_mask) must "
+            "end where the new one begins"
+        )
+
+
+class CausalConditions:
+    """The `models.families.Conditions` of a causal model: z of one token an image, the next of its order.
+
+    With guidance an image has a second sequence, without label, in a cache of its own. Where w was 1 that one lags
+    behind, and catches up at the next guided step. Tokens that are given come first in the order.
+
+    model: has extend(tokens (R', L, …), orders (R', L), labels (R',) or None, extension) -> z (R', 1, D), see
+    `models.mar_ar.MARAR.extend`. orders (B, L) long, None: row by row, where only the first tokens can be given; others
+    raise ValueError.
+    """
+
+    def __init__(self, model, labels: torch.Tensor, orders: torch.Tensor | None):
+        batch, length = len(labels), model.config.seq_len
+        self.model, self.labels, self.raster = model, labels, orders is None
+        self.orders = torch.arange(length).repeat(batch, 1) if orders is None else orders.cpu()  # on the host
+        self.on_device = None  # the same, known tokens first
+        self.caches = [KeyValueCache(batch, length) for _ in range(2)]  # with label, and without
+        self.z = None  # (B, D) of each image's next token
+        self.passes = 0.0
+
+    def look(self, step: int, tokens, unknown, images):
+        """(z (B', 1, D), positions (B', 1) long on the host) of images (B',) long on the host."""
+        if self.on_device is None:
+            self._put_known_first(unknown, tokens.device)
+        z = self._extend(tokens, unknown, images, labelled=True)
+        if self.z is None:
+            self.z = z.new_zeros(len(self.labels), z.shape[-1])
+        self.z = put(self.z, (send(images, z.device),), z.squeeze(1))
+        return z, self.orders[images].gather(1, (~unknown[images]).sum(dim=1, keepdim=True))
+
+    def at(self, step: int, tokens, unknown, rows, guided):
+        """(z (N, D), z without label (G, D) or None for none) at rows (N, 2) that `look` named."""
+        z = self.z[send(rows[:, 0], tokens.device)]
+        if not len(guided):
+            return z, None
+        return z, self._extend(tokens, unknown, rows[guided, 0], labelled=False).squeeze(1)
+
+    def write(self, step: int, rows, drawn) -> None:
+        """Nothing to keep: what was drawn is read from the tokens at the next look."""
+
+    def _put_known_first(self, unknown, device):
+        later = unknown.gather(1, self.orders).to(torch.uint8)
+        orders = self.orders.gather(1, later.argsort(dim=1, stable=True))
+        if self.raster:
+            check_prefix(unknown)
+        self.orders, self.on_device = orders, send(orders, device)
+
+    def _extend(self, tokens, unknown, images, labelled: bool):
+        """z (·, 1, D) of the next token of the images, once each of their sequences has all that is known."""
+        cache = self.caches[0 if labelled else 1]
+        extension = cache.extend(images, (~unknown[images]).sum(dim=1) + 1, tokens.device)
+        self.passes += extension.num_inputs / cache.capacity
+        index = extension.sequences
+        labels = self.labels[index] if labelled else None
+        return self.model.extend(tokens[index], self.on_device[index], labels, extension)

@@ -1,0 +1,115 @@
+"""Training, resuming, sampling and editing with causal models through the programs, and what these refuse."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import main_mar
+import sample
+from models.loading import load_model
+from models.mar_ar import MARAR
+from tests import helpers_ids
+from tests.test_cli import refused
+from util.checkpoint import load_checkpoint
+
+TRAIN = (
+    "--data digits --model mar_ar_tiny --img_size 8 --batch_size 256 --blr 0.01 --num_iter 16 --num_images 4".split()
+)
+TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --device cpu --warmup_epochs 0".split()
+IDS = ["--tokenizer", "grey16", "--loss", "ce"]
+LATENTS = "--tokenizer pixel --patch_size 2 --diffloss_w 16 --diffloss_d 1".split()
+SAMPLE = "--num_images 4 --metrics none --num_iter 16 --cfg 1.5 --num_sampling_steps 2 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def tokenizers(monkeypatch):
+    helpers_ids.add_tokenizers(monkeypatch)
+
+
+def edit(folder, tmp_path, kept):
+    """Words that keep the part of a picture for which kept (8, 8) bool says so."""
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(np.where(kept, 0, 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE]
+    return [*place, "--edit_image", str(tmp_path / "picture.png"), "--edit_mask", str(tmp_path / "mask.png")], picture
+
+
+@pytest.mark.parametrize("kind", [IDS, LATENTS], ids=["ids", "latents"])
+def test_a_random_model_trains_resumes_samples_and_edits(kind, tmp_path):
+    folder = tmp_path / "run"
+    words = [*TRAIN, *kind, "--ar_order", "random", "--output_dir", str(folder)]
+    assert main_mar.main([*words, "--epochs", "1"]) == 0
+    assert main_mar.main([*words, "--epochs", "2", "--resume", str(folder)]) == 0
+    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    stored = load_checkpoint(folder)
+    assert stored["config"]["family"] == "mar_ar" and stored["config"]["mar_ar"]["ar_order"] == "random"
+    model, _, _ = load_model(folder)
+    assert isinstance(model, MARAR) and model.pos_embed.equal(stored["model_ema"]["pos_embed"])
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE]
+    for order in ("random", "raster"):
+        assert sample.main([*place, "--order", order]) == 0
+    rows = [json.loads(line)["settings"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [(row["order"], row["group"]) for row in rows] == [("random", "one"), ("raster", "one")]
+    kept = np.indices((8, 8))[1] >= 4
+    words, picture = edit(folder, tmp_path, kept)
+    assert sample.main(words) == 0
+    if kind is LATENTS:
+        (made,) = (tmp_path / "out").glob("*_edit*/0.png")
+        assert np.array_equal(np.asarray(Image.open(made)).squeeze()[kept], picture[kept])
+
+
+def test_a_raster_model_keeps_its_order_and_prefixes(tmp_path, capsys):
+    folder = tmp_path / "run"
+    words = [*TRAIN, *IDS, "--ar_order", "raster", "--epochs", "1", "--output_dir", str(folder)]
+    assert main_mar.main(words) == 0
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE]
+    assert sample.main(place) == 0
+    assert "--order random does not fit the model, which needs raster" in refused(
+        sample.main, [*place, "--order", "random"], capsys
+    )
+    assert "--group cosine does not fit the model, which needs one" in refused(
+        sample.main, [*place, "--group", "cosine"], capsys
+    )
+    words, _ = edit(folder, tmp_path, np.indices((8, 8))[0] < 4)  # the upper half: the first tokens
+    assert sample.main(words) == 0
+    words, _ = edit(folder, tmp_path, np.indices((8, 8))[0] >= 4)
+    assert "a raster model keeps only the first tokens of an image" in refused(sample.main, words, capsys)
+
+
+@pytest.mark.slow
+def test_heads_are_learned_on_images(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main_mar.main([*TRAIN, *IDS, "--epochs", "1", "--output_dir", str(folder)]) == 0
+    stage = [*TRAIN, *IDS, "--init_from", str(folder), "--output_dir", str(tmp_path / "stage"), "--epochs", "1"]
+    on_images = [*stage, *"--objective image --bank 300 --features digits --cfg 1.5 --train_num_iter 16,16".split()]
+    assert main_mar.main([*on_images, "--learn", "tau,cfg"]) == 0
+    heads = load_checkpoint(tmp_path / "stage")["heads"]
+    assert any(value.abs().max() > 0 for name, value in heads.items() if name.endswith("values"))
+    line = refused(main_mar.main, [*on_images, "--learn", "order", "--output_dir", str(tmp_path / "order")], capsys)
+    assert "--order must be known before the first token is drawn" in line
+    line = refused(
+        main_mar.main, [*stage, "--learn", "cfg", "--freeze_backbone", "--output_dir", str(tmp_path / "cfg")], capsys
+    )
+    assert "--learn cfg: --objective token learns heads on masks" in line and "use --objective image" in line
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--ar_order spiral", "--ar_order: invalid value 'spiral': must be one of random, raster"),
+        ("--ar_order raster --order random", "--order random does not fit mar_ar_tiny, which needs raster"),
+        ("--group cosine", "--group cosine does not fit mar_ar_tiny, which needs one"),
+        ("--order confidence", "--order must be known before the first token is drawn"),
+        ("--num_iter 15", "--num_iter 15 is too small: this model draws one token a step, an image has 16"),
+        ("--mask_ratio_min 0.5", "--mask_ratio_min 0.5 has no meaning for --model mar_ar_tiny"),
+        ("--train_masks visited", "--train_masks visited must be random: this model draws one token a step"),
+        ("--model mar_tiny --ar_order raster", "--ar_order raster has no meaning for --model mar_tiny"),
+    ],
+)
+def test_flags_that_do_not_fit_a_causal_model_are_refused(flags, message, capsys, tmp_path):
+    words = [*TRAIN, *IDS, "--epochs", "1", *flags.split(), "--output_dir", str(tmp_path / "run")]
+    assert message in refused(main_mar.main, words, capsys)

@@ -143,7 +143,7 @@ def draw_rules(path: Path, trace: dict[str, np.ndarray]) -> None:
         axis.set_xlabel("step", fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{len(trace['labels'])} images (blue) and their mean", fontsize=11)
+    figure.suptitle(f"traced images (blue): {len(trace['labels'])}; their mean (black)", fontsize=11)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)

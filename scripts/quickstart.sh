@@ -55,11 +55,11 @@ measured() { # FOLDER flags: the same images by both
     run "${call[@]}"
     run "${call[@]}" --fid_weights "$judge"
 }
-measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5,1.8 --temperature 0.85,0.95
-measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 1
+measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5,1.8 --temperature 0.85
+measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 10
 first=${seeds[1]%%,*}
 trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)
-run python scripts/plot_trace.py "${trace[0]}" --out "$out/trace"
+run python scripts/plot_trace.py "${trace[0]}" --out "$out/trace" --images 0
 say
 into "$out/table.md" python scripts/make_leaderboard.py --hand "$out/hand/results.jsonl" --row "$out/modes/results.jsonl"
 say

@@ -133,16 +133,7 @@ class MAR(nn.Module):
         self.config = c = config
         seq_len, width, out_width = c.seq_len, c.encoder_embed_dim, c.decoder_embed_dim
 
-        self.class_emb = nn.Embedding(c.class_num, width)
-        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # stands for "no label"
-
-        if c.loss == "ce":
-            if c.vocab_size is None:
-                raise ValueError("--loss ce needs vocab_size, the number of entries of the tokenizer's codebook")
-            self.token_emb = nn.Embedding(c.vocab_size, width)
-        else:
-            self.z_proj = nn.Linear(c.token_dim, width)
-        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self._add_inputs()
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, c.buffer_size + seq_len, width))
         self.encoder_blocks = self._blocks(c.encoder_depth, width, c.encoder_num_heads)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
@@ -154,12 +145,30 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(out_width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, seq_len, out_width))
 
-        self._init_weights()  # before the token head exists: that one initialises itself
+        self._init_weights()
+        self._add_token_head()
+
+    def _add_inputs(self) -> None:
+        """The layers by which classes and tokens come in."""
+        c, width = self.config, self.config.encoder_embed_dim
+        self.class_emb = nn.Embedding(c.class_num, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # stands for "no label"
         if c.loss == "ce":
-            self.celoss = CELoss(out_width, c.vocab_size, label_smoothing=c.label_smoothing)
+            if c.vocab_size is None:
+                raise ValueError("--loss ce needs vocab_size, the number of entries of the tokenizer's codebook")
+            self.token_emb = nn.Embedding(c.vocab_size, width)
+        else:
+            self.z_proj = nn.Linear(c.token_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+
+    def _add_token_head(self) -> None:
+        """p(token | z), after `_init_weights`: it initialises itself."""
+        c = self.config
+        if c.loss == "ce":
+            self.celoss = CELoss(self.width, c.vocab_size, label_smoothing=c.label_smoothing)
         else:
             self.diffloss = DiffLoss(
-                c.token_dim, out_width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing, repeats=c.diffusion_batch_mul
+                c.token_dim, self.width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing, repeats=c.diffusion_batch_mul
             )
 
     @property

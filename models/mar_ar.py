@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.celoss import CELoss
-from models.diffloss import DiffLoss
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import MAR, MARConfig, compile_all
 from models.mar_cache import after_attention, before_attention
@@ -79,34 +77,22 @@ class MARAR(nn.Module):
     per_class = ("class_emb.weight",)
     patchify, unpatchify, head_logits = MAR.patchify, MAR.unpatchify, MAR.head_logits  # a token is what it is of MAR
     token_head, width, head_dim = MAR.token_head, MAR.width, MAR.head_dim
-    _blocks, _init_weights, _class_embedding = MAR._blocks, MAR._init_weights, MAR._class_embedding
+    _add_inputs, _blocks, _add_token_head = MAR._add_inputs, MAR._blocks, MAR._add_token_head
+    _init_weights, _class_embedding = MAR._init_weights, MAR._class_embedding
 
     def __init__(self, config: MARARConfig):
         super().__init__()
         self.config = c = config
         width = c.encoder_embed_dim
-        self.class_emb = nn.Embedding(c.class_num, width)
-        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # stands for "no label"
-        if c.loss == "ce":
-            if c.vocab_size is None:
-                raise ValueError("--loss ce needs vocab_size, the number of entries of the tokenizer's codebook")
-            self.token_emb = nn.Embedding(c.vocab_size, width)
-        else:
-            self.z_proj = nn.Linear(c.token_dim, width)
-        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self._add_inputs()
         self.pos_embed = nn.Parameter(torch.zeros(c.seq_len, width))  # where a token is
         self.next_pos_embed = nn.Parameter(torch.zeros(c.seq_len, width))  # where the next one will be
         self.layers = self._blocks(c.depth, width, c.encoder_num_heads)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if c.loss == "diffusion":
             self.diffusion_pos_embed = nn.Parameter(torch.zeros(c.seq_len, width))
-        self._init_weights()  # before the token head exists: that one initialises itself
-        if c.loss == "ce":
-            self.celoss = CELoss(width, c.vocab_size, label_smoothing=c.label_smoothing)
-        else:
-            self.diffloss = DiffLoss(
-                c.token_dim, width, c.diffloss_d, c.diffloss_w, c.grad_checkpointing, repeats=c.diffusion_batch_mul
-            )
+        self._init_weights()
+        self._add_token_head()
 
     @property
     def fixed_rules(self) -> dict[str, str]:

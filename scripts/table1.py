@@ -203,18 +203,22 @@ class Table:
             "tokens": row.tokenizer,
             "parameters": f"{sum(value.numel() for value in weights.values()):,}",
         }
-        for name, title in (("plain", "FID"), ("guided", "FID, guided")):
-            lines = read_lines(self.out / "images" / row.name / name / "results.jsonl")
-            lines = [x for x in lines if x["settings"]["seed"] in self.args.seeds]
+        plain, guided = (self.lines(row, name) for name in ("plain", "guided"))
+        for title, lines in (("FID", plain), ("FID, guided", guided)):
             mean, spread = mean_and_spread([x["metrics"]["fid"] for x in lines])
             settings = lines[0]["settings"]
-            chosen = f"τ {settings['temperature']:g}" + (f", w {settings['cfg']:g}" if name == "guided" else "")
+            chosen = f"τ {settings['temperature']:g}" + (f", w {settings['cfg']:g}" if lines is guided else "")
             shown[title] = f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "") + f" ({chosen})"
-            rates = [x["images_per_second"] for x in lines if x["images_per_second"]]
-            evals = [x["mar_evals"] for x in lines if x["mar_evals"]]
+        rates = [x["images_per_second"] for x in guided if x["images_per_second"]]
+        evals = [x["mar_evals"] for x in guided if x["mar_evals"]]
         shown["transformer evals, guided"] = f"{evals[0]:g}" if evals else ""
         shown["s an image, guided"] = f"{len(rates) / sum(rates):.3g}" if rates else ""
-        return shown | {"seeds": str(len(lines))}
+        return shown | {"seeds": str(len(guided))}
+
+    def lines(self, row: Row, name: str) -> list[dict]:
+        """The results of the row, plain or guided, one for each seed."""
+        lines = read_lines(self.out / "images" / row.name / name / "results.jsonl")
+        return [x for x in lines if x["settings"]["seed"] in self.args.seeds]
 
 
 def markdown(lines: list[dict[str, str]]) -> str:

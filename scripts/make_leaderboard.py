@@ -28,17 +28,18 @@ HEADINGS += ("transformer evals", "MLP evals", "images/s", "seeds")
 PAGE = """# Leaderboard
 
 Rules side by side on digits, at equal numbers of steps, printed by `bash scripts/leaderboard.sh`. The quickstart's
-base is frozen; nothing but the rules differs. Heads are those of `bash scripts/train_heads.sh`: one set for all
-numbers of steps.
+base is frozen; nothing but the rules differs. Heads are those of `bash scripts/train_heads.sh`, one set for all
+numbers of steps, trained once for each seed.
 
 Reward: the Fréchet distances that schedules and heads were optimised by, and hand-made rules chosen by, on the
 features of the digit classifier and on pixels. Judge: the same distance on the features of another classifier, which
-took no part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds of the images. Guidance
-trades pixels against features, so a row is compared with the hand-made rule that the judge likes best among those of
-no larger pixel distance; `none` where no hand-made rule comes that near on pixels, or where it is that rule itself.
-`beyond` is the difference over the root of the sum of both variances. Hand-made rules: those that no other beats in
-both reward features, of the 136 of `search_grid.sh` at 4 steps, and of its 36 of `GRID=small` at 8 and 16.
-Evaluations are those of an image; images/s were measured on two shared CPU cores and say little."""
+took no part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds: of the images, and for
+heads of their training too. Guidance trades pixels against features, so a row is compared with the hand-made rule that
+the judge likes best among those of no larger pixel distance; `none` where no hand-made rule comes that near on pixels,
+or where it is that rule itself. `beyond` is the difference over the root of the sum of both variances. Hand-made rules:
+those that no other beats in both reward features, of the 136 of `search_grid.sh` at 4 steps, and of its 36 of
+`GRID=small` at 8 and 16. Evaluations are those of an image; images/s were measured on two shared CPU cores and say
+little."""
 
 
 @dataclass
@@ -81,8 +82,14 @@ def rules_key(settings: dict) -> str:
 
 
 def entries(path: Path, name: str | None) -> list[Entry]:
-    """The settings of a file that were measured by both; a file without such ones raises ValueError."""
-    groups, found, judged = group_seeds(read_lines(path)), [], {}
+    """The settings of a file that were measured by both; a file without such ones raises ValueError.
+
+    Under a name, checkpoints that differ in their training seed are repeats of one setting.
+    """
+    lines = read_lines(path)
+    if name:
+        lines = [{**line, "run": name} for line in lines]
+    groups, found, judged = group_seeds(lines), [], {}
     for settings, figures, _ in groups:
         if settings.get("fid_weights") and "fid" in figures:
             judged[rules_key(settings)] = figures["fid"]

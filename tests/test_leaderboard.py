@@ -69,6 +69,17 @@ def test_rows_without_a_name_have_that_of_their_mode(tmp_path, capsys):
     assert {"both", "cfg 1.5 linear, τ 1"} <= table(capsys, "--hand", hand, "--row", modes).keys()
 
 
+def test_under_a_name_the_seeds_of_training_are_repeats(tmp_path, capsys):
+    hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
+    rows = []
+    for seed, judge in ((1, 0.2), (2, 0.4)):
+        made = lines([seed], 0.5, 1.1, judge, infer_mode="guidance")
+        rows += [row | dict(checkpoint=f"heads/seed{seed}", weights=f"hash {seed}") for row in made]
+    path = written(tmp_path / "rows.jsonl", rows)
+    row = table(capsys, "--hand", hand, "--row", f"heads={path}")["heads"]
+    assert (row["judge"], row["seeds"]) == ("0.300 ± 0.141", "2")
+
+
 @pytest.mark.parametrize("settings, words", [
     (dict(order="checkerboard", group="staged"), "cfg 1 linear, τ 1, checkerboard, staged"),
     (dict(cfg_schedule="interval", cfg_interval="0.33,1"), "cfg 1 interval, τ 1, w from 0.33,1"),

@@ -82,7 +82,9 @@ def find_places(config: dict, place) -> tuple[dict, dict]:
     row, colon, folder = config["tokenizer"].partition(":")
     result = {**config, "tokenizer": row + colon + place_of(folder), "data": dict(config["data"])}
     result["data"]["path"] = place_of(config["data"].get("path"))
-    result["eval"] = {k: place_of(v) if k in ("fid_stats", "fid_weights") else v for k, v in config["eval"].items()}
+    result["eval"] = {
+        k: place_of(v) if k in ("fid_stats", "fid_weights", "judge") else v for k, v in config["eval"].items()
+    }
     if "vae_path" in config:
         result["vae_path"] = place_of(config["vae_path"])
     return result, nowhere

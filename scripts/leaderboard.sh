@@ -35,11 +35,10 @@ done
     "${budget[@]}" --reward_weights 1,3
 
 more=("$@")
-measure() { # FOLDER CHECKPOINT SEEDS flags: the same images by both
-    local images=(python sample.py --checkpoint "$2" --output_dir "$out/$1" "${budget[@]}" --seed "$3"
-        --num_iter "$(IFS=,; echo "${numbers[*]}")" --num_images 1800 --metrics fid --features digits "${@:4}" "${more[@]}")
-    run "${images[@]}"
-    run "${images[@]}" --fid_weights "$out/judge.npz"
+measure() { # FOLDER CHECKPOINT SEEDS flags
+    run python sample.py --checkpoint "$2" --output_dir "$out/$1" "${budget[@]}" --seed "$3" \
+        --num_iter "$(IFS=,; echo "${numbers[*]}")" --num_images 1800 --metrics fid --features digits \
+        --judge "$out/judge.npz" "${@:4}" "${more[@]}"
 }
 by_hand() { # FOLDER NAME flags: a row of the table, on the base
     measure "$1" "$base" "$(IFS=,; echo "${seeds[*]}")" --infer_mode baseline "${@:3}"

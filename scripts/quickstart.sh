@@ -47,13 +47,9 @@ run python main_mar.py --preset digits --init_from "$out" --objective image --le
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
 [ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --output "$judge"
-measured() { # FOLDER flags: the same images by both
-    local folder=$1
-    shift
-    local call=(python sample.py --checkpoint "$out/heads" --output_dir "$folder" "${budget[@]}" "$@" "${sampling[@]}"
-        "${images[@]}" "${seeds[@]}" --metrics fid --features digits)
-    run "${call[@]}"
-    run "${call[@]}" --fid_weights "$judge"
+measured() { # FOLDER flags
+    run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
+        "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"
 }
 measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5,1.8 --temperature 0.85
 measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 10

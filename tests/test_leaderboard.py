@@ -10,15 +10,14 @@ from tests.test_cli import refused
 
 
 def lines(seeds, features, pixels, judge, num_iter=4, **settings):
-    """What sample.py writes of a setting for these seeds, measured by both; judge may be a list."""
+    """What sample.py --judge writes of a setting for these seeds; judge may be a list, None leaves its figure out."""
     shared = SampleConfig(num_iter=num_iter, **settings).resolved().__dict__ | dict(solver="dpmpp_sde")
+    made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, images_per_second=2.0)
     rows = []
     for i, seed in enumerate(seeds):
         judged = judge[i] if isinstance(judge, list) else judge
-        made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, images_per_second=2.0)
-        for weights, metrics in ((None, dict(fid=features, frechet_pixels=pixels)), ("judge.npz", dict(fid=judged))):
-            rows.append(dict(settings=shared | dict(seed=seed, fid_weights=weights), metrics=metrics, **made))
-            made = dict(num_made=0)
+        metrics = dict(fid=features, frechet_pixels=pixels, **({} if judged is None else dict(judge_fid=judged)))
+        rows.append(dict(settings=shared | dict(seed=seed), metrics=metrics, **made))
     return rows
 
 
@@ -54,9 +53,8 @@ def test_a_row_meets_the_best_hand_made_rule_of_no_larger_pixel_distance(tmp_pat
 
 
 def test_what_has_no_judge_is_no_row(tmp_path, capsys):
-    rows = lines([1], 1.0, 1.0, 1.0)
-    hand = written(tmp_path / "hand.jsonl", rows)
-    other = written(tmp_path / "other.jsonl", rows[:1])
+    hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
+    other = written(tmp_path / "other.jsonl", lines([1], 1.0, 1.0, None))
     assert "other.jsonl has no setting" in refused(
         make_leaderboard.main, ["--hand", hand, "--row", f"a={other}"], capsys
     )

@@ -179,9 +179,10 @@ class Sweep:
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)
+        unset = asdict(SampleConfig().resolved()) | asdict(EvalConfig().resolved())
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-            setting.present = find_result(done, setting.row)
+            setting.present = find_result(done, setting.row, unset)
 
     @property
     def results(self) -> Path:

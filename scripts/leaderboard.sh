@@ -27,7 +27,7 @@ files=()
 for number in "${numbers[@]}"; do
     grid=whole
     [ "$number" -le 4 ] || grid=small
-    GRID=${GRID:-$grid} NUM_ITER=$number CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
+    GRID=${GRID:-$grid} NUM_ITER=$number STEPS=8 CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
         bash scripts/search_grid.sh "${pass[@]}" "$@"
     files+=(--hand "$out/grid$number/judged/results.jsonl")
 done

@@ -261,7 +261,8 @@ def run(args: SampleArgs, given: dict) -> int:
     base, evaluation = stored_defaults(config, args, given)
     settings = []
     for point in settings_of(args.settings_of, given):
-        settings += span(given, replace(base, **point), model.fixed_rules, heads is not None)
+        base_point, length = replace(base, **point), model.config.seq_len
+        settings += span(given, base_point, model.fixed_rules, heads is not None, length)
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

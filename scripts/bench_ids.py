@@ -153,6 +153,8 @@ def main(argv=None) -> int:
             if name not in valid:
                 raise ValueError(f"--{flag_name} {name!r} is not one; valid: {', '.join(valid)}")
     batches(args)
+    if args.img_size % 16:
+        raise ValueError(f"--img_size {args.img_size} must be a multiple of 16, the pixels of a token")
     if args.dry_run:
         print("\n".join([*(sizes if "causal" in names else []), *([args.mar] if "mar" in names else [])]))
         return 0

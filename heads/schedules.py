@@ -113,11 +113,20 @@ def _searched_share(u: float, num_iter: int, options: RuleOptions) -> float:
 
 
 MIN_STEPS = {"staged": 3}  # of the group rules that need some
+NUM_ITER = 64  # MAR's default
 
 
-def check_num_iter(group: str | None, num_iter: int) -> None:
-    """Raise ValueError if a group rule needs more autoregressive steps."""
-    if num_iter < MIN_STEPS.get(group, 1):
+def default_num_iter(fixed_rules: dict[str, str], length: int | None) -> int | None:
+    """Autoregressive steps where none are named: `NUM_ITER`, or one a token for a model that draws one token a step.
+
+    fixed_rules: of a `models.families.Backbone`; length: its tokens an image, None where that is not known yet.
+    """
+    return length if fixed_rules.get("group") == "one" else NUM_ITER
+
+
+def check_num_iter(group: str | None, num_iter: int | None) -> None:
+    """Raise ValueError if a group rule needs more autoregressive steps; None, the default, is enough for all."""
+    if num_iter is not None and num_iter < MIN_STEPS.get(group, 1):
         raise ValueError(f"the group rule {group} needs at least {MIN_STEPS[group]} steps, got num_iter {num_iter}")
 
 

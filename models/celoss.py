@@ -90,12 +90,12 @@ class CELoss(CrossEntropy, nn.Module):
 
 
 class CELinear(CrossEntropy, nn.Linear):
-    """A token head that is its linear layer, without bias, for models whose published key is such as output.weight."""
+    """A token head that is its linear layer, for models whose published key is such as output.weight."""
 
     label_smoothing = 0.0
 
-    def __init__(self, width: int, vocab_size: int):
-        super().__init__(width, vocab_size, bias=False)
+    def __init__(self, width: int, vocab_size: int, bias: bool = False):
+        super().__init__(width, vocab_size, bias=bias)
 
     @property
     def proj(self) -> nn.Linear:
@@ -149,11 +149,17 @@ class CategoricalSampler:
                 w = w[guided] if isinstance(w, torch.Tensor) and w.dim() else w
                 logits = logits.index_copy(0, guided, guide(logits[guided], uncond, w))
         logits = logits / _column(tau)
-        return logits.masked_fill(~kept(logits, self.top_k, self.top_p), -math.inf) if self._filters else logits
+        return filter_logits(logits, self.top_k, self.top_p) if self._filters else logits
 
     @property
     def _filters(self) -> bool:
         return 0 < self.top_k < self.head.proj.out_features or 0 < self.top_p < 1
+
+
+def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:
+    """Logits (…, V) with −∞ where `kept` takes an entry away; a new tensor. A top_k above V is V."""
+    rows = logits.flatten(0, -2)
+    return rows.masked_fill(~kept(rows, top_k, top_p), -math.inf).view_as(logits)
 
 
 @torch.no_grad()

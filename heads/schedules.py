@@ -36,6 +36,7 @@ class RuleOptions:
     schedule: str | None = flag(
         None, "JSON file with values of each step, for the rules schedule", type=schedule_setting, metavar="FILE"
     )
+    cfg_base: str | None = None  # a model's own guidance schedule, which the learned one moves; None: linear
 
     def __post_init__(self):
         if self.schedule is not None:
@@ -146,6 +147,12 @@ def linear_cfg(state, unknown_after, options):
     return 1 + (options.cfg - 1) * _known_share(state, unknown_after)
 
 
+def ramp_cfg(state, unknown_after, options):
+    """1 + (w − 1)·s / (K − 1) at step s of K: guidance grows with the steps, from none at the first; w if K is 1."""
+    share = state.per_image(lambda u, k: (round(u * k) - 1) / (k - 1) if k > 1 else 1.0)
+    return 1 + (options.cfg - 1) * share.float().to(state.mask.device, non_blocking=True).unsqueeze(1)
+
+
 def power_cosine_cfg(state, unknown_after, options):
     """1 + (w − 1)·(1 − cos(π·v^p)) / 2 with p = cfg_power."""
     v = _known_share(state, unknown_after)
@@ -184,6 +191,7 @@ GROUPS = {
     "constant": _group(lambda u, k, options: 1 - u),
     "exp": _group(_exp_share),
     "one": lambda state, options: torch.ones_like(state.num_unknown),
+    "scale": lambda state, options: state.mask.sum(dim=1).float(),  # all that can be chosen: a scale, if z is of one
     "power": _group(lambda u, k, options: 1 - u**options.group_p),
     "staged": _group(_staged_share),
     "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these
@@ -200,6 +208,7 @@ TAUS = {
 CFGS = {
     "constant": lambda state, unknown_after, options: options.cfg,
     "linear": linear_cfg,
+    "ramp": ramp_cfg,
     "power_cosine": power_cosine_cfg,
     "interval": interval_cfg,
     "schedule": lambda state, unknown_after, options: _searched("cfg", state, options),

@@ -138,6 +138,17 @@ class CategoricalSampler:
         logits = self._filtered(z, z_uncond, cfg, tau, guided)
         return logits.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
 
+    @torch.no_grad()
+    def mixture(self, z, z_uncond, cfg, tau, noise, share: float, guided=None) -> torch.Tensor:
+        """Weights (N, V) of the codes in place of one of them: softmax((1 + u)·logits + noise over a temperature).
+
+        share, u: of the steps behind, from 0 at the first to 1 at the last, with which the temperature falls (VAR's
+        smooth variant). The logits are filtered, so that entries that are taken away weigh nothing. Others: as in
+        `draw`, with the same noise.
+        """
+        logits = (1 + share) * self._filtered(z, z_uncond, cfg, tau, guided) + noise
+        return (logits / max(0.27 * (1 - 0.95 * share), 0.005)).softmax(dim=-1)
+
     def _filtered(self, z, z_uncond, cfg, tau, guided) -> torch.Tensor:
         """Guided logits / τ (N, V), −∞ where the filter takes an entry away; a new tensor."""
         logits = self.head.logits(z)

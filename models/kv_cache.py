@@ -14,8 +14,8 @@ from util.dist import send
 class KeyValueCache:
     """The keys and values of R sequences of at most L inputs, layer by layer, each 2 · R · H · L · d numbers.
 
-    A sequence may lag behind the others: each pass gives it all the inputs that it lacks. limits (L,) long: input i looks
-    at the inputs 0 … limits[i] − 1, None: at those before it and itself.
+    A sequence may lag behind the others: each pass gives it all the inputs that it lacks. limits (L,) long: input i
+    looks at the inputs 0 … limits[i] − 1, None: at those before it and itself.
     """
 
     def __init__(self, num_sequences: int, capacity: int, limits: torch.Tensor | None = None):
@@ -59,8 +59,8 @@ class Extension:
     def attend(self, layer: int, query, key, value, scale: float | None = None) -> torch.Tensor:
         """What the new inputs find (R', n, H, d) among those before them and themselves; key and value are kept.
 
-        query (R', n, H, d), key and value (R', n, H', d), where each of H' heads serves H / H' of the query's. scale: as
-        in `attention`.
+        query (R', n, H, d), key and value (R', n, H', d), where each of H' heads serves H / H' of the query's. scale:
+        as in `attention`.
         """
         stores = self.cache.stores
         if layer not in stores:

@@ -6,6 +6,7 @@ scales so far stand for.
 """
 
 import torch
+from torch.nn import functional as F
 
 from models.kv_cache import KeyValueCache
 from util.dist import send
@@ -111,3 +112,16 @@ class NextScaleConditions:
         if inputs is None:
             inputs = torch.zeros(len(self.labels), 0, self.model.config.vae_embed_dim, device=device)
         return self.model.extend(labels if labels is None else labels[index], inputs[index], modulations, extension)
+
+
+def kept_tokens(keep: torch.Tensor, sides) -> torch.Tensor:
+    """Which tokens (L,) bool of scales with these sides a mask keep (h, w) keeps, of numbers from 0 to 1 = keep.
+
+    The mask is resized bilinearly to each scale, and a token kept where it is above 0.5. Scales of up to 3 tokens are
+    kept whole.
+    """
+    keep, parts = keep.float()[None, None], []
+    for side in sides:
+        resized = F.interpolate(keep, (side, side), mode="bilinear").flatten()
+        parts.append(torch.ones(side * side, dtype=torch.bool) if side * side <= 3 else resized > 0.5)
+    return torch.cat(parts)

@@ -51,7 +51,8 @@ class HeadPlan:
 
     def _base(self, kind: str, **numbers):
         """The hand-made rule that the learned one of this kind moves."""
-        return hand_made(kind, moved_rule(kind, self.options.schedule), replace(self.options, **numbers))
+        moved = moved_rule(kind, self.options.schedule, self.options.cfg_base)
+        return hand_made(kind, moved, replace(self.options, **numbers))
 
     def losses(self, difficulty) -> dict[str, torch.Tensor]:
         """The losses order, size, budget of the heads that are learned; difficulty (N,) of the rows, detached."""

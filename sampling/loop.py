@@ -55,8 +55,8 @@ def decode(
     step that draws, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known
     tokens to keep. tokenizer: for the families whose conditions are made with it. smooth: of a model of scales,
     mixtures of codes take the places of the ids drawn, and features f̂ (B, C, h, w) are returned. evals, a Counter,
-    grows by the network evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows that the token
-    head does. Unconditional ones are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not
+    grows by the network evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows
+    that the token head does. Unconditional ones are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not
     the float 0. refresh_every > 1: only so many steps apart are all tokens computed, between them those that changed
     and those that are drawn, and learned rules see the z of the last time. The model is in eval mode inside and as it
     was afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole

@@ -63,6 +63,7 @@ def run(config: RunConfig) -> int:
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer, takes_ids(config.model))
     model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
+    config = config.fitted(model)
     heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
     config.check_sampling(model, heads)
     model, tokenizer = model.to(device), tokenizer.to(device)

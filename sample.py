@@ -20,6 +20,7 @@ import torch
 
 from engine_mar import evaluate
 from heads.policy import load_heads
+from heads.schedules import needed_steps
 from models.families import SIZES
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
@@ -261,7 +262,8 @@ def run(args: SampleArgs, given: dict) -> int:
     base, evaluation = stored_defaults(config, args, given)
     settings = []
     for point in settings_of(args.settings_of, given):
-        settings += span(given, replace(base, **point), model.fixed_rules, heads is not None)
+        base_point, length = replace(base, **point), needed_steps(model)
+        settings += span(given, base_point, model.fixed_rules, heads is not None, length)
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from heads.orders import is_known_ahead
+from heads.schedules import default_num_iter, needed_steps
 from heads.step import StepPlan, StepState
 from util.dist import send
 from util.rng import generator
@@ -25,7 +26,7 @@ def decode(
     model,
     labels: torch.Tensor,
     rules,
-    num_iter: int = 64,
+    num_iter: int | None = None,
     num_steps: int | str = 100,
     seeds=None,
     orders=None,
@@ -47,27 +48,28 @@ def decode(
     1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the token head
     draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
 
-    model: a `models.families.Backbone`; rules: a `heads.rules.Rules`. num_steps: steps of the token head for a token,
-    T, or "A:B" for A at the first autoregressive step to B at the last; token_head_options: its other settings
-    (`TokenHead.sampler`). seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the
-    ranking, its last entries are revealed first, as published. noise_fn(step, rows) replaces the sampler's noise, rows
-    (N, 2) long on the CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each
-    step that draws, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known
-    tokens to keep. tokenizer: for the families whose conditions are made with it. smooth: of a model of scales,
-    mixtures of codes take the places of the ids drawn, and features f̂ (B, C, h, w) are returned. evals, a Counter,
-    grows by the network evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows
-    that the token head does. Unconditional ones are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not
-    the float 0. refresh_every > 1: only so many steps apart are all tokens computed, between them those that changed
-    and those that are drawn, and learned rules see the z of the last time. The model is in eval mode inside and as it
-    was afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole
-    numbers of any type; a model in another dtype than float32 computes in its own, its token head's process in float32.
+    model: a `models.families.Backbone`; rules: a `heads.rules.Rules`. num_iter: None is the model's default, see
+    `heads.schedules.default_num_iter`. num_steps: steps of the token head for a token, T, or "A:B" for A at the first
+    autoregressive step to B at the last; token_head_options: its other settings (`TokenHead.sampler`). seeds: B ints;
+    all draws of image i come from seeds[i] alone. orders (B, L) replaces the ranking, its last entries are revealed
+    first, as published. noise_fn(step, rows) replaces the sampler's noise, rows (N, 2) long on the CPU are (index in
+    the batch, position), row-major. callback(step, rows, plan, tokens) after each step that draws, plan (B', L) holding
+    only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. tokenizer: for the
+    families whose conditions are made with it. smooth: of a model of scales, mixtures of codes take the places of the
+    ids drawn, and features f̂ (B, C, h, w) are returned. evals, a Counter, grows by the network evaluations: "mar" by
+    the images that each pass of the backbone computes, "mlp" by the rows that the token head does. Unconditional ones
+    are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not the float 0. refresh_every >
+    1: only so many steps apart are all tokens computed, between them those that changed and those that are drawn, and
+    learned rules see the z of the last time. The model is in eval mode inside and as it was afterwards. Labels out of
+    range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole numbers of any type; a model
+    in another dtype than float32 computes in its own, its token head's process in float32.
 
     Of gradients: recompute keeps no activations of the draws, nor of the passes where the family can, and computes them
     again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
     tokens without gradient.
     """
     labels = _checked_labels(model.config, labels)
-    _check_counts(num_iter=num_iter, refresh_every=refresh_every)
+    num_iter = _checked_steps(model, num_iter, refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
     _check_images(empty.shape, seeds, orders, tokens, mask)
     rules.check(model)
@@ -316,11 +318,14 @@ def _checked_labels(config, labels) -> torch.Tensor:
     return labels
 
 
-def _check_counts(**counts):
-    """Raise ValueError for counts below 1."""
-    for name, value in counts.items():
+def _checked_steps(model, num_iter: int | None, refresh_every: int) -> int:
+    """K, for None the model's default; ValueError where it or refresh_every is below 1."""
+    if num_iter is None:
+        num_iter = default_num_iter(model.fixed_rules, needed_steps(model))
+    for name, value in (("num_iter", num_iter), ("refresh_every", refresh_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    return num_iter
 
 
 def _check_images(shape, seeds, orders, tokens, mask):

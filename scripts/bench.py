@@ -36,7 +36,8 @@ from models.mar import MAR
 from models.mar_cache import FeatureCache
 from sampling.loop import generate
 from sampling.settings import FAST
-from training.config import PRESETS, resolve
+from training.config import resolve
+from training.presets import PRESETS
 from util import dist
 from util.args import flag, make_parser
 from util.door import run_main

@@ -118,13 +118,13 @@ def test_it_trains_samples_loads_and_refuses(tmp_path, monkeypatch, capsys):
     helpers_ids.add_tokenizers(monkeypatch)
     folder = tmp_path / "run"
     words = "--data digits --model causal_gpt_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 3e-3".split()
-    words += "--num_iter 16 --num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
+    words += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
     words += ["--warmup_epochs", "0", "--output_dir", str(folder)]
     assert main_mar.main([*words, "--epochs", "1"]) == 0
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < math.log(16)
     place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
-    place += "--num_images 4 --metrics none --num_iter 16 --cfg 1.5 --top_k 4".split()
+    place += "--num_images 4 --metrics none --cfg 1.5 --top_k 4".split()
     assert sample.main(place) == 0
     assert isinstance(load_model(folder)[0], CausalGPT)
     assert "--order random does not fit the model, which needs raster" in refused(

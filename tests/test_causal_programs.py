@@ -14,13 +14,11 @@ from tests import helpers_ids
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
-TRAIN = (
-    "--data digits --model mar_ar_tiny --img_size 8 --batch_size 256 --blr 0.01 --num_iter 16 --num_images 4".split()
-)
+TRAIN = "--data digits --model mar_ar_tiny --img_size 8 --batch_size 256 --blr 0.01 --num_images 4".split()
 TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --device cpu --warmup_epochs 0".split()
 IDS = ["--tokenizer", "grey16", "--loss", "ce"]
 LATENTS = "--tokenizer pixel --patch_size 2 --diffloss_w 16 --diffloss_d 1".split()
-SAMPLE = "--num_images 4 --metrics none --num_iter 16 --cfg 1.5 --num_sampling_steps 2 --device cpu".split()
+SAMPLE = "--num_images 4 --metrics none --cfg 1.5 --num_sampling_steps 2 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +45,16 @@ def test_a_random_model_trains_resumes_samples_and_edits(kind, tmp_path):
     assert losses[-1] < losses[0]
     stored = load_checkpoint(folder)
     assert stored["config"]["family"] == "mar_ar" and stored["config"]["mar_ar"]["ar_order"] == "random"
+    assert stored["config"]["sample"]["num_iter"] == stored["args"]["num_iter"] == 16  # a token a step
     model, _, _ = load_model(folder)
     assert isinstance(model, MARAR) and model.pos_embed.equal(stored["model_ema"]["pos_embed"])
     place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE]
     for order in ("random", "raster"):
         assert sample.main([*place, "--order", order]) == 0
     rows = [json.loads(line)["settings"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [(row["order"], row["group"]) for row in rows] == [("random", "one"), ("raster", "one")]
+    assert [(row["order"], row["group"], row["num_iter"]) for row in rows] == [
+        ("random", "one", 16), ("raster", "one", 16)
+    ]  # fmt: skip
     kept = np.indices((8, 8))[1] >= 4
     words, picture = edit(folder, tmp_path, kept)
     assert sample.main(words) == 0
@@ -85,9 +86,10 @@ def test_heads_are_learned_on_images(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main_mar.main([*TRAIN, *IDS, "--epochs", "1", "--output_dir", str(folder)]) == 0
     stage = [*TRAIN, *IDS, "--init_from", str(folder), "--output_dir", str(tmp_path / "stage"), "--epochs", "1"]
-    on_images = [*stage, *"--objective image --bank 300 --features digits --cfg 1.5 --train_num_iter 16,16".split()]
+    on_images = [*stage, *"--objective image --bank 300 --features digits --cfg 1.5".split()]
     assert main_mar.main([*on_images, "--learn", "tau,cfg"]) == 0
-    heads = load_checkpoint(tmp_path / "stage")["heads"]
+    heads, args = (load_checkpoint(tmp_path / "stage")[key] for key in ("heads", "args"))
+    assert args["train_num_iter"] == "16,16"
     assert any(value.abs().max() > 0 for name, value in heads.items() if name.endswith("values"))
     line = refused(main_mar.main, [*on_images, "--learn", "order", "--output_dir", str(tmp_path / "order")], capsys)
     assert "--order must be known before the first token is drawn" in line

@@ -1,4 +1,4 @@
-"""VAR's tokenizer: parity with the published one, keys and counts, which φ serves which scale, and what it leaves out."""
+"""VAR's tokenizer: parity with the published one, its keys and parameters, and which φ serves which scale."""
 
 import numpy as np
 import pytest

@@ -14,6 +14,7 @@ from tests.helpers import tiny_mar
 from tests.helpers_toys import Causal
 from tests.test_cli import files, refused
 from tests.test_new_family import SAMPLE, TRAIN
+from training.config import resolve
 
 STEPLESS = "--cfg_profile must be constant: this model draws a token in one step, not in diffusion steps"
 ONE_A_STEP = "--num_iter {} is too small: this model draws one token a step, an image has 64"
@@ -107,3 +108,19 @@ def test_heads_that_replace_a_rule_may_take_fewer_steps(trained, needing, tmp_pa
     monkeypatch.setattr("main_mar.train", lambda *a: 0)
     words = [*TRAIN, *IMAGE, "--learn", "group", "--output_dir", str(tmp_path / "run"), "--init_from", str(trained)]
     assert main_mar.main([*words, *"--group staged --num_iter 4 --train_num_iter 2,4".split()]) == 0
+
+
+def test_the_steps_of_a_model_that_draws_one_token_a_step_are_its_tokens_by_default():
+    model, labels, steps = Causal(6), torch.tensor([0, 1]), []
+    model.fixed_rules = {"order": "random", "group": "one"}
+    default = SampleConfig().fitted(model.fixed_rules, "the model", 6)
+    assert default.num_iter == 6 and SampleConfig().fitted({}, "the model", 6).num_iter == 64
+    assert SampleConfig(num_iter=9).fitted(model.fixed_rules, "the model", 6).num_iter == 9
+    SampleConfig(**model.fixed_rules).check(model)
+    generate(model, labels, default.rules(), num_steps=1, seeds=[1, 2], callback=lambda step, *_: steps.append(step))
+    assert steps == [*range(6)]
+    for given in (dict(model="mar_ar_base"), dict(model="llamagen_ar_b", preset="digits")):
+        assert resolve(given).sampling.num_iter is None  # a preset's are for other models; known with the tokenizer
+        assert resolve({**given, "num_iter": 300}).sampling.num_iter == 300
+    assert resolve({"preset": "digits"}).sampling.num_iter == 8 and resolve({}).sampling.num_iter == 8
+    assert resolve({"model": "mar_base"}).sampling.num_iter == 64

@@ -8,6 +8,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import FLAGS, SCOPES, PolicyHeads
+from heads.schedules import default_num_iter, needed_steps
 from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
@@ -16,6 +17,7 @@ from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.objectives.visiting import MaskConfig
+from training.presets import CLI_DEFAULTS, KL16, OF_IMAGES, PRESETS, PUBLISHED_DEFAULTS
 from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
@@ -141,7 +143,9 @@ class HeadsConfig:
     tau_max: float = flag(1.05, "largest temperature of the tau head", low=0)
     cfg_min: float = flag(0.0, "smallest guidance scale of the cfg head", low=0)
     cfg_max: float = flag(4.0, "largest guidance scale of the cfg head", low=0)
-    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them")
+    train_num_iter: str | None = flag(  # None: as many as an image has tokens, which are not known yet
+        "2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them"
+    )
     cfg_train_max: float = flag(2.0, "largest guidance scale that the heads are trained for", low=1)
 
     def __post_init__(self):
@@ -149,7 +153,8 @@ class HeadsConfig:
             low, high = self.bounds(name)
             if low > high:
                 raise ValueError(f"--{name}_min {low:g} must be at most --{name}_max {high:g}")
-        self.num_iter_range()
+        if self.train_num_iter is not None:
+            self.num_iter_range()
 
     def bounds(self, name: str) -> tuple[float, float]:
         """Of rho, tau or cfg."""
@@ -230,6 +235,12 @@ class RunConfig:
         """The heads that --learn names, fresh, for z of width dim, of the objective's form; None for none."""
         return self.heads.build(dim, OBJECTIVES[self.train.objective].form)
 
+    def fitted(self, model) -> "RunConfig":
+        """The same settings for a model that is made, whose tokens say what steps it has by default."""
+        sampling = self.sampling.fitted(model.fixed_rules, self.model.model, needed_steps(model))
+        steps = self.heads.train_num_iter or f"{sampling.num_iter},{sampling.num_iter}"
+        return replace(self, sampling=sampling, heads=replace(self.heads, train_num_iter=steps))
+
     def check_sampling(self, model, heads: PolicyHeads | None) -> None:
         """Raise ValueError for what sampling would refuse at the first images of this model, in training or after."""
         self.sampling.check(model, heads)
@@ -256,52 +267,20 @@ def flag_classes() -> tuple:
     return (*PARTS, *(family.config for family in FAMILIES.values()))
 
 
-# where MAR's command line and its constructor disagree, the command line counts; the size of the diffusion MLP only
-# with the models that MAR has published
-_CLI_DEFAULTS = dict(diffusion_batch_mul=1)
-_PUBLISHED_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536)
-_OF_IMAGES = {"img_size", "vae_stride", "vae_embed_dim", "patch_size"}
-_KL16 = dict(vae_stride=16, vae_embed_dim=16)
-_PIXELS = dict(
-    tokenizer="pixel", model="mar_tiny", vae_stride=1, diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4,
-    label_drop_prob=0.1, buffer_size=4, attn_dropout=0.0, proj_dropout=0.0, num_workers=0, batch_size=64, blr=8e-3,
-    lr_schedule="cosine", ema_rate=0.999, num_sampling_steps=25, num_iter=8,
-)  # fmt: skip
-_GREY_28 = dict(
-    _PIXELS, img_size=28, patch_size=2, vae_embed_dim=1, epochs=40, warmup_epochs=1, num_images=10000
-)  # fmt: skip
-_IMAGENET = dict(
-    data="imagefolder", epochs=800, warmup_epochs=100, batch_size=64, diffusion_batch_mul=4, num_iter=256,
-    eval_bsz=256, temperature=1.0,
-)  # fmt: skip
-PRESETS = {
-    "digits": dict(
-        _PIXELS, data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3, diffloss_w=64,
-        diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=300,
-        features="digits",
-    ),
-    "mnist": dict(_GREY_28, data="mnist"),
-    "fashion_mnist": dict(_GREY_28, data="fashion_mnist"),
-    "cifar10": dict(
-        _PIXELS, data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192,
-        batch_size=32, diffusion_batch_mul=1, epochs=100, warmup_epochs=2, num_images=10000,
-    ),
-    "mar_base": dict(_IMAGENET, model="mar_base", diffloss_d=6, diffloss_w=1024, cfg=2.9),  # published FID 2.31
-    "mar_large": dict(_IMAGENET, model="mar_large", diffloss_d=8, diffloss_w=1280, cfg=3.0),  # published FID 1.78
-    "mar_huge": dict(_IMAGENET, model="mar_huge", diffloss_d=12, diffloss_w=1536, cfg=3.2),  # published FID 1.55
-}  # fmt: skip
-
-
 def resolve(given: dict) -> RunConfig:
     """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order."""
     preset = choose_preset(given)
     row = PRESETS.get(preset, {})
     model = given.get("model", row.get("model", ModelConfig.model))
-    mars = {**_CLI_DEFAULTS, **(_PUBLISHED_DEFAULTS if model in PUBLISHED else {}), **row}
+    mars = {**CLI_DEFAULTS, **(PUBLISHED_DEFAULTS if model in PUBLISHED else {}), **row}
     if SIZES[model] != "mar":  # what they say of a model is of MAR's
-        of_model = defaults(FAMILIES["mar"].config).keys() - _OF_IMAGES
+        of_model = defaults(FAMILIES["mar"].config).keys() - OF_IMAGES
         mars = {name: value for name, value in mars.items() if name not in of_model}
-    chosen = {**defaults(*PARTS), **mars, **given, "preset": preset if preset in PRESETS else None}
+    num_iter = default_num_iter(ModelConfig(model, given).fixed_rules, None)
+    if num_iter is None:  # a preset's is for several tokens a step
+        mars.pop("num_iter", None)
+    base = {**defaults(*PARTS), "num_iter": num_iter}
+    chosen = {**base, **mars, **given, "preset": preset if preset in PRESETS else None}
     own = OBJECTIVES[chosen["objective"]].defaults(chosen)
     if "blr" in given:
         own.pop("lr", None)
@@ -338,7 +317,7 @@ def derive(chosen: dict, given: dict) -> dict:
         channels = PRESETS.get(data, {}).get("vae_embed_dim", 3)
         derived |= dict(vae_stride=given.get("vae_stride", 1), vae_embed_dim=given.get("vae_embed_dim", channels))
     else:  # a preset may be for pixels; None: what the tokenizer has, which is not loaded yet
-        published = _KL16 if tokenizer == "kl16" else {}
+        published = KL16 if tokenizer == "kl16" else {}
         for name in ("vae_stride", "vae_embed_dim"):
             derived[name] = given.get(name, published.get(name))
         derived |= dict(vocab_size=given.get("vocab_size"), patch_size=given.get("patch_size", 1))

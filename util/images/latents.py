@@ -117,8 +117,9 @@ class Latents:
             )
         if self.codebook_size not in (0, tokenizer.codebook_size):
             raise ValueError(
-                f"the ids in {self.folder} are of a codebook of {self.codebook_size} entries, that of the tokenizer "
-                f"{name} has {tokenizer.codebook_size}"
+                f"the ids in --cached_path {self.folder} are of a codebook of {self.codebook_size} entries, that of "
+                f"the tokenizer {name} has {tokenizer.codebook_size}: give the --tokenizer that made them, or make "
+                "another cache with scripts/cache_latents.py"
             )
         side = self.img_size // tokenizer.stride
         expected = (side, side) if discrete else (tokenizer.moment_channels, side, side)
@@ -131,6 +132,11 @@ class Latents:
             raise ValueError(
                 f"the latents in {self.folder} were made by another tokenizer than {name} (fingerprint "
                 f"{self.fingerprint}, not {tokenizer.fingerprint})"
+            )
+        if discrete and (largest := self.largest_id()) >= self.codebook_size:
+            raise ValueError(
+                f"--cached_path {self.folder} is damaged: it holds the id {largest}, its codebook has the entries 0 to "
+                f"{self.codebook_size - 1}: {AGAIN}"
             )
 
 
@@ -179,6 +185,10 @@ class PackedLatents(Latents, ImageDataset):
         row = i - self.ends[number]  # negative: counted from the end of the file
         pair = np.array(self.shard(number)[row], dtype=np.int64 if self.codebook_size else None)
         return torch.from_numpy(pair), self.labels[i], i
+
+    def largest_id(self) -> int:
+        """Of a cache of ids; reads everything, for ImageNet 1.3 GB."""
+        return max(int(self.shard(number).max(initial=0)) for number in range(len(self.shards)))
 
     def verify(self) -> None:
         """Read everything; a file whose values are not those once written raises ValueError."""

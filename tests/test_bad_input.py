@@ -56,7 +56,12 @@ READING = [
 TRAINING = [
     *READING,
     ("--preset nope", "'nope'", "digits, mnist"),
-    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO"),
+    (
+        "--tokenizer nope",
+        "'nope'",
+        "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512",
+        "diffusers:PATH_OR_REPO",
+    ),
     ("--tokenizer diffusers:", "'diffusers:'", "diffusers:PATH_OR_REPO"),
     ("--tokenizer diffusers:{empty}", "{empty}", "config.json"),
     ("--tokenizer diffusers:{tmp}/missing", "{tmp}/missing", "OWNER/NAME"),

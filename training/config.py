@@ -49,7 +49,8 @@ class TokenizerConfig:
 
     tokenizer: str | None = flag(
         None,
-        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
+        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, "
+        "diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
     )
     vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     vae_scale: str | None = flag(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 NO_PHI = 1e-6  # a share of the convolution up to which there is none
+USED = 0.08  # of the hits of a code that is chosen as often as all others, from which on it counts as used
 
 
 def phi_index(num_phis: int, num_scales: int) -> tuple[int, ...]:
@@ -137,14 +138,35 @@ class MultiScaleQuantizer(nn.Module):
             f_hat, rest = f_hat + e, rest - e.detach()
             yield z, ids, f_hat
 
-    def loss(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(f̂ straight-through (B, C, h, w), vq_loss ()) of features f (B, C, h, w).
+    def forward(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list]:
+        """For training, of features f (B, C, h, w): (f̂ straight-through like f, vq_loss (), [(z, ids) of each scale]).
 
         vq_loss is the mean over the scales of β·‖sg(f̂_s) − f‖², which moves the encoder towards the codes, and
         ‖f̂_s − sg(f)‖², which moves codes and φ; each is a mean over all numbers. The gradient of f̂ passes to f alone.
         """
         with torch.autocast(f.device.type, enabled=False):
-            f, total = f.float(), 0.0
-            for _, _, f_hat in self.steps(f):
+            f, total, tokens = f.float(), 0.0, []
+            for z, ids, f_hat in self.steps(f):
                 total = total + self.beta * F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach())
-            return f + (f_hat - f).detach(), total / len(self.scales)
+                tokens.append((z, ids))
+            return f + (f_hat - f).detach(), total / len(self.scales), tokens
+
+    @torch.no_grad()
+    def count(self, ids: list[torch.Tensor], step: int) -> None:
+        """Put how often each scale chose each code in training step `step` into the running mean, in place.
+
+        Its first step is copied, up to step 99 a step weighs 0.1, from then on 0.01. (The published code counts scales
+        in place of steps.)
+        """
+        codes = len(self.embedding.weight)
+        hits = torch.stack([scale.flatten().bincount(minlength=codes) for scale in ids]).to(self.ema_vocab_hit_SV)
+        self.ema_vocab_hit_SV.lerp_(hits, 1.0 if step == 0 else 0.1 if step < 100 else 0.01)
+
+    def usage(self, batch_size: int) -> torch.Tensor:
+        """The share of the codes that each scale uses (S,), by the running mean of batches of so many images.
+
+        A code counts as used from 0.08 of the hits on that all codes would have if chosen equally often. (The published
+        threshold is that of the last scale for all, which calls the others unused.)
+        """
+        expected = batch_size * torch.tensor(self.num_tokens) / len(self.embedding.weight)
+        return (self.ema_vocab_hit_SV.cpu() >= USED * expected[:, None]).float().mean(dim=1)

@@ -3,6 +3,7 @@
 Legend: B images of (H, W) pixels, f (B, C, h, w) features, (h, w) = (H, W) / stride; S scales of p_s × p_s tokens.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,8 @@ class MultiScaleVQConfig:
                 raise ValueError(f"{name} must be numbers of at least 1, got {sides}")
         if len(self.v_patch_nums) < 2 or any(a >= b for a, b in zip(self.v_patch_nums, self.v_patch_nums[1:])):
             raise ValueError(f"v_patch_nums must be at least 2 sides, each above the last, got {self.v_patch_nums}")
+        if not math.isfinite(self.quant_resi):
+            raise ValueError(f"quant_resi must be a finite number, got {self.quant_resi}")
         if self.ch % self.norm_groups:
             raise ValueError(f"ch {self.ch} must be divisible by the {self.norm_groups} groups of its normalisation")
 
@@ -107,8 +110,9 @@ class MultiScaleVQ(nn.Module):
         return self.decode_features(self.ids_to_features(ids)[-1]).clamp(-1, 1)
 
     def quantize_loss(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(f̂ straight-through, vq_loss ()) of features f (B, C, h, w); see `MultiScaleQuantizer.loss`."""
-        return self.quantize.loss(f)
+        """(f̂ straight-through, vq_loss ()) of features f (B, C, h, w); see `MultiScaleQuantizer.forward`."""
+        f_hat, vq_loss, _ = self.quantize(f)
+        return f_hat, vq_loss
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, 3, H, W) in [−1, 1] -> (their reconstruction, not clamped, vq_loss ())."""

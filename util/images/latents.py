@@ -9,8 +9,9 @@
         CLASS/IMAGE.npz       float arrays `moments` and `moments_flip` (c, h, w)
 
 Moments are those of a tokenizer's `encode_moments`: scale, mean and sampling are applied when they are read. Where the
-index has a codebook_size above 0, a packed cache holds ids (n, 2, h, w), uint16 or uint32, in their place. A folder of
-.npz files without settings.json and index.json is a cache of MAR's main_cache.py.
+index has a codebook_size above 0, a packed cache holds ids in their place, uint16 or uint32: (n, 2, h, w), or of a
+multi-scale tokenizer (n, 2, L). A folder of .npz files without settings.json and index.json is a cache of MAR's
+main_cache.py.
 """
 
 import bisect
@@ -102,7 +103,7 @@ class Latents:
 
     Also `shape` (c, h, w) of the moments, `fingerprint` of the tokenizer that made them (None in caches of MAR's) and
     `reading`, how its images were read (None for images from no folder). A cache of ids has a codebook_size above 0
-    and, in place of the moments, ids (2, h, w) long.
+    and, in place of the moments, ids (2, h, w) or (2, L) long.
     """
 
     codebook_size = 0
@@ -122,7 +123,7 @@ class Latents:
                 "another cache with scripts/cache_latents.py"
             )
         side = self.img_size // tokenizer.stride
-        expected = (side, side) if discrete else (tokenizer.moment_channels, side, side)
+        expected = tokenizer.ids_shape(self.img_size) if discrete else (tokenizer.moment_channels, side, side)
         if tuple(self.shape) != expected:
             raise ValueError(
                 f"the latents in {self.folder} have the shape {tuple(self.shape)}, those of the tokenizer {name} at "

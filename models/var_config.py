@@ -10,6 +10,11 @@ PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)  # no weights are published
 
 
+# the scales of the published files -> row of models.tokenizers.TOKENIZERS
+TOKENIZERS = {PATCH_NUMS_256: "var_vq", PATCH_NUMS_512: "var_vq_512", PATCH_NUMS_1024: "var_vq_1024"}
+VAE_PATH = "pretrained_models/vae_ch160v4096z32.pth"  # where scripts/download_weights.py puts it
+
+
 @dataclass(frozen=True)
 class VARConfig:
     """Everything that shapes a VAR; names and defaults of the published constructor.
@@ -86,6 +91,31 @@ class VARConfig:
         """The scale that ends after so many tokens."""
         ends = [sum(p * p for p in self.patch_nums[: s + 1]) for s in range(len(self.patch_nums))]
         return ends.index(num)
+
+
+def read_published_var(weights: dict) -> tuple[dict, dict]:
+    """(fields of the configuration that the weights of a published VAR say, settings of the tokenizer it is for).
+
+    Weights that are no VAR's raise ValueError.
+    """
+    try:
+        blocks = {int(key.split(".")[1]) for key in weights if key.startswith("blocks.")}
+        num_rows, width = weights["class_emb.weight"].shape
+        vocab_size, channels = len(weights["head.weight"]), weights["word_embed.weight"].shape[1]
+        num_scales, length = len(weights["lvl_embed.weight"]), weights["pos_1LC"].shape[1]
+        hidden, scales = len(weights["blocks.0.ffn.fc1.weight"]), weights.get("blocks.0.attn.scale_mul_1H11")
+    except KeyError as error:
+        raise ValueError(f"the checkpoint is not one of VAR: its 'model' has no {error}") from None
+    except (ValueError, IndexError):
+        raise ValueError("the checkpoint is not one of VAR: its tensors have other numbers of dimensions") from None
+    sides = [s for s in TOKENIZERS if len(s) == num_scales and sum(p * p for p in s) == length]
+    if not sides:
+        raise ValueError(f"the checkpoint has {num_scales} scales of {length} tokens in all, as no published VAR has")
+    known = dict(depth=len(blocks), embed_dim=width, mlp_ratio=hidden / width, class_num=num_rows - 1)
+    known |= dict(num_heads=width // 64 if scales is None else scales.shape[1], attn_l2_norm=scales is not None)
+    known |= dict(vocab_size=vocab_size, vae_embed_dim=channels, patch_nums=sides[0], img_size=16 * sides[0][-1])
+    known |= dict(shared_aln="shared_ada_lin.1.weight" in weights)
+    return known, {"tokenizer": TOKENIZERS[sides[0]], "vae_path": VAE_PATH}
 
 
 def check_patch_nums(patch_nums) -> None:

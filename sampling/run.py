@@ -113,7 +113,7 @@ class SamplingRun:
         self.known = {}  # of an edit: tokens (1, L, …) and mask (1, L)
         if edit is not None:
             self.known["tokens"] = encode(parts.model, parts.tokenizer, edit.images().to(parts.device))
-            self.known["mask"] = torch.from_numpy(edit.unknown).reshape(1, -1)
+            self.known["mask"] = parts.tokenizer.unknown_tokens(torch.from_numpy(edit.unknown))[None]
         self.num_made, self.seconds, self.evals = 0, 0.0, Counter()
         self.redone, self.broken, self.plain = [], [], []  # numbers of images
 
@@ -171,6 +171,8 @@ class SamplingRun:
                 seeds=image_seeds(self.seed, images),
                 callback=None if trace.steps else after_step,  # a second time it would be traced twice
                 clip=parts.tokenizer.clip,
+                tokenizer=parts.tokenizer,
+                smooth=sampling.smooth,
                 refresh_every=sampling.refresh_every,
                 **sampling.token_head_options(),
                 evals=self.evals,

@@ -13,7 +13,7 @@ from torch import nn
 
 from heads.policy import PolicyHeads, base_scores, column, hand_made, moved_rule
 from heads.rules import whole_group
-from heads.schedules import RuleOptions, check_num_iter
+from heads.schedules import A_STEP, RuleOptions, check_num_iter
 from training.objectives.draws import Draws, DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings
@@ -91,6 +91,12 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     draws: Draws
+    inputs: torch.Tensor | None = None  # what the model reads of the tokens, where it is not the tokens
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """What the model reads of the tokens."""
+        return self.tokens if self.inputs is None else self.inputs
 
     @property
     def num_targets(self) -> int:
@@ -143,8 +149,8 @@ class TokenObjective(nn.Module):
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "TokenObjective":
         """The objective of a run, see `training.objectives`; heads that it cannot train raise ValueError."""
-        if model.fixed_rules.get("group") == "one":
-            check_one_a_step(heads, settings)
+        if model.fixed_rules.get("group") in A_STEP:
+            check_fixed_groups(model, heads, settings)
         if heads is not None and "tau" in heads.learn and model.token_head.discrete:
             raise ValueError(
                 "--learn tau: --objective token learns it by the noise of a diffusion loss; for ids (--loss ce) use "
@@ -211,6 +217,7 @@ class TokenObjective(nn.Module):
         seeds = [seed_of("posterior", preparation.seed, state.step, sample) for sample in samples]
         images = batch.to(state.device, non_blocking=True)
         tokens = tokens_of(images, flips, seeds, state.tokenizer, self.model)
+        inputs = state.tokenizer.inputs_of(tokens)
         labels = torch.where(draws.drop, -1, labels)
         if preparation.visits is not None:
             self.eval()  # no dropout in the scores
@@ -218,7 +225,7 @@ class TokenObjective(nn.Module):
                 score = partial(self._score, tokens, labels)
                 draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
-        return Batch(tokens, send(labels, state.device), draws.to(state.device))
+        return Batch(tokens, send(labels, state.device), draws.to(state.device), inputs)
 
     def _score(self, tokens, labels, mask, num_visible):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
@@ -236,7 +243,7 @@ class TokenObjective(nn.Module):
         they say.
         """
         draws, head = batch.draws, self.model.token_head
-        z = self.model.encode_decode(batch.tokens, draws.mask, batch.labels, draws.num_visible, draws.orders)
+        z = self.model.encode_decode(batch.seen, draws.mask, batch.labels, draws.num_visible, draws.orders)
         plan = None
         if self.heads is not None and not draws.policy.heads_rest:
             plan = HeadPlan(self.heads, self.losses, self.options, draws, z)
@@ -276,23 +283,24 @@ class TokenObjective(nn.Module):
         """Misfit of the predictions guided by the scales w (b, 1) or (b, L): its gradient reaches w only."""
         draws, head = batch.draws, self.model.token_head
         with torch.no_grad():  # the one extra pass, and only where guidance is learned
-            z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible, draws.orders)
+            z = self.model.encode_decode(batch.seen, draws.mask, None, draws.num_visible, draws.orders)
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
         return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
 
 
-def check_one_a_step(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
-    """Raise ValueError for what is learned on masks, which a model that draws one token a step has no use for."""
+def check_fixed_groups(model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
+    """Raise ValueError for what is learned on masks, which a model with groups of its own has no use for."""
+    drawn = A_STEP[model.fixed_rules["group"]]
     if heads is not None:
         raise ValueError(
-            f"--learn {','.join(heads.learn)}: --objective token learns heads on masks, and this model draws one token "
-            "a step: use --objective image"
+            f"--learn {','.join(heads.learn)}: --objective token learns heads on masks, and this model draws {drawn}: "
+            "use --objective image"
         )
     if settings.masks.train_masks != "random":
         raise ValueError(
-            f"--train_masks {settings.masks.train_masks} must be random: this model draws one token a step, and learns "
+            f"--train_masks {settings.masks.train_masks} must be random: this model draws {drawn}, and learns "
             "all tokens of an image in one pass"
         )
 

@@ -27,7 +27,7 @@ from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
 from sampling.run import Parts, claim_folder, own_folder, sample_images
-from sampling.settings import FAST, SampleConfig
+from sampling.settings import FAST, SampleConfig, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
 from util import dist
@@ -64,6 +64,7 @@ class SampleArgs:
     seed: int = flag(DEFAULT_SEED, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
     model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
+    img_size: int | None = flag(None, "pixels of a side, for a published checkpoint (default: 256)", low=1)
     diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
     diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
@@ -254,7 +255,7 @@ def open_reference(evaluation: EvalConfig, config: dict, args: SampleArgs, sourc
 
 def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
-    sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
+    sizes = {k: getattr(args, k) for k in ("model", "img_size", "diffloss_d", "diffloss_w", "vae_path")}
     content = load_checkpoint(args.checkpoint)
     model, tokenizer, config = load_model(content, ema=not args.no_ema, place=args.checkpoint, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
@@ -286,6 +287,7 @@ def run(args: SampleArgs, given: dict) -> int:
         return 0
     for setting in settings:
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
+    note_top_k([setting.sampling for setting in settings], model)
     if parts.dtype == torch.int8:
         quantize(model)
     with dist.main_first():

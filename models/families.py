@@ -9,12 +9,12 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from models import causal_gpt, mar, var_config
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
-from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
+from models.mar import MAR, MAR_CONFIGS, MARConfig
 from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
 from models.token_head import LOSSES, TokenHead
 from models.var import VAR, VAR_CONFIGS, VARConfig
-from models.var_config import read_published_var
 
 
 class Conditions(Protocol):
@@ -108,10 +108,10 @@ class Family(NamedTuple):
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
 FAMILIES = {
-    "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published),
+    "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), mar.read_published),
     "mar_ar": Family(MARAR, MARARConfig, MAR_AR_CONFIGS, ("continuous", "discrete"), fixed_rules=fixed_rules),
-    "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",)),
-    "var": Family(VAR, VARConfig, VAR_CONFIGS, ("multiscale",), read_published_var),
+    "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",), causal_gpt.read_published),
+    "var": Family(VAR, VARConfig, VAR_CONFIGS, ("multiscale",), var_config.read_published),
 }
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
 

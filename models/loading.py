@@ -210,11 +210,25 @@ def check_latents(tokenizer, sizes: dict, what: str) -> None:
         )
 
 
+def _check_size(model: str, known: dict) -> None:
+    """Raise ValueError where a published file's weights are known to be of another size than --model says."""
+    rows = FAMILIES[_family_of_size(model)].sizes
+    shown = {name: known[name] for name in row_fields(_family_of_size(model)) if name in known}
+    fitting = [name for name, row in rows.items() if all(getattr(row, key) == shown[key] for key in shown)]
+    if model not in fitting:
+        sizes = ", ".join(f"{name} {value}" for name, value in shown.items())
+        way_out = f"give --model {' or '.join(fitting)}" if fitting else f"none of {', '.join(rows)} has"
+        raise ValueError(f"--model {model} does not fit the checkpoint, whose weights have {sizes}: {way_out}")
+
+
 def _published_config(content: dict, model: str, sizes: dict) -> dict:
     """The config of a published file of this size."""
     family = _family_of_size(model)
     known, tokenizer = _read_published(content, family)
+    _check_size(model, known)
     given = {name: value for name, value in sizes.items() if value is not None}
+    for name in given.keys() - {field.name for field in fields(FAMILIES[family].config)}:
+        raise ValueError(f"--{name} {given[name]} has no meaning for --model {model}")
     own = replace(FAMILIES[family].sizes[model], **known, **given)
     return {
         "family": family,

@@ -288,11 +288,6 @@ def next_scale_loss(logits, ids, patch_nums, label_smoothing=0.0, stage=-1, stag
     """
     losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none", label_smoothing=label_smoothing)  # (B, n)
     if 0 <= stage < len(patch_nums) - 1:
-        losses = losses * stage_weights(patch_nums, stage, stage_weight).to(losses)
+        newest = patch_nums[stage] ** 2
+        losses = torch.cat([losses[:, :-newest], losses[:, -newest:] * stage_weight], dim=1)
     return losses.sum(dim=1).mean() / sum(p * p for p in patch_nums)
-
-
-def stage_weights(patch_nums, stage: int, stage_weight: float) -> torch.Tensor:
-    """Weights (n,) of the tokens of the scales 0 … stage: 1, and of the newest scale stage_weight."""
-    return torch.cat([torch.full((p * p,), stage_weight if s == stage else 1.0) for s, p in
-                      enumerate(patch_nums[: stage + 1])])  # fmt: skip

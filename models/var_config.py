@@ -93,7 +93,7 @@ class VARConfig:
         return ends.index(num)
 
 
-def read_published_var(weights: dict) -> tuple[dict, dict]:
+def read_published(weights: dict) -> tuple[dict, dict]:
     """(fields of the configuration that the weights of a published VAR say, settings of the tokenizer it is for).
 
     Weights that are no VAR's raise ValueError.
@@ -140,7 +140,7 @@ def _published(depth: int, patch_nums=PATCH_NUMS_256, shared_aln: bool = False) 
 
 VAR_CONFIGS = {
     "var_tiny": VARConfig(
-        depth=4, embed_dim=128, num_heads=4, attn_l2_norm=True, patch_nums=(1, 2, 3, 4, 6, 8), vae_stride=1
+        depth=4, embed_dim=64, num_heads=4, attn_l2_norm=True, patch_nums=(1, 2, 3, 4, 6, 8), vae_stride=1
     ),  # for CPU: digits
     "var_d16": _published(16),  # published: FID 3.55 (paper: 3.30), as are the next four with --cfg 2.5
     "var_d20": _published(20),  # published: FID 2.95 (paper: 2.57)

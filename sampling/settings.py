@@ -9,6 +9,7 @@ from heads.rules import Rules
 from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
 from models.token_head import check_no_profile
+from util import dist
 from util.args import flag
 
 
@@ -118,6 +119,15 @@ class SampleConfig(RuleOptions):
         rest = {k: v for k, v in asdict(resolved).items() if k not in shown and v != defaults[k]}
         rest |= {"schedule": schedule_name(self.schedule)} if self.schedule is not None else {}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
+
+
+def note_top_k(settings: list[SampleConfig], model) -> None:
+    """Say once of all the settings of a run which top_k are above the entries of the codebook of a model of ids."""
+    entries = getattr(model.config, "vocab_size", None)
+    above = sorted({setting.top_k for setting in settings if entries and setting.top_k > entries})
+    if above and dist.is_main():
+        values = ", ".join(map(str, above))
+        print(f"--top_k {values} is above the {entries} entries of the codebook: ids are drawn from all of them")
 
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md

@@ -9,6 +9,8 @@ from models.next_scale import NextScaleConditions, kept_tokens
 from models.token_head import guide
 from sampling.loop import eval_mode, generate
 from tests.helpers_causal import WholePass
+from training.optim import make_optimizer
+from training.schedules import decay_at, lr_factor
 
 
 def generate_ids_causal(
@@ -141,3 +143,15 @@ class WatchedScales(NextScaleConditions):
         f_hat = self.finished(tokens)
         self.tell(len(self.stops), tokens)
         return f_hat
+
+
+def lr_and_wd(it, *, schedule, peak_lr, wd, wd_end, warmup_its, max_its, wp0, wpe) -> tuple[float, float]:
+    """Learning rate and weight decay at iteration it of max_its."""
+    return peak_lr * lr_factor(it, schedule, warmup_its, max_its, wp0, wpe), decay_at(it, max_its, wd, wd_end)
+
+
+def no_decay_names(var) -> set[str]:
+    """Names of the parameters that the optimizer of a run gives no weight decay."""
+    optimizer = make_optimizer(var, var.token_head, 1e-4, 0.05, var.no_decay)
+    exempt = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    return {name for name, parameter in var.named_parameters() if id(parameter) in exempt}

@@ -20,6 +20,7 @@ from training.objectives.settings import ObjectiveSettings
 from training.objectives.states import needs_every_loss, training_state
 from training.objectives.visiting import Visits, make_visits
 from training.optim import EMA, make_optimizer
+from training.schedules import stage_weights
 from util.dist import autocast, send
 from util.rng import generator, seed_of
 
@@ -92,6 +93,7 @@ class Batch:
     labels: torch.Tensor
     draws: Draws
     inputs: torch.Tensor | None = None  # what the model reads of the tokens, where it is not the tokens
+    weights: torch.Tensor | None = None  # (L,) of the tokens' losses; None: 1
 
     @property
     def seen(self) -> torch.Tensor:
@@ -109,7 +111,7 @@ class Preparation:
     """What `TokenObjective.prepare` makes batches with.
 
     flip: may images be mirrored? visits: makes the masks; None for the published ones. heads_from: the epoch from which
-    heads decide; before it, hand-made rules do.
+    heads decide; before it, hand-made rules do. patch_nums: of a model that is trained progressively (--pg), else None.
     """
 
     seed: int
@@ -117,6 +119,7 @@ class Preparation:
     flip: bool = False
     visits: Visits | None = None
     heads_from: float = 0.0
+    patch_nums: tuple[int, ...] | None = None
 
 
 class TokenObjective(nn.Module):
@@ -167,7 +170,10 @@ class TokenObjective(nn.Module):
             cfg_max=settings.heads.cfg_train_max,
             every_token=visits is not None,
         )
-        preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from)
+        if train.pg and model.fixed_rules.get("group") != "scale":
+            raise ValueError(f"--pg {train.pg:g} has no meaning for this model, whose tokens are of one scale")
+        patch_nums = sizes.patch_nums if train.pg else None
+        preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from, patch_nums)
         return cls(model, heads, settings.losses, settings.sampling, preparation, train)
 
     @staticmethod
@@ -184,7 +190,8 @@ class TokenObjective(nn.Module):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW as published."""
-        return make_optimizer(self, self.model.token_head, self.settings.lr, self.settings.weight_decay)
+        settings, no_decay = self.settings, getattr(self.model, "no_decay", None)
+        return make_optimizer(self, self.model.token_head, settings.lr, settings.weight_decay, no_decay)
 
     def average_heads(self) -> EMA:
         """An exponential moving average, as of the model's weights."""
@@ -225,7 +232,20 @@ class TokenObjective(nn.Module):
                 score = partial(self._score, tokens, labels)
                 draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
-        return Batch(tokens, send(labels, state.device), draws.to(state.device), inputs)
+        return self._staged(Batch(tokens, send(labels, state.device), draws.to(state.device), inputs), state)
+
+    def _staged(self, batch: Batch, state) -> Batch:
+        """The batch, of a progressive run with the scales that it has reached."""
+        sides = self.preparation.patch_nums
+        if sides is None:
+            return batch
+        stage, weight = self.settings.stage(state.step, state.num_steps, state.steps_per_epoch, len(sides))
+        if stage == len(sides) - 1:
+            return batch
+        weights = stage_weights(sides, stage, weight).to(state.device)
+        num = len(weights)
+        inputs = batch.inputs[:, : num - sides[0] ** 2]
+        return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights)
 
     def _score(self, tokens, labels, mask, num_visible):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
@@ -252,6 +272,9 @@ class TokenObjective(nn.Module):
         target = rows(batch.tokens)
         prediction = self._predict(target, rows(z), rows.draws, tau, rows)
         losses = head.losses(prediction, target, rows.draws)  # each (m·N,)
+        if batch.weights is not None:
+            weights = rows.spread(batch.weights.unsqueeze(0))
+            losses = {name: loss * weights for name, loss in losses.items()}
         terms = {name: rows.targets(loss).sum() / (rows.repeats * num_targets) for name, loss in losses.items()}
         loss = sum(terms.values())
         if plan:

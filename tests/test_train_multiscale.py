@@ -8,10 +8,12 @@ import torch
 from PIL import Image
 
 from models.tokenizers import build_tokenizer
-from models.tokenizers.multiscale import save_multiscale
+from models.tokenizers.multiscale import SCALES as SCALES_OF
+from models.tokenizers.multiscale import STATISTICS, save_multiscale
+from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from scripts import cache_latents, measure_latents, measure_reconstruction, train_tokenizer
 from tests.helpers_latents import NUM, cache
-from tests.helpers_tokenizers import message, save
+from tests.helpers_tokenizers import images, message, save
 from training.autoencoders import make_autoencoder, revive, start_codebook, watched
 from training.discriminator import Discriminator
 from util.checkpoint import FILE_NAME, read_file
@@ -214,12 +216,34 @@ def test_images_and_ids_that_do_not_fit_are_one_line(folder):
     assert "makes ids alone" in message(tokenizer.encode, torch.zeros(1, 1, 8, 8))
 
 
-def test_settings_that_do_not_fit_are_one_line(tmp_path, capsys):
-    out = [*FLAGS, "--output_dir", tmp_path / "no"]
-    assert "--patch_nums 1,2,4 must end with 8" in refused(capsys, train_tokenizer, *out, "--patch_nums", "1,2,4")
-    for wrong in ("1,2,2", "8", "0,8", "a"):
-        with pytest.raises(SystemExit, match="2"):
-            train_tokenizer.main([*map(str, out), "--patch_nums", wrong])
-        assert "argument --patch_nums: expected" in (line := capsys.readouterr().err) and f"got {wrong!r}" in line
-    assert "choose one" in refused(capsys, train_tokenizer, *out, "--vq")
-    assert not (tmp_path / "no").exists()
+def test_the_published_file_has_the_scales_of_its_row(tmp_path):
+    """A flat dict of tensors without sizes: those of the tensors are used, and statistics of as many scales."""
+    config = MultiScaleVQConfig(vocab_size=48, z_channels=4, ch=32)
+    torch.manual_seed(0)
+    weights = MultiScaleVQ(config).state_dict()
+    weights[STATISTICS] += 1
+    path = save(tmp_path / "vae_ch32v48z4.pth", weights)
+    tokenizer = build_tokenizer("var_vq", vae_path=path)
+    assert (tokenizer.model.config, tokenizer.stride, tokenizer.scales) == (config, 16, SCALES_OF["var_vq"])
+    assert all(torch.equal(value, weights[key]) for key, value in tokenizer.model.state_dict().items())
+    for name, size, tokens in (("var_vq", 256, 680), ("var_vq_512", 512, 2240), ("var_vq_1024", 1024, 9451)):
+        row = build_tokenizer(name, vae_path=path)
+        assert row.ids_shape(size) == (tokens,) and torch.equal(
+            row.quantize.embedding.weight, tokenizer.quantize.embedding.weight
+        )
+    assert not row.quantize.ema_vocab_hit_SV.any()  # of 14 scales, the file has those of 10
+    del weights[STATISTICS]
+    assert not build_tokenizer("var_vq", vae_path=save(path, weights)).quantize.ema_vocab_hit_SV.any()
+
+
+@pytest.mark.parametrize("options", [dict(share_quant_resi=k) for k in (0, 1, 3)] + [dict(quant_resi=0.0)], ids=str)
+def test_each_arrangement_of_phi_comes_back_from_a_file(options, tmp_path):
+    config = MultiScaleVQConfig(
+        vocab_size=8, z_channels=4, ch=4, norm_groups=1, ch_mult=(1, 2), v_patch_nums=(1, 3), **options
+    )
+    model = MultiScaleVQ(config).eval()
+    save_multiscale(tmp_path / "tokenizer.pth", model)
+    loaded = build_tokenizer("var_vq", vae_path=tmp_path / "tokenizer.pth")
+    x = images(2, 6, 6)
+    assert loaded.quantize.phi_index == model.quantize.phi_index
+    assert torch.equal(loaded.encode_ids(x), torch.cat(model.encode(x), dim=1))

@@ -286,6 +286,8 @@ def run(args: SampleArgs, given: dict) -> int:
         show(sweep, given, settings, config)
         return 0
     for setting in settings:
+        if args.save_trace and setting.sampling.smooth:
+            raise ValueError("--save_trace shows ids as they are drawn, --smooth mixes them: give one of the two")
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     note_top_k([setting.sampling for setting in settings], model)
     if parts.dtype == torch.int8:

@@ -13,6 +13,8 @@ from models.next_scale import kept_tokens
 from models.var import VAR, VAR_CONFIGS, VARConfig, filter_logits, next_scale_loss
 from sampling.loop import generate
 from sampling.settings import SampleConfig
+from scripts import bench_scales
+from tests.helpers_causal import disturbed
 from tests.helpers_var import REFERENCE, SHAPES, array, close, fill_by_name, options, shapes, tokenizer
 from tests.parity import generate_var, lr_and_wd, no_decay_names
 from training.schedules import ScheduleConfig, stage_weights
@@ -264,3 +266,14 @@ def test_a_stage_trains_the_scales_that_it_has_reached():
     weights = stage_weights(SCALES, 1, 0.3)
     losses = torch.linspace(1, 2, 5)
     assert float((weights * losses).mean()) == pytest.approx(float(losses[0] + 0.3 * losses[1:].sum()) / 30)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_the_bench_compares_the_same_samples(cfg, capsys):
+    args = bench_scales.BenchScalesArgs(model="var_tiny", batch_size=2, cfg=cfg, device="cpu")
+    model, tok = bench_scales.parts(args)
+    disturbed(model)
+    ids = bench_scales.sample(model, tok, args)
+    assert ids.equal(bench_scales.sample(model, tok, args, bench_scales.WholePrefix)) and len(ids.unique()) > 20
+    assert bench_scales.main("--model var_tiny --repeats 1 --device cpu".split()) == 0
+    assert "| var_tiny |" in capsys.readouterr().out

@@ -88,6 +88,7 @@ def test_it_samples_with_all_its_settings(run, tmp_path):
 def test_a_trace_has_a_picture_of_each_scale(run, tmp_path, capsys):
     folder, _ = run
     place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE, "--save_trace", "2"]
+    assert "give one of the two" in refused(sample.main, [*place, "--smooth"], capsys)
     assert sample.main(place) == 0
     (path,) = (tmp_path / "out").glob("*/trace.npz")
     with np.load(path) as trace:

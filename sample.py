@@ -20,6 +20,7 @@ import torch
 
 from engine_mar import evaluate
 from heads.policy import load_heads
+from heads.schedules import needed_steps
 from models.families import SIZES
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
@@ -263,7 +264,7 @@ def run(args: SampleArgs, given: dict) -> int:
     base, evaluation = stored_defaults(config, args, given)
     settings = []
     for point in settings_of(args.settings_of, given):
-        base_point, length = replace(base, **point), model.config.seq_len
+        base_point, length = replace(base, **point), needed_steps(model)
         settings += span(given, base_point, model.fixed_rules, heads is not None, length)
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
@@ -286,6 +287,8 @@ def run(args: SampleArgs, given: dict) -> int:
         show(sweep, given, settings, config)
         return 0
     for setting in settings:
+        if args.save_trace and setting.sampling.smooth:
+            raise ValueError("--save_trace shows ids as they are drawn, --smooth mixes them: give one of the two")
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     note_top_k([setting.sampling for setting in settings], model)
     if parts.dtype == torch.int8:

@@ -36,6 +36,7 @@ class RuleOptions:
     schedule: str | None = flag(
         None, "JSON file with values of each step, for the rules schedule", type=schedule_setting, metavar="FILE"
     )
+    cfg_base: str | None = None  # a model's own guidance schedule, which the learned one moves; None: linear
 
     def __post_init__(self):
         if self.schedule is not None:
@@ -114,14 +115,20 @@ def _searched_share(u: float, num_iter: int, options: RuleOptions) -> float:
 
 MIN_STEPS = {"staged": 3}  # of the group rules that need some
 NUM_ITER = 64  # MAR's default
+A_STEP = {"one": "one token a step", "scale": "a scale a step"}  # what models draw whose group rule is their own
 
 
 def default_num_iter(fixed_rules: dict[str, str], length: int | None) -> int | None:
-    """Autoregressive steps where none are named: `NUM_ITER`, or one a token for a model that draws one token a step.
+    """Autoregressive steps where none are named: `NUM_ITER`, or those that a model with groups of its own needs.
 
-    fixed_rules: of a `models.families.Backbone`; length: its tokens an image, None where that is not known yet.
+    fixed_rules: of a `models.families.Backbone`; length: its `needed_steps`, None where they are not known yet.
     """
-    return length if fixed_rules.get("group") == "one" else NUM_ITER
+    return length if fixed_rules.get("group") in A_STEP else NUM_ITER
+
+
+def needed_steps(model) -> int:
+    """Steps that a `models.families.Backbone` needs at least where its groups are of one token, or of a scale."""
+    return len(model.config.patch_nums) if model.fixed_rules.get("group") == "scale" else model.config.seq_len
 
 
 def check_num_iter(group: str | None, num_iter: int | None) -> None:
@@ -153,6 +160,12 @@ def _known_share(state, unknown_after):
 def linear_cfg(state, unknown_after, options):
     """1 + (w − 1)·v: guidance grows with the share of known tokens."""
     return 1 + (options.cfg - 1) * _known_share(state, unknown_after)
+
+
+def ramp_cfg(state, unknown_after, options):
+    """1 + (w − 1)·s / (K − 1) at step s of K: guidance grows with the steps, from none at the first; w if K is 1."""
+    share = state.per_image(lambda u, k: (round(u * k) - 1) / (k - 1) if k > 1 else 1.0)
+    return 1 + (options.cfg - 1) * share.float().to(state.mask.device, non_blocking=True).unsqueeze(1)
 
 
 def power_cosine_cfg(state, unknown_after, options):
@@ -193,6 +206,7 @@ GROUPS = {
     "constant": _group(lambda u, k, options: 1 - u),
     "exp": _group(_exp_share),
     "one": lambda state, options: torch.ones_like(state.num_unknown),
+    "scale": lambda state, options: state.mask.sum(dim=1).float(),  # all that can be chosen: a scale, if z is of one
     "power": _group(lambda u, k, options: 1 - u**options.group_p),
     "staged": _group(_staged_share),
     "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these
@@ -209,6 +223,7 @@ TAUS = {
 CFGS = {
     "constant": lambda state, unknown_after, options: options.cfg,
     "linear": linear_cfg,
+    "ramp": ramp_cfg,
     "power_cosine": power_cosine_cfg,
     "interval": interval_cfg,
     "schedule": lambda state, unknown_after, options: _searched("cfg", state, options),

@@ -197,6 +197,9 @@ def check_tokens(tokenizer, family: str, sizes: dict) -> None:
 def check_latents(tokenizer, sizes: dict, what: str) -> None:
     """Raise ValueError if a model of these sizes, named by what, is for other latents or ids than the tokenizer's."""
     stride, channels, entries = (sizes.get(name) for name in ("vae_stride", "vae_embed_dim", "vocab_size"))
+    if "patch_nums" in sizes and tuple(sizes["patch_nums"]) != tokenizer.scales:
+        of_model, own = (",".join(map(str, sides)) for sides in (sizes["patch_nums"], tokenizer.scales))
+        raise ValueError(f"{what} is for the scales {of_model}, the tokenizer {tokenizer.kind} has {own}")
     if entries is not None and entries != tokenizer.codebook_size:
         raise ValueError(
             f"{what} is for a codebook of {entries} entries, the tokenizer {tokenizer.kind} has "

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from heads.orders import is_known_ahead
-from heads.schedules import default_num_iter
+from heads.schedules import default_num_iter, needed_steps
 from heads.step import StepPlan, StepState
 from util.dist import send
 from util.rng import generator
@@ -40,6 +40,7 @@ def decode(
     refresh_every: int = 1,
     recompute: bool = False,
     local: bool = False,
+    smooth: bool = False,
     **token_head_options,
 ) -> torch.Tensor:
     """Latents (B, c, h, w), or ids, for labels (B,), −1 = unconditional; differentiable where the parts are.
@@ -54,13 +55,14 @@ def decode(
     first, as published. noise_fn(step, rows) replaces the sampler's noise, rows (N, 2) long on the CPU are (index in
     the batch, position), row-major. callback(step, rows, plan, tokens) after each step that draws, plan (B', L) holding
     only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. tokenizer: for the
-    families whose conditions are made with it. evals, a Counter, grows by the network evaluations: "mar" by the images
-    that each pass of the backbone computes, "mlp" by the rows that the token head does. Unconditional ones are made
-    only where guidance acts: w ≠ 1 and, in the token head, a profile that is not the float 0. refresh_every > 1: only
-    so many steps apart are all tokens computed, between them those that changed and those that are drawn, and learned
-    rules see the z of the last time. The model is in eval mode inside and as it was afterwards. Labels out of range,
-    fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole numbers of any type; a model in
-    another dtype than float32 computes in its own, its token head's process in float32.
+    families whose conditions are made with it. smooth: of a model of scales, mixtures of codes take the places of the
+    ids drawn, and features f̂ (B, C, h, w) are returned. evals, a Counter, grows by the network evaluations: "mar" by
+    the images that each pass of the backbone computes, "mlp" by the rows that the token head does. Unconditional ones
+    are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not the float 0. refresh_every >
+    1: only so many steps apart are all tokens computed, between them those that changed and those that are drawn, and
+    learned rules see the z of the last time. The model is in eval mode inside and as it was afterwards. Labels out of
+    range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole numbers of any type; a model
+    in another dtype than float32 computes in its own, its token head's process in float32.
 
     Of gradients: recompute keeps no activations of the draws, nor of the passes where the family can, and computes them
     again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
@@ -92,20 +94,25 @@ def decode(
                 continue
             pair = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
-            drawn, log_prob = chosen.draw(sampler, *pair, send(noise, empty.device), recompute)
+            noise = send(noise, empty.device)
+            drawn, log_prob = chosen.draw(sampler, *pair, noise, recompute)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
             if log_prob is not None:
                 plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_prob)
             canvas.write(rows, drawn)
-            conditions.write(step, rows, drawn.detach() if local else drawn)
+            if smooth:
+                weights = chosen.mixture(sampler, *pair, noise, step / max(num_iter - 1, 1))
+                conditions.write(step, rows, drawn, weights)
+            else:
+                conditions.write(step, rows, drawn.detach() if local else drawn)
             if callback:
                 callback(step, rows, plan, canvas.tokens)
     if canvas.unknown.any():
         raise ValueError(f"num_iter {num_iter} is too small: {int(canvas.unknown.sum())} tokens are left to draw")
     if evals is not None:
         evals.update(mar=conditions.passes)
-    return model.unpatchify(canvas.tokens)
+    return conditions.finished(canvas.tokens) if smooth else model.unpatchify(canvas.tokens)
 
 
 generate = torch.no_grad()(decode)
@@ -133,12 +140,20 @@ class Chosen(NamedTuple):
         z (N, D), z_uncond (G, D) or None; recompute: keep no activations, the backward pass computes them again.
         """
         call = partial(checkpoint, use_reentrant=False) if recompute else _call
-        some = None if len(self.guided) in (0, len(self.rows)) else send(self.guided, z.device)
+        some = self._some(z.device)
         options = dict(guided=some, profile=self.profile)
         drawn = call(sampler.draw, z, z_uncond, self.cfg, self.tau, noise, self.num_steps, **options)
         if not self.judged:
             return drawn, None
         return drawn, call(sampler.log_prob, drawn, z, z_uncond, self.cfg, self.tau, guided=some)
+
+    def mixture(self, sampler, z, z_uncond, noise, share: float) -> torch.Tensor:
+        """Weights (N, V) of the codes, of a sampler of ids; share: of the steps that are behind."""
+        return sampler.mixture(z, z_uncond, self.cfg, self.tau, noise, share, guided=self._some(z.device))
+
+    def _some(self, device) -> torch.Tensor | None:
+        """`guided` on the device; None where that is all rows, or none."""
+        return None if len(self.guided) in (0, len(self.rows)) else send(self.guided, device)
 
 
 def _call(function: Callable, *args, **options):
@@ -306,7 +321,7 @@ def _checked_labels(config, labels) -> torch.Tensor:
 def _checked_steps(model, num_iter: int | None, refresh_every: int) -> int:
     """K, for None the model's default; ValueError where it or refresh_every is below 1."""
     if num_iter is None:
-        num_iter = default_num_iter(model.fixed_rules, model.config.seq_len)
+        num_iter = default_num_iter(model.fixed_rules, needed_steps(model))
     for name, value in (("num_iter", num_iter), ("refresh_every", refresh_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

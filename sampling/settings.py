@@ -6,7 +6,7 @@ from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
 from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
-from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter
+from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
 from models.token_head import check_no_profile
 from util import dist
@@ -43,6 +43,7 @@ class SampleConfig(RuleOptions):
     spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
     top_k: int = flag(0, "ids are drawn from so many, the likeliest ones; 0 = from all", low=0)
     top_p: float = flag(1.0, "ids are drawn from the likeliest that hold this share; 0 or 1 = from all", low=0, high=1)
+    smooth: bool = flag(False, "of models that draw scales: mixtures of codes in place of the ids drawn, for pictures")
     refresh_every: int = flag(
         1, "steps between passes over all tokens; between them only those that changed or are drawn", low=1
     )
@@ -59,6 +60,8 @@ class SampleConfig(RuleOptions):
         for kind, rule in fixed_rules.items():
             if getattr(self, kind) not in (None, rule):
                 raise ValueError(f"--{kind} {getattr(self, kind)} does not fit {model}, which needs {rule}")
+        if self.group == "scale" != fixed_rules.get("group"):
+            raise ValueError(f"--group scale does not fit {model}, whose tokens are of one scale")
         num_iter = default_num_iter(fixed_rules, length) if self.num_iter is None else self.num_iter
         return replace(self, **fixed_rules, num_iter=num_iter)
 
@@ -73,12 +76,18 @@ class SampleConfig(RuleOptions):
 
         model: a `models.families.Backbone`; heads: the policy heads to sample with.
         """
-        rules, length = self.rules(heads), model.config.seq_len
+        rules, length = self.rules(heads), needed_steps(model)
         num_iter = default_num_iter(model.fixed_rules, length) if self.num_iter is None else self.num_iter
         if model.fixed_rules.get("group") == "one" and num_iter < length:
             raise ValueError(
                 f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
             )
+        if model.fixed_rules.get("group") == "scale" and num_iter != length:
+            raise ValueError(
+                f"--num_iter {num_iter} must be {length}: this model draws a scale a step, and has so many"
+            )
+        if self.smooth and model.fixed_rules.get("group") != "scale":
+            raise ValueError("--smooth has no meaning for this model: it mixes the codes of models that draw scales")
         rules.check(model)
         model.token_head.sampler(num_steps=self.num_sampling_steps, **self.token_head_options())
         if not model.token_head.has_steps:
@@ -93,7 +102,7 @@ class SampleConfig(RuleOptions):
 
         And with the number of steps of a model with free groups; of another one the settings must be `fitted` before.
         """
-        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode, self.schedule).items()}
+        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode, self.schedule, self.cfg_base).items()}
         names["spacing"] = SOLVERS[self.solver].spacing
         names["num_iter"] = NUM_ITER
         return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
@@ -103,7 +112,8 @@ class SampleConfig(RuleOptions):
         steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
         resolved = self.resolved()
         usual = f"{self.infer_mode}_iter{resolved.num_iter}_steps{steps}_cfg{self.cfg:g}"
-        implied = SampleConfig(infer_mode=self.infer_mode, solver=self.solver, schedule=self.schedule)
+        implied = {name: getattr(self, name) for name in ("infer_mode", "solver", "schedule", "cfg_base")}
+        implied = SampleConfig(**implied)
         defaults = asdict(implied.resolved()) | {"solver": SampleConfig.solver, "schedule": None}
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
         rest = {k: v for k, v in asdict(resolved).items() if k not in shown and v != defaults[k]}

@@ -8,7 +8,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import FLAGS, SCOPES, PolicyHeads
-from heads.schedules import default_num_iter
+from heads.schedules import default_num_iter, needed_steps
 from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
@@ -18,6 +18,7 @@ from training.objectives.head_losses import HeadLossConfig
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.objectives.visiting import MaskConfig
 from training.presets import CLI_DEFAULTS, KL16, OF_IMAGES, PRESETS, PUBLISHED_DEFAULTS
+from training.schedules import ScheduleConfig
 from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
@@ -98,20 +99,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ScheduleConfig):
     """Optimisation."""
 
     objective: str = flag("token", "what is minimised", choices=OBJECTIVES)
     batch_size: int = flag(16, "images a step and process (with accum_iter: at a time)", low=1)
     accum_iter: int = flag(1, "batches whose gradients are added up to one step", low=1)
-    epochs: int = flag(400, "passes over the data", low=1)
     start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
-    lr: float | None = flag(None, "learning rate (default: blr · global batch / 256)", low=0)
-    blr: float = flag(1e-4, "base learning rate, for a global batch of 256", low=0)
-    min_lr: float = flag(0.0, "where the cosine schedule ends", low=0)
-    lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine", "late_cosine"))
-    warmup_epochs: float = flag(100, "epochs of linear warm-up", low=0)
-    weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
     ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
     grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
     freeze_backbone: bool = flag(False, "do not train the transformer")
@@ -238,13 +232,17 @@ class RunConfig:
 
     def fitted(self, model) -> "RunConfig":
         """The same settings for a model that is made, whose tokens say what steps it has by default."""
-        sampling = self.sampling.fitted(model.fixed_rules, self.model.model, model.config.seq_len)
+        sampling = self.sampling.fitted(model.fixed_rules, self.model.model, needed_steps(model))
         steps = self.heads.train_num_iter or f"{sampling.num_iter},{sampling.num_iter}"
         return replace(self, sampling=sampling, heads=replace(self.heads, train_num_iter=steps))
 
     def check_sampling(self, model, heads: PolicyHeads | None) -> None:
         """Raise ValueError for what sampling would refuse at the first images of this model, in training or after."""
         self.sampling.check(model, heads)
+        for kind in heads.learn if heads is not None and not self.launch.evaluate else ():
+            if kind in model.fixed_rules:
+                rule = model.fixed_rules[kind]
+                raise ValueError(f"--learn {kind} does not fit {self.model.model}, which needs --{kind} {rule}")
         if OBJECTIVES[self.train.objective].keeps_model and not self.launch.evaluate:  # it samples while it trains
             learned = {FLAGS[kind]: "learned" for kind in heads.learn}
             least = replace(self.sampling, infer_mode="baseline", num_iter=self.heads.num_iter_range()[0], **learned)

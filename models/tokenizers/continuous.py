@@ -99,6 +99,15 @@ class Tokenizer(nn.Module):
             wanted = f"(B, {self.image_channels}, H, W), H and W divisible by {self.stride}"
             raise ValueError(f"images for the tokenizer {self.kind} must be {wanted}, got {shape}")
 
+    @torch.no_grad()
+    def inputs_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What a model reads of tokens (B, L, …) in training: these, unless they are of several scales."""
+        return tokens
+
+    def unknown_tokens(self, unknown: torch.Tensor) -> torch.Tensor:
+        """Of the tokens (L,) bool those to make anew where unknown (g, g) bool, a cell for each of a grid, says so."""
+        return unknown.flatten()
+
     def ids_shape(self, img_size: int) -> tuple[int, ...]:
         """The shape of the ids of an image of img_size pixels a side."""
         side = img_size // self.stride

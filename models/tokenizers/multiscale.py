@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from models.next_scale import kept_tokens
 from models.tokenizers.continuous import Tokenizer
 from models.tokenizers.ldm import fill_as_named, read_content, tensors_of, weights_file
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
@@ -62,7 +63,25 @@ class MultiScaleTokenizer(Tokenizer):
     def _moments(self, images):
         raise ValueError(f"the tokenizer {self.kind} makes ids alone, it has no latents")
 
-    _images = _moments
+    def _images(self, f_hat):
+        return self.model.decode_features(f_hat).clamp(-1, 1)
+
+    def inputs_of(self, tokens):
+        """What a transformer of next scales reads, (B, L − p_0², C), to predict the ids (B, L) of each scale."""
+        return self.model.ids_to_inputs(self.quantize.split(tokens))
+
+    def unknown_tokens(self, unknown):
+        """Those tokens (L,) bool that are not kept where unknown (h, w) bool is to be made anew."""
+        return ~kept_tokens(~unknown, self.scales)
+
+    def images_so_far(self, ids, unknown):
+        """The images (B, …) of the scales before the first that has an unknown token, of ids and unknown (B, L)."""
+        columns = unknown.any(dim=0)
+        num = next((s for s, part in enumerate(self.quantize.split(columns[None])) if part.any()), len(self.scales))
+        if num == 0:
+            return torch.zeros(len(ids), self.image_channels, *[self.scales[-1] * self.stride] * 2, device=ids.device)
+        f_hats = self.model.ids_to_features(self.quantize.split(ids)[:num])
+        return self.model.decode_features(f_hats[-1]).clamp(-1, 1)
 
     def _ids(self, images):
         return torch.cat(self.model.encode(images.float()), dim=1)

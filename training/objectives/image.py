@@ -222,6 +222,7 @@ class ImageObjective(nn.Module):
             seeds=rollout.seeds,
             callback=callback,
             clip=rollout.tokenizer.clip,
+            tokenizer=rollout.tokenizer,
             refresh_every=sampling.refresh_every,
             **sampling.token_head_options(),
             recompute=grad and self.model.config.grad_checkpointing,

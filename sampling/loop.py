@@ -71,7 +71,6 @@ def decode(
     labels = _checked_labels(model.config, labels)
     num_iter = _checked_steps(model, num_iter, refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
-    _check_images(empty.shape, seeds, orders, tokens, mask)
     rules.check(model)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
     canvas = Canvas(empty, tokens, mask, seeds, orders)
@@ -93,23 +92,18 @@ def decode(
             if not len(rows):  # the tokens that this step could choose from are all given
                 continue
             pair = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
-            noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
-            noise = send(noise, empty.device)
+            noise = canvas.noise(sampler, noise_fn, step, rows, plan.num_steps)
+            mixed = (chosen.mixture(sampler, *pair, noise, state),) if smooth else ()
             drawn, log_prob = chosen.draw(sampler, *pair, noise, recompute)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
             if log_prob is not None:
                 plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_prob)
             canvas.write(rows, drawn)
-            if smooth:
-                weights = chosen.mixture(sampler, *pair, noise, step / max(num_iter - 1, 1))
-                conditions.write(step, rows, drawn, weights)
-            else:
-                conditions.write(step, rows, drawn.detach() if local else drawn)
+            conditions.write(step, rows, drawn.detach() if local else drawn, *mixed)
             if callback:
                 callback(step, rows, plan, canvas.tokens)
-    if canvas.unknown.any():
-        raise ValueError(f"num_iter {num_iter} is too small: {int(canvas.unknown.sum())} tokens are left to draw")
+    canvas.check_finished(num_iter)
     if evals is not None:
         evals.update(mar=conditions.passes)
     return conditions.finished(canvas.tokens) if smooth else model.unpatchify(canvas.tokens)
@@ -147,8 +141,9 @@ class Chosen(NamedTuple):
             return drawn, None
         return drawn, call(sampler.log_prob, drawn, z, z_uncond, self.cfg, self.tau, guided=some)
 
-    def mixture(self, sampler, z, z_uncond, noise, share: float) -> torch.Tensor:
-        """Weights (N, V) of the codes, of a sampler of ids; share: of the steps that are behind."""
+    def mixture(self, sampler, z, z_uncond, noise, state: StepState) -> torch.Tensor:
+        """Weights (N, V) of the codes, of a sampler of ids, at the step of this state."""
+        share = state.step / max(state.num_iter - 1, 1)
         return sampler.mixture(z, z_uncond, self.cfg, self.tau, noise, share, guided=self._some(z.device))
 
     def _some(self, device) -> torch.Tensor | None:
@@ -169,6 +164,7 @@ class Canvas:
     """
 
     def __init__(self, empty, tokens, mask, seeds, orders):
+        _check_images(empty.shape, seeds, orders, tokens, mask)
         shape, device = empty.shape[:2], empty.device
         known = tokens is not None
         self.tokens = tokens.to(device, empty.dtype) if known else empty
@@ -194,6 +190,16 @@ class Canvas:
             state = self.state(0, 1, torch.arange(len(self.unknown)), None, None, (1, 1))
             self.orders = rules.order(state).argsort(dim=1, descending=True, stable=True)
         return rules
+
+    def noise(self, sampler, noise_fn, step: int, rows, num_steps: int) -> torch.Tensor:
+        """What the sampler draws the tokens at rows (N, 2) with, or what noise_fn(step, rows) gives, on the device."""
+        noise = noise_fn(step, rows) if noise_fn else sampler.noise(self.generators, rows, num_steps)
+        return send(noise, self.tokens.device)
+
+    def check_finished(self, num_iter: int) -> None:
+        """Raise ValueError if so many steps have left tokens unknown."""
+        if self.unknown.any():
+            raise ValueError(f"num_iter {num_iter} is too small: {int(self.unknown.sum())} tokens are left to draw")
 
     def unfinished(self) -> torch.Tensor:
         """Images (B',) long on the host with unknown tokens; the others have left the batch."""

@@ -178,8 +178,10 @@ def parse_sha256(texts: list[str]) -> dict[str, str]:
     checksums = {}
     for text in texts:
         name, _, digest = text.partition("=")
-        if name not in FILES or not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits; names: {', '.join(FILES)}")
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits")
+        if name not in FILES:
+            raise ValueError(f"--sha256 NAME=HEX: unknown name {name!r}; valid: {', '.join(FILES)}")
         checksums[name] = digest.lower()
     return checksums
 

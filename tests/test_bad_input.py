@@ -130,6 +130,7 @@ TRAINING = [
     ("--online_eval --eval_split val", "'val'", "'train'"),
     ("--online_eval --fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
     ("--online_eval --judge {tmp}/missing", "{tmp}/missing", "--judge"),
+    ("--lr_schedule fast", "'fast'", "cosine"),
     ("--online_eval --fid_stats {file}", "{file}", "mu and sigma"),
     ("--online_eval --fid_stats {wide}", "{wide}", "99 features", "64"),
     ("--online_eval --features inception --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),

@@ -262,8 +262,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, attend=None) -> torch.Tensor:
         """(B, n, D); attend(query, key, value), each (B, n, ·, d): in place of causal attention among the inputs."""
-        query, key, value = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=2)
-        query, key = rotated(query, rotary), rotated(key, rotary)
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        turned, value = heads.split((sum(self.sizes[:2]), self.sizes[2]), dim=2)
+        query, key = rotated(turned, rotary).split(self.sizes[:2], dim=2)
         if attend is None:
             looked = attention(query, key, value, causal=True, dropout=self.dropout if self.training else 0.0)
         else:

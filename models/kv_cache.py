@@ -24,6 +24,7 @@ class KeyValueCache:
         self.limits = torch.cat([limits, torch.tensor([capacity + 1])])  # of each slot; padding may look at anything
         self.lengths = torch.zeros(num_sequences, dtype=torch.long)  # inputs that are kept, on the host
         self.stores = {}  # layer: its keys and its values, each (R, L + 1, H, d); the last slot takes padding
+        # In memory the inputs of a head stand beside each other, since attention reads head after head.
 
     def extend(self, sequences: torch.Tensor, lengths: torch.Tensor, device) -> "Extension":
         """The pass that brings sequences (R',) long to lengths (R',) long, greater than theirs; both on the host."""
@@ -64,8 +65,9 @@ class Extension:
         """
         stores = self.cache.stores
         if layer not in stores:
-            shape = len(self.cache.lengths), self.cache.capacity + 1, *key.shape[2:]
-            stores[layer] = [key.new_zeros(shape) for _ in range(2)]
+            heads, width = key.shape[2:]
+            shape = len(self.cache.lengths), heads, self.cache.capacity + 1, width
+            stores[layer] = [key.new_zeros(shape).transpose(1, 2) for _ in range(2)]
         index = self.sequences.unsqueeze(1), self.slots
         stores[layer] = [put(kept, index, new) for kept, new in zip(stores[layer], (key, value))]
         key, value = (kept[:, : self.num_keys] for kept in stores[layer])

@@ -12,8 +12,9 @@ above their reconstructions), with --multiscale scales.png (images that grow sca
 Loss: mean absolute error + perceptual_weight · perceptual distance + a penalty, which is kl_weight · KL (both summed
 over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE; with scales
 the mean of both over them); with --adversarial_weight that of a discriminator too. Entries that no latent chooses any
-more are moved to latents, as many to those of a scale of few tokens as to others; which share of the codebook is used,
-by each scale, is measured with the rest.
+more are moved to latents, as many to those of a scale of few tokens as to others, and a quarter of the images is
+decoded from a part of their scales, so that the coarse ones say more; which share of the codebook is used, by each
+scale, is measured with the rest.
 """
 
 import math

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from models.tokenizers.multiscale_quantizer import phi_index
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from tests.helpers_tokenizers import message
 from tests.helpers_var import REFERENCE, SHAPES, STATISTICS, VARIANTS, array, close, shapes, tokenizer
 
 
@@ -112,3 +113,39 @@ def test_the_published_size_has_the_published_keys_shapes_and_count():
     assert own == published["shapes"] and len(own) == 324
     assert sum(p.numel() for p in tok.parameters()) == published["parameters"] == 108_948_355
     assert [name for name, _ in tok.named_buffers()] == [STATISTICS]
+
+
+def test_scales_may_be_heights_and_widths():
+    """When encoding; the last ones are those of the features."""
+    tok, f = tokenizer(), array("vq/f")
+    pairs = tok.features_to_ids(f, scales=[(p, p) for p in (1, 2, 3, 4)])
+    assert torch.equal(torch.cat(pairs, dim=1), array("vq/partial4/ids"))
+    wide = torch.cat([f, f[..., :2]], dim=3)
+    sizes = [(1, 1), (2, 3), (3, 5), (4, 6)]
+    assert [tuple(ids.shape) for ids in tok.features_to_ids(wide, scales=sizes)] == [(2, 1), (2, 6), (2, 15), (2, 24)]
+    for wrong in (None, sizes[1:], [1, 2, 3, 4]):
+        assert "the last one that of the features (4, 6)" in message(tok.features_to_ids, wide, scales=wrong)
+
+
+def test_autocast_changes_nothing_in_the_quantiser():
+    tok, f = tokenizer(), array("vq/f")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.cat(tok.features_to_ids(f), dim=1), array("vq/partial4/ids"))
+        f_hat, loss = tok.quantize_loss(f)
+        close(loss, "vq/partial4/vq_loss", rtol=1e-6)
+        close(tok.ids_to_inputs(tok.features_to_ids(f)), "vq/partial4/inputs")
+    assert f_hat.dtype == torch.float32
+
+
+def test_codes_in_place_of_ids_add_the_same():
+    tok, ids = tokenizer().quantize, torch.arange(9).repeat(2, 1)
+    with torch.no_grad():
+        assert torch.equal(tok.embed_vectors(tok.embedding(ids), 2), tok.embed(ids, 2))
+        assert torch.equal(tok.next_input(array("vq/f"), 3), array("vq/f").flatten(2).mT)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(v_patch_nums=(4,)), dict(v_patch_nums=(2, 2)), dict(ch=40), dict(quant_resi=float("nan"))], ids=str
+)
+def test_sizes_that_cannot_be_are_one_line(changes):
+    assert str(list(changes)[0]) in message(MultiScaleVQConfig, **changes)

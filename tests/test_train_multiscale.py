@@ -14,7 +14,7 @@ from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from scripts import cache_latents, measure_latents, measure_reconstruction, train_tokenizer
 from tests.helpers_latents import NUM, cache
 from tests.helpers_tokenizers import images, message, save
-from training.autoencoders import make_autoencoder, revive, start_codebook, watched
+from training.autoencoders import LOSSES, SHORT, make_autoencoder, revive, start_codebook, watched
 from training.discriminator import Discriminator
 from util.checkpoint import FILE_NAME, read_file
 from util.door import run_main
@@ -85,7 +85,7 @@ def test_ids_of_a_trained_tokenizer_come_back(folder):
     grown = tokenizer.decode_scales(ids)
     assert torch.equal(grown[-1], images) and images.abs().max() <= 1
     errors = [(image - x).square().mean().item() for image in grown]
-    assert errors[-1] < 0.5 * errors[0] and errors[-1] < (x - x.mean(dim=0)).square().mean()
+    assert errors[-1] < 0.7 * errors[0] and errors[-1] < (x - x.mean(dim=0)).square().mean()
     again = tokenizer.encode_ids(images)
     assert (again == ids).float().mean() > 5 / 32 and (again[:, 0] == ids[:, 0]).float().mean() > 0.7
 
@@ -145,6 +145,23 @@ def test_an_entry_is_dead_when_its_scale_had_its_chances_and_moves_to_a_latent_o
                 moved.setdefault(v, step)
                 assert torch.cdist(codes[v : v + 1], quantised[0][v][0]).min() < 1e-5
     assert moved == {0: 10, 1: 3, 2: 1}
+
+
+def test_some_images_are_decoded_from_a_part_of_their_scales():
+    """Of a random scale, drawn from the generator; all others from all of them."""
+    model, seen = tiny(), []
+    handle = model.decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    x = digits()[:200]
+    for _ in range(2):
+        LOSSES["MultiScaleVQ"].terms(model, x, torch.Generator().manual_seed(0))
+    handle.remove()
+    with torch.no_grad():
+        f = model.encode_features(x)
+        of_scales = [model.decode_features(f_hat) for f_hat in model.ids_to_features(model.features_to_ids(f))]
+    near = torch.stack([(seen[0] - image).abs().amax(dim=(1, 2, 3)) < 1e-4 for image in of_scales])  # (S, B)
+    assert torch.equal(seen[0], seen[1]) and (near.sum(dim=0) == 1).all()
+    shares = near.float().mean(dim=1).tolist()
+    assert shares == pytest.approx([SHORT / 3, SHORT / 3, 1 - 2 * SHORT / 3], abs=0.06)
 
 
 def test_the_running_mean_of_hits():

@@ -15,6 +15,7 @@ from torch import nn
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 
 MULTIPLIERS = (1, 1, 2, 2, 4)  # channels of the levels over those of the first one, as in KL-16
+SHORT = 0.25  # share of the images of a multi-scale autoencoder that are decoded from a part of their scales
 CHANCES = 10  # latents an entry of a codebook, after which one that none has chosen is moved
 
 
@@ -33,7 +34,10 @@ def _vq_terms(autoencoder, images, generator):
 
 
 def _multiscale_terms(autoencoder, images, generator):
-    return autoencoder(images)
+    num_scales = len(autoencoder.quantize.scales)
+    last = torch.randint(num_scales, (len(images),), generator=generator)
+    last[torch.rand(len(images), generator=generator) >= SHORT] = num_scales - 1
+    return autoencoder(images, last.to(images.device))
 
 
 class Kind(NamedTuple):

@@ -148,7 +148,7 @@ class Run:
         if tokenizer.scales:
             grown = tokenizer.decode_scales(tokenizer.encode_ids(images))  # (S, n, C, H, W)
             rows = np.stack([*map(to_uint8, grown), originals], axis=1)  # (n, S + 1, H, W, C)
-            captions = [f"{p}×{p}" for p in tokenizer.scales] + ["original"]
+            captions = [f"{p} x {p}" for p in tokenizer.scales] + ["original"]
             self._save_grid("scales.png", rows.reshape(-1, *rows.shape[2:]), captions * count, len(captions))
             decoded = grown[-1]
         else:

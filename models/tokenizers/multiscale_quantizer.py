@@ -138,18 +138,21 @@ class MultiScaleQuantizer(nn.Module):
             f_hat, rest = f_hat + e, rest - e.detach()
             yield z, ids, f_hat
 
-    def forward(self, f: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list]:
+    def forward(self, f: torch.Tensor, last=None) -> tuple[torch.Tensor, torch.Tensor, list]:
         """For training, of features f (B, C, h, w): (f̂ straight-through like f, vq_loss (), [(z, ids) of each scale]).
 
         vq_loss is the mean over the scales of β·‖sg(f̂_s) − f‖², which moves the encoder towards the codes, and
         ‖f̂_s − sg(f)‖², which moves codes and φ; each is a mean over all numbers. The gradient of f̂ passes to f alone.
+        last (B,) long: the scale after which f̂ of each image is taken; None: the last one.
         """
         with torch.autocast(f.device.type, enabled=False):
-            f, total, tokens = f.float(), 0.0, []
+            f, total, tokens, f_hats = f.float(), 0.0, [], []
             for z, ids, f_hat in self.steps(f):
                 total = total + self.beta * F.mse_loss(f, f_hat.detach()) + F.mse_loss(f_hat, f.detach())
                 tokens.append((z, ids))
-            return f + (f_hat - f).detach(), total / len(self.scales), tokens
+                f_hats.append(f_hat.detach())
+            taken = f_hats[-1] if last is None else torch.stack(f_hats, dim=1)[torch.arange(len(f)), last]
+            return f + (taken - f.detach()), total / len(self.scales), tokens
 
     @torch.no_grad()
     def count(self, ids: list[torch.Tensor], step: int) -> None:

@@ -114,9 +114,9 @@ class MultiScaleVQ(nn.Module):
         f_hat, vq_loss, _ = self.quantize(f)
         return f_hat, vq_loss
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) in [−1, 1] -> (their reconstruction, not clamped, vq_loss ())."""
-        f_hat, vq_loss = self.quantize_loss(self.encode_features(images))
+    def forward(self, images: torch.Tensor, last=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) in [−1, 1] -> (their reconstruction, not clamped, vq_loss ()); last: as in `quantize`."""
+        f_hat, vq_loss, _ = self.quantize(self.encode_features(images), last)
         return self.decode_features(f_hat), vq_loss
 
 

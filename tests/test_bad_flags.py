@@ -14,6 +14,7 @@ import sample
 import util.args
 from scripts import (
     bench,
+    bench_ids,
     bench_loader,
     bench_training,
     cache_latents,
@@ -35,6 +36,7 @@ CONFIGS = {
     sample: sample.CONFIGS,
     bench_loader: [bench_loader.BenchArgs],
     bench: [bench.BenchArgs],
+    bench_ids: [bench_ids.BenchIdsArgs],
     bench_training: [bench_training.BenchTrainingArgs],
     cache_latents: [cache_latents.CacheArgs],
     export_weights: [export_weights.ExportArgs],

@@ -16,6 +16,7 @@ import main_mar
 import sample
 from scripts import (
     bench,
+    bench_ids,
     bench_loader,
     bench_training,
     cache_latents,
@@ -311,6 +312,13 @@ CLASSIFIER = [
 ]
 BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_TRAINING = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "training, heads")]
+BENCH_IDS = [
+    ("--device nope", "'nope'", "cpu"),
+    ("--only speed", "'speed'", "causal, mar"),
+    ("--models mar_base", "'mar_base'", "llamagen_ar_b"),
+    ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
+    ("--img_size 100", "--img_size 100", "multiple of"),
+]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
 EXPORT = [
     ("--checkpoint {tmp}/missing", "{tmp}/missing"),
@@ -378,6 +386,7 @@ CATALOGUE = {
     search_schedule: ("--checkpoint {good} --out {out}.json --device cpu".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),
+    bench_ids: ("--device cpu".split(), BENCH_IDS),
     bench_training: ("--device cpu".split(), BENCH_TRAINING),
     bench_loader: ([], BENCH_LOADER),
     export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),

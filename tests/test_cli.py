@@ -12,6 +12,7 @@ import sample
 from heads.policy import INFER_MODES
 from scripts import (
     bench,
+    bench_ids,
     bench_training,
     cache_latents,
     export_weights,
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     bench,
     bench_training,
+    bench_ids,
     cache_latents,
     export_weights,
     plot_training,

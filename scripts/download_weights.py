@@ -179,7 +179,8 @@ def parse_sha256(texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, _, digest = text.partition("=")
         if name not in FILES or not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits; names: {', '.join(FILES)}")
+            names = ", ".join(MARS_FILES)
+            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits; names: {names}, others: see --help")
         checksums[name] = digest.lower()
     return checksums
 

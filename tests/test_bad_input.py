@@ -114,6 +114,7 @@ TRAINING = [
     ("--group schedule", "--schedule FILE", "group"),
     ("--group staged --num_iter 2", "staged", "num_iter 2", "at least 3"),
     ("--group staged --num_iter 4 --train_masks visited --train_num_iter 2,4", "staged", "num_iter 2"),
+    ("--lr_schedule steep", "--lr_schedule", "'steep'", "constant, cosine, late_cosine"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
     ("--order_base learned", "'learned'", "random, raster, halton"),
     ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),

@@ -41,7 +41,7 @@ run python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_
 budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
 run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
     "${budget[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,2 --bank 512 --lr 1e-2 \
-    --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 4 "${training[@]}" "${epochs[@]}" \
+    --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 3 "${training[@]}" "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.

@@ -36,7 +36,7 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     esac
 done
 
-run python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
+run python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
 
 budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
 run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
@@ -46,12 +46,12 @@ run python main_mar.py --preset digits --init_from "$out" --objective image --le
 
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
-[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 30 --output "$judge"
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --output "$judge"
 measured() { # FOLDER flags
     run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
         "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"
 }
-measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5,1.8 --temperature 0.85
+measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5 --temperature 0.85
 measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 10
 first=${seeds[1]%%,*}
 trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)

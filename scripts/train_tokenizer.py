@@ -12,9 +12,9 @@ above their reconstructions), with --multiscale scales.png (images that grow sca
 Loss: mean absolute error + perceptual_weight · perceptual distance + a penalty, which is kl_weight · KL (both summed
 over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE; with scales
 the mean of both over them); with --adversarial_weight that of a discriminator too. Entries that no latent chooses any
-more are moved to latents, as many to those of a scale of few tokens as to others, and a quarter of the images is
-decoded from a part of their scales, so that the coarse ones say more; which share of the codebook is used, by each
-scale, is measured with the rest.
+more are moved to latents, as many to those of a scale of few tokens as to others, and --partial_share of the
+images is decoded from a part of their scales, so that the coarse ones say more; which share of the codebook is used, by
+each scale, is measured with the rest.
 """
 
 import math
@@ -80,6 +80,9 @@ class TokenizerArgs(ImagesArgs):
     multiscale: bool = flag(False, "train VAR's multi-scale tokenizer instead, for next-scale models")
     patch_nums: str = flag(
         "1,2,3,4,6,8", "sides of its scales, the last one that of its latents", metavar="P,P,...", type=scale_list
+    )
+    partial_share: float = flag(
+        0.1, "share of the images that are decoded from a random part of their scales", low=0, high=1
     )
     codebook_size: int = flag(1024, "codes of either", low=2)
     epochs: float = flag(10.0, "passes over the images, which may be a fraction", low=0)

@@ -14,7 +14,7 @@ from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from scripts import cache_latents, measure_latents, measure_reconstruction, train_tokenizer
 from tests.helpers_latents import NUM, cache
 from tests.helpers_tokenizers import images, message, save
-from training.autoencoders import LOSSES, SHORT, make_autoencoder, revive, start_codebook, watched
+from training.autoencoders import LOSSES, make_autoencoder, revive, start_codebook, watched
 from training.discriminator import Discriminator
 from util.checkpoint import FILE_NAME, read_file
 from util.door import run_main
@@ -153,7 +153,7 @@ def test_some_images_are_decoded_from_a_part_of_their_scales():
     handle = model.decoder.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
     x = digits()[:200]
     for _ in range(2):
-        LOSSES["MultiScaleVQ"].terms(model, x, torch.Generator().manual_seed(0))
+        LOSSES["MultiScaleVQ"].terms(model, x, torch.Generator().manual_seed(0), 0.25)
     handle.remove()
     with torch.no_grad():
         f = model.encode_features(x)
@@ -161,7 +161,7 @@ def test_some_images_are_decoded_from_a_part_of_their_scales():
     near = torch.stack([(seen[0] - image).abs().amax(dim=(1, 2, 3)) < 1e-4 for image in of_scales])  # (S, B)
     assert torch.equal(seen[0], seen[1]) and (near.sum(dim=0) == 1).all()
     shares = near.float().mean(dim=1).tolist()
-    assert shares == pytest.approx([SHORT / 3, SHORT / 3, 1 - 2 * SHORT / 3], abs=0.06)
+    assert shares == pytest.approx([0.25 / 3, 0.25 / 3, 1 - 0.5 / 3], abs=0.06)
 
 
 def test_the_running_mean_of_hits():

@@ -15,11 +15,10 @@ from torch import nn
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 
 MULTIPLIERS = (1, 1, 2, 2, 4)  # channels of the levels over those of the first one, as in KL-16
-SHORT = 0.25  # share of the images of a multi-scale autoencoder that are decoded from a part of their scales
 CHANCES = 10  # latents an entry of a codebook, after which one that none has chosen is moved
 
 
-def _kl_terms(autoencoder, images, generator):
+def _kl_terms(autoencoder, images, generator, partial):
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
     # .float(): posterior and divergence are computed in float32 under autocast too
@@ -28,22 +27,23 @@ def _kl_terms(autoencoder, images, generator):
     return decoded, posterior.kl().sum() / images.numel()
 
 
-def _vq_terms(autoencoder, images, generator):
+def _vq_terms(autoencoder, images, generator, partial):
     decoded, commitment = autoencoder.decode(autoencoder.encode(images).latents.float(), return_dict=False)
     return decoded, commitment
 
 
-def _multiscale_terms(autoencoder, images, generator):
+def _multiscale_terms(autoencoder, images, generator, partial):
     num_scales = len(autoencoder.quantize.scales)
     last = torch.randint(num_scales, (len(images),), generator=generator)
-    last[torch.rand(len(images), generator=generator) >= SHORT] = num_scales - 1
+    last[torch.rand(len(images), generator=generator) >= partial] = num_scales - 1
     return autoencoder(images, last.to(images.device))
 
 
 class Kind(NamedTuple):
     """What training knows of a class of autoencoders."""
 
-    # (autoencoder, images, generator of the posterior's draws) -> (decoded images, penalty ())
+    # (autoencoder, images, generator of the draws, share of the images that scales are left out of, the last ones from
+    # a random one on) -> (decoded images, penalty ())
     terms: Callable
     penalty: str  # its name. kl: the divergence in nats, divided by the number of values of an image; vq: codebook and
     # commitment loss

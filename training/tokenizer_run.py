@@ -183,7 +183,7 @@ def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
         start_codebook(run.autoencoder, images, draws)
     kind, adversarial = LOSSES[args.class_name], run.adversarial
     with dist.autocast(run.device, run.dtype), watched(run.autoencoder) as quantised:
-        decoded, penalty = kind.terms(run.autoencoder, images, draws)
+        decoded, penalty = kind.terms(run.autoencoder, images, draws, args.partial_share)
         terms = {"l1": F.l1_loss(decoded.float(), images), kind.penalty: penalty}
         if run.perceptual is not None:
             terms["perceptual"] = run.perceptual(decoded, images)

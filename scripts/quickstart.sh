@@ -11,7 +11,7 @@ training=()
 sampling=()
 images=(--num_images 600)
 seeds=(--seed 1,2)
-groups=(--group cosine,staged)
+groups=(--group staged)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -51,7 +51,7 @@ measured() { # FOLDER flags
     run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
         "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"
 }
-measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5 --temperature 0.85
+measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
 measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 10
 first=${seeds[1]%%,*}
 trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)

@@ -11,7 +11,7 @@ from torch import nn
 
 from heads.forms import FORMS
 from heads.luce import PlackettLuce
-from heads.orders import AFTER_DRAW, ORDERS
+from heads.orders import AFTER_DRAW, ORDERS, LearnedConfidence
 from heads.rules import Rules
 from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.searched import schedule_values
@@ -25,6 +25,7 @@ SCOPES = ("global", "token")  # one value an image, or one a token
 # mode:       order      group      tau         cfg; where cfg is learned, so is the profile if there is a head for it
 INFER_MODES = {
     "baseline": ("random", "cosine", "constant", "linear"),
+    "maskgil": ("confidence", "step_arccos", "constant", "ramp"),  # that family's own hand-made rules
     "policy": ("learned", "learned", "constant", "linear"),
     "guidance": ("random", "cosine", "learned", "learned"),
     "both": ("learned", "learned", "learned", "learned"),
@@ -157,20 +158,29 @@ def column(value, state: StepState) -> torch.Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=state.mask.device).expand(len(state.mask), 1)
 
 
-def base_scores(state: StepState, options: RuleOptions) -> torch.Tensor:
+def base_scores(state: StepState, options: RuleOptions, log_prob=None) -> torch.Tensor:
     """order_noise·g (B, L), to which the order head adds its logits; g are the Gumbel draws that make the random order.
 
-    Of another order_base the j-th token has the j-th largest of L evenly spread quantiles of that distribution.
+    Of another order_base the j-th token has the j-th largest of L evenly spread quantiles of that distribution; of one
+    that looks at what is drawn, its score of log_prob (B, L).
     """
     if options.order_base == "random":
         return options.order_noise * state.gumbel
+    if options.order_base in AFTER_DRAW:
+        return options.order_noise * hand_made("order", options.order_base, options).scores(
+            state, log_prob, state.gumbel
+        )
     rank = ORDERS[options.order_base](state).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     share = 1 - (rank + 0.5) / rank.shape[1]  # the first token has the largest
     return options.order_noise * -(-share.log()).log()
 
 
 def learned_order(heads, base, options):
-    """Rank by logit + order_noise·g; where the form renews g, as a `PlackettLuce`."""
+    """Rank by logit + order_noise·g; where the form renews g, as a `PlackettLuce`; or as a `LearnedConfidence`."""
+
+    if options.order_base in AFTER_DRAW:
+        logits = partial(heads.logits, base_cfg=options.cfg)
+        return LearnedConfidence(options.confidence_noise, options.confidence_score, logits, options.order_noise)
 
     def scores(state):
         return heads.logits(state, options.cfg) + base_scores(state, options)
@@ -237,7 +247,7 @@ def hand_made(kind: str, name: str, options: RuleOptions):
         raise ValueError(f"the {kind} rule 'schedule' needs --schedule FILE with values of {kind}")
     rule = RULES[kind][0][name]
     if name in AFTER_DRAW:
-        return rule(options.confidence_noise)
+        return rule(options.confidence_noise, options.confidence_score)
     return rule if kind == "order" else partial(rule, options=options)
 
 

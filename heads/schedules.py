@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heads.orders import ORDERS
+from heads.orders import AFTER_DRAW, ORDERS, SCORES
 from heads.searched import schedule_setting, schedule_values
 from heads.step import StepState
+from models.mask_schedules import STEP_WEIGHTS, step_shares
 from util.args import flag, parse_range
 
 
@@ -31,6 +32,9 @@ class RuleOptions:
     order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
     order_base: str = flag("random", "hand-made order that the learned one moves")
     confidence_noise: float = flag(4.5, "Gumbel noise of the order confidence at the first step; falls to 0", low=0)
+    confidence_score: str = flag(
+        "linear", "of the order confidence: log p with that noise, p, at random, or so in two steps", choices=SCORES
+    )
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
     cfg_t_interval: str = flag("0,1", "lo,hi: t/1000 within which the interval profile has guidance", metavar="LO,HI")
     schedule: str | None = flag(
@@ -41,8 +45,9 @@ class RuleOptions:
         if self.schedule is not None:
             object.__setattr__(self, "schedule", schedule_setting(self.schedule))
         self.interval(), self.t_interval()  # a wrong text is an error now, not at the first step
-        if self.order_base not in ORDERS:
-            raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
+        for name, table in (("order_base", ORDERS | AFTER_DRAW), ("confidence_score", SCORES)):
+            if getattr(self, name) not in table:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; valid: {', '.join(table)}")
         for name in ("cfg", "temperature", "temperature_end", "order_noise", "confidence_noise"):
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
@@ -112,6 +117,16 @@ def _searched_share(u: float, num_iter: int, options: RuleOptions) -> float:
     return 1 - interpolate(np.append(0.0, options.searched("group")), u)
 
 
+def _step_group(kind: str):
+    """MaskGIL's: the tokens of a step, and not those known after it, follow a curve; the last step takes the rest."""
+
+    def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
+        share = state.per_image(lambda u, k: step_shares(kind, k)[round(u * k) - 1])
+        return (state.num_start * share.float().to(state.num_start.device, non_blocking=True)).round()
+
+    return rule
+
+
 MIN_STEPS = {"staged": 3}  # of the group rules that need some
 
 
@@ -144,6 +159,12 @@ def _known_share(state, unknown_after):
 def linear_cfg(state, unknown_after, options):
     """1 + (w − 1)·v: guidance grows with the share of known tokens."""
     return 1 + (options.cfg - 1) * _known_share(state, unknown_after)
+
+
+def ramp_cfg(state, unknown_after, options):
+    """1 + (w − 1)·s / (K − 1) at step s; w where K = 1."""
+    share = state.per_image(lambda u, k: (round(u * k) - 1) / (k - 1) if k > 1 else 1.0)
+    return 1 + (options.cfg - 1) * share.float().unsqueeze(1).to(state.mask.device, non_blocking=True)
 
 
 def power_cosine_cfg(state, unknown_after, options):
@@ -186,6 +207,7 @@ GROUPS = {
     "one": lambda state, options: torch.ones_like(state.num_unknown),
     "power": _group(lambda u, k, options: 1 - u**options.group_p),
     "staged": _group(_staged_share),
+    **{f"step_{kind}": _step_group(kind) for kind in STEP_WEIGHTS},
     "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these
 }
 TAUS = {
@@ -200,6 +222,7 @@ TAUS = {
 CFGS = {
     "constant": lambda state, unknown_after, options: options.cfg,
     "linear": linear_cfg,
+    "ramp": ramp_cfg,
     "power_cosine": power_cosine_cfg,
     "interval": interval_cfg,
     "schedule": lambda state, unknown_after, options: _searched("cfg", state, options),

@@ -12,6 +12,7 @@ import torch
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
 from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
+from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
 from models.token_head import LOSSES, TokenHead
 
 
@@ -43,6 +44,8 @@ class Config(Protocol):
     class_num: int
     label_drop_prob: float  # probability of training without the label
     mask_ratio_min: float  # the smallest share of the tokens that training masks; 1.0: all tokens are targets
+    # a configuration may have mask_schedule, a row of MASK_RATIOS in models/mask_schedules.py, whose masks take the
+    # place of these, and loss_tokens, "all" where known tokens are targets too
     grad_checkpointing: bool  # compute activations again in the backward pass, where the model can
     seq_len: int  # L
     grid: int  # tokens of an image's side
@@ -101,6 +104,7 @@ class Family(NamedTuple):
     read_published: Callable | None = None
     # (fields of the configuration) -> `Backbone.fixed_rules`, where these depend on it; None: the model class has them
     fixed_rules: Callable | None = None
+    sampling: dict = {}  # its own defaults of flags that say how images are sampled
 
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
@@ -108,6 +112,9 @@ FAMILIES = {
     "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published),
     "mar_ar": Family(MARAR, MARARConfig, MAR_AR_CONFIGS, ("continuous", "discrete"), fixed_rules=fixed_rules),
     "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",)),
+    "maskgil": Family(
+        MaskGIL, MaskGILConfig, MASKGIL_CONFIGS, ("discrete",), sampling=dict(infer_mode="maskgil", num_iter=8, cfg=4.0)
+    ),
 }
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
 

@@ -218,6 +218,6 @@ def _published_config(content: dict, model: str, sizes: dict) -> dict:
         family: asdict(own),
         **tokenizer,
         "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(own.class_num)]},
-        "sample": {},
+        "sample": dict(FAMILIES[family].sampling),
         "eval": {},
     }

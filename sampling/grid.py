@@ -21,6 +21,7 @@ SWEEPS += (
     "order_noise",
     "order_base",
     "confidence_noise",
+    "confidence_score",
     "top_k",
     "top_p",
     "refresh_every",

@@ -7,15 +7,15 @@ import torch
 
 from heads.forms import bounded
 from heads.orders import ORDERS
-from heads.policy import HEADS, INFER_MODES, PolicyHeads, build_rules
+from heads.policy import HEADS, PolicyHeads, build_rules
 from sampling.loop import generate
 from tests.helpers import tiny_mar
-from tests.helpers_heads import SCOPES, state_of, trained
+from tests.helpers_heads import OF_LATENTS, SCOPES, state_of, trained
 
 
 @pytest.mark.parametrize("cfg, num_iter", [(1.0, 4), (2.5, 4), (2.5, 7)])
 @pytest.mark.parametrize("tau_mode, cfg_mode", [("global", "token"), ("token", "global")])
-@pytest.mark.parametrize("mode", INFER_MODES)
+@pytest.mark.parametrize("mode", OF_LATENTS)
 def test_untrained_heads_are_the_baseline_bit_for_bit(mode, cfg, num_iter, tau_mode, cfg_mode):
     mar = tiny_mar()
     heads = PolicyHeads(16, tau_mode=tau_mode, cfg_mode=cfg_mode)

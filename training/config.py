@@ -109,6 +109,7 @@ class TrainConfig:
     lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine", "late_cosine"))
     warmup_epochs: float = flag(100, "epochs of linear warm-up", low=0)
     weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
+    beta2: float = flag(0.95, "AdamW averaging rate of the squared gradient", low=0, high=0.99999)
     ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
     grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
     freeze_backbone: bool = flag(False, "do not train the transformer")
@@ -301,7 +302,8 @@ def resolve(given: dict) -> RunConfig:
     if SIZES[model] != "mar":  # what they say of a model is of MAR's
         of_model = defaults(FAMILIES["mar"].config).keys() - _OF_IMAGES
         mars = {name: value for name, value in mars.items() if name not in of_model}
-    chosen = {**defaults(*PARTS), **mars, **given, "preset": preset if preset in PRESETS else None}
+    chosen = {**defaults(*PARTS), **FAMILIES[SIZES[model]].sampling, **mars, **given}
+    chosen["preset"] = preset if preset in PRESETS else None
     own = OBJECTIVES[chosen["objective"]].defaults(chosen)
     if "blr" in given:
         own.pop("lr", None)

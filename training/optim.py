@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 
-def make_optimizer(module: nn.Module, token_head: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) for a module, without weight decay on biases, norms and its token head, as published."""
+def make_optimizer(
+    module: nn.Module, token_head: nn.Module, lr: float, weight_decay: float, beta2: float = 0.95
+) -> torch.optim.AdamW:
+    """AdamW (0.9, beta2) for a module, without weight decay on biases, norms and its token head, as published."""
     of_token_head = {id(parameter) for parameter in token_head.parameters()}
     decay, plain = [], []
     for name, parameter in module.named_parameters():
@@ -17,7 +19,7 @@ def make_optimizer(module: nn.Module, token_head: nn.Module, lr: float, weight_d
             no_decay = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in of_token_head
             (plain if no_decay else decay).append(parameter)
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2))
 
 
 def lr_at(progress: float, *, lr: float, min_lr: float, schedule: str, warmup_epochs: float, epochs: float) -> float:

@@ -59,7 +59,8 @@ class HeadPlan:
         mask = self.state.mask
         if needs_every_loss(self.heads):
             difficulty = difficulty.new_zeros(mask.numel()).index_copy(0, self.rows, difficulty).view(mask.shape)
-            scores = base_scores(self.state, self.options)
+            # where the base looks at what is drawn, the token itself stands for it
+            scores = base_scores(self.state, self.options, log_prob=-difficulty)
             if "order" in self.heads.learn:
                 scores = scores + self.heads.logits(self.state, self.scale)
             losses["order"], size = order_and_size_losses(scores, self.k, mask, difficulty, self.config)
@@ -151,6 +152,12 @@ class TokenObjective(nn.Module):
             )
         train, sizes = settings.train, model.config
         visits = make_visits(settings.masks, settings.sampling, heads)
+        loss_tokens = getattr(sizes, "loss_tokens", "masked")
+        if visits is not None and loss_tokens != "masked":
+            raise ValueError(
+                f"--loss_tokens {loss_tokens} must be masked with --train_masks {settings.masks.train_masks}: "
+                "--train_targets says what is learned of its masks"
+            )
         draws = DrawSettings(
             seq_len=sizes.seq_len,
             mask_ratio_min=sizes.mask_ratio_min,
@@ -159,6 +166,8 @@ class TokenObjective(nn.Module):
             num_iter=None if heads is None and visits is None else settings.heads.num_iter_range(),
             cfg_max=settings.heads.cfg_train_max,
             every_token=visits is not None,
+            mask_schedule=getattr(sizes, "mask_schedule", None),
+            loss_tokens=loss_tokens,
         )
         preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from)
         return cls(model, heads, settings.losses, settings.sampling, preparation, train)
@@ -177,7 +186,8 @@ class TokenObjective(nn.Module):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW as published."""
-        return make_optimizer(self, self.model.token_head, self.settings.lr, self.settings.weight_decay)
+        train = self.settings
+        return make_optimizer(self, self.model.token_head, train.lr, train.weight_decay, train.beta2)
 
     def average_heads(self) -> EMA:
         """An exponential moving average, as of the model's weights."""
@@ -279,7 +289,7 @@ class TokenObjective(nn.Module):
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
-        return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
+        return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1) & draws.mask))
 
 
 def check_one_a_step(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:

@@ -73,6 +73,11 @@ class Visits:
     def __init__(self, config: MaskConfig, heads: PolicyHeads | None, order: str | None, group: str | None, **options):
         self.config, self.heads, self.options = config, heads, options
         self.names = config.rule_names(order, group, heads, options.get("schedule"))
+        if self.names["order"] == "learned" and options.get("order_base") in AFTER_DRAW:
+            raise ValueError(
+                f"--order_base {options['order_base']} looks at tokens that the model draws, training masks cannot: "
+                "use --train_masks random, or another order_base"
+            )
         self.num_passes = config.policy_passes if "learned" in self.names.values() else 0
 
     def __call__(self, draws, encode: Callable, device="cpu", epoch: float = math.inf):

@@ -9,7 +9,8 @@ from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import protocol_line
 from util.images.pictures import read_run
 
-LATER = {"reference_content", "top_k", "top_p", "confidence_noise"}  # keys that lines of before them lack
+# keys that lines of before them lack
+LATER = {"reference_content", "top_k", "top_p", "confidence_noise", "confidence_score"}
 
 
 def git_commit() -> str | None:

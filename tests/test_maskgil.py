@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from models.blocks import LlamaConfig, grid_table
-from models.maskgil import MASKGIL_CONFIGS, ROPES, MaskGIL, MaskGILConfig, draw_mask, token_loss, token_schedule
 from models.mask_schedules import MASK_RATIOS, STEP_WEIGHTS
+from models.maskgil import MASKGIL_CONFIGS, ROPES, MaskGIL, MaskGILConfig, draw_mask, token_loss, token_schedule
 from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, VARIANTS, published, tensor, tiny_maskgil
 
 SHAPES = json.loads((Path(__file__).parent / "fixtures" / "maskgil_state_dict_shapes.json").read_text())

@@ -1,4 +1,4 @@
-"""MaskGIL through the programs: training on images and cached ids, resuming, two processes, heads, sampling, refusals."""
+"""MaskGIL through the programs: training on images and caches, resuming, two processes, heads, sampling, refusals."""
 
 import json
 import math
@@ -18,6 +18,7 @@ import sample
 from models.loading import load_model
 from models.mask_schedules import MASK_RATIOS
 from models.maskgil import MaskGIL, token_loss
+from scripts import cache_latents
 from tests.helpers_ids import ENTRIES, add_tokenizers
 from tests.helpers_maskgil import LENGTH, tiny_maskgil
 from tests.test_cli import refused
@@ -153,7 +154,8 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(run, tmp_pat
 def test_two_processes_train_like_one(run, tmp_path):
     """torchrun with gloo against one process at the same global batch, to rounding."""
     program = (
-        "import sys, pytest, main_mar; from tests.helpers_ids import add_tokenizers\n"
+        "import sys, pytest, main_mar; from scripts import cache_latents
+from tests.helpers_ids import add_tokenizers\n"
         "with pytest.MonkeyPatch.context() as patch: add_tokenizers(patch); sys.exit(main_mar.main(sys.argv[1:]))"
     )
     (tmp_path / "program.py").write_text(program)
@@ -172,6 +174,15 @@ def test_two_processes_train_like_one(run, tmp_path):
     assert len(one) == len(two)
     for before, after in zip(one, two):
         assert after["ce"] == pytest.approx(before["ce"], rel=2e-3)
+
+
+def test_training_on_cached_ids_equals_training_on_the_images(tmp_path):
+    cache = "--data digits --img_size 8 --tokenizer grey16 --num_workers 0 --device cpu --cached_path".split()
+    assert cache_latents.main([*cache, str(tmp_path / "cache")]) == 0
+    for name, more in (("images", []), ("cached", ["--use_cached", "--cached_path", str(tmp_path / "cache")])):
+        assert main_mar.main([*TRAIN, *more, "--epochs", "1", "--output_dir", str(tmp_path / name)]) == 0
+    plain, cached = (load_checkpoint(tmp_path / name)["model"] for name in ("images", "cached"))
+    assert all(cached[name].equal(value) for name, value in plain.items())
 
 
 def outputs(folder, out, *flags):

@@ -1,4 +1,4 @@
-"""MaskGIL through the one loop: the published traces, what the published sampler gets wrong, rules and learned heads."""
+"""MaskGIL through the one loop: published traces, what the published sampler gets wrong, rules, learned heads."""
 
 from collections import Counter
 from dataclasses import replace

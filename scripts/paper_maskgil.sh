@@ -39,12 +39,13 @@ else
             *) fail "unknown model '$model'; valid: maskgil_b, maskgil_l, maskgil_xl, maskgil_xxl" ;;
         esac
     done
+    batch=$((256 / gpus))
     tokenizer=(--tokenizer llamagen_vq16 --vae_path "${VAE_DIR:-pretrained_models}/vq_ds16_c2i.pt")
     for model in ${models//,/ }; do
         run=$out/$model weights=${WEIGHTS:-$out/weights}/$model
         results+=("$run/results.jsonl")
         run torchrun --nproc_per_node="$gpus" main_mar.py --data imagefolder --data_path "$data" --model "$model" \
-            "${tokenizer[@]}" "${variant[@]}" --epochs 300 --batch_size "$((256 / gpus))" --lr 1e-4 --warmup_epochs 0 \
+            "${tokenizer[@]}" "${variant[@]}" --epochs 300 --batch_size "$batch" --lr 1e-4 --warmup_epochs 0 \
             --weight_decay 1e-5 --beta2 0.96 --grad_clip 1 --output_dir "$weights" --resume "$weights"
         run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
             --data_path "$data" --cfg "$cfgs" --num_iter 8 --confidence_noise "$noises" --eval_bsz 256 \

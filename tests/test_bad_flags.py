@@ -13,6 +13,7 @@ import main_mar
 import sample
 import util.args
 from scripts import (
+    ablate_norms,
     bench,
     bench_loader,
     bench_training,
@@ -33,6 +34,7 @@ from util.args import make_parser
 CONFIGS = {
     main_mar: flag_classes(),
     sample: sample.CONFIGS,
+    ablate_norms: [ablate_norms.AblateArgs],
     bench_loader: [bench_loader.BenchArgs],
     bench: [bench.BenchArgs],
     bench_training: [bench_training.BenchTrainingArgs],

@@ -15,6 +15,7 @@ from PIL import Image
 import main_mar
 import sample
 from scripts import (
+    ablate_norms,
     bench,
     bench_loader,
     bench_training,
@@ -273,6 +274,17 @@ SEARCH = [
     ("--num_iter 65", "65", "64"),
     ("--device nope", "'nope'", "cpu"),
 ]
+NORMS = [
+    *READING,
+    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
+    ("--tokenizer pixel", "--tokenizer pixel", "continuous"),
+    ("--tokenizer llamagen_vq16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
+    ("--seeds 1,x", "--seeds", "'1,x'"),
+    ("--img_size 9", "9", "8"),
+    ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--device nope", "'nope'", "cpu"),
+]
 AUTOENCODER = [
     *READING,
     ("--stride 16", "--stride 16", "8"),
@@ -366,6 +378,7 @@ CATALOGUE = {
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
     measure_latents: (f"{DIGITS} --num_workers 0".split(), MEASURING),
     train_tokenizer: (SMALL.split(), AUTOENCODER),
+    ablate_norms: ("--data digits --tokenizer pixel --output_dir {out} --device cpu".split(), NORMS),
     search_schedule: ("--checkpoint {good} --out {out}.json --device cpu".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),

@@ -11,6 +11,7 @@ import main_mar
 import sample
 from heads.policy import INFER_MODES
 from scripts import (
+    ablate_norms,
     bench,
     bench_training,
     cache_latents,
@@ -26,6 +27,7 @@ from util.door import run_main
 ROOT = Path(__file__).resolve().parents[1]
 # those with --dry_run
 SCRIPTS = (
+    ablate_norms,
     bench,
     bench_training,
     cache_latents,

@@ -17,7 +17,7 @@ import main_mar
 import sample
 from models.loading import load_model
 from models.mask_schedules import MASK_RATIOS
-from models.maskgil import MaskGIL, token_loss
+from models.maskgil import MASKGIL_CONFIGS, MaskGIL, token_loss
 from scripts import cache_latents
 from tests.helpers_ids import ENTRIES, add_tokenizers
 from tests.helpers_maskgil import LENGTH, tiny_maskgil
@@ -29,14 +29,21 @@ from training.optim import make_optimizer
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --model maskgil_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 1e-3".split()
-TRAIN += "--warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
+TRAIN += "--lr_schedule constant --warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
 HEADS = ["--learn", "order,group,cfg"]
 SAMPLE = "--num_images 4 --metrics none --device cpu --eval_bsz 4".split()
 
 
+def prepare(patch) -> None:
+    """Tokenizers of grey levels, and a maskgil_tiny that takes a tenth of the time."""
+    add_tokenizers(patch)
+    small = replace(MASKGIL_CONFIGS["maskgil_tiny"], dim=32, n_layer=2, n_head=2)
+    patch.setitem(MASKGIL_CONFIGS, "maskgil_tiny", small)
+
+
 @pytest.fixture(autouse=True)
-def tokenizers(monkeypatch):
-    add_tokenizers(monkeypatch)
+def prepared(monkeypatch):
+    prepare(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def run(tmp_path_factory):
     """A run of two epochs with heads."""
     folder = tmp_path_factory.mktemp("maskgil") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        add_tokenizers(patch)
+        prepare(patch)
         assert main_mar.main([*TRAIN, *HEADS, "--epochs", "2", "--output_dir", str(folder)]) == 0
     return folder
 
@@ -64,10 +71,10 @@ def draws_of(samples, **settings):
 @pytest.mark.parametrize("kind", MASK_RATIOS)
 def test_masks_have_the_mean_of_their_schedule(kind):
     """Each token by itself: an image's number of masked tokens is binomial, and may be none or all."""
-    draws = draws_of(range(1500), mask_schedule=kind)
+    draws = draws_of(range(400), mask_schedule=kind)
     r = torch.linspace(0, 1, 10001)
     mean = MASK_RATIOS[kind](r).mean().item()
-    assert draws.mask.float().mean().item() == pytest.approx(mean, abs=0.03)
+    assert draws.mask.float().mean().item() == pytest.approx(mean, abs=0.05)
     counts = draws.mask.sum(dim=1)
     assert counts.min() == 0 and counts.max() == LENGTH and draws.num_visible == (LENGTH - counts).tolist()
     assert draws.tokens.rows.sort()[0].equal(draws.mask.flatten().nonzero().flatten())
@@ -77,8 +84,8 @@ def test_masks_have_the_mean_of_their_schedule(kind):
 
 
 def test_where_rules_choose_no_mask_is_empty():
-    plain = draws_of(range(300), mask_schedule="square")
-    with_rules = draws_of(range(300), mask_schedule="square", num_iter=(2, 16))
+    plain = draws_of(range(100), mask_schedule="square")
+    with_rules = draws_of(range(100), mask_schedule="square", num_iter=(2, 16))
     empty = ~plain.mask.any(dim=1)
     assert empty.any() and with_rules.mask[empty].sum(dim=1).eq(1).all()
     assert with_rules.mask[~empty].equal(plain.mask[~empty])
@@ -100,7 +107,7 @@ def test_the_loss_of_all_tokens_or_of_the_masked_ones(loss_tokens):
 
 def test_a_batch_without_a_masked_token_has_no_loss_and_a_gradient_of_zero():
     model = tiny_maskgil()
-    draws = draws_of(range(300), mask_schedule="square")
+    draws = draws_of(range(100), mask_schedule="square")
     empty = int((~draws.mask.any(dim=1)).nonzero()[0])
     batch = Batch(torch.zeros(1, LENGTH).long(), torch.tensor([0]), draws_of([empty], mask_schedule="square"))
     assert batch.num_targets == 0
@@ -154,9 +161,8 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(run, tmp_pat
 def test_two_processes_train_like_one(run, tmp_path):
     """torchrun with gloo against one process at the same global batch, to rounding."""
     program = (
-        "import sys, pytest, main_mar; from scripts import cache_latents
-from tests.helpers_ids import add_tokenizers\n"
-        "with pytest.MonkeyPatch.context() as patch: add_tokenizers(patch); sys.exit(main_mar.main(sys.argv[1:]))"
+        "import sys, pytest, main_mar; from tests.test_maskgil_programs import prepare\n"
+        "with pytest.MonkeyPatch.context() as patch: prepare(patch); sys.exit(main_mar.main(sys.argv[1:]))"
     )
     (tmp_path / "program.py").write_text(program)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29527"]
@@ -195,7 +201,7 @@ def test_it_samples_with_its_own_rules_with_heads_and_edits(run, tmp_path):
     own = outputs(run, tmp_path / "own")
     (row,) = [json.loads(line) for line in (tmp_path / "own" / "results.jsonl").read_text().splitlines()]
     names = ("infer_mode", "order", "group", "cfg_schedule", "num_iter", "cfg", "confidence_score")
-    expected = ["maskgil", "confidence", "step_arccos", "ramp", 8, 4.0, "linear"]
+    expected = ["maskgil", "confidence", "step_arccos", "ramp", 8, 1.5, "linear"]  # the preset's scale
     assert [row["settings"][name] for name in names] == expected
     assert row["mar_evals"] == 15  # 8 with the label, 7 without
     learned = "--infer_mode policy --cfg_schedule learned --order_base confidence".split()

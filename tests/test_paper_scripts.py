@@ -9,13 +9,14 @@ import pytest
 
 import main_mar
 import sample
-from scripts import make_table, measure_reconstruction
+from scripts import make_table, measure_reconstruction, train_tokenizer
 from tests.test_sample import train_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("scripts/paper_*.sh") if path.stem != "paper_env")
 PROGRAMS = {"main_mar.py": main_mar.main, "sample.py": sample.main}
 PROGRAMS |= {"scripts/measure_reconstruction.py": measure_reconstruction.main}
+PROGRAMS |= {"scripts/train_tokenizer.py": train_tokenizer.main}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ import util.args
 from scripts import (
     ablate_norms,
     bench,
+    bench_ids,
     bench_loader,
     bench_training,
     cache_latents,
@@ -37,6 +38,7 @@ CONFIGS = {
     ablate_norms: [ablate_norms.AblateArgs],
     bench_loader: [bench_loader.BenchArgs],
     bench: [bench.BenchArgs],
+    bench_ids: [bench_ids.BenchIdsArgs],
     bench_training: [bench_training.BenchTrainingArgs],
     cache_latents: [cache_latents.CacheArgs],
     export_weights: [export_weights.ExportArgs],

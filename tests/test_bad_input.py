@@ -17,6 +17,7 @@ import sample
 from scripts import (
     ablate_norms,
     bench,
+    bench_ids,
     bench_loader,
     bench_training,
     cache_latents,
@@ -312,6 +313,11 @@ CLASSIFIER = [
     ("--output {file}/x.npz", "--output", "{file}"),
     ("--output /proc/x/y.npz", "--output /proc/x"),
 ]
+BENCH_IDS = [
+    ("--models mar_base", "--models", "'mar_base'", "maskgil_b"),
+    ("--dtypes int8", "--dtypes", "'int8'", "fp32, bf16"),
+    ("--device nope", "'nope'", "cpu"),
+]
 BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_TRAINING = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "training, heads")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
@@ -382,6 +388,7 @@ CATALOGUE = {
     search_schedule: ("--checkpoint {good} --out {out}.json --device cpu".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),
+    bench_ids: ("--device cpu".split(), BENCH_IDS),
     bench_training: ("--device cpu".split(), BENCH_TRAINING),
     bench_loader: ([], BENCH_LOADER),
     export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),

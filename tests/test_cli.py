@@ -13,6 +13,7 @@ from heads.policy import INFER_MODES
 from scripts import (
     ablate_norms,
     bench,
+    bench_ids,
     bench_training,
     cache_latents,
     export_weights,
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     ablate_norms,
     bench,
+    bench_ids,
     bench_training,
     cache_latents,
     export_weights,

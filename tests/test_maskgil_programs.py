@@ -29,7 +29,8 @@ from training.optim import make_optimizer
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --model maskgil_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 1e-3".split()
-TRAIN += "--lr_schedule constant --warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
+TRAIN += "--lr_schedule constant --warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100".split()
+TRAIN += "--num_workers 0 --device cpu".split()
 HEADS = ["--learn", "order,group,cfg"]
 SAMPLE = "--num_images 4 --metrics none --device cpu --eval_bsz 4".split()
 

@@ -9,15 +9,16 @@ import torch
 from scripts import ablate_norms
 from scripts.ablate_norms import NORMS, AblateArgs, Largest, train
 from tests.helpers_ids import add_tokenizers
-from tests.helpers_maskgil import ENTRIES, LENGTH, tiny_maskgil
+from tests.helpers_maskgil import ENTRIES, LENGTH, shrink, tiny_maskgil
 from tests.test_cli import refused
 
-FLAGS = "--data digits --tokenizer grey16 --steps 3 --batch_size 8 --seeds 1,2 --device cpu".split()
+FLAGS = "--data digits --tokenizer grey16 --steps 3 --batch_size 64 --seeds 1,2 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
-def tokenizers(monkeypatch):
+def prepared(monkeypatch):
     add_tokenizers(monkeypatch)
+    shrink(monkeypatch)
 
 
 @torch.no_grad()

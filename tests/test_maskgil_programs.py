@@ -17,10 +17,10 @@ import main_mar
 import sample
 from models.loading import load_model
 from models.mask_schedules import MASK_RATIOS
-from models.maskgil import MASKGIL_CONFIGS, MaskGIL, token_loss
+from models.maskgil import MaskGIL, token_loss
 from scripts import cache_latents
 from tests.helpers_ids import ENTRIES, add_tokenizers
-from tests.helpers_maskgil import LENGTH, tiny_maskgil
+from tests.helpers_maskgil import LENGTH, shrink, tiny_maskgil
 from tests.test_cli import refused
 from training.config import TrainConfig, resolve
 from training.objectives.draws import DrawSettings, training_draws
@@ -38,8 +38,7 @@ SAMPLE = "--num_images 4 --metrics none --device cpu --eval_bsz 4".split()
 def prepare(patch) -> None:
     """Tokenizers of grey levels, and a maskgil_tiny that takes a tenth of the time."""
     add_tokenizers(patch)
-    small = replace(MASKGIL_CONFIGS["maskgil_tiny"], dim=32, n_layer=2, n_head=2)
-    patch.setitem(MASKGIL_CONFIGS, "maskgil_tiny", small)
+    shrink(patch)
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,8 @@ def _step_group(kind: str):
     """MaskGIL's: the tokens of a step, and not those known after it, follow a curve; the last step takes the rest."""
 
     def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
-        share = state.per_image(lambda u, k: step_shares(kind, k)[round(u * k) - 1])
+        # in training an image that is done goes on to steps after its last
+        share = state.per_image(lambda u, k: step_shares(kind, k)[min(round(u * k), k) - 1])
         return (state.num_start * share.float().to(state.num_start.device, non_blocking=True)).round()
 
     return rule
@@ -162,9 +163,9 @@ def linear_cfg(state, unknown_after, options):
 
 
 def ramp_cfg(state, unknown_after, options):
-    """1 + (w − 1)·s / (K − 1) at step s; w where K = 1."""
+    """1 + (w − 1)·s / (K − 1) at step s of K: guidance grows with the steps, from none at the first; w if K is 1."""
     share = state.per_image(lambda u, k: (round(u * k) - 1) / (k - 1) if k > 1 else 1.0)
-    return 1 + (options.cfg - 1) * share.float().unsqueeze(1).to(state.mask.device, non_blocking=True)
+    return 1 + (options.cfg - 1) * share.float().to(state.mask.device, non_blocking=True).unsqueeze(1)
 
 
 def power_cosine_cfg(state, unknown_after, options):

@@ -16,7 +16,6 @@ from sampling.settings import SampleConfig
 from training.checkpoints import checkpoint_content
 from training.config import LaunchConfig, TrainConfig
 from training.keeping import forget_best_after, keep_best, keep_checkpoint
-from training.optim import lr_at
 from training.run_log import RunLog
 from training.state import TrainState
 from training.step import training_step
@@ -142,14 +141,7 @@ def train_one_epoch(state: TrainState, loader, epoch: int, config: TrainConfig, 
     """
     began = time.perf_counter()
     for batch, labels, indices in loader:
-        lr = lr_at(
-            epoch + state.batch / len(loader),
-            lr=config.lr,
-            min_lr=config.min_lr,
-            schedule=config.lr_schedule,
-            warmup_epochs=config.warmup_epochs,
-            epochs=config.epochs,
-        )
+        lr = config.rate(epoch + state.batch / len(loader), len(loader))
         record = training_step(state, batch, labels, indices, lr, config)
         state.batch += 1
         speed = len(batch) * dist.world_size() / (time.perf_counter() - began)

@@ -14,6 +14,7 @@ import torch
 from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
 from sampling.run import claim_folder
+from sampling.settings import note_top_k
 from training.build import (
     as_cached,
     build_data,
@@ -63,8 +64,10 @@ def run(config: RunConfig) -> int:
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer, takes_ids(config.model))
     model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
+    config = config.fitted(model)
     heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
     config.check_sampling(model, heads)
+    note_top_k([config.sampling], model)
     model, tokenizer = model.to(device), tokenizer.to(device)
     heads = heads.to(device) if heads is not None else None
     if launch.compile:

@@ -20,13 +20,14 @@ import torch
 
 from engine_mar import evaluate
 from heads.policy import load_heads
+from heads.schedules import needed_steps
 from models.families import SIZES
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from sampling.editing import Edit, read_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
 from sampling.run import Parts, claim_folder, own_folder, sample_images
-from sampling.settings import FAST, SampleConfig
+from sampling.settings import FAST, SampleConfig, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
 from util import dist
@@ -63,6 +64,7 @@ class SampleArgs:
     seed: int = flag(DEFAULT_SEED, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
     model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
+    img_size: int | None = flag(None, "pixels of a side, for a published checkpoint (default: 256)", low=1)
     diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
     diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
@@ -179,9 +181,10 @@ class Sweep:
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)
+        unset = asdict(SampleConfig().resolved()) | asdict(EvalConfig().resolved())
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-            setting.present = find_result(done, setting.row)
+            setting.present = find_result(done, setting.row, unset)
 
     @property
     def results(self) -> Path:
@@ -253,7 +256,7 @@ def open_reference(evaluation: EvalConfig, config: dict, args: SampleArgs, sourc
 
 def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
-    sizes = {k: getattr(args, k) for k in ("model", "diffloss_d", "diffloss_w", "vae_path")}
+    sizes = {k: getattr(args, k) for k in ("model", "img_size", "diffloss_d", "diffloss_w", "vae_path")}
     content = load_checkpoint(args.checkpoint)
     model, tokenizer, config = load_model(content, ema=not args.no_ema, place=args.checkpoint, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
@@ -261,7 +264,8 @@ def run(args: SampleArgs, given: dict) -> int:
     base, evaluation = stored_defaults(config, args, given)
     settings = []
     for point in settings_of(args.settings_of, given):
-        settings += span(given, replace(base, **point), model.fixed_rules, heads is not None)
+        base_point, length = replace(base, **point), needed_steps(model)
+        settings += span(given, base_point, model.fixed_rules, heads is not None, length)
     classes = config["data"]["classes"]
     class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)
@@ -283,7 +287,10 @@ def run(args: SampleArgs, given: dict) -> int:
         show(sweep, given, settings, config)
         return 0
     for setting in settings:
+        if args.save_trace and setting.sampling.smooth:
+            raise ValueError("--save_trace shows ids as they are drawn, --smooth mixes them: give one of the two")
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
+    note_top_k([setting.sampling for setting in settings], model)
     if parts.dtype == torch.int8:
         quantize(model)
     with dist.main_first():

@@ -215,30 +215,37 @@ RULES = {
     "order": (ORDERS | AFTER_DRAW, learned_order, "random"),  # or RuleOptions.order_base
     "group": (GROUPS, learned_group, "cosine"),
     "tau": (TAUS, learned_tau, "constant"),
-    "cfg": (CFGS, learned_cfg, "linear"),
+    "cfg": (CFGS, learned_cfg, "linear"),  # or RuleOptions.cfg_base
     "profile": (PROFILES, learned_profile, "constant"),
 }
 FLAGS = {"order": "order", "group": "group", "tau": "tau_schedule", "cfg": "cfg_schedule", "profile": "cfg_profile"}
 
 
-def rule_names(mode: str, schedule: str | None = None) -> dict[str, str | None]:
+def rule_names(mode: str, schedule: str | None = None, cfg_base: str | None = None) -> dict[str, str | None]:
     """{kind: name of the rule} of an inference mode, "schedule" for what is hand-made and has values in the schedule.
 
-    None for a profile that is learned where the heads have one, else hand-made. schedule: as in `RuleOptions`. An
-    unknown mode raises ValueError.
+    None for a profile that is learned where the heads have one, else hand-made. schedule, cfg_base: as in
+    `RuleOptions`. An unknown mode raises ValueError.
     """
     if mode not in INFER_MODES:
         raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
     names = dict(zip(HEADS, INFER_MODES[mode]))
+    if names["cfg"] != "learned" and cfg_base is not None:
+        names["cfg"] = cfg_base
     names["profile"] = None if names["cfg"] == "learned" else RULES["profile"][2]
     searched = schedule_values(schedule)
     searched = {kind for kind in searched if names[kind] not in ("learned", None)}
     return {kind: "schedule" if kind in searched else names[kind] for kind in RULES}
 
 
-def moved_rule(kind: str, schedule: str | None) -> str:
-    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else that of RULES."""
-    return "schedule" if kind in schedule_values(schedule) else RULES[kind][2]
+def moved_rule(kind: str, schedule: str | None, cfg_base: str | None = None) -> str:
+    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else that of RULES.
+
+    cfg_base: that of guidance, None: the one of RULES.
+    """
+    if kind in schedule_values(schedule):
+        return "schedule"
+    return cfg_base if kind == "cfg" and cfg_base is not None else RULES[kind][2]
 
 
 def hand_made(kind: str, name: str, options: RuleOptions):
@@ -273,7 +280,7 @@ def build_rules(
     rule without its head in `heads`, raises ValueError.
     """
     options = RuleOptions(**options)
-    names = rule_names(mode, options.schedule)
+    names = rule_names(mode, options.schedule, options.cfg_base)
     rules = {}
     for kind, override in zip(RULES, (order, group, tau_schedule, cfg_schedule, cfg_profile)):
         name = override or names[kind]
@@ -281,7 +288,8 @@ def build_rules(
             name = "learned" if heads and kind in heads.learn else moved_rule(kind, options.schedule)
         if name not in choices(kind):
             raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(choices(kind))}")
-        rule = hand_made(kind, moved_rule(kind, options.schedule) if name == "learned" else name, options)
+        moved = moved_rule(kind, options.schedule, options.cfg_base)
+        rule = hand_made(kind, moved if name == "learned" else name, options)
         if name == "learned":
             if heads is None or kind not in heads.learn:
                 raise ValueError(

@@ -40,6 +40,7 @@ class RuleOptions:
     schedule: str | None = flag(
         None, "JSON file with values of each step, for the rules schedule", type=schedule_setting, metavar="FILE"
     )
+    cfg_base: str | None = None  # a model's own guidance schedule, which the learned one moves; None: linear
 
     def __post_init__(self):
         if self.schedule is not None:
@@ -129,11 +130,26 @@ def _step_group(kind: str):
 
 
 MIN_STEPS = {"staged": 3}  # of the group rules that need some
+NUM_ITER = 64  # MAR's default
+A_STEP = {"one": "one token a step", "scale": "a scale a step"}  # what models draw whose group rule is their own
 
 
-def check_num_iter(group: str | None, num_iter: int) -> None:
-    """Raise ValueError if a group rule needs more autoregressive steps."""
-    if num_iter < MIN_STEPS.get(group, 1):
+def default_num_iter(fixed_rules: dict[str, str], length: int | None) -> int | None:
+    """Autoregressive steps where none are named: `NUM_ITER`, or those that a model with groups of its own needs.
+
+    fixed_rules: of a `models.families.Backbone`; length: its `needed_steps`, None where they are not known yet.
+    """
+    return length if fixed_rules.get("group") in A_STEP else NUM_ITER
+
+
+def needed_steps(model) -> int:
+    """Steps that a `models.families.Backbone` needs at least where its groups are of one token, or of a scale."""
+    return len(model.config.patch_nums) if model.fixed_rules.get("group") == "scale" else model.config.seq_len
+
+
+def check_num_iter(group: str | None, num_iter: int | None) -> None:
+    """Raise ValueError if a group rule needs more autoregressive steps; None, the default, is enough for all."""
+    if num_iter is not None and num_iter < MIN_STEPS.get(group, 1):
         raise ValueError(f"the group rule {group} needs at least {MIN_STEPS[group]} steps, got num_iter {num_iter}")
 
 
@@ -206,6 +222,7 @@ GROUPS = {
     "constant": _group(lambda u, k, options: 1 - u),
     "exp": _group(_exp_share),
     "one": lambda state, options: torch.ones_like(state.num_unknown),
+    "scale": lambda state, options: state.mask.sum(dim=1).float(),  # all that can be chosen: a scale, if z is of one
     "power": _group(lambda u, k, options: 1 - u**options.group_p),
     "staged": _group(_staged_share),
     **{f"step_{kind}": _step_group(kind) for kind in STEP_WEIGHTS},

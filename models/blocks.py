@@ -134,10 +134,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, attend=None) -> torch.Tensor:
         """(B, n, D); attend(query, key, value), each (B, n, ·, d): in place of attention among the inputs."""
-        query, key, value = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.sizes, dim=2)
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
+        turned, value = heads.split((sum(self.sizes[:2]), self.sizes[2]), dim=2)
         if self.q_norm is not None:  # under autocast the gain is wider than the values
-            query, key = self.q_norm(query).type_as(value), self.k_norm(key).type_as(value)
-        query, key = rotated(query, rotary), rotated(key, rotary)
+            query, key = turned.split(self.sizes[:2], dim=2)
+            turned = torch.cat([self.q_norm(query), self.k_norm(key)], dim=2).type_as(value)
+        query, key = rotated(turned, rotary).split(self.sizes[:2], dim=2)
         if attend is None:
             dropout = self.dropout if self.training else 0.0
             looked = attention(query, key, value, causal=self.causal, dropout=dropout)

@@ -42,6 +42,29 @@ CAUSAL_GPT_CONFIGS = {
 }
 
 
+# of the published models of classes, where scripts/download_weights.py puts it
+PUBLISHED_TOKENIZER = {"tokenizer": "llamagen_vq16", "vae_path": "pretrained_models/vq_ds16_c2i.pt"}
+
+
+def read_published(weights: dict) -> tuple[dict, dict]:
+    """(the sizes that the tensors of a published model of classes have, settings of the tokenizer that it is for).
+
+    Numbers of heads and --img_size are not among them: no tensor depends on these. Weights that lack the tensors that
+    say the sizes, or have them with other numbers of axes, raise ValueError.
+    """
+    layers = {name.split(".")[1] for name in weights if name.startswith("layers.")}
+    shapes = {}
+    for name in ("cls_embedding.embedding_table.weight", "output.weight"):
+        if name not in weights:
+            raise ValueError(f"the checkpoint is no class model of LlamaGen: its 'model' has no {name}")
+        shapes[name] = tuple(weights[name].shape)
+        if len(shapes[name]) != 2:
+            raise ValueError(f"the checkpoint is no class model of LlamaGen: {name} has the shape {shapes[name]}")
+    num_labels, dim = shapes["cls_embedding.embedding_table.weight"]  # with a row for no class
+    known = dict(dim=dim, n_layer=len(layers), class_num=num_labels - 1, vocab_size=shapes["output.weight"][0])
+    return known, dict(PUBLISHED_TOKENIZER)
+
+
 class CausalGPT(nn.Module):
     """Causal model of ids, row by row: `outputs` gives z of each, `output` is p(id | z)."""
 

@@ -99,12 +99,12 @@ class CELoss(CrossEntropy, nn.Module):
 
 
 class CELinear(CrossEntropy, nn.Linear):
-    """A token head that is its linear layer, without bias, for models whose published key is such as output.weight."""
+    """A token head that is its linear layer, for models whose published key is such as output.weight."""
 
     label_smoothing = 0.0
 
-    def __init__(self, width: int, vocab_size: int):
-        super().__init__(width, vocab_size, bias=False)
+    def __init__(self, width: int, vocab_size: int, bias: bool = False):
+        super().__init__(width, vocab_size, bias=bias)
 
     @property
     def proj(self) -> nn.Linear:
@@ -147,6 +147,17 @@ class CategoricalSampler:
         logits = self._filtered(z, z_uncond, cfg, tau, guided)
         return logits.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
 
+    @torch.no_grad()
+    def mixture(self, z, z_uncond, cfg, tau, noise, share: float, guided=None) -> torch.Tensor:
+        """Weights (N, V) of the codes in place of one of them: softmax((1 + u)·logits + noise over a temperature).
+
+        share, u: of the steps behind, from 0 at the first to 1 at the last, with which the temperature falls (VAR's
+        smooth variant). The logits are filtered, so that entries that are taken away weigh nothing. Others: as in
+        `draw`, with the same noise.
+        """
+        logits = (1 + share) * self._filtered(z, z_uncond, cfg, tau, guided) + noise
+        return (logits / max(0.27 * (1 - 0.95 * share), 0.005)).softmax(dim=-1)
+
     def _filtered(self, z, z_uncond, cfg, tau, guided) -> torch.Tensor:
         """Guided logits / τ (N, V), −∞ where the filter takes an entry away; a new tensor."""
         logits = self.head.logits(z)
@@ -158,11 +169,17 @@ class CategoricalSampler:
                 w = w[guided] if isinstance(w, torch.Tensor) and w.dim() else w
                 logits = logits.index_copy(0, guided, guide(logits[guided], uncond, w))
         logits = logits / _column(tau)
-        return logits.masked_fill(~kept(logits, self.top_k, self.top_p), -math.inf) if self._filters else logits
+        return filter_logits(logits, self.top_k, self.top_p) if self._filters else logits
 
     @property
     def _filters(self) -> bool:
         return 0 < self.top_k < self.head.num_ids or 0 < self.top_p < 1
+
+
+def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:
+    """Logits (…, V) with −∞ where `kept` takes an entry away; a new tensor. A top_k above V is V."""
+    rows = logits.flatten(0, -2)
+    return rows.masked_fill(~kept(rows, top_k, top_p), -math.inf).view_as(logits)
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from models import causal_gpt, mar, var_config
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
-from models.mar import MAR, MAR_CONFIGS, MARConfig, read_published
+from models.mar import MAR, MAR_CONFIGS, MARConfig
 from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
 from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
 from models.token_head import LOSSES, TokenHead
+from models.var import VAR, VAR_CONFIGS, VARConfig
 
 
 class Conditions(Protocol):
@@ -32,7 +34,7 @@ class Conditions(Protocol):
         """(z (N, D), z without label (G, D) or None) at rows (N, 2), (image, position); guided (G,) long of them."""
 
     def write(self, step: int, rows, drawn) -> None:
-        """The tokens drawn (N, …) at rows (N, 2) of this step."""
+        """The tokens drawn (N, …) at rows (N, 2) of this step; with decode(..., smooth=True) weights (N, V) too."""
 
 
 class Config(Protocol):
@@ -60,9 +62,9 @@ class Backbone(Protocol):
     head_dim: int  # width of an attention head
     token_head: TokenHead
     per_class: tuple[str, ...]  # names of the parameters with a row for each class
-    fixed_rules: dict[
-        str, str
-    ]  # of order and group those that it cannot do without, by name, such as {"order": "raster"}
+    # of order and group those that it cannot do without, by name, such as {"order": "raster"}; and as cfg_base the
+    # guidance schedule that is its default, if it has one of its own
+    fixed_rules: dict[str, str]
     blocks: tuple  # modules with most of the linear layers, those of the token head included, for `models.int8`
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
@@ -74,6 +76,7 @@ class Backbone(Protocol):
     def encode_decode(self, tokens, mask, labels, num_visible, orders=None) -> torch.Tensor:
         """z (B, L, D) for the training loss of the tokens (B, L, …) that mask (B, L) bool names, of the other tokens.
 
+        tokens are what `Tokenizer.inputs_of` makes of them, which are the tokens themselves but for multi-scale ones.
         labels (B,) long, −1 without label, or None: all without. num_visible: B ints, the tokens that are not masked.
         orders (B, L) long: positions in an order drawn for each image, in which the tokens that are not masked come
         first; for the families that need one. Where all tokens are targets (mask_ratio_min 1.0), z may look at the
@@ -109,12 +112,13 @@ class Family(NamedTuple):
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
 FAMILIES = {
-    "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), read_published),
+    "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), mar.read_published),
     "mar_ar": Family(MARAR, MARARConfig, MAR_AR_CONFIGS, ("continuous", "discrete"), fixed_rules=fixed_rules),
-    "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",)),
+    "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",), causal_gpt.read_published),
     "maskgil": Family(
         MaskGIL, MaskGILConfig, MASKGIL_CONFIGS, ("discrete",), sampling=dict(infer_mode="maskgil", num_iter=8, cfg=4.0)
     ),
+    "var": Family(VAR, VARConfig, VAR_CONFIGS, ("multiscale",), var_config.read_published),
 }
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
 

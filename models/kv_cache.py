@@ -1,4 +1,4 @@
-"""Keys and values of a causal model, kept from one token to the next, and the conditions that are made with them.
+"""Keys and values, kept from one step to the next, and the conditions that a causal model makes with them.
 
 Legend: B images, R sequences, R' of them looked at, L tokens, n inputs of a sequence that are new (the maximum over the
 sequences), H heads, d width of a head, D width of z, G guided tokens. Input i of a sequence stands for the token before
@@ -14,13 +14,17 @@ from util.dist import send
 class KeyValueCache:
     """The keys and values of R sequences of at most L inputs, layer by layer, each 2 · R · H · L · d numbers.
 
-    A sequence may lag behind the others: each pass gives it all the inputs that it lacks.
+    A sequence may lag behind the others: each pass gives it all the inputs that it lacks. limits (L,) long: input i
+    looks at the inputs 0 … limits[i] − 1, None: at those before it and itself.
     """
 
-    def __init__(self, num_sequences: int, capacity: int):
+    def __init__(self, num_sequences: int, capacity: int, limits: torch.Tensor | None = None):
         self.capacity = capacity
+        limits = torch.arange(1, capacity + 1) if limits is None else limits
+        self.limits = torch.cat([limits, torch.tensor([capacity + 1])])  # of each slot; padding may look at anything
         self.lengths = torch.zeros(num_sequences, dtype=torch.long)  # inputs that are kept, on the host
         self.stores = {}  # layer: its keys and its values, each (R, L + 1, H, d); the last slot takes padding
+        # In memory the inputs of a head stand beside each other, since attention reads head after head.
 
     def extend(self, sequences: torch.Tensor, lengths: torch.Tensor, device) -> "Extension":
         """The pass that brings sequences (R',) long to lengths (R',) long, greater than theirs; both on the host."""
@@ -40,48 +44,54 @@ class Extension:
         counts = stop - start
         slots = start.unsqueeze(1) + torch.arange(int(counts.max()))  # (R', n)
         last = stop.unsqueeze(1) - 1
-        alone = slots.shape[1] == 1 and bool((slots == slots[0]).all())
+        slots_or_padding = slots.masked_fill(slots > last, cache.capacity)
+        limits = cache.limits[slots_or_padding]
         self.cache, self.num_inputs, self.num_keys = cache, int(counts.sum()), int(stop.max())
         self.all = len(sequences) == len(cache.lengths)
         self.sequences = send(sequences, device)
         self.places, self.last_places = send(torch.minimum(slots, last), device), send(last, device)
-        self.slots = send(slots.masked_fill(slots > last, cache.capacity), device)
+        self.slots = send(slots_or_padding, device)
         self.ends = send(counts - 1, device)
         self.mask = None  # (R', 1, n, keys) bool; None: all keys may be looked at
-        if not alone:
-            self.mask = (torch.arange(self.num_keys, device=device) <= self.slots.unsqueeze(-1)).unsqueeze(1)
+        if (limits < self.num_keys).any():
+            keys = torch.arange(self.num_keys, device=device)
+            self.mask = (keys < send(limits, device).unsqueeze(-1)).unsqueeze(1)
 
-    def attend(self, layer: int, query, key, value) -> torch.Tensor:
+    def attend(self, layer: int, query, key, value, scale: float | None = None) -> torch.Tensor:
         """What the new inputs find (R', n, H, d) among those before them and themselves; key and value are kept.
 
-        query (R', n, H, d), key and value (R', n, H', d), where each of H' heads serves H / H' of the query's.
+        query (R', n, H, d), key and value (R', n, H', d), where each of H' heads serves H / H' of the query's. scale:
+        as in `attention`.
         """
         stores = self.cache.stores
         if layer not in stores:
-            shape = len(self.cache.lengths), self.cache.capacity + 1, *key.shape[2:]
-            stores[layer] = [key.new_zeros(shape) for _ in range(2)]
+            heads, width = key.shape[2:]
+            shape = len(self.cache.lengths), heads, self.cache.capacity + 1, width
+            stores[layer] = [key.new_zeros(shape).transpose(1, 2) for _ in range(2)]
         index = self.sequences.unsqueeze(1), self.slots
         stores[layer] = [put(kept, index, new) for kept, new in zip(stores[layer], (key, value))]
         key, value = (kept[:, : self.num_keys] for kept in stores[layer])
         if not self.all:
             key, value = key[self.sequences], value[self.sequences]
-        return attention(query, key, value, self.mask)
+        return attention(query, key, value, self.mask, scale=scale)
 
-    def last(self, x: torch.Tensor) -> torch.Tensor:
-        """Of x (R', n, D) that of each sequence's last input, (R', 1, D)."""
-        return x.gather(1, self.ends[:, None, None].expand(-1, 1, x.shape[-1]))
+    def last(self, x: torch.Tensor, num: int = 1) -> torch.Tensor:
+        """Of x (R', n, D) those of each sequence's last num inputs, (R', num, D)."""
+        places = self.ends.unsqueeze(1) + torch.arange(1 - num, 1, device=x.device)
+        return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def attention(query, key, value, mask=None, *, causal: bool = False, dropout: float = 0.0) -> torch.Tensor:
+def attention(query, key, value, mask=None, *, causal: bool = False, dropout: float = 0.0, scale=None) -> torch.Tensor:
     """(B, n, H, d) of query (B, n, H, d), key and value (B, m, H', d), where mask (B, 1, n, m) bool allows.
 
-    causal: input i looks at 0 … i, in place of a mask.
+    causal: input i looks at 0 … i, in place of a mask. scale: of q·k before the softmax, None: 1/√d.
     """
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
-    found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    options = dict(attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scale)
+    found = F.scaled_dot_product_attention(query, key, value, **options)
     return found.transpose(1, 2)
 
 

@@ -82,7 +82,9 @@ def find_places(config: dict, place) -> tuple[dict, dict]:
     row, colon, folder = config["tokenizer"].partition(":")
     result = {**config, "tokenizer": row + colon + place_of(folder), "data": dict(config["data"])}
     result["data"]["path"] = place_of(config["data"].get("path"))
-    result["eval"] = {k: place_of(v) if k in ("fid_stats", "fid_weights") else v for k, v in config["eval"].items()}
+    result["eval"] = {
+        k: place_of(v) if k in ("fid_stats", "fid_weights", "judge") else v for k, v in config["eval"].items()
+    }
     if "vae_path" in config:
         result["vae_path"] = place_of(config["vae_path"])
     return result, nowhere
@@ -195,6 +197,9 @@ def check_tokens(tokenizer, family: str, sizes: dict) -> None:
 def check_latents(tokenizer, sizes: dict, what: str) -> None:
     """Raise ValueError if a model of these sizes, named by what, is for other latents or ids than the tokenizer's."""
     stride, channels, entries = (sizes.get(name) for name in ("vae_stride", "vae_embed_dim", "vocab_size"))
+    if "patch_nums" in sizes and tuple(sizes["patch_nums"]) != tokenizer.scales:
+        of_model, own = (",".join(map(str, sides)) for sides in (sizes["patch_nums"], tokenizer.scales))
+        raise ValueError(f"{what} is for the scales {of_model}, the tokenizer {tokenizer.kind} has {own}")
     if entries is not None and entries != tokenizer.codebook_size:
         raise ValueError(
             f"{what} is for a codebook of {entries} entries, the tokenizer {tokenizer.kind} has "
@@ -207,11 +212,25 @@ def check_latents(tokenizer, sizes: dict, what: str) -> None:
         )
 
 
+def _check_size(model: str, known: dict) -> None:
+    """Raise ValueError where a published file's weights are known to be of another size than --model says."""
+    rows = FAMILIES[_family_of_size(model)].sizes
+    shown = {name: known[name] for name in row_fields(_family_of_size(model)) if name in known}
+    fitting = [name for name, row in rows.items() if all(getattr(row, key) == shown[key] for key in shown)]
+    if model not in fitting:
+        sizes = ", ".join(f"{name} {value}" for name, value in shown.items())
+        way_out = f"give --model {' or '.join(fitting)}" if fitting else f"none of {', '.join(rows)} has"
+        raise ValueError(f"--model {model} does not fit the checkpoint, whose weights have {sizes}: {way_out}")
+
+
 def _published_config(content: dict, model: str, sizes: dict) -> dict:
     """The config of a published file of this size."""
     family = _family_of_size(model)
     known, tokenizer = _read_published(content, family)
+    _check_size(model, known)
     given = {name: value for name, value in sizes.items() if value is not None}
+    for name in given.keys() - {field.name for field in fields(FAMILIES[family].config)}:
+        raise ValueError(f"--{name} {given[name]} has no meaning for --model {model}")
     own = replace(FAMILIES[family].sizes[model], **known, **given)
     return {
         "family": family,

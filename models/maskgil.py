@@ -114,7 +114,7 @@ class MaskGIL(nn.Module):
     """Bidirectional model of ids: `encode_decode` gives z of each token, `output` is p(id | z)."""
 
     per_class = ()  # the rows of classes are part of tok_emb
-    fixed_rules = {}  # any order, any group size
+    fixed_rules = {"cfg_base": "ramp"}  # any order, any group size
 
     def __init__(self, config: MaskGILConfig):
         super().__init__()

@@ -42,6 +42,7 @@ def without_adaptive(parts, sampling) -> PolicyHeads:
             num_steps=sampling.num_sampling_steps,
             seeds=[seed_of("adaptive", i) for i in range(NUM_RECORDED)],
             clip=parts.tokenizer.clip,
+            tokenizer=parts.tokenizer,
             refresh_every=sampling.refresh_every,
             **sampling.token_head_options(),
         )

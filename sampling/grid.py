@@ -40,10 +40,13 @@ class Setting:
     present: dict | None = None  # the finished row, where results.jsonl has it already
 
 
-def span(given: dict, base: SampleConfig, fixed_rules: dict[str, str], has_heads: bool = False) -> list[Setting]:
+def span(
+    given: dict, base: SampleConfig, fixed_rules: dict[str, str], has_heads: bool = False, length: int | None = None
+) -> list[Setting]:
     """All combinations of the comma lists among the flags given, in their order; base has the values of the others.
 
-    fixed_rules: of the model. The baseline of a checkpoint with heads has no searched values, unless flags give them.
+    fixed_rules: of the model; length: its tokens an image. The baseline of a checkpoint with heads has no searched
+    values, unless flags give them.
     """
     lists = {name: values for name, values in given.items() if name in SWEEPS}
     settings = []
@@ -53,7 +56,7 @@ def span(given: dict, base: SampleConfig, fixed_rules: dict[str, str], has_heads
         sampling = replace(base, **point)
         if has_heads and "schedule" not in given:
             sampling = without_searched(sampling)
-        settings.append(Setting(seed, sampling.fitted(fixed_rules, "the model").resolved()))
+        settings.append(Setting(seed, sampling.fitted(fixed_rules, "the model", length).resolved()))
     return settings
 
 

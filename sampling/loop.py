@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from heads.orders import is_known_ahead
+from heads.schedules import default_num_iter, needed_steps
 from heads.step import StepPlan, StepState
 from util.dist import send
 from util.rng import generator
@@ -25,7 +26,7 @@ def decode(
     model,
     labels: torch.Tensor,
     rules,
-    num_iter: int = 64,
+    num_iter: int | None = None,
     num_steps: int | str = 100,
     seeds=None,
     orders=None,
@@ -39,6 +40,7 @@ def decode(
     refresh_every: int = 1,
     recompute: bool = False,
     local: bool = False,
+    smooth: bool = False,
     **token_head_options,
 ) -> torch.Tensor:
     """Latents (B, c, h, w), or ids, for labels (B,), −1 = unconditional; differentiable where the parts are.
@@ -46,28 +48,29 @@ def decode(
     1. z from the visible tokens; 2. the rules say which tokens come next, at which τ, under which w; 3. the token head
     draws them; 4. write them, unmask them; until nothing is unknown, K times at most.
 
-    model: a `models.families.Backbone`; rules: a `heads.rules.Rules`. num_steps: steps of the token head for a token,
-    T, or "A:B" for A at the first autoregressive step to B at the last; token_head_options: its other settings
-    (`TokenHead.sampler`). seeds: B ints; all draws of image i come from seeds[i] alone. orders (B, L) replaces the
-    ranking, its last entries are revealed first, as published. noise_fn(step, rows) replaces the sampler's noise, rows
-    (N, 2) long on the CPU are (index in the batch, position), row-major. callback(step, rows, plan, tokens) after each
-    step that draws, plan (B', L) holding only the images unfinished before it. tokens (B, L, C) with mask (B, L): known
-    tokens to keep. tokenizer: for the families whose conditions are made with it. evals, a Counter, grows by the
-    network evaluations: "mar" by the images that each pass of the backbone computes, "mlp" by the rows that the token
-    head does. Unconditional ones are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not
-    the float 0. refresh_every > 1: only so many steps apart are all tokens computed, between them those that changed
-    and those that are drawn, and learned rules see the z of the last time. The model is in eval mode inside and as it
-    was afterwards. Labels out of range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole
-    numbers of any type; a model in another dtype than float32 computes in its own, its token head's process in float32.
+    model: a `models.families.Backbone`; rules: a `heads.rules.Rules`. num_iter: None is the model's default, see
+    `heads.schedules.default_num_iter`. num_steps: steps of the token head for a token, T, or "A:B" for A at the first
+    autoregressive step to B at the last; token_head_options: its other settings (`TokenHead.sampler`). seeds: B ints;
+    all draws of image i come from seeds[i] alone. orders (B, L) replaces the ranking, its last entries are revealed
+    first, as published. noise_fn(step, rows) replaces the sampler's noise, rows (N, 2) long on the CPU are (index in
+    the batch, position), row-major. callback(step, rows, plan, tokens) after each step that draws, plan (B', L) holding
+    only the images unfinished before it. tokens (B, L, C) with mask (B, L): known tokens to keep. tokenizer: for the
+    families whose conditions are made with it. smooth: of a model of scales, mixtures of codes take the places of the
+    ids drawn, and features f̂ (B, C, h, w) are returned. evals, a Counter, grows by the network evaluations: "mar" by
+    the images that each pass of the backbone computes, "mlp" by the rows that the token head does. Unconditional ones
+    are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not the float 0. refresh_every >
+    1: only so many steps apart are all tokens computed, between them those that changed and those that are drawn, and
+    learned rules see the z of the last time. The model is in eval mode inside and as it was afterwards. Labels out of
+    range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole numbers of any type; a model
+    in another dtype than float32 computes in its own, its token head's process in float32.
 
     Of gradients: recompute keeps no activations of the draws, nor of the passes where the family can, and computes them
     again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
     tokens without gradient.
     """
     labels = _checked_labels(model.config, labels)
-    _check_counts(num_iter=num_iter, refresh_every=refresh_every)
+    num_iter = _checked_steps(model, num_iter, refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
-    _check_images(empty.shape, seeds, orders, tokens, mask)
     rules.check(model)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
     canvas = Canvas(empty, tokens, mask, seeds, orders)
@@ -89,21 +92,21 @@ def decode(
             if not len(rows):  # the tokens that this step could choose from are all given
                 continue
             pair = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
-            noise = noise_fn(step, rows) if noise_fn else sampler.noise(canvas.generators, rows, plan.num_steps)
-            drawn, log_prob = chosen.draw(sampler, *pair, send(noise, empty.device), recompute)
+            noise = canvas.noise(sampler, noise_fn, step, rows, plan.num_steps)
+            mixed = (chosen.mixture(sampler, *pair, noise, state),) if smooth else ()
+            drawn, log_prob = chosen.draw(sampler, *pair, noise, recompute)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
             if log_prob is not None:
                 plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_prob)
             canvas.write(rows, drawn)
-            conditions.write(step, rows, drawn.detach() if local else drawn)
+            conditions.write(step, rows, drawn.detach() if local else drawn, *mixed)
             if callback:
                 callback(step, rows, plan, canvas.tokens)
-    if canvas.unknown.any():
-        raise ValueError(f"num_iter {num_iter} is too small: {int(canvas.unknown.sum())} tokens are left to draw")
+    canvas.check_finished(num_iter)
     if evals is not None:
         evals.update(mar=conditions.passes)
-    return model.unpatchify(canvas.tokens)
+    return conditions.finished(canvas.tokens) if smooth else model.unpatchify(canvas.tokens)
 
 
 generate = torch.no_grad()(decode)
@@ -131,12 +134,21 @@ class Chosen(NamedTuple):
         z (N, D), z_uncond (G, D) or None; recompute: keep no activations, the backward pass computes them again.
         """
         call = partial(checkpoint, use_reentrant=False) if recompute else _call
-        some = None if len(self.guided) in (0, len(self.rows)) else send(self.guided, z.device)
+        some = self._some(z.device)
         options = dict(guided=some, profile=self.profile)
         drawn = call(sampler.draw, z, z_uncond, self.cfg, self.tau, noise, self.num_steps, **options)
         if not self.judged:
             return drawn, None
         return drawn, call(sampler.log_prob, drawn, z, z_uncond, self.cfg, self.tau, guided=some)
+
+    def mixture(self, sampler, z, z_uncond, noise, state: StepState) -> torch.Tensor:
+        """Weights (N, V) of the codes, of a sampler of ids, at the step of this state."""
+        share = state.step / max(state.num_iter - 1, 1)
+        return sampler.mixture(z, z_uncond, self.cfg, self.tau, noise, share, guided=self._some(z.device))
+
+    def _some(self, device) -> torch.Tensor | None:
+        """`guided` on the device; None where that is all rows, or none."""
+        return None if len(self.guided) in (0, len(self.rows)) else send(self.guided, device)
 
 
 def _call(function: Callable, *args, **options):
@@ -152,6 +164,7 @@ class Canvas:
     """
 
     def __init__(self, empty, tokens, mask, seeds, orders):
+        _check_images(empty.shape, seeds, orders, tokens, mask)
         shape, device = empty.shape[:2], empty.device
         known = tokens is not None
         self.tokens = tokens.to(device, empty.dtype) if known else empty
@@ -177,6 +190,16 @@ class Canvas:
             state = self.state(0, 1, torch.arange(len(self.unknown)), None, None, (1, 1))
             self.orders = rules.order(state).argsort(dim=1, descending=True, stable=True)
         return rules
+
+    def noise(self, sampler, noise_fn, step: int, rows, num_steps: int) -> torch.Tensor:
+        """What the sampler draws the tokens at rows (N, 2) with, or what noise_fn(step, rows) gives, on the device."""
+        noise = noise_fn(step, rows) if noise_fn else sampler.noise(self.generators, rows, num_steps)
+        return send(noise, self.tokens.device)
+
+    def check_finished(self, num_iter: int) -> None:
+        """Raise ValueError if so many steps have left tokens unknown."""
+        if self.unknown.any():
+            raise ValueError(f"num_iter {num_iter} is too small: {int(self.unknown.sum())} tokens are left to draw")
 
     def unfinished(self) -> torch.Tensor:
         """Images (B',) long on the host with unknown tokens; the others have left the batch."""
@@ -301,11 +324,14 @@ def _checked_labels(config, labels) -> torch.Tensor:
     return labels
 
 
-def _check_counts(**counts):
-    """Raise ValueError for counts below 1."""
-    for name, value in counts.items():
+def _checked_steps(model, num_iter: int | None, refresh_every: int) -> int:
+    """K, for None the model's default; ValueError where it or refresh_every is below 1."""
+    if num_iter is None:
+        num_iter = default_num_iter(model.fixed_rules, needed_steps(model))
+    for name, value in (("num_iter", num_iter), ("refresh_every", refresh_every)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    return num_iter
 
 
 def _check_images(shape, seeds, orders, tokens, mask):

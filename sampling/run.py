@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from sampling.adaptive import Spread, without_adaptive
 from sampling.guards import complain, draw_finite, is_plain
 from sampling.loop import generate
 from sampling.settings import SampleConfig
-from sampling.trace import Trace
+from sampling.trace import GREY, Trace, over_pixels
 from util import dist
 from util.checkpoint import weights_hash
 from util.evaluation.results import other_weights
@@ -113,7 +114,7 @@ class SamplingRun:
         self.known = {}  # of an edit: tokens (1, L, …) and mask (1, L)
         if edit is not None:
             self.known["tokens"] = encode(parts.model, parts.tokenizer, edit.images().to(parts.device))
-            self.known["mask"] = torch.from_numpy(edit.unknown).reshape(1, -1)
+            self.known["mask"] = parts.tokenizer.unknown_tokens(torch.from_numpy(edit.unknown))[None]
         self.num_made, self.seconds, self.evals = 0, 0.0, Counter()
         self.redone, self.broken, self.plain = [], [], []  # numbers of images
 
@@ -129,7 +130,7 @@ class SamplingRun:
             for batch in mine:
                 trace.begin(batch if batch in again else None)
                 images = self.draw_batch(batch, trace, progress)
-                trace.end(lambda tokens: self.pictures(self.parts.model.unpatchify(tokens)), images)
+                trace.end(self.growth, images)
                 for i, image in zip(batch, images):
                     save_png(image_path(self.folder, i), image)
                 progress.update(len(batch))
@@ -171,6 +172,8 @@ class SamplingRun:
                 seeds=image_seeds(self.seed, images),
                 callback=None if trace.steps else after_step,  # a second time it would be traced twice
                 clip=parts.tokenizer.clip,
+                tokenizer=parts.tokenizer,
+                smooth=sampling.smooth,
                 refresh_every=sampling.refresh_every,
                 **sampling.token_head_options(),
                 evals=self.evals,
@@ -181,6 +184,18 @@ class SamplingRun:
         """uint8 (B, H, W, C) of latents (B, c, h, w) or ids (B, h, w)."""
         images = to_uint8(render(self.parts.tokenizer, latents))
         return images if self.edit is None else self.edit.paste(images)
+
+    @torch.no_grad()
+    def growth(self, tokens, unknown: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, C) of unfinished images of tokens (B, L, …), of which unknown (B, L) bool are grey.
+
+        Of several scales it is what those before the first unknown one make.
+        """
+        if self.parts.tokenizer.scales:
+            images = to_uint8(self.parts.tokenizer.images_so_far(tokens, torch.from_numpy(unknown)))
+            return images if self.edit is None else self.edit.paste(images)
+        pictures = self.pictures(self.parts.model.unpatchify(tokens))
+        return np.where(over_pixels(unknown, pictures.shape), GREY, pictures)
 
     def report(self) -> dict:
         """The figures of `sample_images`, summed over the processes."""

@@ -6,9 +6,10 @@ from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
 from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
 from heads.rules import Rules
-from heads.schedules import RuleOptions, check_num_iter
+from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
 from models.token_head import check_no_profile
+from util import dist
 from util.args import flag
 
 
@@ -27,7 +28,11 @@ class SampleConfig(RuleOptions):
     heads_adaptive: str = flag(
         "on", "off: learned rules say of each image what they say of all at that step", choices=("on", "off")
     )
-    num_iter: int = flag(64, "autoregressive steps", low=1)
+    num_iter: int | None = flag(
+        None,
+        f"autoregressive steps (default: {NUM_ITER}; as many as an image has tokens, where a model draws one a step)",
+        low=1,
+    )
     num_sampling_steps: int | str = flag(
         100,
         "diffusion steps when sampling; A:B = from A at the first autoregressive step to B at the last",
@@ -38,6 +43,7 @@ class SampleConfig(RuleOptions):
     spacing: str | None = flag(None, "timesteps of the diffusion steps, instead of the solver's", choices=SPACINGS)
     top_k: int = flag(0, "ids are drawn from so many, the likeliest ones; 0 = from all", low=0)
     top_p: float = flag(1.0, "ids are drawn from the likeliest that hold this share; 0 or 1 = from all", low=0, high=1)
+    smooth: bool = flag(False, "of models that draw scales: mixtures of codes in place of the ids drawn, for pictures")
     refresh_every: int = flag(
         1, "steps between passes over all tokens; between them only those that changed or are drawn", low=1
     )
@@ -46,12 +52,18 @@ class SampleConfig(RuleOptions):
         super().__post_init__()
         object.__setattr__(self, "num_sampling_steps", num_steps_setting(self.num_sampling_steps))
 
-    def fitted(self, fixed_rules: dict[str, str], model: str) -> "SampleConfig":
-        """The same settings with the rules that a model cannot do without; others that are named raise ValueError."""
+    def fitted(self, fixed_rules: dict[str, str], model: str, length: int | None = None) -> "SampleConfig":
+        """The same settings with the rules that a model cannot do without; others that are named raise ValueError.
+
+        And with the number of steps that it has by default, for which length is needed, see `default_num_iter`.
+        """
         for kind, rule in fixed_rules.items():
             if getattr(self, kind) not in (None, rule):
                 raise ValueError(f"--{kind} {getattr(self, kind)} does not fit {model}, which needs {rule}")
-        return replace(self, **fixed_rules)
+        if self.group == "scale" != fixed_rules.get("group"):
+            raise ValueError(f"--group scale does not fit {model}, whose tokens are of one scale")
+        num_iter = default_num_iter(fixed_rules, length) if self.num_iter is None else self.num_iter
+        return replace(self, **fixed_rules, num_iter=num_iter)
 
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""
@@ -64,11 +76,18 @@ class SampleConfig(RuleOptions):
 
         model: a `models.families.Backbone`; heads: the policy heads to sample with.
         """
-        rules, length = self.rules(heads), model.config.seq_len
-        if model.fixed_rules.get("group") == "one" and self.num_iter < length:
+        rules, length = self.rules(heads), needed_steps(model)
+        num_iter = default_num_iter(model.fixed_rules, length) if self.num_iter is None else self.num_iter
+        if model.fixed_rules.get("group") == "one" and num_iter < length:
             raise ValueError(
                 f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
             )
+        if model.fixed_rules.get("group") == "scale" and num_iter != length:
+            raise ValueError(
+                f"--num_iter {num_iter} must be {length}: this model draws a scale a step, and has so many"
+            )
+        if self.smooth and model.fixed_rules.get("group") != "scale":
+            raise ValueError("--smooth has no meaning for this model: it mixes the codes of models that draw scales")
         rules.check(model)
         model.token_head.sampler(num_steps=self.num_sampling_steps, **self.token_head_options())
         if not model.token_head.has_steps:
@@ -79,21 +98,36 @@ class SampleConfig(RuleOptions):
         return dict(solver=self.solver, spacing=self.spacing, top_k=self.top_k, top_p=self.top_p)
 
     def resolved(self) -> "SampleConfig":
-        """The same settings with the names of rules and spacing filled in, so that equal settings compare equal."""
-        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode, self.schedule).items()}
+        """The same settings with the names of rules and spacing filled in, so that equal settings compare equal.
+
+        And with the number of steps of a model with free groups; of another one the settings must be `fitted` before.
+        """
+        names = {FLAGS[kind]: name for kind, name in rule_names(self.infer_mode, self.schedule, self.cfg_base).items()}
         names["spacing"] = SOLVERS[self.solver].spacing
+        names["num_iter"] = NUM_ITER
         return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
 
     def name(self) -> str:
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
         steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
-        usual = f"{self.infer_mode}_iter{self.num_iter}_steps{steps}_cfg{self.cfg:g}"
-        implied = SampleConfig(infer_mode=self.infer_mode, solver=self.solver, schedule=self.schedule)
+        resolved = self.resolved()
+        usual = f"{self.infer_mode}_iter{resolved.num_iter}_steps{steps}_cfg{self.cfg:g}"
+        implied = {name: getattr(self, name) for name in ("infer_mode", "solver", "schedule", "cfg_base")}
+        implied = SampleConfig(**implied)
         defaults = asdict(implied.resolved()) | {"solver": SampleConfig.solver, "schedule": None}
         shown = ("infer_mode", "num_iter", "num_sampling_steps", "cfg")
-        rest = {k: v for k, v in asdict(self.resolved()).items() if k not in shown and v != defaults[k]}
+        rest = {k: v for k, v in asdict(resolved).items() if k not in shown and v != defaults[k]}
         rest |= {"schedule": schedule_name(self.schedule)} if self.schedule is not None else {}
         return usual + "".join(f"_{k}-{v:g}" if isinstance(v, float) else f"_{k}-{v}" for k, v in rest.items())
+
+
+def note_top_k(settings: list[SampleConfig], model) -> None:
+    """Say once of all the settings of a run which top_k are above the entries of the codebook of a model of ids."""
+    entries = getattr(model.config, "vocab_size", None)
+    above = sorted({setting.top_k for setting in settings if entries and setting.top_k > entries})
+    if above and dist.is_main():
+        values = ", ".join(map(str, above))
+        print(f"--top_k {values} is above the {entries} entries of the codebook: ids are drawn from all of them")
 
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md

@@ -16,8 +16,9 @@ class Trace:
 
     order_step (N, L): the step at which each token was revealed, −1 if it was known from the start; tau, cfg (N, L):
     the temperature and guidance scale it was drawn with (1 if known); group_size (N, K): tokens revealed at each step;
-    frames (N, K, H, W, C) uint8: the image after each step, its unknown tokens mid-grey; labels (N,). For each batch:
-    call `begin`, pass `record` to generate() as its callback, call `end`.
+    frames (N, K, H, W, C) uint8: the image after each step, its unknown tokens mid-grey (of several scales the image
+    that those so far make); labels (N,). For each batch: call `begin`, pass `record` to generate() as its callback,
+    call `end`.
     """
 
     def __init__(self, folder: Path, labels: list[int], seq_len: int, num_iter: int):
@@ -39,9 +40,9 @@ class Trace:
             self.steps.append((step, rows, plan.tau, plan.cfg, tokens[: self.count].clone()))
 
     def end(self, decode, images: np.ndarray) -> None:
-        """Add the batch: decode turns tokens (n, L, …) into uint8 (n, H, W, C), images are the finished ones.
+        """Add the batch, whose finished images are given; the last batch of the N images writes the file.
 
-        The last batch of the N images writes the file.
+        decode(tokens (n, L, …), unknown (n, L) bool) -> uint8 (n, H, W, C) of unfinished ones.
         """
         if not self.count:
             return
@@ -60,8 +61,7 @@ class Trace:
         for step, *_, tokens in self.steps:
             unknown = order_step > step  # (n, L)
             unfinished = unknown.any(axis=1)[:, None, None, None]
-            after_step = np.where(unfinished, decode(tokens), images)
-            frames[:, step] = np.where(_over_pixels(unknown, images.shape), GREY, after_step)
+            frames[:, step] = np.where(unfinished, decode(tokens, unknown), images)
         group_size = (order_step[:, :, None] == np.arange(self.num_iter)).sum(axis=1)  # (n, K)
         self.batches.append(dict(order_step=order_step, tau=tau, cfg=cfg, group_size=group_size, frames=frames))
         self.count, self.steps = 0, []
@@ -84,7 +84,7 @@ def num_traced(path: Path) -> int:
         return 0
 
 
-def _over_pixels(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def over_pixels(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Values (n, L) of the tokens of a square grid as (n, H, W, 1), for images of shape (n, H, W, C)."""
     n, height, width, _ = shape
     side = math.isqrt(cells.shape[1])

@@ -6,8 +6,8 @@
 Seconds are medians of up to --repeats runs (none starts after ROW_SECONDS), ratios compare rows of this run. FLOPs are
 counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed
 in the same run. 100 diffusion steps are timed as 5 and multiplied: every step is the same work. A row that differs from
-an earlier one in diffusion settings only has its transformer's seconds and does not run it. The table of training is
-that of bench_training.py.
+an earlier one in diffusion settings only has its transformer's seconds and does not run it. The tables of
+training and of ids are those of bench_training.py and bench_ids.py.
 """
 
 import json
@@ -36,7 +36,8 @@ from models.mar import MAR
 from models.mar_cache import FeatureCache
 from sampling.loop import generate
 from sampling.settings import FAST
-from training.config import PRESETS, resolve
+from training.config import resolve
+from training.presets import PRESETS
 from util import dist
 from util.args import flag, make_parser
 from util.door import run_main
@@ -71,7 +72,7 @@ class BenchArgs:
     num_iter: int = flag(16, "autoregressive steps", low=1)
     cfg: float = flag(2.9, "guidance scale, linear schedule", low=0)
     repeats: int = flag(3, "repeats, their median counts", low=1)
-    only: str = flag("sampling,training,scaling", "comma list of sampling, training, scaling, fast")
+    only: str = flag("sampling,training,scaling", "comma list of sampling, training, ids, scaling, fast")
     quick: bool = flag(False, "batch 1, 8 steps, one repeat, nothing compiled, no scaling")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dry_run: bool = flag(False, "print the rows and stop")
@@ -257,13 +258,23 @@ def sampling(bench: Bench) -> None:
 
 def training(bench: Bench) -> None:
     """The table of scripts/bench_training.py, in a process of its own."""
-    bench.forget()
     args = bench.args
     flags = dict(preset=args.preset, batch_size=args.train_batch_size, repeats=args.repeats, device=args.device)
-    command = [sys.executable, str(Path(__file__).with_name("bench_training.py"))]
+    in_process_of_its_own(bench, "bench_training.py", flags)
+
+
+def ids(bench: Bench) -> None:
+    """The tables of scripts/bench_ids.py, in a process of its own."""
+    in_process_of_its_own(bench, "bench_ids.py", dict(repeats=bench.args.repeats, device=bench.args.device))
+
+
+def in_process_of_its_own(bench: Bench, program: str, flags: dict) -> None:
+    """Another program of this folder, once the models here are gone; one that fails raises ValueError."""
+    bench.forget()
+    command = [sys.executable, str(Path(__file__).with_name(program))]
     done = subprocess.run([*command, *(f"--{name}={value}" for name, value in flags.items())])
     if done.returncode:
-        raise ValueError(f"bench_training.py ended with code {done.returncode}")
+        raise ValueError(f"{program} ended with code {done.returncode}")
 
 
 def scaling(bench: Bench) -> None:
@@ -295,7 +306,7 @@ def fast(bench: Bench) -> None:
     print(json.dumps({**seconds, "rank": dist.rank()}), flush=True)
 
 
-SECTIONS = {"sampling": sampling, "training": training, "scaling": scaling, "fast": fast}
+SECTIONS = {"sampling": sampling, "training": training, "ids": ids, "scaling": scaling, "fast": fast}
 
 
 def main(argv=None) -> int:

@@ -1,98 +1,176 @@
-"""Seconds an image of models of ids, sampled with their family's own rules and random weights, in each dtype.
+"""Seconds of sampling ids: a causal model with its cache and without, MAR with cross-entropy, MaskGIL.
 
-    python scripts/bench_ids.py --models maskgil_b,llamagen_ar_b --batch_size 4
+    python scripts/bench_ids.py                     # B of LlamaGen, MAR and MaskGIL, random weights, 256 tokens
+    python scripts/bench_ids.py --models causal_gpt_tiny --mar mar_tiny --maskgil maskgil_tiny --img_size 64
 
-Seconds are medians of --repeats runs after one that warms up. A model that draws one token a step takes as many steps
-as an image has tokens, another one --num_iter, by default those of its family.
+The rows of a pair take turns, --repeats times, and a ratio is the median of the turns: the machine's speed drifts.
+Without the cache each token needs the whole sequence before it; every STRIDE-th length is timed and stands for its
+neighbours. Nothing is guided: guidance doubles all rows but that of what is drawn.
 """
 
 import statistics
 import sys
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from tqdm import tqdm
 
+from heads.policy import build_rules
 from models.families import FAMILIES, SIZES
+from models.kv_cache import KeyValueCache
+from models.mar_cache import FeatureCache
+from models.maskgil import WholePasses
 from sampling.loop import generate
-from sampling.settings import SampleConfig
 from util import dist
-from util.args import flag, run_with
+from util.args import flag, make_parser
 from util.door import run_main
-from util.timing import PeakMemory, Stopwatch, print_table
+from util.timing import Stopwatch, print_table, run_seconds
 
-MODELS = [name for name, family in SIZES.items() if FAMILIES[family].tokens == ("discrete",)]
+STRIDE = 16
+CAUSAL_SIZES = [size for size, family in SIZES.items() if family in ("mar_ar", "causal_gpt")]
 
 
 @dataclass(frozen=True)
 class BenchIdsArgs:
     """The flags."""
 
-    models: str = flag("maskgil_b", "comma list of models of ids")
-    dtypes: str = flag("fp32,bf16", "comma list of fp32, bf16")
-    batch_size: int = flag(4, "images sampled together", low=1)
-    num_iter: int | None = flag(None, "autoregressive steps (default: the family's)", low=1)
-    cfg: float = flag(4.0, "guidance scale", low=0)
+    models: str = flag("llamagen_ar_b", "comma list of sizes of the causal families")
+    mar: str = flag("mar_base", "size of MAR", choices=FAMILIES["mar"].sizes)
+    maskgil: str = flag("maskgil_b", "size of MaskGIL", choices=FAMILIES["maskgil"].sizes)
+    img_size: int = flag(256, "pixels of a side; a token has 16", low=16)
+    vocab_size: int = flag(16384, "entries of the codebook", low=2)
+    batch_sizes: str = flag("1,4", "comma list of images sampled together")
+    num_iter: int = flag(16, "autoregressive steps of MAR and MaskGIL", low=1)
     repeats: int = flag(3, "repeats, their median counts", low=1)
+    only: str = flag("causal,mar,maskgil", "comma list of causal, mar, maskgil")
     device: str = flag("auto", "auto, cuda, mps, cpu")
-    dry_run: bool = flag(False, "print the resolved configuration and stop")
+    dtype: str = flag("fp32", "arithmetic", choices=dist.FLOATS)
+    dry_run: bool = flag(False, "print the rows and stop")
 
 
-def settings_of(name: str, args: BenchIdsArgs) -> SampleConfig:
-    """How images of this model are sampled."""
-    family = FAMILIES[SIZES[name]]
-    sampling = replace(SampleConfig(**family.sampling).fitted(family.model.fixed_rules, name), cfg=args.cfg)
-    steps = family.sizes[name].seq_len if sampling.group == "one" else args.num_iter or sampling.num_iter
-    return replace(sampling, num_iter=steps)
+def build(size: str, args: BenchIdsArgs):
+    """A model of ids of this size, with random weights, in eval mode."""
+    family = FAMILIES[SIZES[size]]
+    changes = dict(vocab_size=args.vocab_size, img_size=args.img_size, vae_stride=16)
+    changes |= dict(loss="ce") if "loss" in {field.name for field in fields(family.config)} else {}
+    torch.manual_seed(0)
+    model = family.model(replace(family.sizes[size], **changes))
+    return model.to(dist.pick_device(args.device)).eval().requires_grad_(False)
 
 
-def row_of(model, sampling: SampleConfig, dtype: str, args: BenchIdsArgs, device) -> list[str]:
-    """The cells of a row: dtype, steps, seconds an image, passes of the transformer an image, peak memory."""
-    labels, seeds = torch.arange(args.batch_size) % model.config.class_num, range(args.batch_size)
-    watch, peak, seconds = Stopwatch(device), PeakMemory(device), []
-    peak.reset()
-    with dist.autocast(device, dist.DTYPES[dtype]):
-        for _ in range(args.repeats + 1):
-            evals, began = Counter(), watch.now()
-            generate(model, labels, sampling.rules(), sampling.num_iter, seeds=seeds, evals=evals)
-            seconds.append(watch.now() - began)
-    time = statistics.median(seconds[1:]) / args.batch_size
-    passes = evals["mar"] / args.batch_size
-    return [dtype, str(sampling.num_iter), f"{time:.3g}", f"{passes:g}", f"{peak.read() / 1e9:.1f}"]
+def sample(model, batch_size: int, args: BenchIdsArgs, num_iter: int | None = None, mode: str = "baseline") -> None:
+    """The images of a batch; num_iter None: the model's own; mode: a row of INFER_MODES in heads/policy.py."""
+    rules = build_rules(mode, **model.fixed_rules)
+    labels = torch.arange(batch_size) % model.config.class_num
+    with dist.autocast(dist.pick_device(args.device), dist.DTYPES[args.dtype]):
+        generate(model, labels, rules, num_iter, seeds=range(batch_size))
 
 
-def check(args: BenchIdsArgs) -> None:
-    """Raise ValueError for names that are none."""
-    for flag_name, given, valid in (("models", args.models, MODELS), ("dtypes", args.dtypes, ("fp32", "bf16"))):
-        for name in given.split(","):
-            if name not in valid:
-                raise ValueError(f"--{flag_name}: unknown {name!r}; valid: {', '.join(valid)}")
+@torch.no_grad()
+def draw_from_prefix(model, batch_size: int, length: int, args: BenchIdsArgs) -> None:
+    """One token of each image of a batch, from all of the `length` inputs before it."""
+    device, num_tokens = dist.pick_device(args.device), model.config.seq_len
+    ids = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+    orders = torch.arange(num_tokens, device=device).expand(batch_size, -1)
+    cache = KeyValueCache(batch_size, num_tokens)
+    extension = cache.extend(torch.arange(batch_size), torch.full((batch_size,), length), device)
+    labels = torch.zeros(batch_size, dtype=torch.long, device=device)
+    sampler = model.token_head.sampler()
+    with dist.autocast(device, dist.DTYPES[args.dtype]):
+        z = model.extend(ids, orders, labels, extension).squeeze(1)
+        rows = torch.stack([torch.arange(batch_size), torch.full((batch_size,), length - 1)], dim=1)
+        noise = sampler.noise([torch.Generator().manual_seed(i) for i in range(batch_size)], rows, 1)
+        sampler.draw(z, None, 1.0, 1.0, noise, 1)
 
 
-def run(args: BenchIdsArgs) -> int:
-    """Time all models in all dtypes, print the table."""
-    device, rows = dist.pick_device(args.device), []
-    for name in tqdm(args.models.split(","), desc="models", leave=False):
-        family = FAMILIES[SIZES[name]]
-        torch.manual_seed(0)
-        model = family.model(family.sizes[name]).to(device).eval().requires_grad_(False)
-        rows += [
-            [name, *row_of(model, settings_of(name, args), dtype, args, device)] for dtype in args.dtypes.split(",")
-        ]
-        del model  # before the next one is made
-    head = ["model", "dtype", "steps", "seconds an image", "passes an image", "peak memory, GB"]
-    title = f"Sampling ids: batch {args.batch_size}, cfg {args.cfg:g}, {device.type}, {torch.get_num_threads()} threads"
-    print_table(title, head, rows)
-    return 0
+def causal(args: BenchIdsArgs) -> None:
+    """Each causal model with its cache, and with a pass over the whole prefix for each token."""
+    device, table = dist.pick_device(args.device), []
+    for size in args.models.split(","):
+        model = build(size, args)
+        lengths = range(min(STRIDE, model.config.seq_len) // 2, model.config.seq_len + 1, STRIDE)
+        for batch_size in batches(args):
+            turns = []
+            for _ in tqdm(range(args.repeats), desc=f"{size}, batch {batch_size}", leave=False):
+                kept = run_seconds(device, partial(sample, model, batch_size, args))
+                whole = [run_seconds(device, partial(draw_from_prefix, model, batch_size, n, args)) for n in lengths]
+                turns.append((kept, statistics.mean(whole) * model.config.seq_len))
+            table.append([size, batch_size, *seconds_and_ratio(turns, batch_size)])
+    head = ["", "batch", "with the cache", "without", "faster by", "lowest to highest"]
+    print_table(f"Causal sampling, {num_tokens(args)} tokens, seconds an image", head, table)
+
+
+def in_steps(family: str, conditions: type, args: BenchIdsArgs) -> None:
+    """The model of a family that draws many tokens a step, and the part of its seconds that is its transformer's.
+
+    conditions: what computes its z.
+    """
+    size, mode = getattr(args, family), FAMILIES[family].sampling.get("infer_mode", "baseline")
+    device, model, table = dist.pick_device(args.device), build(size, args), []
+    for batch_size in batches(args):
+        turns = []
+        for _ in tqdm(range(args.repeats), desc=f"{size}, batch {batch_size}", leave=False):
+            watch = Stopwatch(device)
+            with watch.watch(conditions, "look", "z"), watch.watch(conditions, "at", "z"):
+                total = run_seconds(device, partial(sample, model, batch_size, args, args.num_iter, mode))
+            turns.append((watch.seconds["z"], total))
+        table.append([size, batch_size, *seconds_and_ratio(turns, batch_size)])
+    head = ["", "batch", "transformer", "whole", "ratio", "lowest to highest"]
+    title = f"{size}, {num_tokens(args)} tokens of {args.vocab_size} entries in {args.num_iter} steps"
+    print_table(f"{title}, seconds an image", head, table)
+
+
+def seconds_and_ratio(turns: list[tuple[float, float]], batch_size: int) -> list[str]:
+    """The medians of both seconds, an image, and median, lowest and highest of the second over the first."""
+    ratios = [second / first for first, second in turns]
+    seconds = [f"{statistics.median(part) / batch_size:.2f}" for part in zip(*turns)]
+    return [*seconds, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+
+
+def num_tokens(args: BenchIdsArgs) -> int:
+    """Tokens of an image."""
+    return (args.img_size // 16) ** 2
+
+
+def batches(args: BenchIdsArgs) -> list[int]:
+    """The batch sizes as numbers; others raise ValueError."""
+    try:
+        sizes = [int(part) for part in args.batch_sizes.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise ValueError(f"--batch_sizes must be whole numbers of at least 1, got {args.batch_sizes!r}")
+    return sizes
+
+
+SECTIONS = {
+    "causal": causal,
+    "mar": partial(in_steps, "mar", FeatureCache),  # with cross-entropy
+    "maskgil": partial(in_steps, "maskgil", WholePasses),
+}
 
 
 def main(argv=None) -> int:
-    """Parse, time, print; returns the exit code."""
-    return run_with(run, BenchIdsArgs, "bench_ids.py", __doc__.splitlines()[0], argv, check)
+    """Run the sections asked for, print their tables; returns the exit code."""
+    args = BenchIdsArgs(**vars(make_parser("bench_ids.py", __doc__.splitlines()[0], BenchIdsArgs).parse_args(argv)))
+    names, sizes = args.only.split(","), args.models.split(",")
+    for given, valid, flag_name in ((names, list(SECTIONS), "only"), (sizes, CAUSAL_SIZES, "models")):
+        for name in given:
+            if name not in valid:
+                raise ValueError(f"--{flag_name} {name!r} is not one; valid: {', '.join(valid)}")
+    batches(args)
+    if args.img_size % 16:
+        raise ValueError(f"--img_size {args.img_size} must be a multiple of 16, the pixels of a token")
+    if args.dry_run:
+        print("\n".join(row for name in names for row in (sizes if name == "causal" else [getattr(args, name)])))
+        return 0
+    for name in names:
+        SECTIONS[name](args)
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from heads.policy import HEADS
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
 from training.build import new_state
-from training.config import PRESETS, TrainConfig, resolve
+from training.config import TrainConfig, resolve
 from training.objectives import OBJECTIVES
 from training.objectives.token import Batch, TokenObjective
+from training.presets import PRESETS
 from training.state import TrainState
 from training.step import forward_backward, optimizer_step
 from util import dist

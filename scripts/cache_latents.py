@@ -42,8 +42,9 @@ class CacheArgs(Reading):
     format: str = flag("packed", "packed: a few large files; npz: a file an image, as MAR has it", choices=WRITERS)
     tokens: str | None = flag(
         None,
-        "continuous: latents; discrete: ids of the tokenizer's codebook (default: latents where it has them)",
-        choices=("continuous", "discrete"),
+        "continuous: latents; discrete: ids of the tokenizer's codebook; multiscale: ids of all its scales "
+        "(default: latents where it has them)",
+        choices=("continuous", "discrete", "multiscale"),
     )
     cache_dtype: str = flag("float32", "numbers of latents on disk", choices=("float32", "float16"))
     shard_size: int = flag(4096, "images a file of the packed format", low=1)
@@ -73,7 +74,7 @@ OWN = ("format", "tokens", "cache_dtype", "shard_size", "verify")
 
 @torch.no_grad()
 def encode(tokenizer, images, device, dtype: str) -> np.ndarray:
-    """Moments (b, 2, c, h, w), or as an unsigned dtype ids (b, 2, h, w), of images uint8 (b, C, H, W) and mirrored."""
+    """Moments (b, 2, c, h, w), or as an unsigned dtype ids (b, 2, …), of images uint8 (b, C, H, W) and mirrored."""
     images = images.to(device, non_blocking=True).float() / 127.5 - 1
     encode_tokens = tokenizer.encode_ids if is_discrete(dtype) else tokenizer.encode_moments
     moments = torch.stack([encode_tokens(pixels).cpu() for pixels in (images, images.flip(-1))], dim=1).numpy()
@@ -173,12 +174,13 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
         raise ValueError(f"--img_size {args.img_size} must be a multiple of the tokenizer's {tokenizer.stride}")
     side = args.img_size // tokenizer.stride
     dtype = choose_dtype(args, tokenizer)
+    ids_shape = list(tokenizer.ids_shape(args.img_size))
     settings = dict(
         version=VERSION,
         format=args.format,
         dtype=dtype,
         img_size=args.img_size,
-        shape=[side, side] if is_discrete(dtype) else [tokenizer.moment_channels, side, side],
+        shape=ids_shape if is_discrete(dtype) else [tokenizer.moment_channels, side, side],
         codebook_size=tokenizer.codebook_size if is_discrete(dtype) else 0,
         fingerprint=tokenizer.fingerprint,
         reading=asdict(data.reading) if data.data == "imagefolder" else None,

@@ -1,9 +1,9 @@
-"""Fetch published weights: MAR's and its KL-16 autoencoder (default: these four), LlamaGen's tokenizers and models.
+"""Fetch published weights: MAR's and its KL-16 autoencoder (default: these four), LlamaGen's and VAR's.
 
     python scripts/download_weights.py mar_base kl16
     python scripts/download_weights.py llamagen_vq16 llamagen_ar_b
 
-They go to the places below pretrained_models/ that MAR's and LlamaGen's commands name. An interrupted download
+They go to the places below pretrained_models/ that MAR's, LlamaGen's and VAR's commands name. An interrupted download
 continues. The SHA-256 of a file is compared with --sha256 NAME=HEX, else with the <file>.sha256 that the first download
 wrote; an existing file that has it is not fetched again.
 """
@@ -29,6 +29,7 @@ from util.images.folders import check_output_folder
 
 _DROPBOX = "https://www.dropbox.com/scl/fi"
 _LLAMAGEN = "https://huggingface.co/FoundationVision/LlamaGen/resolve/main"
+_VAR = "https://huggingface.co/FoundationVision/var/resolve/main"
 # name: (file below pretrained_models/, address in the README of github.com/LTH14/mar). All addresses were written down
 # without network access and are not tested; the checksums of the files are not known.
 MARS_FILES = {
@@ -63,7 +64,17 @@ LLAMAGEN_FILES = {
     "llamagen_ar_t2i_xl_256": "t2i_XL_stage1_256.pt",
     "llamagen_ar_t2i_xl_512": "t2i_XL_stage2_512.pt",
 }
+# name: file in the repository FoundationVision/var of huggingface.co, which is also its place below pretrained_models/
+VAR_FILES = {
+    "var_vq": "vae_ch160v4096z32.pth",
+    "var_d16": "var_d16.pth",
+    "var_d20": "var_d20.pth",
+    "var_d24": "var_d24.pth",
+    "var_d30": "var_d30.pth",
+    "var_d36_s": "var_d36.pth",
+}
 FILES = {**MARS_FILES, **{name: (file, f"{_LLAMAGEN}/{file}") for name, file in LLAMAGEN_FILES.items()}}
+FILES |= {name: (file, f"{_VAR}/{file}") for name, file in VAR_FILES.items()}
 ATTEMPTS = 5  # requests in a row, each for the bytes that the last one left out
 TIMEOUT = 30  # seconds without a byte
 
@@ -167,8 +178,10 @@ def parse_sha256(texts: list[str]) -> dict[str, str]:
     checksums = {}
     for text in texts:
         name, _, digest = text.partition("=")
-        if name not in FILES or not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
-            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits; names: {', '.join(FILES)}")
+        if not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+            raise ValueError(f"--sha256 {text!r} must be NAME=HEX with 64 digits")
+        if name not in FILES:
+            raise ValueError(f"--sha256 NAME=HEX: unknown name {name!r}; valid: {', '.join(FILES)}")
         checksums[name] = digest.lower()
     return checksums
 

@@ -2,9 +2,10 @@
 # docs/leaderboard.md for digits: published rules, the best of a grid, checkerboard and staged groups, a searched schedule,
 # and learned heads, at equal numbers of steps, on the reward's features and on a judge's.
 #   BASE=output_dir/quickstart HEADS=output_dir/heads OUT=output_dir/leaderboard STEPS="4 8 16" bash scripts/leaderboard.sh
-# HEADS is made by scripts/train_heads.sh where it is missing. SCHEDULE=FILE is a searched schedule (made if not given).
+# SEEDS (1,2,3): those of the images, and of the heads, which scripts/train_heads.sh trains in HEADS/seedN where they are
+# missing and whose images have the seed of their training. SCHEDULE=FILE is a searched schedule (made if not given).
 # Hand-made rules of up to 4 steps are chosen from the whole grid, of others from the small one (GRID=whole: from all).
-# SEEDS are those of the images; 0 chooses. Several hours on 2 CPU cores; interrupted, the same command continues. Further
+# Seed 0 chooses among hand-made rules. Several hours on 2 CPU cores; interrupted, the same command continues. Further
 # arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -12,40 +13,49 @@ base=${BASE:-output_dir/quickstart}
 heads=${HEADS:-output_dir/heads}
 out=${OUT:-output_dir/leaderboard}
 schedule=${SCHEDULE:-$out/schedule.json}
+IFS=, read -ra seeds <<<"${SEEDS:-1,2,3}"
 read -ra numbers <<<"${STEPS:-4 8 16}"
 budget=(--num_sampling_steps 8 --solver dpmpp_sde)
 pass=() # --dry_run goes on to the scripts that this one calls
 [ -z "$dry_run" ] || pass=(--dry_run)
 
-[ -f "$heads/checkpoint-last.pth" ] || OUT=$heads bash scripts/train_heads.sh "${pass[@]}"
+for seed in "${seeds[@]}"; do
+    [ -f "$heads/seed$seed/checkpoint-last.pth" ] || BASE=${BASE:-} SEED=$seed OUT=$heads/seed$seed \
+        bash scripts/train_heads.sh "${pass[@]}"
+done
 files=()
 for number in "${numbers[@]}"; do
     grid=whole
     [ "$number" -le 4 ] || grid=small
-    GRID=${GRID:-$grid} NUM_ITER=$number CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
+    GRID=${GRID:-$grid} NUM_ITER=$number STEPS=8 CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
         bash scripts/search_grid.sh "${pass[@]}" "$@"
     files+=(--hand "$out/grid$number/judged/results.jsonl")
 done
 [ -n "${SCHEDULE:-}" ] || run python scripts/search_schedule.py --checkpoint "$base" --out "$schedule" --num_iter 4 \
-    "${budget[@]}"
+    "${budget[@]}" --reward_weights 1,3
 
 more=("$@")
-row() { # FOLDER NAME CHECKPOINT flags: measured by both, a row of the table
-    local folder=$1 name=$2 checkpoint=$3
-    shift 3
-    local images=(python sample.py --checkpoint "$checkpoint" --output_dir "$out/$folder" "${budget[@]}"
-        --num_iter "$(IFS=,; echo "${numbers[*]}")" --num_images 1800 --metrics fid --features digits
-        --seed "${SEEDS:-1,2,3}" "$@" "${more[@]}")
-    run "${images[@]}"
-    run "${images[@]}" --fid_weights "$out/judge.npz"
-    files+=(--row "$name=$out/$folder/results.jsonl")
+measure() { # FOLDER CHECKPOINT SEEDS flags
+    run python sample.py --checkpoint "$2" --output_dir "$out/$1" "${budget[@]}" --seed "$3" \
+        --num_iter "$(IFS=,; echo "${numbers[*]}")" --num_images 1800 --metrics fid --features digits \
+        --judge "$out/judge.npz" "${@:4}" "${more[@]}"
 }
-row published "published: linear cfg 1.5, tau 1" "$base" --infer_mode baseline --cfg 1.5 --temperature 1
-row staged "checkerboard, staged" "$base" --infer_mode baseline --order checkerboard --group staged --cfg 1.8 \
-    --temperature 0.9
-row searched "searched schedule" "$base" --infer_mode baseline --schedule "$schedule"
-row off "heads: tau and w of each step" "$heads" --infer_mode guidance --heads_adaptive off
-row guidance "heads: tau and w of each image" "$heads" --infer_mode guidance
-row staged_heads "heads: the same, staged groups" "$heads" --infer_mode guidance --group staged
-row both "heads: order and groups too" "$heads" --infer_mode both
+by_hand() { # FOLDER NAME flags: a row of the table, on the base
+    measure "$1" "$base" "$(IFS=,; echo "${seeds[*]}")" --infer_mode baseline "${@:3}"
+    files+=(--row "$2=$out/$1/results.jsonl")
+}
+by_heads() { # FOLDER NAME flags: a row of the table, over the seeds of training
+    local seed
+    for seed in "${seeds[@]}"; do
+        measure "$1" "$heads/seed$seed" "$seed" "${@:3}"
+    done
+    files+=(--row "$2=$out/$1/results.jsonl")
+}
+by_hand published "published: linear cfg 1.5, tau 1" --cfg 1.5 --temperature 1
+by_hand staged "checkerboard, staged" --order checkerboard --group staged --cfg 1.8 --temperature 0.9
+by_hand searched "searched schedule" --schedule "$schedule"
+by_heads off "heads: tau and w of each step" --infer_mode guidance --heads_adaptive off
+by_heads guidance "heads: tau and w of each image" --infer_mode guidance
+by_heads staged_heads "heads: the same, staged groups" --infer_mode guidance --group staged
+by_heads both "heads: order and groups too" --infer_mode both
 into "$out/leaderboard.md" python scripts/make_leaderboard.py --page "${files[@]}"

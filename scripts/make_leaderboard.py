@@ -3,14 +3,12 @@
     python scripts/make_leaderboard.py --hand OUT/hand/results.jsonl --row "heads, per step=OUT/steps/results.jsonl" ...
     python scripts/make_leaderboard.py --hand OUT/hand/results.jsonl --row OUT/modes/results.jsonl
 
-Every file has each of its settings twice: measured by the reward's features (a line without --fid_weights, with the
-pixels) and by a judge's (--fid_weights). --hand: hand-made rules; each --row: the settings of a file under a name, or
-under those of their inference modes. Guidance trades pixels against features, so a row is compared with the hand-made
-rule of the smallest judge distance among those whose pixel distance is not larger than its own. `beyond` is the
-difference over the root of the sum of both variances.
+The lines have the figures of the reward, by features and by pixels, and of a judge (sample.py --judge). --hand:
+hand-made rules; each --row: the settings of a file under a name, or under those of their inference modes. Guidance
+trades pixels against features, so a row is compared with the hand-made rule of the smallest judge distance among those
+whose pixel distance is not larger than its own. `beyond` is the difference over the root of the sum of both variances.
 """
 
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -22,23 +20,24 @@ from util.args import OneLineParser
 from util.door import run_main
 from util.evaluation.tables import COSTS, group_seeds, mean_and_spread, read_lines
 
-MEASURES = ("fid_weights", "metrics")  # settings that say how images are measured
+NEEDED = ("fid", "frechet_pixels", "judge_fid")  # figures of a line
 HEADINGS = ("rules", "reward: features", "reward: pixels", "judge", "best hand-made judge", "difference", "beyond")
 HEADINGS += ("transformer evals", "MLP evals", "images/s", "seeds")
 PAGE = """# Leaderboard
 
 Rules side by side on digits, at equal numbers of steps, printed by `bash scripts/leaderboard.sh`. The quickstart's
-base is frozen; nothing but the rules differs. Heads are those of `bash scripts/train_heads.sh`: one set for all
-numbers of steps.
+base is frozen; nothing but the rules differs. Heads are those of `bash scripts/train_heads.sh`, one set for all
+numbers of steps, trained once for each seed.
 
 Reward: the Fréchet distances that schedules and heads were optimised by, and hand-made rules chosen by, on the
 features of the digit classifier and on pixels. Judge: the same distance on the features of another classifier, which
-took no part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds of the images. Guidance
-trades pixels against features, so a row is compared with the hand-made rule that the judge likes best among those of
-no larger pixel distance; `none` where no hand-made rule comes that near on pixels, or where it is that rule itself.
-`beyond` is the difference over the root of the sum of both variances. Hand-made rules: those that no other beats in
-both reward features, of the 136 of `search_grid.sh` at 4 steps, and of its 36 of `GRID=small` at 8 and 16.
-Evaluations are those of an image; images/s were measured on two shared CPU cores and say little."""
+took no part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds: of the images, and for
+heads of their training too. Guidance trades pixels against features, so a row is compared with the hand-made rule that
+the judge likes best among those of no larger pixel distance; `none` where no hand-made rule comes that near on pixels,
+or where it is that rule itself. `beyond` is the difference over the root of the sum of both variances. Hand-made rules:
+those that no other beats in both reward features, of the 136 of `search_grid.sh` at 4 steps, and of its 36 of
+`GRID=small` at 8 and 16. Evaluations are those of an image; images/s were measured on two shared CPU cores and say
+little."""
 
 
 @dataclass
@@ -75,25 +74,21 @@ def rules_of(settings: dict) -> str:
     return ", ".join(words)
 
 
-def rules_key(settings: dict) -> str:
-    """What two lines about the same images have in common, however they were measured."""
-    return json.dumps({key: value for key, value in settings.items() if key not in MEASURES}, sort_keys=True)
-
-
 def entries(path: Path, name: str | None) -> list[Entry]:
-    """The settings of a file that were measured by both; a file without such ones raises ValueError."""
-    groups, found, judged = group_seeds(read_lines(path)), [], {}
-    for settings, figures, _ in groups:
-        if settings.get("fid_weights") and "fid" in figures:
-            judged[rules_key(settings)] = figures["fid"]
-    for settings, figures, _ in groups:
-        judge = judged.get(rules_key(settings))
-        if judge and not settings.get("fid_weights") and {"fid", "frechet_pixels"} <= figures.keys():
+    """The settings of a file that a judge measured too; a file without such ones raises ValueError.
+
+    Under a name, checkpoints that differ in their training seed are repeats of one setting.
+    """
+    lines = read_lines(path)
+    if name:
+        lines = [{**line, "run": name} for line in lines]
+    found = []
+    for settings, figures, _ in group_seeds(lines):
+        if figures.keys() >= set(NEEDED):
             costs = {key: mean(figures[key]) for key in COSTS if key in figures}
-            reward = figures["fid"], figures["frechet_pixels"]
-            found.append(Entry(name or rules_of(settings), settings, *reward, judge, costs))
+            found.append(Entry(name or rules_of(settings), settings, *(figures[key] for key in NEEDED), costs))
     if not found:
-        raise ValueError(f"{path} has no setting that was measured by the reward's features and by a judge's")
+        raise ValueError(f"{path} has no setting with the figures {', '.join(NEEDED)}, which sample.py --judge gives")
     return found
 
 

@@ -54,6 +54,7 @@ HEADINGS = {
     "recall": "recall",
     "svc_accuracy": "SVC accuracy",
     "frechet_pixels": "Fréchet (pixels)",
+    "judge_fid": "FID of the judge",
     "mar_evals": "transformer evals",
     "mlp_evals": "MLP evals",
     "images_per_second": "images/s",

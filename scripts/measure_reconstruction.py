@@ -22,7 +22,7 @@ from util.evaluation.features import FEATURES
 from util.evaluation.fid_stats import load_fid_stats
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions
+from util.evaluation.reconstruction import ReconstructionFID, scales_lines, score_reconstructions
 from util.evaluation.results import append_result, find_result, git_commit, read_results
 from util.images.datasets import labels_of
 from util.images.folders import check_output_folder
@@ -93,6 +93,8 @@ def run(args: ReconstructionArgs) -> int:
         print(f"already in {results}")
     print(protocol_line(row["protocol"]))
     print(f"{args.tokenizer}: {metrics_line(row['metrics'])}")
+    for line in scales_lines(row["metrics"]):
+        print(line)
     return 0
 
 

@@ -38,9 +38,14 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in KEYS}
+            trace = {key: file[key] for key in KEYS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
+    if trace["order_step"].ndim != 2 or math.isqrt(trace["order_step"].shape[1]) ** 2 != trace["order_step"].shape[1]:
+        raise ValueError(
+            f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
+        )
+    return trace
 
 
 def parse_images(text: str | None, count: int) -> list[int]:

@@ -11,7 +11,7 @@ training=()
 sampling=()
 images=(--num_images 600)
 seeds=(--seed 1,2)
-groups=(--group cosine,staged)
+groups=(--group staged)
 words=()
 for word in "$@"; do # --flag=value is --flag value
     case $word in
@@ -36,26 +36,22 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     esac
 done
 
-run python main_mar.py --preset digits "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
+run python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
 
 budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
 run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
     "${budget[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,2 --bank 512 --lr 1e-2 \
-    --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 4 "${training[@]}" "${epochs[@]}" \
+    --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 3 "${training[@]}" "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
-[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --output "$judge"
-measured() { # FOLDER flags: the same images by both
-    local folder=$1
-    shift
-    local call=(python sample.py --checkpoint "$out/heads" --output_dir "$folder" "${budget[@]}" "$@" "${sampling[@]}"
-        "${images[@]}" "${seeds[@]}" --metrics fid --features digits)
-    run "${call[@]}"
-    run "${call[@]}" --fid_weights "$judge"
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --output "$judge"
+measured() { # FOLDER flags
+    run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
+        "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"
 }
-measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5,1.8 --temperature 0.85
+measured "$out/hand" --infer_mode baseline "${groups[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
 measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 10
 first=${seeds[1]%%,*}
 trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)

@@ -58,8 +58,6 @@ run python scripts/best_settings.py "$out/grid/results.jsonl" --by "${by[@]}" --
 # The classifier's seed is not that of the committed one: other features.
 judge=${JUDGE:-$out/judge.npz}
 [ -f "$judge" ] || run python scripts/train_classifier.py --classifier "$preset" "${data[@]}" --seed 1 --output "$judge"
-judged=(judged --settings_of "$out/best.jsonl" --seed "${SEEDS:-1,2,3}")
-images "${judged[@]}" "$@"
-images "${judged[@]}" --fid_weights "$judge" "$@"
+images judged --settings_of "$out/best.jsonl" --seed "${SEEDS:-1,2,3}" --judge "$judge" "$@"
 into "$out/table.md" python scripts/make_table.py "$out/judged/results.jsonl" --csv "$out/table.csv"
 say "all settings: $out/grid/results.jsonl, the best: $out/best.jsonl, their figures: $out/table.md"

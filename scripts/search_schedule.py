@@ -1,5 +1,8 @@
 """Search a schedule by CMA-ES: group sizes, temperature and guidance of each step, and the profile of the guidance.
 
+Of a model that draws tokens without diffusion steps there is no profile; of one that draws one token a step there are
+no group sizes, and temperature and guidance have --num_iter values, between which its steps interpolate.
+
     python scripts/search_schedule.py --checkpoint output_dir/quickstart --out schedule.json
     python sample.py --checkpoint output_dir/quickstart --output_dir OUT --schedule schedule.json --num_iter 4 \\
         --num_sampling_steps 8 --solver dpmpp_sde
@@ -30,11 +33,12 @@ from diffusion.solvers import SOLVERS
 from heads.orders import ORDERS
 from heads.policy import build_rules
 from heads.searched import read_schedule
+from models.coding import render
 from models.loading import load_model
 from sampling.loop import generate
 from sampling.run import Parts
 from sampling.settings import SampleConfig
-from training.search import Options, Search, hand_made_grid, ratio, read_state
+from training.search import Options, Search, hand_made_grid, kinds_of, ratio, read_state
 from util import dist
 from util.args import check_output_file, flag, run_with
 from util.checkpoint import atomic_file, checkpoint_path
@@ -57,7 +61,7 @@ class SearchArgs:
     features: str = flag("digits,pixels", "comma list of the kinds of features of the reward, two at least")
     reward_weights: str | None = flag(None, "comma list of their weights (default: 1 each)")
     data_path: str | None = flag(None, "folder of the real images (default: the training data)")
-    num_iter: int = flag(4, "autoregressive steps", low=1)
+    num_iter: int = flag(4, "autoregressive steps; of a model that draws one token a step: values of tau and w", low=1)
     num_sampling_steps: int | str = flag(
         8,
         "diffusion steps of each, or A:B from A at the first to B at the last",
@@ -65,7 +69,7 @@ class SearchArgs:
         metavar="T|A:B",
     )
     solver: str = flag("dpmpp_sde", "solver of the diffusion head", choices=SOLVERS)
-    order: str = flag("random", "order of the tokens", choices=ORDERS)
+    order: str | None = flag(None, "order of the tokens (default: random, or the model's)", choices=ORDERS)
     num_images: int = flag(900, "images of an evaluation", low=2)
     batch_size: int = flag(300, "images a batch", low=1)
     popsize: int = flag(12, "evaluations of a generation", low=4)
@@ -98,9 +102,11 @@ class Sampled:
         self.args = args
         model, tokenizer, config = load_model(args.checkpoint, ema=not args.no_ema)
         device = dist.pick_device(args.device)
-        # of a schedule's rules these may not fit a model
-        sampling = SampleConfig(num_iter=args.num_iter, order=args.order, solver=args.solver, cfg_profile="interval")
-        sampling.fitted(model.fixed_rules, "the model").check(model)
+        one_a_step = model.fixed_rules.get("group") == "one"
+        sampling = SampleConfig(num_iter=None if one_a_step else args.num_iter, order=args.order, solver=args.solver)
+        self.sampling = sampling.fitted(model.fixed_rules, "the model", model.config.seq_len)
+        self.sampling.check(model)
+        self.order = self.sampling.order or "random"
         self.parts = Parts(model.to(device), tokenizer.to(device), device, dist.pick_dtype(None, device))
         data, reading = config["data"], stored_reading(config["data"].get("reading"))
         place = args.data_path or data["path"]
@@ -112,15 +118,15 @@ class Sampled:
 
     def __call__(self, values: dict, seed: int | None = None) -> dict[str, float]:
         args, parts = self.args, self.parts
-        rules = build_rules("baseline", order=args.order, schedule=json.dumps(values))
-        options = dict(num_iter=args.num_iter, num_steps=args.num_sampling_steps, solver=args.solver)
+        rules = build_rules("baseline", order=self.order, group=self.sampling.group, schedule=json.dumps(values))
+        options = dict(num_iter=self.sampling.num_iter, num_steps=args.num_sampling_steps, solver=args.solver)
         options["clip"] = parts.tokenizer.clip
         images = []
         for rows in torch.arange(args.num_images).split(args.batch_size):
             seeds = image_seeds(args.seed if seed is None else seed, rows)
             with dist.autocast(parts.device, parts.dtype), torch.no_grad():
-                latents = generate(parts.model, self.labels[rows], rules, seeds=seeds, **options)
-                images.append(to_uint8(parts.tokenizer.decode(latents)))
+                drawn = generate(parts.model, self.labels[rows], rules, seeds=seeds, **options)
+                images.append(to_uint8(render(parts.tokenizer, drawn)))
         return self.reward(np.concatenate(images))
 
 
@@ -183,9 +189,10 @@ def run(args: SearchArgs) -> int:
     if args.num_iter > model.config.seq_len:
         raise ValueError(f"--num_iter {args.num_iter} must be at most the {model.config.seq_len} tokens of an image")
     changing = ("out", "iterations", "max_minutes", "dry_run", "device", "checkpoint")
-    settings = {k: v for k, v in asdict(args).items() if k not in changing} | {"weights": measure.parts.weights_hash()}
+    settings = {k: v for k, v in asdict(args).items() if k not in changing}
+    settings |= dict(order=measure.order, weights=measure.parts.weights_hash())
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid = hand_made_grid(args.num_iter, model.config.seq_len)
+    grid = hand_made_grid(args.num_iter, model.config.seq_len, kinds_of(model))
     weights = reward_weights(args.reward_weights, reward_kinds(args.features))
     search = Search(measure, grid, state, settings, Options(args.popsize, args.seed, args.sigma, weights))
     search.run(args.iterations, args.max_minutes * 60)

@@ -65,7 +65,7 @@ PRESETS = {
         tokens=16,
         steps=4,
         tokenizers=own_vq(2),
-        training="--epochs 60 --eval_freq 1000",
+        training="--epochs 40 --eval_freq 1000",
         trained="--data digits --vq --codebook_size 256 --stride 2 --latent_channels 4 --epochs 150",
         diffusion="--num_sampling_steps 8 --solver dpmpp_sde",
     ),

@@ -100,11 +100,9 @@ budget=(--num_sampling_steps 8 --solver dpmpp_sde)
 judge=$out/pipeline/judge.npz
 [ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --output "$judge"
 
-measure() { # STAGE NUM_ITER CHECKPOINT flags: the same images by both
-    local images=(python sample.py --checkpoint "$3" --output_dir "$out/pipeline/$1" --num_iter "$2" "${budget[@]}"
-        --num_images 1800 --metrics fid --features digits --seed "$seed" "${@:4}")
-    run "${images[@]}"
-    run "${images[@]}" --fid_weights "$judge"
+measure() { # STAGE NUM_ITER CHECKPOINT flags
+    run python sample.py --checkpoint "$3" --output_dir "$out/pipeline/$1" --num_iter "$2" "${budget[@]}" \
+        --num_images 1800 --metrics fid --features digits --judge "$judge" --seed "$seed" "${@:4}"
 }
 heads() { # STAGE CHECKPOINT flags: train them, measure them
     local model=$out/pipeline/$1/seed$seed

@@ -1,78 +1,90 @@
-"""Train a small autoencoder, KL or with --vq a VQModel, for `main_mar.py --tokenizer diffusers:OUT/autoencoder`.
+"""Train a small autoencoder, KL, with --vq a VQModel, or with --multiscale VAR's, for main_mar.py --tokenizer.
 
     python scripts/train_tokenizer.py --data_path IMAGES --img_size 32 --stride 4 --latent_channels 8 --output_dir OUT
+    python scripts/train_tokenizer.py --data digits --stride 1 --multiscale --patch_nums 1,2,3,4,6,8 --output_dir OUT
 
 Every tenth image is held out of training, to measure PSNR, SSIM and (with --features) rFID on. OUT gets autoencoder/
-(diffusers' own format, its latents centred and their scale in its config), reconstructions.png (originals above their
-reconstructions), a line of kind "reconstruction" in results.jsonl, and checkpoint-last.pth for --resume.
+(diffusers' own format, its latents centred and their scale in its config; --tokenizer diffusers:OUT/autoencoder) or
+tokenizer.pth (VAR's tensor names; --tokenizer var_vq --vae_path OUT/tokenizer.pth), reconstructions.png (originals
+above their reconstructions), with --multiscale scales.png (images that grow scale by scale), a line of kind
+"reconstruction" in results.jsonl, and checkpoint-last.pth for --resume.
 
 Loss: mean absolute error + perceptual_weight · perceptual distance + a penalty, which is kl_weight · KL (both summed
-over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE). Entries that
-no latent chooses any more are moved to latents; which share of the codebook is used is measured with the rest.
+over an image, as in LDM, then divided by its number of values), or codebook + 0.25 · commitment (VQ-VAE; with scales
+the mean of both over them); with --adversarial_weight that of a discriminator too. Entries that no latent chooses any
+more are moved to latents, as many to those of a scale of few tokens as to others, and --partial_share of the
+images is decoded from a part of their scales, so that the coarse ones say more; which share of the codebook is used, by
+each scale, is measured with the rest.
 """
 
-import copy
 import math
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from models.tokenizers import build_tokenizer
-from models.tokenizers.autoencoder import AutoencoderTokenizer
+from models.tokenizers import Tokenizer, build_tokenizer
 from models.tokenizers.measuring import measure_latents
-from training.autoencoders import LOSSES, centre_latents, make_autoencoder, revive, start_codebook, watched
-from training.optim import lr_at
+from models.tokenizers.multiscale import save_multiscale
+from training.autoencoders import LOSSES, centre_latents
+from training.tokenizer_run import HOLD_OUT, ROW, Run, optimize
 from util import dist
 from util.args import flag, pick, run_with
-from util.checkpoint import checkpoint_path, load_weights, read_file, save_checkpoint
+from util.checkpoint import checkpoint_path, read_file
 from util.door import run_main
 from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.metrics import metrics_line
-from util.evaluation.perceptual import PERCEPTUAL, build_perceptual
+from util.evaluation.perceptual import PERCEPTUAL
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, reconstruction_row
-from util.evaluation.reconstruction import ReconstructionFID, score_reconstructions, warn_of_usage
+from util.evaluation.reconstruction import ReconstructionFID, scales_lines, warn_of_usage
 from util.evaluation.results import append_result, find_result, git_commit, read_results
-from util.foreign import are_weights, type_of
-from util.images.datasets import EpochSampler, ImagesArgs, broken_note, in_memory, labels_of
+from util.images.datasets import ImagesArgs, broken_note, in_memory, labels_of
 from util.images.folders import check_output_folder
-from util.images.pictures import make_grid, save_png, to_uint8
 from util.images.reading import MARS_WAY, Reading
-from util.rng import generator, seed_of
 
+FILE = "tokenizer.pth"  # of a multi-scale tokenizer
 SAVE_EVERY = 500  # steps, besides the end of each epoch
-HOLD_OUT = 10  # every tenth image
-WARMUP = 0.02  # share of the run
-REVIVE_UNTIL = 0.9  # share of the run after which entries of the codebook stay where they are
-NUM_PICTURES = 8
 NUM_MEASURED = 10000  # images for mean and scale of the latents
-# flags that must be the same with --resume
-FIXED = "data data_path img_size stride latent_channels width vq codebook_size batch_size seed".split()
-FIXED += [field.name for field in fields(Reading)]
+
+
+def scale_list(text: str) -> str:
+    """Rising whole numbers with commas between them, at least two; anything else raises ValueError."""
+    if not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})+", text):
+        raise ValueError(f"expected numbers like 1,2,3,4, got {text!r}")
+    sides = [int(part) for part in text.split(",")]
+    if any(a >= b for a, b in zip(sides, sides[1:])):
+        raise ValueError(f"expected each number to be above the last, got {text!r}")
+    return text
 
 
 @dataclass(frozen=True)
 class TokenizerArgs(ImagesArgs):
     """The flags: autoencoder, data, loss, length of the run, and the folder of its files."""
 
-    stride: int = flag(4, "pixels of a latent's side", choices=(2, 4, 8, 16))
+    stride: int = flag(4, "pixels of a latent's side", choices=(1, 2, 4, 8, 16))
     latent_channels: int = flag(8, "channels of a latent", low=1)
     width: int = flag(
         32, "channels at full resolution, a multiple of 4; deeper levels have up to 4 times as many", low=4
     )
     vq: bool = flag(False, "train a VQModel instead of an AutoencoderKL")
-    codebook_size: int = flag(1024, "codes of the VQModel", low=2)
+    multiscale: bool = flag(False, "train VAR's multi-scale tokenizer instead, for next-scale models")
+    patch_nums: str = flag(
+        "1,2,3,4,6,8", "sides of its scales, the last one that of its latents", metavar="P,P,...", type=scale_list
+    )
+    partial_share: float = flag(
+        0.1, "share of the images that are decoded from a random part of their scales", low=0, high=1
+    )
+    codebook_size: int = flag(1024, "codes of either", low=2)
     epochs: float = flag(10.0, "passes over the images, which may be a fraction", low=0)
     max_minutes: float | None = flag(None, "minutes after which training stops, if the epochs take longer", low=0)
     batch_size: int = flag(32, "images a step", low=1)
@@ -81,6 +93,8 @@ class TokenizerArgs(ImagesArgs):
     perceptual: str = flag("none", "network of the perceptual distance", choices=PERCEPTUAL)
     perceptual_weights: str | None = flag(None, "file with the weights of vgg16 (torchvision's, .pth or .safetensors)")
     perceptual_weight: float = flag(0.1, "weight of the perceptual distance", low=0)
+    adversarial_weight: float = flag(0.0, "weight of the adversarial loss; 0: train without a discriminator", low=0)
+    adversarial_start: float = flag(0.3, "share of the run after which it begins", low=0, high=1)
     features: str | None = flag(None, "features of the rFID (default: PSNR and SSIM only)", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
     num_eval: int = flag(5000, "held-out images to measure on, at most", low=2)
@@ -93,129 +107,18 @@ class TokenizerArgs(ImagesArgs):
 
     @property
     def class_name(self) -> str:
-        """The autoencoder's class in diffusers, a row of LOSSES."""
-        return "VQModel" if self.vq else "AutoencoderKL"
-
-
-class Run:
-    """The state of a training run, its images and the loss network."""
-
-    def __init__(self, args: TokenizerArgs, images):
-        self.args, self.images = args, images
-        self.device = dist.pick_device(args.device)
-        self.dtype = dist.pick_dtype(args.dtype, self.device)
-        held_out = range(0, len(images), HOLD_OUT)
-        count = min(args.num_eval, len(held_out))
-        self.held_out = [held_out[i * len(held_out) // count] for i in range(count)]
-        self.kept = Subset(images, [i for i in range(len(images)) if i % HOLD_OUT])
-        self.sampler = EpochSampler(len(self.kept), args.batch_size, args.seed)
-        self.num_steps = max(1, math.ceil(args.epochs * len(self.sampler)))
-        self.perceptual = build_perceptual(args.perceptual, args.perceptual_weights, images.channels, images.img_size)
-        if self.perceptual is not None:
-            self.perceptual.to(self.device)
-        sizes = {name: getattr(args, name) for name in ("stride", "latent_channels", "width", "codebook_size")}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(args.seed)
-            autoencoder = make_autoencoder(
-                args.class_name, **sizes, image_channels=images.channels, img_size=images.img_size
-            )
-        self.autoencoder = autoencoder.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = torch.optim.Adam(self.autoencoder.parameters(), lr=args.lr, betas=(0.9, 0.99))
-        self.step, self.minutes = 0, 0.0  # trained so far
-        self.idle = torch.zeros(args.codebook_size if args.vq else 0, dtype=torch.long)  # see `revive`
+        """The autoencoder's class, a row of LOSSES."""
+        return "MultiScaleVQ" if self.multiscale else "VQModel" if self.vq else "AutoencoderKL"
 
     @property
-    def done(self) -> float:
-        """The share of the run that is done, by steps or by time."""
-        return max(self.step / self.num_steps, self.minutes / (self.args.max_minutes or math.inf))
+    def has_codebook(self) -> bool:
+        """Does it quantise?"""
+        return LOSSES[self.class_name].quantised is not None
 
-    def save(self) -> None:
-        """Write the checkpoint."""
-        content = dict(
-            autoencoder=self.autoencoder.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            step=self.step,
-            minutes=self.minutes,
-            idle=self.idle,
-            settings=asdict(self.args),
-        )
-        save_checkpoint(self.args.output_dir, content)
-
-    def load(self, path: Path, content) -> None:
-        """Continue from the content of a checkpoint; one that is damaged or of another run raises ValueError."""
-        keys = {"autoencoder", "optimizer", "step", "minutes", "settings"}
-        if not isinstance(content, dict) or not keys <= content.keys():
-            raise ValueError(f"{path}, {type_of(content)}, is no checkpoint of train_tokenizer.py")
-        types = dict(autoencoder=dict, optimizer=dict, settings=dict, step=int, minutes=float | int)
-        wrong = [key for key, value_type in types.items() if not isinstance(content[key], value_type)]
-        if wrong or not are_weights(content["autoencoder"]):
-            key = wrong[0] if wrong else "autoencoder"
-            raise ValueError(f"{path} is damaged: its {key!r} is {type_of(content[key])}")
-        settings = {**asdict(MARS_WAY if self.args.data == "imagefolder" else Reading()), **content["settings"]}
-        for name in FIXED:
-            stored, given = settings.get(name), getattr(self.args, name)
-            if stored != given:
-                raise ValueError(f"{path} was trained with --{name} {stored}, not {given}: choose another --output_dir")
-        load_weights(self.autoencoder, content["autoencoder"], path)
-        try:
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: its optimizer does not fit ({str(error)[:120]})") from None
-        idle = content.get("idle", self.idle)  # none in a checkpoint of before entries were revived
-        if not torch.is_tensor(idle) or idle.shape != self.idle.shape:
-            raise ValueError(f"{path} is damaged: its 'idle' does not fit the codebook")
-        self.step, self.minutes, self.idle = content["step"], content["minutes"], idle
-
-    def tokenizer(self) -> AutoencoderTokenizer:
-        """A frozen copy of the autoencoder as it is now."""
-        return AutoencoderTokenizer(self.args.class_name, copy.deepcopy(self.autoencoder)).to(self.device)
-
-    def scores(self, tokenizer, indices, fid: ReconstructionFID | None = None, verbose=False) -> dict[str, float]:
-        """`score_reconstructions` of the tokenizer on the images at these indices; without fid no rfid."""
-        options = dict(batch_size=self.args.batch_size, device=self.device, dtype=self.dtype, verbose=verbose)
-        return score_reconstructions(tokenizer, Subset(self.images, indices), fid, **options)
-
-    def draw(self, tokenizer) -> None:
-        """Write reconstructions.png: held-out images above their reconstructions."""
-        indices = self.held_out[:: max(1, len(self.held_out) // NUM_PICTURES)][:NUM_PICTURES]
-        originals = torch.stack([self.images[i][0] for i in indices])
-        decoded = tokenizer.decode(tokenizer.encode(originals.to(self.device).float() / 127.5 - 1, sample=False))
-        pictures = np.concatenate([originals.permute(0, 2, 3, 1).numpy(), to_uint8(decoded)])
-        count = len(indices)
-        grid = make_grid(pictures, ["original"] * count + ["decoded"] * count, count)
-        save_png(Path(self.args.output_dir, "reconstructions.png"), grid)
-
-
-def optimize(run: Run, pixels: torch.Tensor) -> dict[str, float]:
-    """One step on uint8 images (B, C, H, W); the loss terms. A loss or gradient that is not finite raises."""
-    args, draws = run.args, generator(seed_of("tokenizer", run.args.seed, run.step))
-    if run.images.flip:
-        flip = torch.rand(len(pixels), generator=draws) < 0.5
-        pixels = torch.where(flip[:, None, None, None], pixels.flip(-1), pixels)
-    images = pixels.to(run.device).float() / 127.5 - 1
-    images = images.contiguous(memory_format=torch.channels_last)
-    if args.vq and run.step == 0:
-        start_codebook(run.autoencoder, images, draws)
-    loss_terms, penalty_name = LOSSES[args.class_name]
-    with dist.autocast(run.device, run.dtype), watched(run.autoencoder) as quantised:
-        decoded, penalty = loss_terms(run.autoencoder, images, draws)
-        terms = {"l1": F.l1_loss(decoded.float(), images), penalty_name: penalty}
-        if run.perceptual is not None:
-            terms["perceptual"] = run.perceptual(decoded, images)
-    weights = {"l1": 1.0, "vq": 1.0, "kl": args.kl_weight, "perceptual": args.perceptual_weight}
-    loss = sum(weights[name] * term for name, term in terms.items())
-    run.optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.autoencoder.parameters(), 1.0)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient is not finite at step {run.step}: lower --lr, or use --dtype fp32")
-    progress = max(run.done, (run.step + 0.5) / run.num_steps)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr_at(progress, lr=args.lr, min_lr=0.0, schedule="cosine", warmup_epochs=WARMUP, epochs=1.0)
-    run.optimizer.step()
-    if args.vq and run.done < REVIVE_UNTIL:
-        revive(run.autoencoder, run.idle, *quantised[0], draws)
-    return {name: term.item() for name, term in terms.items()}
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """Sides of the scales."""
+        return tuple(int(part) for part in self.patch_nums.split(","))
 
 
 def train(run: Run) -> None:
@@ -249,10 +152,18 @@ def train(run: Run) -> None:
             means = ", ".join(f"{name} {total / count:.4f}" for name, total in totals.items())
             quality = metrics_line(run.scores(tokenizer, run.held_out[:: max(1, len(run.held_out) // 500)]))
             progress.write(f"epoch {run.step / epoch_steps:.2f}, step {run.step}: {means}; held-out images {quality}")
+            if run.args.multiscale:
+                usage = run.autoencoder.quantize.usage(run.args.batch_size).tolist()
+                shares = ", ".join(f"{p}×{p} {share:.0%}" for p, share in zip(run.args.scales, usage))
+                progress.write(f"codebook used by scale, of the training images: {shares}")
 
 
-def publish(run: Run) -> AutoencoderTokenizer:
-    """Measure the latents, write OUT/autoencoder with them normalised, and load that."""
+def publish(run: Run) -> Tokenizer:
+    """Write OUT/tokenizer.pth, or OUT/autoencoder with its latents measured and normalised, and load that."""
+    if run.args.multiscale:
+        path = Path(run.args.output_dir, FILE)
+        save_multiscale(path, run.autoencoder)
+        return build_tokenizer(ROW, vae_path=path).to(run.device)
     args, folder = run.args, Path(run.args.output_dir, "autoencoder")
     tokenizer = run.tokenizer()
     options = dict(num_images=NUM_MEASURED, seed=args.seed, batch_size=args.batch_size, device=run.device)
@@ -273,13 +184,19 @@ def publish(run: Run) -> AutoencoderTokenizer:
     return build_tokenizer(f"diffusers:{folder}").to(run.device)
 
 
-def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
-    """Measure on the held-out images unless results.jsonl has the result, append a line, print it."""
+def flags_of(args: TokenizerArgs) -> list[str]:
+    """The flags of main_mar.py for the tokenizer that was written."""
+    if args.multiscale:
+        return ["--tokenizer", ROW, "--vae_path", str(Path(args.output_dir, FILE))]
+    return ["--tokenizer", f"diffusers:{Path(args.output_dir, 'autoencoder')}"]
+
+
+def measure(run: Run, tokenizer: Tokenizer) -> dict:
+    """The line of results.jsonl about the held-out images, which is measured and appended unless it is there."""
     args, results = run.args, Path(run.args.output_dir, "results.jsonl")
     dtype = dist.dtype_name(run.dtype)
     evaluation = EvalConfig(num_images=len(run.held_out), features=args.features)
-    folder = str(Path(args.output_dir, "autoencoder"))
-    settings = dict(tokenizer=f"diffusers:{folder}", data=args.data, img_size=run.images.img_size, dtype=dtype)
+    settings = dict(tokenizer=flags_of(args)[1], data=args.data, img_size=run.images.img_size, dtype=dtype)
     wanted = reconstruction_row(tokenizer.fingerprint, settings, evaluation, run.images)
     row = find_result(read_results(results), wanted)
     if row is None:
@@ -292,18 +209,30 @@ def report(run: Run, tokenizer: AutoencoderTokenizer) -> None:
         training = dict(asdict(args), steps=run.step, minutes=run.minutes)
         row = dict(wanted, metrics=metrics, protocol=record, training=training, git_commit=git_commit())
         append_result(results, row)
+    return row
+
+
+def report(run: Run, tokenizer: Tokenizer) -> None:
+    """Measure on the held-out images; print the result, and how to train on the tokenizer."""
+    args, row = run.args, measure(run, tokenizer)
     print(protocol_line(row["protocol"]))
     print(f"{run.step} steps, {run.minutes:.1f} minutes: {metrics_line(row['metrics'])}")
-    if args.vq:
-        num_tokens = len(run.held_out) * (run.images.img_size // args.stride) ** 2
+    for line in scales_lines(row["metrics"]):
+        print(line)
+    if args.has_codebook:
+        num_tokens = len(run.held_out) * math.prod(tokenizer.ids_shape(run.images.img_size))
         warn_of_usage(row["metrics"]["usage"], num_tokens, args.codebook_size)
-    shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}, scale {tokenizer.scale:.4f}"
-    tokens = "latents, or with --loss ce on its ids" if args.vq else "latents"
+    shape = f"{tokenizer.channels} channels at stride {tokenizer.stride}"
+    if args.multiscale:
+        shape, tokens = f"{shape}, scales {args.patch_nums}", "ids"
+    else:
+        shape = f"{shape}, scale {tokenizer.scale:.4f}"
+        tokens = "latents, or with --loss ce on its ids" if args.vq else "latents"
     print(f"{shape}; picture: {Path(args.output_dir, 'reconstructions.png')}. To train on its {tokens}:")
     flags = ["--data", args.data]
     if args.data_path:
         flags += ["--data_path", args.data_path]
-    flags += [*args.reading.flags(), "--img_size", str(run.images.img_size), "--tokenizer", f"diffusers:{folder}"]
+    flags += [*args.reading.flags(), "--img_size", str(run.images.img_size), *flags_of(args)]
     print(f"    main_mar.py {shlex.join(flags)}")
 
 
@@ -326,12 +255,14 @@ def check_args(args: TokenizerArgs) -> None:
     path = checkpoint_path(args.output_dir)
     if path.exists() and not args.resume:
         raise ValueError(f"{path} is there already: continue it with --resume, or choose another --output_dir")
-    stored = Path(args.output_dir, "autoencoder")
+    stored = Path(args.output_dir, FILE if args.multiscale else "autoencoder")
     if stored.exists() and not path.exists():
         raise ValueError(f"{stored} is not of a run in this folder, and would be replaced: choose another --output_dir")
     for name in ("epochs", "max_minutes"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} must be above 0, got 0")
+    if args.vq and args.multiscale:
+        raise ValueError("--vq and --multiscale are two kinds of autoencoder: choose one")
     if args.width % 4:
         raise ValueError(f"--width must be a multiple of 4, got {args.width}")
 
@@ -344,6 +275,13 @@ def run_training(args: TokenizerArgs) -> int:
     images = args.images()
     if images.img_size % args.stride:
         raise ValueError(f"images of {images.img_size} pixels are not divisible by --stride {args.stride}")
+    if args.multiscale and args.scales[-1] != (side := images.img_size // args.stride):
+        raise ValueError(
+            f"--patch_nums {args.patch_nums} must end with {side}, the side of the latents of {images.img_size} pixels "
+            f"at --stride {args.stride}"
+        )
+    if args.adversarial_weight and images.img_size < 8:
+        raise ValueError(f"--adversarial_weight needs images of at least 8 pixels, these have {images.img_size}")
     if len(images) <= HOLD_OUT:
         raise ValueError(f"{len(images)} images are too few, expected at least {HOLD_OUT + 1}: one in ten is held out")
     run = Run(args, images)

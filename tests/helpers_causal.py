@@ -2,6 +2,7 @@
 
 import torch
 
+from models.causal_gpt import CausalGPT, CausalGPTConfig
 from models.kv_cache import CausalConditions
 from models.mar_ar import MARAR, MARARConfig
 
@@ -17,6 +18,13 @@ def tiny_ar(loss="ce", ar_order="random", seed=0, **changes) -> MARAR:
     torch.manual_seed(seed)
     model = MARAR(MARARConfig(**{**sizes, **options, **changes}))
     return disturbed(model)
+
+
+def tiny_gpt(seed=0, **changes) -> CausalGPT:
+    """A CausalGPT over 4×4 ids in eval mode, all of whose weights differ from their start."""
+    sizes = dict(dim=16, n_layer=2, n_head=2, multiple_of=8, vocab_size=ENTRIES, num_classes=4, block_size=LENGTH)
+    torch.manual_seed(seed)
+    return disturbed(CausalGPT(CausalGPTConfig(**{**sizes, **changes})))
 
 
 def disturbed(model):

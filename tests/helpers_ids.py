@@ -1,5 +1,10 @@
 """A tokenizer of ids, the grey levels of cells of an image, and a small MAR of them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 
 from models import tokenizers
@@ -31,6 +36,25 @@ def add_tokenizers(patch) -> None:
     """grey16 and grey32, in the table until pytest's MonkeyPatch `patch` takes them out again."""
     patch.setitem(tokenizers.TOKENIZERS, "grey16", lambda **options: GreyIds())
     patch.setitem(tokenizers.TOKENIZERS, "grey32", lambda **options: GreyIds(32))
+
+
+def in_two_processes(folder: Path, words: list[str]) -> None:
+    """Run main_mar.py with these words by torchrun with gloo, the tokenizers in its table; folder: for its program."""
+    program = (
+        "import sys, pytest, main_mar; from tests.helpers_ids import add_tokenizers\n"
+        "with pytest.MonkeyPatch.context() as patch: add_tokenizers(patch); sys.exit(main_mar.main(sys.argv[1:]))"
+    )
+    (folder / "program.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [*launch, str(folder / "program.py"), *words],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def tiny_ids(seed=0, **changes) -> MAR:

@@ -8,8 +8,12 @@ import torch
 
 from heads.orders import Confidence
 from heads.policy import build_rules
-from sampling.loop import generate
+from models.next_scale import NextScaleConditions, kept_tokens
+from models.token_head import guide
+from sampling.loop import eval_mode, generate
 from tests.helpers_causal import WholePass
+from training.optim import make_optimizer
+from training.schedules import decay_at, lr_factor
 
 CFGS_OF = {"linear": "ramp"}  # the specification's names: ours
 
@@ -105,3 +109,101 @@ def generate_ids(
     finally:
         head.keep_mask_logit = False
     return made.flatten(1).clamp(max=model.config.vocab_size - 1)
+
+
+def generate_var(
+    var, tok, labels, cfg=1.5, top_k=0, top_p=0.0, seeds=None, greedy=False, smooth=False, noise_fn=None,
+    callback=None, keep_ids=None, keep_mask=None,
+):  # fmt: skip
+    """(images (B, 3, H, W) in [−1, 1], [ids (B, p_s²)] * S) of labels (B,), by the published settings.
+
+    cfg is guidance in the convention in which 0 is off. noise_fn(s) -> Gumbel draws (B, p_s², V); greedy: none.
+    callback(s, guided logits before filtering (B, p_s², V), ids, f̂ after the scale), for all tokens, those kept too.
+    keep_ids (B, L) or a list of one a scale, with keep_mask (h, w): the tokens to keep.
+    """
+    sides = var.config.patch_nums
+    sizes = [side * side for side in sides]
+    known = {}
+    if keep_mask is not None:
+        ids = torch.cat(keep_ids, dim=1) if isinstance(keep_ids, list) else keep_ids
+        mask = ~kept_tokens(torch.as_tensor(keep_mask), sides).expand(len(ids), -1)
+        known = dict(tokens=ids, mask=mask)
+    watched = {}
+
+    def conditions(labels, *, tokenizer, **options):
+        watched["scales"] = WatchedScales(var, labels, tokenizer, cfg, callback)
+        return watched["scales"]
+
+    def noise(step, rows):
+        if greedy:
+            return torch.zeros(len(rows), var.config.vocab_size)
+        return noise_fn(step)[rows[:, 0], rows[:, 1] - sum(sizes[:step])]
+
+    def after(step, rows, plan, tokens):
+        watched["tokens"] = tokens
+
+    rules = build_rules("baseline", order="raster", group="scale", cfg=1 + cfg, cfg_schedule="ramp")
+    labels = torch.where(labels == var.config.class_num, -1, labels)
+    var.conditions = conditions
+    try:
+        with eval_mode(tok), eval_mode(var), torch.no_grad():
+            options = dict(top_k=0 if greedy else top_k, top_p=0.0 if greedy else top_p, tokenizer=tok)
+            given = dict(noise_fn=noise if greedy or noise_fn else None, callback=after, smooth=smooth)
+            generate(var, labels, rules, len(sides), seeds=seeds, **known, **given, **options)
+            tokens = watched["tokens"]
+            f_hat = watched["scales"].ended(tokens)
+            return tok.decode_features(f_hat).clamp(-1, 1), list(tokens.split(sizes, dim=1))
+    finally:
+        del var.conditions
+
+
+class WatchedScales(NextScaleConditions):
+    """The conditions with a callback for each scale, as `generate_var` has it."""
+
+    def __init__(self, model, labels, tokenizer, cfg, callback):
+        super().__init__(model, labels, tokenizer)
+        self.cfg, self.callback, self.logits, self.free = cfg, callback, [], None
+
+    def look(self, step, tokens, unknown, images):
+        found = super().look(step, tokens, unknown, images)
+        self.tell(step, tokens)
+        w = 1 + self.cfg * step / (len(self.stops) - 1)
+        logits = self.model.head.logits(self.z)
+        if w != 1:
+            self.free = super()._extend(step, images, labelled=False)
+            whole = torch.zeros_like(self.z).index_copy(0, images, self.free)
+            logits = guide(logits, self.model.head.logits(whole), w)
+        self.logits.append(logits)
+        return found
+
+    def _extend(self, step, images, labelled):
+        if labelled:
+            return super()._extend(step, images, labelled)
+        return self.free
+
+    def tell(self, step, tokens):
+        """What the scale before `step` came to."""
+        if step and self.callback:
+            scale = step - 1
+            ids = tokens[:, self.starts[scale] : self.stops[scale]]
+            self.callback(scale, self.logits[scale], ids, self.f_hat)
+
+    def ended(self, tokens):
+        """f̂ of all scales; those that nothing was drawn of are looked at first."""
+        for step in range(len(self.logits), len(self.stops)):
+            self.look(step, tokens, None, torch.arange(len(tokens)))
+        f_hat = self.finished(tokens)
+        self.tell(len(self.stops), tokens)
+        return f_hat
+
+
+def lr_and_wd(it, *, schedule, peak_lr, wd, wd_end, warmup_its, max_its, wp0, wpe) -> tuple[float, float]:
+    """Learning rate and weight decay at iteration it of max_its."""
+    return peak_lr * lr_factor(it, schedule, warmup_its, max_its, wp0, wpe), decay_at(it, max_its, wd, wd_end)
+
+
+def no_decay_names(var) -> set[str]:
+    """Names of the parameters that the optimizer of a run gives no weight decay."""
+    optimizer = make_optimizer(var, var.token_head, 1e-4, 0.05, var.no_decay)
+    exempt = {id(p) for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    return {name for name, parameter in var.named_parameters() if id(parameter) in exempt}

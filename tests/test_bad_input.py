@@ -58,7 +58,12 @@ READING = [
 TRAINING = [
     *READING,
     ("--preset nope", "'nope'", "digits, mnist"),
-    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO"),
+    (
+        "--tokenizer nope",
+        "'nope'",
+        "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512",
+        "diffusers:PATH_OR_REPO",
+    ),
     ("--tokenizer diffusers:", "'diffusers:'", "diffusers:PATH_OR_REPO"),
     ("--tokenizer diffusers:{empty}", "{empty}", "config.json"),
     ("--tokenizer diffusers:{tmp}/missing", "{tmp}/missing", "OWNER/NAME"),
@@ -110,6 +115,7 @@ TRAINING = [
     ("--group schedule", "--schedule FILE", "group"),
     ("--group staged --num_iter 2", "staged", "num_iter 2", "at least 3"),
     ("--group staged --num_iter 4 --train_masks visited --train_num_iter 2,4", "staged", "num_iter 2"),
+    ("--lr_schedule steep", "--lr_schedule", "'steep'", "constant, cosine, late_cosine"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
     ("--order_base learned", "'learned'", "random, raster, halton"),
     ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),
@@ -125,6 +131,8 @@ TRAINING = [
     ("--online_eval --fid_stats {stats} --eval_split val", "--eval_split val", "--fid_stats"),
     ("--online_eval --eval_split val", "'val'", "'train'"),
     ("--online_eval --fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
+    ("--online_eval --judge {tmp}/missing", "{tmp}/missing", "--judge"),
+    ("--lr_schedule fast", "'fast'", "cosine"),
     ("--online_eval --fid_stats {file}", "{file}", "mu and sigma"),
     ("--online_eval --fid_stats {wide}", "{wide}", "99 features", "64"),
     ("--online_eval --features inception --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
@@ -194,6 +202,7 @@ SAMPLING = [
     ("--metrics fid,nope", "'nope'", "fid, isc, kid, prc, sfid, none"),
     ("--features inception --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
     ("--fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
+    ("--judge {tmp}/missing", "{tmp}/missing", "--judge"),
     ("--fid_stats {stats} --metrics prc", "prc", "--fid_stats"),
     ("--eval_split val", "'val'", "'train'"),
     ("--model mar_base", "--model mar_base", "encoder_depth 2"),
@@ -250,6 +259,7 @@ RECONSTRUCTION = [
     ("--split val", "'val'", "'train'"),
     ("--data imagefolder --data_path {empty}", "{empty}", "<class>/*"),
     ("--fid_stats {tmp}/missing", "{tmp}/missing", "--fid_stats"),
+    ("--judge {tmp}/missing", "{tmp}/missing", "--judge"),
     ("--fid_stats {wide}", "{wide}", "99 features", "64"),
     ("--features clip --fid_weights {tmp}/missing", "{tmp}/missing", "--fid_weights"),
     ("--output_dir {file}", "--output_dir {file}", "not a folder"),
@@ -290,6 +300,10 @@ AUTOENCODER = [
     *READING,
     ("--stride 16", "--stride 16", "8"),
     ("--width 6", "--width", "6", "multiple of 4"),
+    ("--vq --multiscale", "--vq", "--multiscale"),
+    ("--multiscale --patch_nums 1,2,2", "--patch_nums", "'1,2,2'", "above the last"),
+    ("--multiscale --patch_nums 8", "--patch_nums", "'8'", "1,2,3,4"),
+    ("--multiscale --patch_nums 1,2,3", "--patch_nums 1,2,3", "4", "--stride 2"),
     ("--epochs 0", "--epochs", "above 0"),
     ("--max_minutes 0", "--max_minutes", "above 0"),
     ("--batch_size 5000", "--batch_size", "5000"),
@@ -313,13 +327,15 @@ CLASSIFIER = [
     ("--output {file}/x.npz", "--output", "{file}"),
     ("--output /proc/x/y.npz", "--output /proc/x"),
 ]
-BENCH_IDS = [
-    ("--models mar_base", "--models", "'mar_base'", "maskgil_b"),
-    ("--dtypes int8", "--dtypes", "'int8'", "fp32, bf16"),
-    ("--device nope", "'nope'", "cpu"),
-]
 BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_TRAINING = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "training, heads")]
+BENCH_IDS = [
+    ("--device nope", "'nope'", "cpu"),
+    ("--only speed", "'speed'", "causal, mar, maskgil"),
+    ("--models mar_base", "'mar_base'", "llamagen_ar_b"),
+    ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
+    ("--img_size 100", "--img_size 100", "multiple of"),
+]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
 EXPORT = [
     ("--checkpoint {tmp}/missing", "{tmp}/missing"),

@@ -8,7 +8,7 @@ import torch
 
 from models import int8
 from models.mar import MAR
-from scripts import bench, bench_training
+from scripts import bench, bench_ids, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
 from util.timing import PeakMemory, Stopwatch, matmul_rate
 
@@ -85,14 +85,33 @@ def test_unknown_section(capsys):
         bench_training.main(["--only", "speed"])
 
 
-def test_training_is_timed_in_a_process_of_its_own(monkeypatch):
+@pytest.mark.parametrize(
+    "section, other, given", [("training", bench_training, {"--batch_size=3"}), ("ids", bench_ids, set())]
+)
+def test_other_tables_are_made_in_a_process_of_their_own(section, other, given, monkeypatch):
     """With flags that its program takes."""
     said = []
     monkeypatch.setattr(bench.subprocess, "run", lambda command: said.append(command) or CompletedProcess(command, 0))
-    assert main(["--preset", "digits", "--train_batch_size", "3", "--repeats", "2", "--only", "training"]) == 0
+    assert main(["--preset", "digits", "--train_batch_size", "3", "--repeats", "2", "--only", section]) == 0
     ((python, program, *flags),) = said
-    assert Path(program).samefile(bench_training.__file__)
-    assert bench_training.main([*flags, "--dry_run"]) == 0 and {"--batch_size=3", "--repeats=2"} <= set(flags)
+    assert Path(program).samefile(other.__file__)
+    assert other.main([*flags, "--dry_run"]) == 0 and {"--repeats=2", *given} <= set(flags)
+
+
+def test_models_of_ids_have_a_row_for_each_batch_size(capsys):
+    words = "--models causal_gpt_tiny,mar_ar_tiny --mar mar_tiny --maskgil maskgil_tiny --img_size 32".split()
+    words += "--vocab_size 8 --num_iter 2".split()
+    assert bench_ids.main([*words, "--repeats", "1", "--batch_sizes", "1,2", "--device", "cpu"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m") or line.startswith("| c")]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        [f"| {size}", batch] for size in (*words[1].split(","), "mar_tiny", "maskgil_tiny") for batch in "12"
+    ]
+    for line in lines:
+        first, second, ratio = map(float, line.split(" | ")[2:5])
+        assert min(first, second, ratio) >= 0
+    for flags, shown in (("--models maskgil_b", "'maskgil_b'"), ("--batch_sizes 0", "'0'"), ("--only x", "'x'")):
+        with pytest.raises(ValueError, match=shown):
+            bench_ids.main(flags.split())
 
 
 @pytest.mark.parametrize("cfg", (1.0, 2.0))

@@ -129,6 +129,13 @@ def test_another_classifier_judges_by_features_of_its_own(tmp_path):
     assert judged["protocol"]["features"] == f"digits of {judge}" and own["protocol"]["features"] == "digits"
     groups = make_table.by_protocol(make_table.group_seeds(rows(out)))
     assert len(groups) == 2
+    lines = (out / "results.jsonl").read_text()
+    (out / "results.jsonl").write_text(lines.replace('"judge": null, ', ""))  # as before there was the flag
+    assert draw(checkpoint, out, *common) == 0 and len(rows(out)) == 2
+    assert draw(checkpoint, out, *common, "--judge", judge) == 0  # both in one line
+    (_, _, beside) = rows(out)
+    assert beside["num_made"] == 0 and beside["protocol"]["judge"] == f"digits of {judge}"
+    assert beside["metrics"] == own["metrics"] | {"judge_fid": judged["metrics"]["fid"]}
 
 
 def test_a_classifier_that_is_none_is_one_line(tmp_path):

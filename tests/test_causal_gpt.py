@@ -14,7 +14,8 @@ import sample
 from heads.policy import build_rules
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.kv_cache import KeyValueCache
-from models.loading import load_model
+from models.loading import load_model, stored_model_config
+from models.tokenizers.vq import VQConfig, VQModel
 from sampling.loop import generate
 from tests import helpers_ids
 from tests.helpers import named_weights
@@ -118,20 +119,85 @@ def test_it_trains_samples_loads_and_refuses(tmp_path, monkeypatch, capsys):
     helpers_ids.add_tokenizers(monkeypatch)
     folder = tmp_path / "run"
     words = "--data digits --model causal_gpt_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 3e-3".split()
-    words += "--num_iter 16 --num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
+    words += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
     words += ["--warmup_epochs", "0", "--output_dir", str(folder)]
     assert main_mar.main([*words, "--epochs", "1"]) == 0
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < math.log(16)
     place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
-    place += "--num_images 4 --metrics none --num_iter 16 --cfg 1.5 --top_k 4".split()
-    assert sample.main(place) == 0
+    place += "--num_images 4 --metrics none --cfg 1.5 --top_k 4".split()
+    capsys.readouterr()
+    assert sample.main([*place, "--top_k", "17,99", "--eval_bsz", "2"]) == 0  # two batches each
+    lines = [line for line in capsys.readouterr().out.splitlines() if "--top_k" in line]
+    assert lines == ["--top_k 17, 99 is above the 16 entries of the codebook: ids are drawn from all of them"]
     assert isinstance(load_model(folder)[0], CausalGPT)
     assert "--order random does not fit the model, which needs raster" in refused(
         sample.main, [*place, "--order", "random"], capsys
     )
     line = refused(main_mar.main, [*words, "--tokenizer", "pixel", "--output_dir", str(tmp_path / "x")], capsys)
     assert "the tokenizer pixel makes continuous tokens, the family causal_gpt takes discrete ones" in line
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_weights_say_their_sizes_and_the_size_that_is_named_must_be_theirs(name):
+    weights = {key: torch.empty(1).expand(shape) for key, shape in SHAPES[name]["state_dict"].items()}
+    config = CAUSAL_GPT_CONFIGS[name]
+    sizes = dict(dim=config.dim, n_layer=config.n_layer, class_num=1000, vocab_size=16384)
+    assert stored_model_config({"model": weights}, "causal_gpt") == sizes
+    other = "llamagen_ar_l" if name == "llamagen_ar_b" else "llamagen_ar_b"
+    shown = f"whose weights have dim {config.dim}, n_layer {config.n_layer}: give --model {name}"
+    with pytest.raises(ValueError, match=shown):
+        load_model({"model": weights}, ema=False, model=other)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A function that saves a model like LlamaGen's files: wrapped -> (model, path); the tokenizer is in its place."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    vq = VQModel(VQConfig(ch=32, encoder_ch_mult=(1,) * 5, decoder_ch_mult=(1,) * 5, z_channels=32, codebook_size=12))
+    (tmp_path / "pretrained_models").mkdir()
+    torch.save({"model": vq.state_dict()}, "pretrained_models/vq_ds16_c2i.pt")
+    model = CausalGPT(replace(CAUSAL_GPT_CONFIGS["causal_gpt_tiny"], vocab_size=12, class_num=3, img_size=32))
+    torch.nn.init.normal_(model.output.weight)
+
+    def save(wrapped):
+        path = tmp_path / "c2i_tiny.pt"
+        torch.save({"model": model.state_dict(), "steps": 3} if wrapped else model.state_dict(), path)
+        return model, path
+
+    return save
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_published_files_load_at_any_size_of_image_and_sample(published, wrapped, tmp_path, capsys):
+    model, path = published(wrapped)
+    for side in (32, 48):
+        loaded, tokenizer, config = load_model(path, ema=False, model="causal_gpt_tiny", img_size=side)
+        assert loaded.config == replace(model.config, img_size=side) and tokenizer.codebook_size == 12
+        assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
+        assert len(config["data"]["classes"]) == 3
+    words = ["--checkpoint", str(path), "--model", "causal_gpt_tiny", "--img_size", "48", "--no_ema"]
+    words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--metrics", "none", "--num_images", "1"]
+    assert sample.main([*words, "--cfg", "2", "--cfg_schedule", "constant"]) == 0
+    (row,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert json.loads(row)["settings"]["num_iter"] == 9
+    line = refused(sample.main, [*words, "--diffloss_d", "3"], capsys)
+    assert line == "error: --diffloss_d 3 has no meaning for --model causal_gpt_tiny"
+
+
+def test_files_that_are_no_class_model_of_llamagens_are_one_line(published):
+    model, _ = published(False)
+    weights = model.state_dict()
+    for name, value, message in (
+        ("cls_embedding.embedding_table.weight", None, "has no cls_embedding.embedding_table.weight"),
+        ("output.weight", None, "has no output.weight"),
+        ("output.weight", torch.zeros(3), r"output.weight has the shape \(3,\)"),
+    ):
+        content = {key: tensor for key, tensor in weights.items() if key != name}
+        content |= {} if value is None else {name: value}
+        with pytest.raises(ValueError, match=f"no class model of LlamaGen.*{message}"):
+            load_model({"model": content}, ema=False, model="causal_gpt_tiny")
 
 
 @pytest.mark.parametrize(

@@ -8,19 +8,21 @@ from PIL import Image
 
 import main_mar
 import sample
+from models.causal_gpt import CausalGPT
 from models.loading import load_model
 from models.mar_ar import MARAR
 from tests import helpers_ids
 from tests.test_cli import refused
+from tests.test_train import assert_same
 from util.checkpoint import load_checkpoint
 
-TRAIN = (
-    "--data digits --model mar_ar_tiny --img_size 8 --batch_size 256 --blr 0.01 --num_iter 16 --num_images 4".split()
-)
+TRAIN = "--data digits --lr_schedule constant --img_size 8 --batch_size 512 --blr 0.01 --num_images 4".split()
 TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --device cpu --warmup_epochs 0".split()
-IDS = ["--tokenizer", "grey16", "--loss", "ce"]
-LATENTS = "--tokenizer pixel --patch_size 2 --diffloss_w 16 --diffloss_d 1".split()
-SAMPLE = "--num_images 4 --metrics none --num_iter 16 --cfg 1.5 --num_sampling_steps 2 --device cpu".split()
+IDS = "--model mar_ar_tiny --tokenizer grey16 --loss ce".split()
+LATENTS = "--model mar_ar_tiny --tokenizer pixel --patch_size 2 --diffloss_w 16 --diffloss_d 1".split()
+GPT = "--model causal_gpt_tiny --tokenizer grey16".split()
+KINDS = {"ids": [*IDS, "--ar_order", "random"], "latents": [*LATENTS, "--ar_order", "random"], "causal_gpt": GPT}
+SAMPLE = "--num_images 4 --metrics none --cfg 1.5 --num_sampling_steps 2 --device cpu".split()
 
 
 @pytest.fixture(autouse=True)
@@ -37,23 +39,70 @@ def edit(folder, tmp_path, kept):
     return [*place, "--edit_image", str(tmp_path / "picture.png"), "--edit_mask", str(tmp_path / "mask.png")], picture
 
 
-@pytest.mark.parametrize("kind", [IDS, LATENTS], ids=["ids", "latents"])
-def test_a_random_model_trains_resumes_samples_and_edits(kind, tmp_path):
-    folder = tmp_path / "run"
-    words = [*TRAIN, *kind, "--ar_order", "random", "--output_dir", str(folder)]
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request, tmp_path_factory):
+    """(kind, folder of a run of two epochs without a stop)."""
+    folder = tmp_path_factory.mktemp(request.param.split()[0]) / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        helpers_ids.add_tokenizers(patch)
+        words = [*TRAIN, *KINDS[request.param], "--epochs", "2", "--ema_rate", "0.9", "--output_dir", str(folder)]
+        assert main_mar.main(words) == 0
+    return request.param, folder
+
+
+def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(trained, tmp_path):
+    """Weights, averages, moments, draws of dropout and orders: everything in the file."""
+    kind, folder = trained
+    words = [*TRAIN, *KINDS[kind], "--ema_rate", "0.9", "--output_dir", str(tmp_path), "--keep_last", "5"]
     assert main_mar.main([*words, "--epochs", "1"]) == 0
-    assert main_mar.main([*words, "--epochs", "2", "--resume", str(folder)]) == 0
-    losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert losses[-1] < losses[0]
+    assert main_mar.main([*words, "--epochs", "2", "--resume", str(tmp_path)]) == 0
+    assert_same(load_checkpoint(folder), load_checkpoint(tmp_path))
+    assert losses(folder) == losses(tmp_path) and losses(folder)[-1] < losses(folder)[0]
+
+
+def test_both_weights_of_a_checkpoint_load(trained):
+    """The raw ones and their average, each into the family's model."""
+    kind, folder = trained
+    stored = load_checkpoint(folder)
+    assert stored["config"]["sample"]["num_iter"] == stored["args"]["num_iter"] == 16  # a token a step
+    for ema, key in ((True, "model_ema"), (False, "model")):
+        model, _, _ = load_model(folder, ema=ema)
+        assert isinstance(model, CausalGPT if kind == "causal_gpt" else MARAR)
+        own = model.state_dict()
+        assert own.keys() == stored[key].keys() and all(own[name].equal(value) for name, value in stored[key].items())
+    names = {name for name, value in stored["model"].items() if not value.equal(stored["model_ema"][name])}
+    assert names == stored["model"].keys()  # all of them learn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_like_one(kind, tmp_path):
+    """torchrun with gloo against one process at the same global batch, to rounding; without dropout, which differs."""
+    without = [f"--{name}_dropout_p=0" for name in ("token", "resid", "ffn")]
+    without = without if kind == "causal_gpt" else ["--attn_dropout=0", "--proj_dropout=0"]
+    words = [*TRAIN, *KINDS[kind], *without, "--epochs", "2", "--output_dir"]
+    assert main_mar.main([*words, str(tmp_path / "one")]) == 0
+    helpers_ids.in_two_processes(tmp_path, [*words, str(tmp_path / "two"), "--batch_size", "256"])
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", [IDS, LATENTS], ids=["ids", "latents"])
+def test_a_random_model_samples_in_any_order_and_edits(kind, tmp_path):
+    folder = tmp_path / "run"
+    assert main_mar.main([*TRAIN, *kind, "--ar_order", "random", "--epochs", "1", "--output_dir", str(folder)]) == 0
     stored = load_checkpoint(folder)
     assert stored["config"]["family"] == "mar_ar" and stored["config"]["mar_ar"]["ar_order"] == "random"
-    model, _, _ = load_model(folder)
-    assert isinstance(model, MARAR) and model.pos_embed.equal(stored["model_ema"]["pos_embed"])
     place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE]
     for order in ("random", "raster"):
         assert sample.main([*place, "--order", order]) == 0
     rows = [json.loads(line)["settings"] for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
-    assert [(row["order"], row["group"]) for row in rows] == [("random", "one"), ("raster", "one")]
+    assert [(row["order"], row["group"], row["num_iter"]) for row in rows] == [
+        ("random", "one", 16), ("raster", "one", 16)
+    ]  # fmt: skip
     kept = np.indices((8, 8))[1] >= 4
     words, picture = edit(folder, tmp_path, kept)
     assert sample.main(words) == 0
@@ -85,9 +134,10 @@ def test_heads_are_learned_on_images(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main_mar.main([*TRAIN, *IDS, "--epochs", "1", "--output_dir", str(folder)]) == 0
     stage = [*TRAIN, *IDS, "--init_from", str(folder), "--output_dir", str(tmp_path / "stage"), "--epochs", "1"]
-    on_images = [*stage, *"--objective image --bank 300 --features digits --cfg 1.5 --train_num_iter 16,16".split()]
+    on_images = [*stage, *"--objective image --bank 300 --features digits --cfg 1.5".split()]
     assert main_mar.main([*on_images, "--learn", "tau,cfg"]) == 0
-    heads = load_checkpoint(tmp_path / "stage")["heads"]
+    heads, args = (load_checkpoint(tmp_path / "stage")[key] for key in ("heads", "args"))
+    assert args["train_num_iter"] == "16,16"
     assert any(value.abs().max() > 0 for name, value in heads.items() if name.endswith("values"))
     line = refused(main_mar.main, [*on_images, "--learn", "order", "--output_dir", str(tmp_path / "order")], capsys)
     assert "--order must be known before the first token is drawn" in line

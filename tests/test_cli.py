@@ -254,7 +254,7 @@ def commands_in(line: str) -> list[tuple[str, list[str]]]:
     """(program, its arguments) for each call of main_mar.py or sample.py in a line of shell."""
     if not any(name in line for name in PROGRAMS):
         return []
-    line = re.sub(r'"?\$(?:@|\{\w+\[@\]\})"?', "", line)  # "$@", "${array[@]}"
+    line = re.sub(r'"?\$(?:@|\{@:\d+\}|\{\w+\[@\]\})"?', "", line)  # "$@", "${@:4}", "${array[@]}"
     for name, value in TEXTS.items():
         line = re.sub(rf'"?\$\{{?{name}\b\}}?"?', value, line)
     line = re.sub(r"\$\([^()]*\)|\$\{\w+[^}]*\}|\$\w+", "1", line)  # $(command), ${NAME}, $NAME: a number fits anywhere

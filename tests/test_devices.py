@@ -1,17 +1,23 @@
 """Every program on a device that refuses what a GPU refuses (`helpers_device`), on any machine; its waits counted."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
 
 import main_mar
 import sample
+from heads.policy import build_rules
 from models.tokenizers import build_tokenizer
+from sampling.loop import generate
 from sampling.run import Parts
 from scripts import bench, bench_training, search_schedule, train_tokenizer
 from tests.helpers import tiny_mar
+from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_device import DEVICE, FarTensor, near, pretended
 from tests.test_sample import rows
+from util import dist
 from util.images.pictures import read_png
 
 TINY = "--preset digits --epochs 1 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2".split()
@@ -133,6 +139,38 @@ def test_sampling_waits_once_a_step(flags, trained, waits, tmp_path):
     assert sample.main([*call, "--num_iter", "3", "--num_images", "20"]) == 0
     most = 3 * (len(rows(tmp_path)) + flags.count("off"))
     assert waits is None or 0 < waits["sampling/loop.py:select"] <= most
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("model", [tiny_ar("ce"), tiny_ar("diffusion"), tiny_gpt()], ids=["ids", "latents", "gpt"])
+def test_causal_tokens_are_those_of_the_cpu_and_a_step_waits_once(model, guided, waits):
+    """With guidance that comes and goes, so that a cache lags behind; ids but for ties."""
+    schedule = dict(cfg=2.0, cfg_schedule="interval", cfg_interval="0.3,0.7") if guided else {}
+    rules = build_rules("baseline", **model.fixed_rules, **schedule)
+    device = dist.pick_device("auto")
+    made = [
+        generate(deepcopy(model).to(place), torch.tensor([0, -1, 2]), rules, num_steps=3, seeds=[1, 2, 3])
+        for place in (torch.device("cpu"), device)
+    ]
+    here, there = (near(tokens).cpu() for tokens in made)
+    if here.is_floating_point():
+        torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
+    else:
+        assert (here == there).float().mean() > 0.9
+    assert waits is None or 0 < waits["sampling/loop.py:select"] <= 16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", [tiny_ar("ce"), tiny_ar("diffusion"), tiny_gpt()], ids=["ids", "latents", "gpt"])
+def test_causal_models_sample_in_bf16_on_a_gpu(model):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    model = deepcopy(model).to("cuda", torch.bfloat16)
+    rules = build_rules("baseline", **model.fixed_rules, cfg=2.0)
+    made = generate(model, torch.tensor([0, -1, 2]), rules, num_steps=3, seeds=[1, 2, 3])
+    assert made.device.type == "cuda" and made.float().isfinite().all()
+    if not made.is_floating_point():
+        assert 0 <= int(made.min()) and int(made.max()) < model.config.vocab_size
 
 
 def test_pictures_are_those_of_the_cpu(trained, pictured, waits, tmp_path):

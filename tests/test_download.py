@@ -200,6 +200,16 @@ def test_llamagens_files_have_names_and_go_where_its_commands_look_for_them(tmp_
     assert len({place["url"] for place in shown.values()}) == len(names)
 
 
+def test_vars_files_have_the_names_of_its_rows_and_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = list(download_weights.VAR_FILES)
+    assert names == ["var_vq", "var_d16", "var_d20", "var_d24", "var_d30", "var_d36_s"]
+    assert download_weights.main([*names, "--dry_run"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["var_vq"]["file"] == "pretrained_models/vae_ch160v4096z32.pth"
+    assert shown["var_d36_s"]["url"].endswith("/FoundationVision/var/resolve/main/var_d36.pth")
+
+
 def test_what_was_fetched_is_evaluated_with_mars_command(server, get, tmp_path, capsys):
     """A file in the published layout, from the server into --resume, as main_mar --evaluate takes it."""
     ours = load_checkpoint(train_tiny(tmp_path / "ours", "--batch_size", 600))

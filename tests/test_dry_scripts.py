@@ -138,3 +138,12 @@ def test_gpus_that_are_not_there_are_one_line(gpus, shown, place, tmp_path):
     variables = dict(VIRTUAL_ENV=str(venv), PRESET="imagenet", GPUS=gpus)
     code, _, errors, calls = run("paper_mar", **variables)
     assert code == 2 and not calls and len(errors.splitlines()) == 1 and shown in errors
+
+
+def test_the_leaderboard_keeps_its_steps_from_the_grid(place):
+    code, shown, _, _ = place[1]("leaderboard", "--dry_run", STEPS="4 8")
+    sampled = [line for line in shown.splitlines() if "sample.py" in line]
+    assert code == 0 and all("--num_sampling_steps 8" in line for line in sampled)
+    assert {"--num_iter 4 ", "--num_iter 8 ", "--num_iter 4,8"} == {
+        name for name in ("--num_iter 4 ", "--num_iter 8 ", "--num_iter 4,8") if any(name in line for line in sampled)
+    }

@@ -31,7 +31,7 @@ ITERATIONS = (1, 4, LENGTH, LENGTH + 3)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [name for name in GROUPS if name != "scale"])  # a scale here is all tokens
 def test_every_combination_decodes_each_token_once(mar, order, group):
     iterations = [number for number in ITERATIONS if number >= MIN_STEPS.get(group, 1)]
     for i, (tau, cfg, profile) in enumerate(product(TAUS, CFGS, PROFILES)):

@@ -81,8 +81,17 @@ def test_a_cache_of_something_else_is_one_line(pictures, tmp_path, vq, capsys):
 
     assert "holds ids, this model takes latents" in said(ids, *vq)
     assert "holds latents, this model takes ids" in said(latents, *vq, *CE)
-    assert "codebook of 16 entries, that of the tokenizer grey32 has 32" in said(grey, "--tokenizer", "grey32", *CE)
-    assert "codebook of 7 entries" in said(ids, "--tokenizer", "grey16", *CE)
+    line = said(grey, "--tokenizer", "grey32", *CE)
+    assert "codebook of 16 entries, that of the tokenizer grey32 has 32: give the --tokenizer that made them" in line
+    assert f"--cached_path {ids} are of a codebook of 7 entries" in said(ids, "--tokenizer", "grey16", *CE)
+    grey16 = [grey, "--tokenizer", "grey16", *CE]
+    assert "--vocab_size 32 does not fit the tokenizer grey16, which has 16" in said(*grey16, "--vocab_size", 32)
+    shard = np.load(grey / "shard-00000.npy")
+    shard[1, 0, 2, 3] = 16
+    np.save(grey / "shard-00000.npy", shard)
+    line = said(*grey16)
+    assert f"{grey} is damaged: it holds the id 16, its codebook has the entries 0 to 15" in line
+    assert "run scripts/cache_latents.py again" in line
     settings = [*SMALL, "--data_path", pictures, "--cached_path"]
     line = refused(cache_latents.main, capsys, *settings, latents, *vq, "--tokens", "discrete", "--shard_size", 6)
     assert "holds other latents (dtype 'float32' instead of 'uint16')" in line

@@ -10,15 +10,14 @@ from tests.test_cli import refused
 
 
 def lines(seeds, features, pixels, judge, num_iter=4, **settings):
-    """What sample.py writes of a setting for these seeds, measured by both; judge may be a list."""
+    """What sample.py --judge writes of a setting for these seeds; judge may be a list, None leaves its figure out."""
     shared = SampleConfig(num_iter=num_iter, **settings).resolved().__dict__ | dict(solver="dpmpp_sde")
+    made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, images_per_second=2.0)
     rows = []
     for i, seed in enumerate(seeds):
         judged = judge[i] if isinstance(judge, list) else judge
-        made = dict(num_made=8, mar_evals=8.0, mlp_evals=1024.0, images_per_second=2.0)
-        for weights, metrics in ((None, dict(fid=features, frechet_pixels=pixels)), ("judge.npz", dict(fid=judged))):
-            rows.append(dict(settings=shared | dict(seed=seed, fid_weights=weights), metrics=metrics, **made))
-            made = dict(num_made=0)
+        metrics = dict(fid=features, frechet_pixels=pixels, **({} if judged is None else dict(judge_fid=judged)))
+        rows.append(dict(settings=shared | dict(seed=seed), metrics=metrics, **made))
     return rows
 
 
@@ -54,9 +53,8 @@ def test_a_row_meets_the_best_hand_made_rule_of_no_larger_pixel_distance(tmp_pat
 
 
 def test_what_has_no_judge_is_no_row(tmp_path, capsys):
-    rows = lines([1], 1.0, 1.0, 1.0)
-    hand = written(tmp_path / "hand.jsonl", rows)
-    other = written(tmp_path / "other.jsonl", rows[:1])
+    hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
+    other = written(tmp_path / "other.jsonl", lines([1], 1.0, 1.0, None))
     assert "other.jsonl has no setting" in refused(
         make_leaderboard.main, ["--hand", hand, "--row", f"a={other}"], capsys
     )
@@ -67,6 +65,17 @@ def test_rows_without_a_name_have_that_of_their_mode(tmp_path, capsys):
     hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
     modes = written(tmp_path / "m.jsonl", lines([1], 1, 1, 1, infer_mode="both") + lines([1], 1, 1, 1, cfg=1.5))
     assert {"both", "cfg 1.5 linear, τ 1"} <= table(capsys, "--hand", hand, "--row", modes).keys()
+
+
+def test_under_a_name_the_seeds_of_training_are_repeats(tmp_path, capsys):
+    hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
+    rows = []
+    for seed, judge in ((1, 0.2), (2, 0.4)):
+        made = lines([seed], 0.5, 1.1, judge, infer_mode="guidance")
+        rows += [row | dict(checkpoint=f"heads/seed{seed}", weights=f"hash {seed}") for row in made]
+    path = written(tmp_path / "rows.jsonl", rows)
+    row = table(capsys, "--hand", hand, "--row", f"heads={path}")["heads"]
+    assert (row["judge"], row["seeds"]) == ("0.300 ± 0.141", "2")
 
 
 @pytest.mark.parametrize("settings, words", [

@@ -118,7 +118,7 @@ def test_a_batch_without_a_masked_token_has_no_loss_and_a_gradient_of_zero():
 
 def test_the_optimizer_has_the_rates_that_are_asked_for():
     model = tiny_maskgil()
-    optimizer = make_optimizer(model, model.token_head, 1e-3, 0.1, 0.96)
+    optimizer = make_optimizer(model, model.token_head, 1e-3, 0.1, beta2=0.96)
     assert optimizer.defaults["betas"] == (0.9, 0.96)
     undecayed = sum(p.numel() for p in optimizer.param_groups[0]["params"])
     gains = sum(p.numel() for p in model.parameters() if p.ndim == 1)

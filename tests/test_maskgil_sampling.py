@@ -191,11 +191,14 @@ BASES = {
 
 @pytest.mark.parametrize("base", BASES)
 def test_untrained_heads_are_what_they_move_bit_for_bit(model, base):
+    """With the model's own guidance, which is the ramp."""
     plain, moved = BASES[base]
     for score in SCORES if base == "confidence" else ["linear"]:
-        rules = build_rules("baseline", **plain, cfg=2.5, confidence_score=score)
-        made = generate(model, LABELS, rules, 3, seeds=SEEDS)
-        rules = build_rules("both", PolicyHeads(model.width, HEADS), **moved, cfg=2.5, confidence_score=score)
+        options = dict(**model.fixed_rules, cfg=2.5, confidence_score=score)
+        made = generate(model, LABELS, build_rules("baseline", **plain, **options), 3, seeds=SEEDS)
+        rules = build_rules("baseline", **plain, cfg_schedule="ramp", cfg=2.5, confidence_score=score)
+        assert generate(model, LABELS, rules, 3, seeds=SEEDS).equal(made)
+        rules = build_rules("both", PolicyHeads(model.width, HEADS), **moved, **options)
         assert generate(model, LABELS, rules, 3, seeds=SEEDS).equal(made)
 
 

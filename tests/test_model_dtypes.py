@@ -1,5 +1,7 @@
 """Labels of any whole type, and a model in another dtype than float32: both sample like the model that they are of."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from heads.policy import PolicyHeads, build_rules
 from models.diffloss import SimpleMLPAdaLN
 from sampling.loop import generate
 from tests.helpers import randn, tiny_mar
+from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_generate import LABELS, SEEDS, SIDE, rules_of
 
 OPTIONS = dict(num_iter=4, seeds=SEEDS, num_steps=5, clip=(-2.0, 2.0))
@@ -111,3 +114,29 @@ def test_the_token_head_takes_z_in_any_dtype(dtype, z_dtype, mar):
     assert made.dtype == torch.float32
     worst = max(DTYPES.get(d, 0) for d in (dtype, z_dtype))
     assert (made - expected).abs().mean() <= worst
+
+
+@pytest.mark.parametrize("model", [tiny_ar("ce"), tiny_ar("diffusion"), tiny_gpt()], ids=["ids", "latents", "gpt"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_causal_model_keeps_its_cache_in_its_dtype_and_an_image_is_the_same_in_any_batch(dtype, model):
+    """Guided, so that both caches are there."""
+    model = deepcopy(model).to(dtype)
+    rules, options = build_rules("baseline", **model.fixed_rules, cfg=2.0), dict(num_steps=3, clip=(-2.0, 2.0))
+    conditions, original = [], model.conditions
+
+    def noted(*args, **kwargs):
+        conditions.append(original(*args, **kwargs))
+        return conditions[-1]
+
+    model.conditions = noted
+    together = generate(model, LABELS, rules, seeds=SEEDS, **options)
+    caches = conditions[0].caches
+    assert {part.dtype for cache in caches for pair in cache.stores.values() for part in pair} == {dtype}
+    assert len(caches) == 2 and all(cache.stores for cache in caches) and together.float().isfinite().all()
+    alone = torch.cat(
+        [generate(model, LABELS[i, None], rules, seeds=[SEEDS[i]], **options) for i in range(len(LABELS))]
+    )
+    if model.token_head.discrete:
+        assert torch.equal(together, alone)
+    else:
+        assert (together - alone).abs().mean() < 0.1

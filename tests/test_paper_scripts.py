@@ -10,6 +10,7 @@ import pytest
 import main_mar
 import sample
 from scripts import make_table, measure_reconstruction, train_tokenizer
+from scripts.download_weights import LLAMAGEN_FILES
 from tests.test_sample import train_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +105,25 @@ def test_the_published_settings(run):
     assert value(arguments, "--checkpoint") == "published/mar_huge"
 
 
+def test_the_published_settings_of_llamagen(run):
+    models = "llamagen_ar_b,llamagen_ar_xl_384"
+    _, _, commands = run("paper_llamagen", **IMAGENET, MODELS=models)
+    trained, sampled = ([a for _, program, a in commands if program == name] for name in ("main_mar.py", "sample.py"))
+    assert [int(value(a, "--batch_size")) * 8 for a in trained] == [256, 256]
+    assert [value(a, "--output_dir") for a in trained] == [value(a, "--checkpoint") for a in sampled]
+    for arguments in (trained, sampled):
+        assert [(value(a, "--model"), value(a, "--img_size")) for a in arguments] == [
+            ("llamagen_ar_b", "256"), ("llamagen_ar_xl", "384")
+        ]  # fmt: skip
+    assert [(value(a, "--cfg"), value(a, "--cfg_schedule")) for a in sampled] == [
+        ("1,2.0", "constant"), ("1,1.75", "constant")
+    ]  # fmt: skip
+    _, _, commands = run("paper_llamagen", **IMAGENET, MODELS=models, WEIGHTS="pretrained_models")
+    files = [value(a, "--checkpoint") for _, program, a in commands if program == "sample.py"]
+    names = ("llamagen_ar_b", "llamagen_ar_xl_384")
+    assert files == [f"pretrained_models/{LLAMAGEN_FILES[name]}" for name in names] and len(commands) == 3
+
+
 def test_variables_make_an_experiment_smaller_and_more_arguments_go_on(run):
     small = dict(PRESET="digits", WIDTHS="8,16", SEEDS="3,4", EPOCHS="2", NUM_IMAGES="20")
     _, _, commands = run("paper_mlp_width", "--batch_size", "32", **small)
@@ -123,6 +143,7 @@ def test_variables_make_an_experiment_smaller_and_more_arguments_go_on(run):
     [
         ("paper_speed", dict(PRESET="nope"), "'nope'"),
         ("paper_mar", dict(IMAGENET, MODELS="mar_base,mar_big"), "'mar_big'"),
+        ("paper_llamagen", dict(IMAGENET, MODELS="llamagen_ar_b,llamagen_ar_h"), "'llamagen_ar_h'"),
         ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="kl16,vq17"), "'vq17'"),
         ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="kl16,vq16", VQ16_SCALE=""), "VQ16_SCALE"),
     ],

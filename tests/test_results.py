@@ -37,6 +37,13 @@ def test_a_line_of_before_the_contents_of_files_were_compared_counts():
     )
 
 
+def test_a_line_of_before_a_flag_has_its_default():
+    old, unset = dict(settings=dict(cfg=1.5)), dict(cfg=1.0, judge=None)
+    assert find_result([old], dict(settings=dict(cfg=1.5, judge=None)), unset) == old
+    for other in (dict(cfg=1.5, judge="j.npz"), dict(cfg=1.0, judge=None)):
+        assert find_result([old], dict(settings=other), unset) is None
+
+
 def test_a_result_with_null_is_reported():
     assert metrics_line(dict(fid=None, is_mean=2.0, is_std=None)) == "FID nan  IS 2.00±nan"
     assert metrics_line(dict(fid=math.nan)) == "FID nan"

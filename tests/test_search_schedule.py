@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 
+import main_mar
 from heads.searched import KINDS, read_schedule, schedule_setting
 from scripts import search_schedule
 from tests.helpers import untrained
 from tests.helpers_generate import rules_of
+from tests.helpers_ids import add_tokenizers
 from tests.test_cli import refused
 from tests.test_sample import draw, rows
-from training.search import MOVES, NUM_KNOTS, Options, Search, hand_made_grid, moved, values_of
+from training.search import GRID, MOVES, NUM_KNOTS, Options, Search, hand_made_grid, moved, values_of
 from util.evaluation.reward import RewardDistance, principal_directions, reward_kinds
 from util.images.datasets import build_dataset
 
@@ -50,6 +52,16 @@ def test_the_start_is_at_zero_and_every_coordinate_moves_its_value():
         sizes = np.diff(START["group"], prepend=0.0)
         sizes[i] *= np.exp(MOVES["group"])
         np.testing.assert_allclose(moved(START, x)["group"], np.cumsum(sizes) / sizes.sum(), atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", [("group", "tau", "cfg"), ("tau", "cfg")])
+def test_a_schedule_moves_the_kinds_that_it_has_as_it_does_with_all(kinds):
+    part = {kind: START[kind] for kind in kinds}
+    x = np.linspace(-1, 1, 3 * 3 + NUM_KNOTS)
+    mine = x[0 if "group" in kinds else 3 : 9]
+    assert moved(part, mine) == {kind: moved(START, x)[kind] for kind in kinds}
+    for values in hand_made_grid(4, 16, kinds):
+        assert tuple(values) == kinds and json.loads(schedule_setting(json.dumps(values))) == values
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0, 60.0])
@@ -206,6 +218,31 @@ def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
     assert "with seed 1, not 2" in refused(search_schedule.main, [*flags, "--seed", "2"], capsys)
     out.write_text("mine")
     assert "not of the kind" in refused(search_schedule.main, flags, capsys) and out.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "size, order, kinds",
+    [
+        ("mar_tiny --loss ce --buffer_size 2", "random", {"group", "tau", "cfg"}),
+        ("mar_ar_tiny --loss ce --ar_order random", "random", {"tau", "cfg"}),
+        ("causal_gpt_tiny", "raster", {"tau", "cfg"}),
+    ],
+)
+def test_models_of_ids_are_searched_without_a_profile(size, order, kinds, tmp_path, monkeypatch):
+    """And causal ones without groups: two values of τ and w stand for their 16 steps."""
+    add_tokenizers(monkeypatch)
+    words = f"--data digits --model {size} --tokenizer grey16 --img_size 8 --batch_size 1024 --epochs 1 --lr 0"
+    words += " --num_images 1 --metrics none --num_workers 0 --warmup_epochs 0 --eval_freq 100 --device cpu"
+    assert main_mar.main([*words.split(), "--output_dir", str(tmp_path / "c")]) == 0
+    out = tmp_path / "s.json"
+    flags = "--iterations 1 --popsize 4 --num_images 12 --batch_size 12 --num_iter 2 --device cpu".split()
+    monkeypatch.setitem(GRID, "cfg", (1.25,))
+    assert search_schedule.main(["--checkpoint", str(tmp_path / "c"), "--out", str(out), *flags]) == 0
+    content = read_schedule(out)
+    assert content["values"].keys() == kinds and {len(numbers) for numbers in content["values"].values()} == {2}
+    assert content["provenance"]["order"] == order
+    steps = "2" if "group" in kinds else "16"
+    assert draw(tmp_path / "c", tmp_path / "images", "--num_images", "2", "--schedule", out, "--num_iter", steps) == 0
 
 
 @pytest.mark.parametrize(

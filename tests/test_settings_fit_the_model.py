@@ -14,6 +14,7 @@ from tests.helpers import tiny_mar
 from tests.helpers_toys import Causal
 from tests.test_cli import files, refused
 from tests.test_new_family import SAMPLE, TRAIN
+from training.config import resolve
 
 STEPLESS = "--cfg_profile must be constant: this model draws a token in one step, not in diffusion steps"
 ONE_A_STEP = "--num_iter {} is too small: this model draws one token a step, an image has 64"
@@ -81,11 +82,11 @@ def test_before_heads_are_trained_on_images(flags, line, rules, trained, needing
 
 
 def test_before_a_schedule_is_searched_for(trained, needing, tmp_path, monkeypatch, capsys):
-    """It has values of the profile."""
-    needing({})
+    needing({"order": "raster"})
     monkeypatch.setattr(search_schedule, "RewardDistance", lambda *a: pytest.fail("it had started"))
-    words = ["--checkpoint", str(trained), "--out", str(tmp_path / "s.json"), "--order", "raster", "--device", "cpu"]
-    assert refused(search_schedule.main, words, capsys) == f"error: {STEPLESS}" and not files(tmp_path)
+    words = ["--checkpoint", str(trained), "--out", str(tmp_path / "s.json"), "--order", "halton", "--device", "cpu"]
+    line = "error: --order halton does not fit the model, which needs raster"
+    assert refused(search_schedule.main, words, capsys) == line and not files(tmp_path)
 
 
 def test_what_is_refused_could_not_be_sampled_and_the_rest_can():
@@ -107,3 +108,19 @@ def test_heads_that_replace_a_rule_may_take_fewer_steps(trained, needing, tmp_pa
     monkeypatch.setattr("main_mar.train", lambda *a: 0)
     words = [*TRAIN, *IMAGE, "--learn", "group", "--output_dir", str(tmp_path / "run"), "--init_from", str(trained)]
     assert main_mar.main([*words, *"--group staged --num_iter 4 --train_num_iter 2,4".split()]) == 0
+
+
+def test_the_steps_of_a_model_that_draws_one_token_a_step_are_its_tokens_by_default():
+    model, labels, steps = Causal(6), torch.tensor([0, 1]), []
+    model.fixed_rules = {"order": "random", "group": "one"}
+    default = SampleConfig().fitted(model.fixed_rules, "the model", 6)
+    assert default.num_iter == 6 and SampleConfig().fitted({}, "the model", 6).num_iter == 64
+    assert SampleConfig(num_iter=9).fitted(model.fixed_rules, "the model", 6).num_iter == 9
+    SampleConfig(**model.fixed_rules).check(model)
+    generate(model, labels, default.rules(), num_steps=1, seeds=[1, 2], callback=lambda step, *_: steps.append(step))
+    assert steps == [*range(6)]
+    for given in (dict(model="mar_ar_base"), dict(model="llamagen_ar_b", preset="digits")):
+        assert resolve(given).sampling.num_iter is None  # a preset's are for other models; known with the tokenizer
+        assert resolve({**given, "num_iter": 300}).sampling.num_iter == 300
+    assert resolve({"preset": "digits"}).sampling.num_iter == 8 and resolve({}).sampling.num_iter == 8
+    assert resolve({"model": "mar_base"}).sampling.num_iter == 64

@@ -23,7 +23,9 @@ from util.images.pictures import save_png
 # one epoch is three steps
 TINY = "--data digits --stride 2 --latent_channels 3 --width 4 --codebook_size 16 --batch_size 500 --num_eval 20"
 TINY = f"{TINY} --lr 1e-2 --epochs 0.6 --device cpu".split()
-CLASS_FLAGS = {"AutoencoderKL": [], "VQModel": ["--vq"]}
+MULTISCALE = ["--multiscale", "--patch_nums", "1,2,4", "--adversarial_weight", "0.1", "--adversarial_start", "0.4"]
+CLASS_FLAGS = {"AutoencoderKL": [], "VQModel": ["--vq"], "MultiScaleVQ": MULTISCALE}
+DIFFUSERS = ["AutoencoderKL", "VQModel"]
 
 
 def train(folder, *flags) -> dict:
@@ -57,7 +59,7 @@ def digits() -> torch.Tensor:
     return build_dataset("digits").images.float() / 127.5 - 1
 
 
-@pytest.fixture(scope="module", params=CLASS_FLAGS)
+@pytest.fixture(scope="module", params=DIFFUSERS)
 def trained(request, tmp_path_factory):
     """(class, folder) of a run of two steps."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -106,7 +108,7 @@ def test_what_is_saved_decodes_as_what_was_trained(trained):
     assert row["metrics"]["psnr"] == pytest.approx((10 * torch.log10(255**2 / mse)).mean().item(), abs=1e-3)
 
 
-@pytest.mark.parametrize("class_name", LOSSES)
+@pytest.mark.parametrize("class_name", DIFFUSERS)
 def test_centring_moves_the_mean_and_keeps_the_images(class_name):
     torch.manual_seed(0)
     sizes = dict(stride=4, latent_channels=3, width=4, codebook_size=8, image_channels=3, img_size=16)
@@ -148,8 +150,9 @@ def test_entries_that_no_latent_chooses_are_moved_to_latents():
     for step in range(4):  # of 8·16 latents each, so the third gives 320
         with watched(autoencoder) as quantised:
             autoencoder.decode(autoencoder.encode(digits()[:8]).latents)
-        ((latents, ids),) = quantised
-        revive(autoencoder, idle, latents, ids, torch.Generator().manual_seed(step))
+        ((tokens,),) = quantised
+        latents, ids = tokens
+        revive(autoencoder, idle, [tokens], torch.Generator().manual_seed(step))
         moved.append((codes != before).any(dim=1))
         chosen.append(ids.unique())
     assert [m.sum() for m in moved[:2]] == [0, 0] and moved[2][20:].all() and torch.equal(moved[2], moved[3])
@@ -322,13 +325,13 @@ def test_a_run_of_before_the_flags_about_reading_goes_on_in_mars_way(tmp_path, c
 
 
 def test_diverged_training_ends_in_one_line(tmp_path, capsys, monkeypatch):
-    terms, name = LOSSES["AutoencoderKL"]
+    kind = LOSSES["AutoencoderKL"]
 
     def diverged(*inputs):
-        decoded, penalty = terms(*inputs)
+        decoded, penalty = kind.terms(*inputs)
         return decoded, penalty * float("nan")
 
-    monkeypatch.setitem(LOSSES, "AutoencoderKL", (diverged, name))
+    monkeypatch.setitem(LOSSES, "AutoencoderKL", kind._replace(terms=diverged))
     assert run_main(train_tokenizer.main, [*TINY, "--output_dir", str(tmp_path)]) == 1
     assert "--lr" in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -1,10 +1,6 @@
 """Runs over ids: training, resuming, two processes, heads, sampling, traces, editing, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +13,7 @@ from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from tests import helpers_family
 from tests.helpers import each_rank, on_cpu
-from tests.helpers_ids import ENTRIES, GreyIds, add_tokenizers
+from tests.helpers_ids import ENTRIES, GreyIds, add_tokenizers, in_two_processes
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
@@ -72,22 +68,8 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(run, tmp_pat
 @pytest.mark.slow
 def test_two_processes_train_like_one(run, tmp_path):
     """torchrun with gloo against one process at the same global batch, to rounding."""
-    program = (
-        "import sys, pytest, main_mar; from tests.helpers_ids import add_tokenizers\n"
-        "with pytest.MonkeyPatch.context() as patch: add_tokenizers(patch); sys.exit(main_mar.main(sys.argv[1:]))"
-    )
-    (tmp_path / "program.py").write_text(program)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29523"]
-    root = Path(__file__).parent.parent
     words = [*TRAIN, "--learn", "order,group,cfg", "--output_dir", str(tmp_path / "two"), "--batch_size", "128"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "program.py"), *words, "--epochs", "2"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_two_processes(tmp_path, [*words, "--epochs", "2"])
     one, two = (records(folder) for folder in (run, tmp_path / "two"))
     assert len(one) == len(two)
     for before, after in zip(one, two):

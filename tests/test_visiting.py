@@ -64,7 +64,7 @@ def no_pass(mask, num_visible):
     raise AssertionError("hand-made rules need no network")
 
 
-@pytest.mark.parametrize("order, group", itertools.product(ORDERS, GROUPS))
+@pytest.mark.parametrize("order, group", itertools.product(ORDERS, [name for name in GROUPS if name != "scale"]))
 def test_visited_masks_are_the_states_of_the_schedule(order, group):
     draws = draws_of(num_iter=(MIN_STEPS.get(group, 1), 9))
     schedule = SCHEDULE if group == "schedule" else None

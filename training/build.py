@@ -82,16 +82,16 @@ def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int, a
     if not any_tokens:
         check_tokens(tokenizer, model.family_name, model.settings)
     for name, true in latents_of(tokenizer, model).items():
-        if model.settings[name] not in (None, true):
+        if model.given.get(name) not in (None, true):
             raise ValueError(
-                f"--{name} {model.settings[name]} does not fit the tokenizer {config.tokenizer}, which has {true}"
+                f"--{name} {model.given[name]} does not fit the tokenizer {config.tokenizer}, which has {true}"
             )
     return tokenizer
 
 
 def takes_ids(model: ModelConfig) -> bool:
     """Are the model's tokens ids?"""
-    return tokens_of(model.family_name, model.settings) == ("discrete",)
+    return "continuous" not in tokens_of(model.family_name, model.settings)
 
 
 def latents_of(tokenizer: Tokenizer, model: ModelConfig) -> dict:
@@ -99,6 +99,8 @@ def latents_of(tokenizer: Tokenizer, model: ModelConfig) -> dict:
     known = dict(vae_stride=tokenizer.stride, vae_embed_dim=tokenizer.channels)
     if takes_ids(model):
         known["vocab_size"] = tokenizer.codebook_size
+    if tokenizer.scales:
+        known["patch_nums"] = tokenizer.scales
     return known
 
 

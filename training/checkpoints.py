@@ -141,7 +141,9 @@ def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes:
     """
     weights = some_weights(content)
     names = [name for name in state.model.per_class if name in weights and weights[name].dim()]
-    num_stored = len(weights[names[0]]) if names else len(classes)
+    # a table may have a row for no class after those of the classes
+    num_others = len(state.ema.weights[names[0]]) - len(classes) if names else 0
+    num_stored = len(weights[names[0]]) - num_others if names else len(classes)
     if not names or (num_stored == len(classes) and not launch.keep_classes):
         return content  # a weight that is missing is named when they are loaded
     rows = []  # (of this run, of the checkpoint)
@@ -155,10 +157,12 @@ def fit_classes(state: TrainState, content: dict, launch: LaunchConfig, classes:
             f"--freeze_backbone would leave {len(classes) - len(rows)} of the {len(classes)} classes as they start, "
             f"which {launch.init_from} does not have"
         )
-    content = dict(content)
+    content, others = dict(content), []
+    if rows:
+        others = [(len(classes) + i, num_stored + i) for i in range(num_others)]
     for key in ("model", "model_ema"):
         if content.get(key):
-            content[key] = _with_rows(content[key], state.ema.weights, names, rows)
+            content[key] = _with_rows(content[key], state.ema.weights, names, rows + others)
     if dist.is_main():
         start = f"{launch.init_from} has {num_stored} classes, the data {len(classes)}:"
         kept = f"{len(rows)} of the same name are kept, {len(classes) - len(rows)} start anew"

@@ -8,6 +8,7 @@ A flat dict of all settings exists in here, in the parser's output, and in a che
 from dataclasses import asdict, dataclass, field, fields, replace
 
 from heads.policy import FLAGS, SCOPES, PolicyHeads
+from heads.schedules import default_num_iter, needed_steps
 from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import KL16_PATH
@@ -16,6 +17,8 @@ from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.objectives.visiting import MaskConfig
+from training.presets import CLI_DEFAULTS, KL16, OF_IMAGES, PRESETS, PUBLISHED_DEFAULTS
+from training.schedules import ScheduleConfig
 from util import dist
 from util.args import defaults, flag, parse_range, pick
 from util.evaluation.protocol import EvalConfig
@@ -47,7 +50,8 @@ class TokenizerConfig:
 
     tokenizer: str | None = flag(
         None,
-        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
+        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, "
+        "diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
     )
     vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     vae_scale: str | None = flag(
@@ -95,20 +99,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ScheduleConfig):
     """Optimisation."""
 
     objective: str = flag("token", "what is minimised", choices=OBJECTIVES)
     batch_size: int = flag(16, "images a step and process (with accum_iter: at a time)", low=1)
     accum_iter: int = flag(1, "batches whose gradients are added up to one step", low=1)
-    epochs: int = flag(400, "passes over the data", low=1)
     start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
-    lr: float | None = flag(None, "learning rate (default: blr · global batch / 256)", low=0)
-    blr: float = flag(1e-4, "base learning rate, for a global batch of 256", low=0)
-    min_lr: float = flag(0.0, "where the cosine schedule ends", low=0)
-    lr_schedule: str = flag("constant", "after the warm-up", choices=("constant", "cosine", "late_cosine"))
-    warmup_epochs: float = flag(100, "epochs of linear warm-up", low=0)
-    weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
     beta2: float = flag(0.95, "AdamW averaging rate of the squared gradient", low=0, high=0.99999)
     ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
     grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
@@ -142,7 +139,9 @@ class HeadsConfig:
     tau_max: float = flag(1.05, "largest temperature of the tau head", low=0)
     cfg_min: float = flag(0.0, "smallest guidance scale of the cfg head", low=0)
     cfg_max: float = flag(4.0, "largest guidance scale of the cfg head", low=0)
-    train_num_iter: str = flag("2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them")
+    train_num_iter: str | None = flag(  # None: as many as an image has tokens, which are not known yet
+        "2,16", "lo,hi: autoregressive steps to train for, where masks or heads depend on them"
+    )
     cfg_train_max: float = flag(2.0, "largest guidance scale that the heads are trained for", low=1)
 
     def __post_init__(self):
@@ -150,7 +149,8 @@ class HeadsConfig:
             low, high = self.bounds(name)
             if low > high:
                 raise ValueError(f"--{name}_min {low:g} must be at most --{name}_max {high:g}")
-        self.num_iter_range()
+        if self.train_num_iter is not None:
+            self.num_iter_range()
 
     def bounds(self, name: str) -> tuple[float, float]:
         """Of rho, tau or cfg."""
@@ -231,9 +231,19 @@ class RunConfig:
         """The heads that --learn names, fresh, for z of width dim, of the objective's form; None for none."""
         return self.heads.build(dim, OBJECTIVES[self.train.objective].form)
 
+    def fitted(self, model) -> "RunConfig":
+        """The same settings for a model that is made, whose tokens say what steps it has by default."""
+        sampling = self.sampling.fitted(model.fixed_rules, self.model.model, needed_steps(model))
+        steps = self.heads.train_num_iter or f"{sampling.num_iter},{sampling.num_iter}"
+        return replace(self, sampling=sampling, heads=replace(self.heads, train_num_iter=steps))
+
     def check_sampling(self, model, heads: PolicyHeads | None) -> None:
         """Raise ValueError for what sampling would refuse at the first images of this model, in training or after."""
         self.sampling.check(model, heads)
+        for kind in heads.learn if heads is not None and not self.launch.evaluate else ():
+            if kind in model.fixed_rules:
+                rule = model.fixed_rules[kind]
+                raise ValueError(f"--learn {kind} does not fit {self.model.model}, which needs --{kind} {rule}")
         if OBJECTIVES[self.train.objective].keeps_model and not self.launch.evaluate:  # it samples while it trains
             learned = {FLAGS[kind]: "learned" for kind in heads.learn}
             least = replace(self.sampling, infer_mode="baseline", num_iter=self.heads.num_iter_range()[0], **learned)
@@ -257,53 +267,20 @@ def flag_classes() -> tuple:
     return (*PARTS, *(family.config for family in FAMILIES.values()))
 
 
-# where MAR's command line and its constructor disagree, the command line counts; the size of the diffusion MLP only
-# with the models that MAR has published
-_CLI_DEFAULTS = dict(diffusion_batch_mul=1)
-_PUBLISHED_DEFAULTS = dict(diffloss_d=12, diffloss_w=1536)
-_OF_IMAGES = {"img_size", "vae_stride", "vae_embed_dim", "patch_size"}
-_KL16 = dict(vae_stride=16, vae_embed_dim=16)
-_PIXELS = dict(
-    tokenizer="pixel", model="mar_tiny", vae_stride=1, diffloss_d=3, diffloss_w=128, diffusion_batch_mul=4,
-    label_drop_prob=0.1, buffer_size=4, attn_dropout=0.0, proj_dropout=0.0, num_workers=0, batch_size=64, blr=8e-3,
-    lr_schedule="cosine", ema_rate=0.999, num_sampling_steps=25, num_iter=8,
-)  # fmt: skip
-_GREY_28 = dict(
-    _PIXELS, img_size=28, patch_size=2, vae_embed_dim=1, epochs=40, warmup_epochs=1, num_images=10000
-)  # fmt: skip
-_IMAGENET = dict(
-    data="imagefolder", epochs=800, warmup_epochs=100, batch_size=64, diffusion_batch_mul=4, num_iter=256,
-    eval_bsz=256, temperature=1.0,
-)  # fmt: skip
-PRESETS = {
-    "digits": dict(
-        _PIXELS, data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3, diffloss_w=64,
-        diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=300,
-        features="digits",
-    ),
-    "mnist": dict(_GREY_28, data="mnist"),
-    "fashion_mnist": dict(_GREY_28, data="fashion_mnist"),
-    "cifar10": dict(
-        _PIXELS, data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192,
-        batch_size=32, diffusion_batch_mul=1, epochs=100, warmup_epochs=2, num_images=10000,
-    ),
-    "mar_base": dict(_IMAGENET, model="mar_base", diffloss_d=6, diffloss_w=1024, cfg=2.9),  # published FID 2.31
-    "mar_large": dict(_IMAGENET, model="mar_large", diffloss_d=8, diffloss_w=1280, cfg=3.0),  # published FID 1.78
-    "mar_huge": dict(_IMAGENET, model="mar_huge", diffloss_d=12, diffloss_w=1536, cfg=3.2),  # published FID 1.55
-}  # fmt: skip
-
-
 def resolve(given: dict) -> RunConfig:
     """All settings, from the flags given by hand, the preset they name or imply, and the defaults, in this order."""
     preset = choose_preset(given)
     row = PRESETS.get(preset, {})
     model = given.get("model", row.get("model", ModelConfig.model))
-    mars = {**_CLI_DEFAULTS, **(_PUBLISHED_DEFAULTS if model in PUBLISHED else {}), **row}
+    mars = {**CLI_DEFAULTS, **(PUBLISHED_DEFAULTS if model in PUBLISHED else {}), **row}
     if SIZES[model] != "mar":  # what they say of a model is of MAR's
-        of_model = defaults(FAMILIES["mar"].config).keys() - _OF_IMAGES
+        of_model = defaults(FAMILIES["mar"].config).keys() - OF_IMAGES
         mars = {name: value for name, value in mars.items() if name not in of_model}
-    chosen = {**defaults(*PARTS), **FAMILIES[SIZES[model]].sampling, **mars, **given}
-    chosen["preset"] = preset if preset in PRESETS else None
+    num_iter = default_num_iter(ModelConfig(model, given).fixed_rules, None)
+    if num_iter is None:  # a preset's is for several tokens a step
+        mars.pop("num_iter", None)
+    base = {**defaults(*PARTS), "num_iter": num_iter, **FAMILIES[SIZES[model]].sampling}
+    chosen = {**base, **mars, **given, "preset": preset if preset in PRESETS else None}
     own = OBJECTIVES[chosen["objective"]].defaults(chosen)
     if "blr" in given:
         own.pop("lr", None)
@@ -340,7 +317,7 @@ def derive(chosen: dict, given: dict) -> dict:
         channels = PRESETS.get(data, {}).get("vae_embed_dim", 3)
         derived |= dict(vae_stride=given.get("vae_stride", 1), vae_embed_dim=given.get("vae_embed_dim", channels))
     else:  # a preset may be for pixels; None: what the tokenizer has, which is not loaded yet
-        published = _KL16 if tokenizer == "kl16" else {}
+        published = KL16 if tokenizer == "kl16" else {}
         for name in ("vae_stride", "vae_embed_dim"):
             derived[name] = given.get(name, published.get(name))
         derived |= dict(vocab_size=given.get("vocab_size"), patch_size=given.get("patch_size", 1))

@@ -9,15 +9,24 @@ from torch import nn
 
 
 def make_optimizer(
-    module: nn.Module, token_head: nn.Module, lr: float, weight_decay: float, beta2: float = 0.95
+    module: nn.Module,
+    token_head: nn.Module,
+    lr: float,
+    weight_decay: float,
+    no_decay: tuple[str, ...] | None = None,
+    beta2: float = 0.95,
 ) -> torch.optim.AdamW:
-    """AdamW (0.9, beta2) for a module, without weight decay on biases, norms and its token head, as published."""
-    of_token_head = {id(parameter) for parameter in token_head.parameters()}
+    """AdamW (0.9, beta2) for a module, without weight decay on biases, norms and its token head, as MAR's is published.
+
+    no_decay: in place of the token head, the parameters with one of these parts in their names.
+    """
+    of_token_head = {id(parameter) for parameter in token_head.parameters()} if no_decay is None else set()
     decay, plain = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            no_decay = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in of_token_head
-            (plain if no_decay else decay).append(parameter)
+            exempt = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in of_token_head
+            exempt = exempt or any(part in name for part in no_decay or ())
+            (plain if exempt else decay).append(parameter)
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2))
 

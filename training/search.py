@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from heads.policy import build_rules
 from heads.schedules import MIN_STEPS
+from heads.searched import KINDS
 from heads.step import StepState
 from util.checkpoint import atomic_file
 
@@ -48,27 +49,45 @@ def values_of(rules, num_iter: int, length: int) -> dict[str, list[float]]:
     return {kind: [round(x, DIGITS) for x in numbers] for kind, numbers in decided.items()}
 
 
-def hand_made_grid(num_iter: int, length: int) -> list[dict]:
-    """The schedules of those points of GRID that so many steps allow."""
-    points = [dict(zip(GRID, point)) for point in itertools.product(*GRID.values())]
+def kinds_of(model) -> tuple[str, ...]:
+    """What a schedule can say of a `models.families.Backbone`: not its groups, where they are fixed; no profile of
+    guidance, where tokens are drawn without diffusion steps."""
+    missing = {"group"} & model.fixed_rules.keys() | ({"profile"} if not model.token_head.has_steps else set())
+    return tuple(kind for kind in KINDS if kind not in missing)
+
+
+def hand_made_grid(num_iter: int, length: int, kinds=KINDS) -> list[dict]:
+    """The schedules, with values of these kinds, of those points of GRID that so many steps allow.
+
+    Where groups are not among the kinds, tokens become known evenly over the steps.
+    """
+    grid = GRID if "group" in kinds else GRID | dict(group=("constant",))
+    points = [dict(zip(grid, point)) for point in itertools.product(*grid.values())]
     points = [point for point in points if num_iter >= MIN_STEPS.get(point["group"], 1)]
-    return [values_of(build_rules("baseline", **point), num_iter, length) for point in points]
+    schedules = [values_of(build_rules("baseline", **point), num_iter, length) for point in points]
+    return [{kind: values[kind] for kind in kinds} for values in schedules]
 
 
 def moved(start: dict, x: np.ndarray) -> dict[str, list[float]]:
-    """The schedule at x (3K + 8,), whose coordinates move the groups, τ, w and the profile of the start, at 0."""
-    ends = np.cumsum([len(start[kind]) for kind in ("group", "tau", "cfg")])
-    group, tau, cfg, profile = np.split(np.asarray(x), ends)
-    sizes = np.diff(start["group"], prepend=0.0) * np.exp(MOVES["group"] * group)
-    schedule = {
-        "group": np.cumsum(sizes) / sizes.sum(),
-        "tau": start["tau"] * np.exp(MOVES["tau"] * tau),
-        "cfg": start["cfg"] + MOVES["cfg"] * cfg,
-        "profile": start["profile"] + MOVES["profile"] * profile,
-    }
-    schedule |= {kind: schedule[kind].clip(*bounds) for kind, bounds in BOUNDS.items()}
+    """The schedule at x, whose coordinates move the groups, τ, w and the profile of the start, at 0.
+
+    x has as many as the start has values, 3K + 8 with all kinds, in the order of MOVES.
+    """
+    kinds = [kind for kind in MOVES if kind in start]
+    ends = np.cumsum([len(start[kind]) for kind in kinds])[:-1]
+    schedule = {}
+    for kind, part in zip(kinds, np.split(np.asarray(x), ends)):
+        step = MOVES[kind] * part
+        if kind == "group":
+            sizes = np.diff(start["group"], prepend=0.0) * np.exp(step)
+            schedule[kind] = np.cumsum(sizes) / sizes.sum()
+        else:
+            value = start[kind] * np.exp(step) if kind == "tau" else start[kind] + step
+            schedule[kind] = value.clip(*BOUNDS[kind])
     result = {kind: [round(float(x), DIGITS) for x in numbers] for kind, numbers in schedule.items()}
-    return result | {"group": [*result["group"][:-1], 1.0]}
+    if "group" in result:
+        result["group"][-1] = 1.0
+    return result
 
 
 def ratio(distances: dict, unit: dict, weights: dict) -> float:

@@ -21,6 +21,8 @@ def training_step(state: TrainState, batch, labels, indices, lr: float, config: 
     """
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_share", 1.0)
+        if group["weight_decay"] and config.wd_end is not None:
+            group["weight_decay"] = config.decay(state.step, state.num_steps)
     terms = forward_backward(state, batch, labels, indices, config.accum_iter)
     state.scaler.unscale_(state.optimizer)
     grad_norm = nn.utils.clip_grad_norm_(state.wrapped.parameters(), config.grad_clip or float("inf"))

@@ -5,8 +5,9 @@ The interface, documented in `models.tokenizers.continuous.Tokenizer`:
     encode(images (B, image_channels, H, W), sample=True, generator=None) -> (raw − mean)·scale, (B, channels, h, w)
     decode(latents (B, channels, h, w)) -> images
     encode_moments(images) -> (B, moment_channels, h, w), raw; from_moments(moments, sample, generator) -> latents
-    tokens: which of "continuous", "discrete", "multiscale" they can be used as; where discrete, codebook_size entries,
-    encode_ids(images) -> ids (B, h, w) long; decode_ids(ids) -> images
+    tokens: which of "continuous", "discrete", "multiscale" they can be used as; where ids, codebook_size entries,
+    encode_ids(images) -> ids (B, h, w) long, of all scales (B, L); decode_ids(ids) -> images; ids_shape(img_size)
+    scales: sides of the grids of a multi-scale one, else ()
     stride (pixels of a latent's side), channels, scale, mean, clip ((lo, hi) for a predicted x₀, or None), fingerprint
 """
 
@@ -15,6 +16,7 @@ from functools import partial
 from models.tokenizers.continuous import Tokenizer
 from models.tokenizers.ldm import LDM, load_ldm
 from models.tokenizers.llamagen import load_llamagen
+from models.tokenizers.multiscale import SCALES, load_multiscale
 from models.tokenizers.pixel import PixelTokenizer
 from models.tokenizers.saved import load_diffusers
 from models.tokenizers.vq import VQ_CONFIGS
@@ -23,6 +25,7 @@ TOKENIZERS = {
     "pixel": PixelTokenizer,
     **{name: partial(load_ldm, name) for name in LDM},
     **{name: partial(load_llamagen, name) for name in VQ_CONFIGS},
+    **{name: partial(load_multiscale, name) for name in SCALES},
     "diffusers": load_diffusers,
 }
 _OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all rows but pixel

@@ -20,12 +20,13 @@ class Tokenizer(nn.Module):
     moments are its mean and log-variance (2c channels)? Else they are the raw latents (c channels). scale and mean: a
     number, or one for each channel. A sub-class may set `clip`, (lo, hi) for a predicted x₀ in normalised units, and
     `settings`, plain values which besides the weights decide its moments. tokens: what a model can take them as, see
-    `models.families.Family`. Where these are "discrete" a sub-class sets codebook_size, the number of entries, and has
-    `_ids` and `_images_of_ids`.
+    `models.families.Family`. Where these can be ids a sub-class sets codebook_size, the number of entries, and has
+    `_ids` and `_images_of_ids`; where they are "multiscale", scales too, the sides p of the grids of tokens.
     """
 
     tokens: tuple[str, ...] = ("continuous",)
     codebook_size = 0
+    scales: tuple[int, ...] = ()
     clip = None
     settings: dict = {}
 
@@ -72,19 +73,20 @@ class Tokenizer(nn.Module):
     def encode_ids(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, image_channels, H, W) in [−1, 1] -> ids (B, h, w) long, each from 0 to codebook_size − 1.
 
-        Images as in `encode_moments`; a tokenizer without a codebook raises ValueError.
+        Of a multi-scale tokenizer (B, L): each scale's after those of the scale before it, row by row. Images as in
+        `encode_moments`; a tokenizer without a codebook raises ValueError.
         """
-        self._check_discrete()
+        self._check_codebook()
         self._check_images(images)
         return self._ids(images)
 
     @torch.no_grad()
     def decode_ids(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, h, w) long -> images (B, image_channels, H, W) float32, about in [−1, 1].
+        """Ids (B, h, w) long -> images (B, image_channels, H, W) float32, about in [−1, 1]; (B, L) as in `encode_ids`.
 
         Ids that are no entries of the codebook, and a tokenizer without one, raise ValueError.
         """
-        self._check_discrete()
+        self._check_codebook()
         low, high = ids.min().item(), ids.max().item()
         if not 0 <= low <= high < self.codebook_size:
             wrong = low if low < 0 else high
@@ -97,8 +99,22 @@ class Tokenizer(nn.Module):
             wanted = f"(B, {self.image_channels}, H, W), H and W divisible by {self.stride}"
             raise ValueError(f"images for the tokenizer {self.kind} must be {wanted}, got {shape}")
 
-    def _check_discrete(self) -> None:
-        if "discrete" not in self.tokens:
+    @torch.no_grad()
+    def inputs_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What a model reads of tokens (B, L, …) in training: these, unless they are of several scales."""
+        return tokens
+
+    def unknown_tokens(self, unknown: torch.Tensor) -> torch.Tensor:
+        """Of the tokens (L,) bool those to make anew where unknown (g, g) bool, a cell for each of a grid, says so."""
+        return unknown.flatten()
+
+    def ids_shape(self, img_size: int) -> tuple[int, ...]:
+        """The shape of the ids of an image of img_size pixels a side."""
+        side = img_size // self.stride
+        return (side, side)
+
+    def _check_codebook(self) -> None:
+        if not self.codebook_size:
             raise ValueError(f"the tokenizer {self.kind} has no codebook, its tokens are {' or '.join(self.tokens)}")
 
     def from_moments(self, moments: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:

@@ -53,17 +53,34 @@ def ldm_name(name: str, last: int = LAST) -> str:
     return name
 
 
+def weights_file(name: str, vae_path) -> Path:
+    """The file that --vae_path names for the tokenizer `name`; without the flag or the file ValueError."""
+    if not vae_path:
+        raise ValueError(f"the tokenizer {name} needs --vae_path, the file with its weights")
+    if not Path(vae_path).is_file():
+        raise ValueError(f"no autoencoder at {vae_path}: --vae_path must name the file with the weights of {name}")
+    return Path(vae_path)
+
+
+def read_content(path: Path):
+    """What is in a file: the tensors of a .safetensors, or what torch.save wrote. An unreadable one: ValueError."""
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    with torch.serialization.safe_globals([(_Ignored, _LIGHTNING)]):
+        return read_file(path)
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a file by name: .safetensors, or what torch.save wrote, under "model", "state_dict" or by itself.
+    """The tensors in a file by name, see `read_content` and `tensors_of`."""
+    return tensors_of(read_content(path), path)
+
+
+def tensors_of(content, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors by name in the content of a file, under "model", "state_dict" or by themselves.
 
     Of a whole latent diffusion model those of its autoencoder, without what precedes their names; never those of a
-    training loss, `loss.`. A file that cannot be read, or without tensors, raises ValueError.
+    training loss, `loss.`. Content without tensors raises ValueError.
     """
-    if path.suffix == ".safetensors":
-        content = _read_safetensors(path)
-    else:
-        with torch.serialization.safe_globals([(_Ignored, _LIGHTNING)]):
-            content = read_file(path)
     weights = content
     if isinstance(content, dict):
         weights = content.get("model", content.get("state_dict", content))
@@ -91,11 +108,7 @@ def load_ldm(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> Auto
     Tensors missing in the file, left over in it, or of another shape raise ValueError, as does a file that cannot be
     read.
     """
-    if not vae_path:
-        raise ValueError(f"the tokenizer {name} needs --vae_path, the file with its weights")
-    if not Path(vae_path).is_file():
-        raise ValueError(f"no autoencoder at {vae_path}: --vae_path must name the file with the weights of {name}")
-    weights = read_tensors(Path(vae_path))
+    weights = read_tensors(weights_file(name, vae_path))
     class_name, scale = LDM[name]
     with torch.device("meta"):  # without initial values, which would be replaced
         autoencoder = _build(class_name, weights)
@@ -129,6 +142,20 @@ def fill(autoencoder: torch.nn.Module, weights: dict, complaint: str) -> None:
     if unknown:
         raise ValueError(f"{complaint}: {len(unknown)} unknown tensors, the first is {min(unknown)}")
     autoencoder.load_state_dict({key: value for key, (_, value) in translated.items()}, strict=True, assign=True)
+
+
+def fill_as_named(model: torch.nn.Module, weights: dict, complaint: str) -> None:
+    """Give a model (on the meta device) its tensors, which have its own names, as float32; differences as in `fill`."""
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    for key, shape in own.items():
+        if key not in weights:
+            raise ValueError(f"{complaint}: it lacks {key}")
+        if weights[key].shape != shape:
+            raise ValueError(f"{complaint}: {key} is {tuple(weights[key].shape)} there and {tuple(shape)} here")
+    unknown = weights.keys() - own.keys()
+    if unknown:
+        raise ValueError(f"{complaint}: {len(unknown)} unknown tensors, the first is {min(unknown)}")
+    model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
 
 
 def sizes_of(weights: dict, path) -> tuple[str, dict]:

@@ -2,13 +2,12 @@
 
 import math
 import re
-from pathlib import Path
 
 import torch
 
 from models.tokenizers.continuous import Tokenizer
-from models.tokenizers.ldm import read_tensors
-from models.tokenizers.vq import VQ_CONFIGS, VQConfig, VQModel
+from models.tokenizers.ldm import fill_as_named, read_tensors, weights_file
+from models.tokenizers.vq import NUM_USED, VQ_CONFIGS, VQConfig, VQModel
 
 STATISTICS = "quantize.codebook_used"  # of training; files may lack it
 
@@ -53,11 +52,7 @@ def load_llamagen(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) ->
 
     The sizes are those of the tensors. A file that cannot be read, or does not fit, raises ValueError.
     """
-    if not vae_path:
-        raise ValueError(f"the tokenizer {name} needs --vae_path, the file with its weights")
-    if not Path(vae_path).is_file():
-        raise ValueError(f"no autoencoder at {vae_path}: --vae_path must name the file with the weights of {name}")
-    weights = read_tensors(Path(vae_path))
+    weights = read_tensors(weights_file(name, vae_path))
     config = config_of(weights, vae_path)
     if config.stride != VQ_CONFIGS[name].stride:
         fitting = [row for row, sizes in VQ_CONFIGS.items() if sizes.stride == config.stride]
@@ -65,19 +60,8 @@ def load_llamagen(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) ->
         raise ValueError(f"{vae_path} does not fit {name}: it is of stride {config.stride}{way_out}")
     with torch.device("meta"):  # without initial values, which are replaced
         model = VQModel(config)
-    own = {key: value.shape for key, value in model.state_dict().items()}
-    weights.setdefault(STATISTICS, torch.zeros(own[STATISTICS]))
-    for key, shape in own.items():
-        if key not in weights:
-            raise ValueError(f"{vae_path} does not fit {name}: it lacks {key}")
-        if weights[key].shape != shape:
-            shapes = f"{key} is {tuple(weights[key].shape)} there and {tuple(shape)} here"
-            raise ValueError(f"{vae_path} does not fit {name}: {shapes}")
-    unknown = weights.keys() - own.keys()
-    if unknown:
-        count = f"{len(unknown)} unknown tensors, the first is {min(unknown)}"
-        raise ValueError(f"{vae_path} does not fit {name}: {count}")
-    model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    weights.setdefault(STATISTICS, torch.zeros(NUM_USED))
+    fill_as_named(model, weights, f"{vae_path} does not fit {name}")
     return LlamaGenTokenizer(name, model, scale=vae_scale, mean=0.0 if vae_mean is None else vae_mean)
 
 

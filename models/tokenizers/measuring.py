@@ -18,7 +18,10 @@ from util.rng import generator, seed_of
 class MeasuringArgs(ImagesArgs):
     """Flags of the scripts that measure a tokenizer on the images of a data set."""
 
-    tokenizer: str = flag("kl16", "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, diffusers:PATH_OR_REPO")
+    tokenizer: str = flag(
+        "kl16",
+        "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, diffusers:PATH_OR_REPO",
+    )
     vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
     num_workers: int = flag(0, "processes that load images", low=0)
 

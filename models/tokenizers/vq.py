@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 NUM_RES_BLOCKS = 2  # of a level of the encoder; the decoder has one more
+GROUPS = 32  # of channels that are normalised together
 NUM_USED = 65536  # latents whose ids the published buffer `codebook_used` keeps
 
 
@@ -140,18 +141,19 @@ class Quantizer(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """x + two convolutions of it, each after normalisation and SiLU."""
+    """x + two convolutions of it, each after normalisation in `groups` groups and SiLU; dropout before the second."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, out_channels: int, dropout: float = 0.0, groups: int = GROUPS):
         super().__init__()
-        self.norm1, self.norm2 = norm(channels), norm(out_channels)
+        self.norm1, self.norm2 = norm(channels, groups), norm(out_channels, groups)
+        self.dropout = dropout
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(channels, out_channels, 1) if channels != out_channels else nn.Identity()
 
     def forward(self, x):
         y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = self.conv2(F.dropout(F.silu(self.norm2(y)), self.dropout, self.training))
         return y + self.nin_shortcut(x)
 
 
@@ -262,6 +264,6 @@ def middle(channels: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(channels, channels), AttnBlock(channels), ResBlock(channels, channels)])
 
 
-def norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int, groups: int = GROUPS) -> nn.GroupNorm:
     """The normalisation of all blocks."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=1e-6)

@@ -78,6 +78,15 @@ class Draws:
         policy = None if self.policy is None else self.policy.to(device)
         return _moved(replace(self, tokens=self.tokens.to(device), policy=policy), device)
 
+    def first(self, num: int) -> "Draws":
+        """Those of the first num tokens of each image."""
+        length, rows = self.mask.shape[1], self.tokens.rows
+        kept = rows % length < num
+        rows = rows[kept] // length * num + rows[kept] % length
+        tokens = TokenDraws(rows, {name: value[:, kept] for name, value in self.tokens.draws.items()})
+        mask = self.mask[:, :num]
+        return replace(self, mask=mask, num_visible=(~mask).sum(dim=1).tolist(), tokens=tokens)
+
     def with_mask(self, mask, step, targets, others=None) -> "Draws":
         """Draws that were made for every token, narrowed to another mask (b, L) that is met at step (b,).
 

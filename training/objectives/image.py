@@ -103,7 +103,8 @@ class ImageObjective(nn.Module):
         optimisation |= dict(warmup_epochs=0, weight_decay=0.0, grad_clip=1.0, dtype="fp32", grad_checkpointing=True)
         frozen = dict(freeze_backbone=True, train_diffloss=False)
         bounds = dict(tau_min=0.4, tau_max=1.6, cfg_min=0.0, cfg_max=8.0)
-        steps = dict(train_num_iter="{0},{0}".format(chosen["num_iter"]))
+        num_iter = chosen["num_iter"]  # None: the default of a model whose tokens are not known yet
+        steps = dict(train_num_iter=f"{num_iter},{num_iter}" if num_iter else None)
         return optimisation | frozen | bounds | steps | dict(reward=f"{chosen['features']},pixels")
 
     @staticmethod
@@ -221,6 +222,7 @@ class ImageObjective(nn.Module):
             seeds=rollout.seeds,
             callback=callback,
             clip=rollout.tokenizer.clip,
+            tokenizer=rollout.tokenizer,
             refresh_every=sampling.refresh_every,
             **sampling.token_head_options(),
             recompute=grad and self.model.config.grad_checkpointing,

@@ -13,13 +13,14 @@ from torch import nn
 
 from heads.policy import PolicyHeads, base_scores, column, hand_made, moved_rule
 from heads.rules import whole_group
-from heads.schedules import RuleOptions, check_num_iter
+from heads.schedules import A_STEP, RuleOptions, check_num_iter
 from training.objectives.draws import Draws, DrawSettings, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings
 from training.objectives.states import needs_every_loss, training_state
 from training.objectives.visiting import Visits, make_visits
 from training.optim import EMA, make_optimizer
+from training.schedules import stage_weights
 from util.dist import autocast, send
 from util.rng import generator, seed_of
 
@@ -51,7 +52,8 @@ class HeadPlan:
 
     def _base(self, kind: str, **numbers):
         """The hand-made rule that the learned one of this kind moves."""
-        return hand_made(kind, moved_rule(kind, self.options.schedule), replace(self.options, **numbers))
+        moved = moved_rule(kind, self.options.schedule, self.options.cfg_base)
+        return hand_made(kind, moved, replace(self.options, **numbers))
 
     def losses(self, difficulty) -> dict[str, torch.Tensor]:
         """The losses order, size, budget of the heads that are learned; difficulty (N,) of the rows, detached."""
@@ -91,6 +93,13 @@ class Batch:
     tokens: torch.Tensor
     labels: torch.Tensor
     draws: Draws
+    inputs: torch.Tensor | None = None  # what the model reads of the tokens, where it is not the tokens
+    weights: torch.Tensor | None = None  # (L,) of the tokens' losses; None: 1
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """What the model reads of the tokens."""
+        return self.tokens if self.inputs is None else self.inputs
 
     @property
     def num_targets(self) -> int:
@@ -103,7 +112,7 @@ class Preparation:
     """What `TokenObjective.prepare` makes batches with.
 
     flip: may images be mirrored? visits: makes the masks; None for the published ones. heads_from: the epoch from which
-    heads decide; before it, hand-made rules do.
+    heads decide; before it, hand-made rules do. patch_nums: of a model that is trained progressively (--pg), else None.
     """
 
     seed: int
@@ -111,6 +120,7 @@ class Preparation:
     flip: bool = False
     visits: Visits | None = None
     heads_from: float = 0.0
+    patch_nums: tuple[int, ...] | None = None
 
 
 class TokenObjective(nn.Module):
@@ -143,21 +153,16 @@ class TokenObjective(nn.Module):
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "TokenObjective":
         """The objective of a run, see `training.objectives`; heads that it cannot train raise ValueError."""
-        if model.fixed_rules.get("group") == "one":
-            check_one_a_step(heads, settings)
+        if model.fixed_rules.get("group") in A_STEP:
+            check_fixed_groups(model, heads, settings)
         if heads is not None and "tau" in heads.learn and model.token_head.discrete:
             raise ValueError(
                 "--learn tau: --objective token learns it by the noise of a diffusion loss; for ids (--loss ce) use "
                 "--objective image, or leave tau out"
             )
         train, sizes = settings.train, model.config
-        visits = make_visits(settings.masks, settings.sampling, heads)
         loss_tokens = getattr(sizes, "loss_tokens", "masked")
-        if visits is not None and loss_tokens != "masked":
-            raise ValueError(
-                f"--loss_tokens {loss_tokens} must be masked with --train_masks {settings.masks.train_masks}: "
-                "--train_targets says what is learned of its masks"
-            )
+        visits = make_visits(settings.masks, settings.sampling, heads, loss_tokens)
         draws = DrawSettings(
             seq_len=sizes.seq_len,
             mask_ratio_min=sizes.mask_ratio_min,
@@ -169,7 +174,10 @@ class TokenObjective(nn.Module):
             mask_schedule=getattr(sizes, "mask_schedule", None),
             loss_tokens=loss_tokens,
         )
-        preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from)
+        if train.pg and model.fixed_rules.get("group") != "scale":
+            raise ValueError(f"--pg {train.pg:g} has no meaning for this model, whose tokens are of one scale")
+        patch_nums = sizes.patch_nums if train.pg else None
+        preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from, patch_nums)
         return cls(model, heads, settings.losses, settings.sampling, preparation, train)
 
     @staticmethod
@@ -186,8 +194,8 @@ class TokenObjective(nn.Module):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW as published."""
-        train = self.settings
-        return make_optimizer(self, self.model.token_head, train.lr, train.weight_decay, train.beta2)
+        train, no_decay = self.settings, getattr(self.model, "no_decay", None)
+        return make_optimizer(self, self.model.token_head, train.lr, train.weight_decay, no_decay, train.beta2)
 
     def average_heads(self) -> EMA:
         """An exponential moving average, as of the model's weights."""
@@ -220,6 +228,7 @@ class TokenObjective(nn.Module):
         seeds = [seed_of("posterior", preparation.seed, state.step, sample) for sample in samples]
         images = batch.to(state.device, non_blocking=True)
         tokens = tokens_of(images, flips, seeds, state.tokenizer, self.model)
+        inputs = state.tokenizer.inputs_of(tokens)
         labels = torch.where(draws.drop, -1, labels)
         if preparation.visits is not None:
             self.eval()  # no dropout in the scores
@@ -227,7 +236,20 @@ class TokenObjective(nn.Module):
                 score = partial(self._score, tokens, labels)
                 draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
-        return Batch(tokens, send(labels, state.device), draws.to(state.device))
+        return self._staged(Batch(tokens, send(labels, state.device), draws.to(state.device), inputs), state)
+
+    def _staged(self, batch: Batch, state) -> Batch:
+        """The batch, of a progressive run with the scales that it has reached."""
+        sides = self.preparation.patch_nums
+        if sides is None:
+            return batch
+        stage, weight = self.settings.stage(state.step, state.num_steps, state.steps_per_epoch, len(sides))
+        if stage == len(sides) - 1:
+            return batch
+        weights = stage_weights(sides, stage, weight).to(state.device)
+        num = len(weights)
+        inputs = batch.inputs[:, : num - sides[0] ** 2]
+        return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights)
 
     def _score(self, tokens, labels, mask, num_visible):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
@@ -245,7 +267,7 @@ class TokenObjective(nn.Module):
         they say.
         """
         draws, head = batch.draws, self.model.token_head
-        z = self.model.encode_decode(batch.tokens, draws.mask, batch.labels, draws.num_visible, draws.orders)
+        z = self.model.encode_decode(batch.seen, draws.mask, batch.labels, draws.num_visible, draws.orders)
         plan = None
         if self.heads is not None and not draws.policy.heads_rest:
             plan = HeadPlan(self.heads, self.losses, self.options, draws, z)
@@ -254,6 +276,9 @@ class TokenObjective(nn.Module):
         target = rows(batch.tokens)
         prediction = self._predict(target, rows(z), rows.draws, tau, rows)
         losses = head.losses(prediction, target, rows.draws)  # each (m·N,)
+        if batch.weights is not None:
+            weights = rows.spread(batch.weights.unsqueeze(0))
+            losses = {name: loss * weights for name, loss in losses.items()}
         terms = {name: rows.targets(loss).sum() / (rows.repeats * num_targets) for name, loss in losses.items()}
         loss = sum(terms.values())
         if plan:
@@ -285,23 +310,24 @@ class TokenObjective(nn.Module):
         """Misfit of the predictions guided by the scales w (b, 1) or (b, L): its gradient reaches w only."""
         draws, head = batch.draws, self.model.token_head
         with torch.no_grad():  # the one extra pass, and only where guidance is learned
-            z = self.model.encode_decode(batch.tokens, draws.mask, None, draws.num_visible, draws.orders)
+            z = self.model.encode_decode(batch.seen, draws.mask, None, draws.num_visible, draws.orders)
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
         return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1) & draws.mask))
 
 
-def check_one_a_step(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
-    """Raise ValueError for what is learned on masks, which a model that draws one token a step has no use for."""
+def check_fixed_groups(model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
+    """Raise ValueError for what is learned on masks, which a model with groups of its own has no use for."""
+    drawn = A_STEP[model.fixed_rules["group"]]
     if heads is not None:
         raise ValueError(
-            f"--learn {','.join(heads.learn)}: --objective token learns heads on masks, and this model draws one token "
-            "a step: use --objective image"
+            f"--learn {','.join(heads.learn)}: --objective token learns heads on masks, and this model draws {drawn}: "
+            "use --objective image"
         )
     if settings.masks.train_masks != "random":
         raise ValueError(
-            f"--train_masks {settings.masks.train_masks} must be random: this model draws one token a step, and learns "
+            f"--train_masks {settings.masks.train_masks} must be random: this model draws {drawn}, and learns "
             "all tokens of an image in one pass"
         )
 

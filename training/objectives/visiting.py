@@ -130,9 +130,19 @@ class Visits:
         return draws.with_mask(mask, step, targets, others=mask if compared else None)
 
 
-def make_visits(masks: MaskConfig, sampling: SampleConfig, heads: PolicyHeads | None) -> Visits | None:
-    """What makes the training masks, by the rules that sampling names; None for the published masks."""
+def make_visits(
+    masks: MaskConfig, sampling: SampleConfig, heads: PolicyHeads | None, loss_tokens: str = "masked"
+) -> Visits | None:
+    """What makes the training masks, by the rules that sampling names; None for the published masks.
+
+    loss_tokens: the model's, see `training.objectives.draws.DrawSettings`; all of an image raise ValueError.
+    """
     if masks.train_masks == "random":
         return None
+    if loss_tokens != "masked":
+        raise ValueError(
+            f"--loss_tokens {loss_tokens} must be masked with --train_masks {masks.train_masks}: "
+            "--train_targets says what is learned of its masks"
+        )
     options = {option.name: getattr(sampling, option.name) for option in fields(RuleOptions)}
     return Visits(masks, heads, sampling.order, sampling.group, **options)

@@ -223,6 +223,7 @@ def metrics_line(metrics: dict) -> str:
         "recall": "recall {recall:.2f}",
         "svc_accuracy": "SVC accuracy {svc_accuracy:.1%}",
         "frechet_pixels": "Fréchet (pixels) {frechet_pixels:.2f}",
+        "judge_fid": "FID of the judge {judge_fid:.3f}",
     }
     numbers = {key: math.nan if value is None else value for key, value in metrics.items()}  # null in results.jsonl
     return "  ".join(text.format_map(numbers) for key, text in parts.items() if key in numbers)

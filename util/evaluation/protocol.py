@@ -31,6 +31,9 @@ class EvalConfig:
     )
     features: str = flag("inception", "features of the metrics", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the published weights of the features, or another classifier's")
+    judge: str | None = flag(
+        None, "file of another classifier, which took no part in what is measured: FID by its features is judge_fid"
+    )
     eval_split: str = flag("train", "images of the data set to compare with", choices=("train", "val"))
     fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of images")
 
@@ -66,6 +69,11 @@ class EvalConfig:
         elif self.features == "digits":
             check_classes(labels_of(reference))
         check_features(self.features, self.fid_weights, img_size)
+        if self.judge is not None:
+            try:
+                check_features(self.features, self.judge, img_size)
+            except ValueError as error:
+                raise ValueError(f"--judge {self.judge}: {error}") from None
 
 
 def build_reference(config: EvalConfig, name: str, data_path, img_size: int, reading: Reading = DEFAULT):
@@ -99,6 +107,9 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
         device=device,
         verbose=len(images) > 5000,  # torch-fidelity's progress bars, for what takes minutes
     )
+    if config.judge is not None:
+        options = dict(features=config.features, weights=config.judge, metrics=("fid",), device=device)
+        figures["judge_fid"] = compute_metrics(images, reference, **options)["fid"]
     if config.features == "digits" and not isinstance(reference, FIDStats):
         generated = np.stack([images[i].numpy()[0] for i in range(len(images))])
         real, real_labels, _ = zip(*(reference[i] for i in range(len(reference))))
@@ -193,8 +204,9 @@ def protocol(kind: str, config: EvalConfig, labels, reference, data: str, *, ema
         name, split, count = f"statistics in {config.fid_stats}", reference.split or "unknown", reference.num_images
     else:
         name, split, count = data, config.eval_split, len(reference)
-    features = features_name(config.features, config.fid_weights)
-    return dict(sampled, reference=name, split=split, num_reference=count, features=features)
+    record = dict(sampled, reference=name, split=split, num_reference=count)
+    record["features"] = features_name(config.features, config.fid_weights)
+    return record | (dict(judge=features_name(config.features, config.judge)) if config.judge else {})
 
 
 def protocol_line(record: dict) -> str:
@@ -205,4 +217,5 @@ def protocol_line(record: dict) -> str:
         return line
     count = "an unknown number of" if record["num_reference"] is None else record["num_reference"]
     line += f" against {count} images of {record['reference']} (split: {record['split']})"
-    return f"{line}, features: {record['features']}" if record["features"] else line
+    line += f", features: {record['features']}" if record["features"] else ""
+    return line + (f", judge: {record['judge']}" if "judge" in record else "")

@@ -81,24 +81,26 @@ def score_reconstructions(
     """{rfid, psnr, ssim} of a tokenizer on a Dataset of (uint8 (C, H, W), ...), n >= 2 images, in one pass.
 
     Of one with a codebook the images are decoded from ids, and {usage, perplexity} of these are measured too, see
-    `codebook_scores`. fid None: no rfid. Latents are the means of their distributions (sample=False). dtype: arithmetic
-    of the tokenizer. Images that the features cannot take, and what `ReconstructionFID.build_features` refuses, raise
-    ValueError.
+    `codebook_scores`; of a multi-scale one also of each scale, under {usage_P, perplexity_P} with its side P. fid None:
+    no rfid. Latents are the means of their distributions (sample=False). dtype: arithmetic of the tokenizer. Images
+    that the features cannot take, and what `ReconstructionFID.build_features` refuses, raise ValueError.
     """
     device = torch.device(device)
     features = None if fid is None else fid.build_features(device)
     accurate = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
     decoded_moments, real_moments, quality = Moments(), Moments(), []
-    counts = torch.zeros(getattr(tokenizer, "codebook_size", 0), dtype=torch.long)
+    scales, entries = getattr(tokenizer, "scales", ()), getattr(tokenizer, "codebook_size", 0)
+    counts = torch.zeros(max(len(scales), 1), entries, dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
         loader = iter(DataLoader(images, batch_size=batch_size, num_workers=num_workers))  # draws a random number
     with tqdm(total=len(images), unit="image", desc="reconstructing", disable=not verbose, leave=False) as progress:
         for batch, *_ in loader:
             batch = batch.to(device)
-            decoded, ids = _reconstruct(tokenizer, batch, dtype, discrete=len(counts) > 0)
+            decoded, ids = _reconstruct(tokenizer, batch, dtype, discrete=entries > 0)
             decoded = decoded.to(accurate)
             if ids is not None:
-                counts += ids.flatten().bincount(minlength=len(counts)).cpu()
+                of_scales = ids.split([p * p for p in scales], dim=1) if scales else [ids]
+                counts += torch.stack([part.flatten().bincount(minlength=entries) for part in of_scales]).cpu()
             batch = batch.to(accurate)
             quality.append(torch.stack([psnr(decoded, batch), ssim(decoded, batch)]).cpu())
             if fid is not None:
@@ -111,7 +113,11 @@ def score_reconstructions(
         reference = real_moments.result() if fid.stats is None else (fid.stats.mu, fid.stats.sigma)
         scores["rfid"] = frechet_distance(*decoded_moments.result(), *reference)
     scores["psnr"], scores["ssim"] = torch.cat(quality, dim=1).mean(dim=1).tolist()
-    return scores | (codebook_scores(counts) if len(counts) else {})
+    if entries:
+        scores |= codebook_scores(counts.sum(dim=0))
+    for p, of_scale in zip(scales, counts):
+        scores |= {f"{name}_{p}": value for name, value in codebook_scores(of_scale).items()}
+    return scores
 
 
 def codebook_scores(counts: torch.Tensor) -> dict[str, float]:
@@ -123,6 +129,15 @@ def codebook_scores(counts: torch.Tensor) -> dict[str, float]:
     return {"usage": (counts > 0).double().mean().item(), "perplexity": torch.special.entr(p).sum().exp().item()}
 
 
+def scales_lines(metrics: dict) -> list[str]:
+    """A line for people of the {usage_P, perplexity_P} of each scale, in order; none without scales."""
+    sides = [key.removeprefix("usage_") for key in metrics if key.startswith("usage_")]
+    return [
+        f"scale {p}×{p}: codebook used {metrics[f'usage_{p}']:.1%}, perplexity {metrics[f'perplexity_{p}']:.1f}"
+        for p in sides
+    ]
+
+
 def warn_of_usage(usage: float, num_tokens: int, codebook_size: int) -> None:
     """Print a line if so many tokens use a small share of the entries, as far as they can tell."""
     if usage < LOW_USAGE * min(1.0, num_tokens / codebook_size):
@@ -131,7 +146,7 @@ def warn_of_usage(usage: float, num_tokens: int, codebook_size: int) -> None:
 
 
 def _reconstruct(tokenizer, images: torch.Tensor, dtype, discrete: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(uint8 images (B, C, H, W) made of the tokens of such images, the ids (B, h, w) where these are discrete).
+    """(uint8 images (B, C, H, W) made of the tokens of such images, the ids (B, …) where it has a codebook).
 
     A tokenizer that makes images of another shape raises ValueError.
     """

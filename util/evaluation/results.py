@@ -9,8 +9,7 @@ from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import protocol_line
 from util.images.pictures import read_run
 
-# keys that lines of before them lack
-LATER = {"reference_content", "top_k", "top_p", "confidence_noise", "confidence_score"}
+LATER = {"reference_content"}  # keys that lines of before them lack
 
 
 def git_commit() -> str | None:
@@ -56,10 +55,18 @@ def read_named(path: Path) -> list[dict]:
     return [row for row in read_results(path) if is_folder_name(row.get("name"))]
 
 
-def find_result(rows: list[dict], wanted: dict) -> dict | None:
-    """The first of the rows that has all keys and values of wanted, but for LATER in old rows; None if none has."""
+def find_result(rows: list[dict], wanted: dict, defaults: dict | None = None) -> dict | None:
+    """The first of the rows that has all keys and values of wanted, but for LATER in old rows; None if none has.
+
+    defaults: values of settings, for rows that are older than the flag of a setting.
+    """
     old = {k: wanted[k] for k in LATER & wanted.keys()}
-    return next((row for row in rows if all({**old, **row}.get(k) == v for k, v in wanted.items())), None)
+
+    def whole(row: dict) -> dict:
+        settings = row.get("settings")
+        return {**old, **row, "settings": {**(defaults or {}), **settings} if isinstance(settings, dict) else settings}
+
+    return next((row for row in rows if all(whole(row).get(k) == v for k, v in wanted.items())), None)
 
 
 def other_weights(folder: Path, rows: list[dict], own: Path) -> set[str]:

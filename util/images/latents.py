@@ -9,8 +9,9 @@
         CLASS/IMAGE.npz       float arrays `moments` and `moments_flip` (c, h, w)
 
 Moments are those of a tokenizer's `encode_moments`: scale, mean and sampling are applied when they are read. Where the
-index has a codebook_size above 0, a packed cache holds ids (n, 2, h, w), uint16 or uint32, in their place. A folder of
-.npz files without settings.json and index.json is a cache of MAR's main_cache.py.
+index has a codebook_size above 0, a packed cache holds ids in their place, uint16 or uint32: (n, 2, h, w), or of a
+multi-scale tokenizer (n, 2, L). A folder of .npz files without settings.json and index.json is a cache of MAR's
+main_cache.py.
 """
 
 import bisect
@@ -102,7 +103,7 @@ class Latents:
 
     Also `shape` (c, h, w) of the moments, `fingerprint` of the tokenizer that made them (None in caches of MAR's) and
     `reading`, how its images were read (None for images from no folder). A cache of ids has a codebook_size above 0
-    and, in place of the moments, ids (2, h, w) long.
+    and, in place of the moments, ids (2, h, w) or (2, L) long.
     """
 
     codebook_size = 0
@@ -117,11 +118,12 @@ class Latents:
             )
         if self.codebook_size not in (0, tokenizer.codebook_size):
             raise ValueError(
-                f"the ids in {self.folder} are of a codebook of {self.codebook_size} entries, that of the tokenizer "
-                f"{name} has {tokenizer.codebook_size}"
+                f"the ids in --cached_path {self.folder} are of a codebook of {self.codebook_size} entries, that of "
+                f"the tokenizer {name} has {tokenizer.codebook_size}: give the --tokenizer that made them, or make "
+                "another cache with scripts/cache_latents.py"
             )
         side = self.img_size // tokenizer.stride
-        expected = (side, side) if discrete else (tokenizer.moment_channels, side, side)
+        expected = tokenizer.ids_shape(self.img_size) if discrete else (tokenizer.moment_channels, side, side)
         if tuple(self.shape) != expected:
             raise ValueError(
                 f"the latents in {self.folder} have the shape {tuple(self.shape)}, those of the tokenizer {name} at "
@@ -131,6 +133,11 @@ class Latents:
             raise ValueError(
                 f"the latents in {self.folder} were made by another tokenizer than {name} (fingerprint "
                 f"{self.fingerprint}, not {tokenizer.fingerprint})"
+            )
+        if discrete and (largest := self.largest_id()) >= self.codebook_size:
+            raise ValueError(
+                f"--cached_path {self.folder} is damaged: it holds the id {largest}, its codebook has the entries 0 to "
+                f"{self.codebook_size - 1}: {AGAIN}"
             )
 
 
@@ -179,6 +186,10 @@ class PackedLatents(Latents, ImageDataset):
         row = i - self.ends[number]  # negative: counted from the end of the file
         pair = np.array(self.shard(number)[row], dtype=np.int64 if self.codebook_size else None)
         return torch.from_numpy(pair), self.labels[i], i
+
+    def largest_id(self) -> int:
+        """Of a cache of ids; reads everything, for ImageNet 1.3 GB."""
+        return max(int(self.shard(number).max(initial=0)) for number in range(len(self.shards)))
 
     def verify(self) -> None:
         """Read everything; a file whose values are not those once written raises ValueError."""

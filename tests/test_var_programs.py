@@ -1,0 +1,199 @@
+"""Training, resuming, sampling, editing and tracing with VAR through the programs, and what these refuse."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_mar
+import sample
+from models import families
+from models.loading import load_model
+from models.tokenizers.multiscale import save_multiscale
+from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from models.var import VAR, VAR_CONFIGS, VARConfig
+from models.var_config import PATCH_NUMS_256
+from scripts import cache_latents, plot_trace
+from tests.test_cli import refused
+from util.checkpoint import load_checkpoint
+
+SCALES = (1, 2, 4)  # 21 tokens of 2×2 pixels in the last scale
+TRAIN = "--data digits --model var_tiny --tokenizer var_vq --batch_size 600 --lr 3e-3 --warmup_epochs 0".split()
+TRAIN += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu --img_size 8".split()
+SAMPLE = "--num_images 4 --metrics none --cfg 2.5 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    """The file of a small tokenizer with random weights."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=16, z_channels=4, ch=8, in_channels=1, ch_mult=(1, 1), norm_groups=8, v_patch_nums=SCALES)
+    path = tmp_path_factory.mktemp("vae") / "vae.pth"
+    save_multiscale(path, MultiScaleVQ(MultiScaleVQConfig(**sizes)))
+    return ["--vae_path", str(path)]
+
+
+@pytest.fixture(scope="module")
+def run(vae, tmp_path_factory):
+    """The folder of a run of two epochs, and the flags of its settings."""
+    folder = tmp_path_factory.mktemp("run") / "var"
+    extra = "--lr_schedule lin0 --weight_decay 0.05 --wd_end 0.08 --grad_clip 2 --ema_rate 0".split()
+    extra += "--epochs 2 --save_last_freq 1".split()
+    words = [*TRAIN, *vae, *extra, "--output_dir", str(folder)]
+    assert main_mar.main(words) == 0
+    return folder, words
+
+
+def results(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def test_it_trains_and_resumes_to_the_bit(run, tmp_path):
+    folder, words = run
+    whole = load_checkpoint(folder)
+    assert whole["config"]["family"] == "var" and whole["config"]["var"]["patch_nums"] == SCALES
+    assert whole["config"]["sample"]["num_iter"] == 3 and whole["config"]["sample"]["cfg_base"] == "ramp"
+    logged = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert logged[-1]["loss"] < logged[0]["loss"] < 3.5
+    decays = sorted(group["weight_decay"] for group in whole["optimizer"]["param_groups"])
+    assert decays == pytest.approx([0.0, 0.08])  # at the last step
+    for name, value in whole["model_ema"].items():  # ema_rate 0: no average
+        assert value.equal(whole["model"][name])
+    middle = tmp_path / "middle"  # stopped after the first epoch, whose checkpoint is kept
+    middle.mkdir()
+    first = folder / f"checkpoint-{whole['step'] // 2:08d}.pth"
+    (middle / "checkpoint-last.pth").write_bytes(first.read_bytes())
+    assert main_mar.main([*words[:-1], str(middle), "--resume", str(middle)]) == 0
+    for name, value in load_checkpoint(middle)["model"].items():
+        assert value.equal(whole["model"][name])
+
+
+def test_it_samples_with_all_its_settings(run, tmp_path):
+    folder, _ = run
+    out = tmp_path / "out"
+    place = ["--checkpoint", str(folder), "--output_dir", str(out), *SAMPLE]
+    assert sample.main([*place, "--top_k", "900", "--top_p", "0.96", "--temperature", "0.9"]) == 0
+    assert sample.main([*place, "--smooth"]) == 0
+    assert sample.main([*place, "--save_trace", "2"]) == 0
+    first, smooth, _ = results(out)
+    assert (first["settings"]["order"], first["settings"]["group"]) == ("raster", "scale")
+    assert first["settings"]["cfg_schedule"] == "ramp" and first["settings"]["num_iter"] == 3
+    assert first["mlp_evals"] == 21 + 20 and first["mar_evals"] == pytest.approx(2.0, abs=0.01)
+    assert smooth["settings"]["smooth"] and not first["settings"]["smooth"]
+
+
+def test_a_trace_has_a_picture_of_each_scale(run, tmp_path, capsys):
+    folder, _ = run
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE, "--save_trace", "2"]
+    assert "give one of the two" in refused(sample.main, [*place, "--smooth"], capsys)
+    assert sample.main(place) == 0
+    (path,) = (tmp_path / "out").glob("*/trace.npz")
+    with np.load(path) as trace:
+        assert trace["group_size"].tolist() == [[1, 4, 16]] * 2 and trace["frames"].shape == (2, 3, 8, 8, 1)
+        assert trace["cfg"][0].tolist() == [1.0] + [1.75] * 4 + [2.5] * 16
+        frames = trace["frames"].astype(int)
+    made = np.asarray(Image.open(path.parent / "0.png"))
+    assert np.array_equal(frames[0, 2].squeeze(), made) and (frames[0, 0] != frames[0, 2]).any()
+    line = refused(plot_trace.main, [str(path), "--out", str(tmp_path / "pictures")], capsys)
+    assert "is of a model of several scales" in line
+
+
+def test_a_part_of_a_picture_is_kept(run, tmp_path):
+    folder, _ = run
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    kept = np.indices((8, 8))[1] >= 4
+    Image.fromarray(np.where(kept, 0, 255).astype(np.uint8)).save(tmp_path / "mask.png")
+    edit = ["--edit_image", str(tmp_path / "picture.png"), "--edit_mask", str(tmp_path / "mask.png")]
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), *SAMPLE, *edit, "--save_trace", "1"]
+    assert sample.main(place) == 0
+    (made,) = (tmp_path / "out").glob("*_edit*/0.png")
+    assert np.array_equal(np.asarray(Image.open(made)).squeeze()[kept], picture[kept])
+    with np.load(made.parent / "trace.npz") as trace:
+        assert trace["group_size"].tolist() == [[0, 2, 8]]  # the scale of one token is kept whole
+
+
+def test_ids_of_a_cache_train_the_same_steps(run, vae, tmp_path):
+    folder, words = run
+    cache = tmp_path / "cache"
+    made = "--data digits --tokenizer var_vq --img_size 8 --tokens multiscale --num_workers 0 --device cpu".split()
+    assert cache_latents.main([*made, *vae, "--cached_path", str(cache)]) == 0
+    words = [*words[:-1], str(tmp_path / "cached"), "--use_cached", "--cached_path", str(cache), "--no_flip"]
+    assert main_mar.main(words) == 0
+    for name, value in load_checkpoint(tmp_path / "cached")["model"].items():
+        assert value.equal(load_checkpoint(folder)["model"][name])
+
+
+def test_a_progressive_run_begins_with_the_first_scales(vae, tmp_path):
+    words = [*TRAIN, *vae, "--epochs", "2", "--pg", "0.9", "--pg0", "0", "--output_dir", str(tmp_path / "pg")]
+    assert main_mar.main(words) == 0
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "pg" / "log.jsonl").read_text().splitlines()]
+    assert losses[0] == pytest.approx(np.log(16) / 21, rel=0.1)  # one token of 21
+    assert losses[-1] > 10 * losses[0]
+
+
+def test_heads_are_learned_on_images(run, tmp_path, capsys):
+    folder, words = run
+    stage = [*words[:-1], str(tmp_path / "stage"), "--init_from", str(folder), "--epochs", "1", "--cfg", "2.5"]
+    on_images = [*stage, *"--objective image --bank 300 --features digits --batch_size 600".split()]
+    assert main_mar.main([*on_images, "--learn", "tau,cfg"]) == 0
+    heads = load_checkpoint(tmp_path / "stage")["heads"]
+    assert any(value.abs().max() > 0 for name, value in heads.items() if name.endswith("values"))
+    place = ["--checkpoint", str(tmp_path / "stage"), "--output_dir", str(tmp_path / "out"), *SAMPLE]
+    assert sample.main([*place, "--infer_mode", "baseline,guidance"]) == 0
+    for kind, rule in (("order", "raster"), ("group", "scale")):
+        learn = [*on_images, "--learn", kind, "--output_dir", str(tmp_path / kind)]
+        assert f"--learn {kind} does not fit var_tiny, which needs --{kind} {rule}" in refused(
+            main_mar.main, learn, capsys
+        )
+    token = [*stage, "--learn", "cfg", "--freeze_backbone", "--output_dir", str(tmp_path / "token")]
+    assert "this model draws a scale a step: use --objective image" in refused(main_mar.main, token, capsys)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--order halton", "--order halton does not fit var_tiny, which needs raster"),
+        ("--group cosine", "--group cosine does not fit var_tiny, which needs scale"),
+        ("--num_iter 5", "--num_iter 5 must be 3: this model draws a scale a step"),
+        ("--lr_schedule steep", "--lr_schedule: invalid value 'steep': must be one of constant, cosine, late_cosine"),
+        ("--lr_schedule lin2", "invalid value 'lin2'"),
+        ("--wd_end 0.1 --weight_decay 0", "--wd_end 0.1 needs a --weight_decay above 0"),
+        ("--model mar_tiny --tokenizer pixel --group scale", "--group scale does not fit mar_tiny"),
+        ("--model mar_tiny --tokenizer pixel --pg 0.5", "--pg 0.5 has no meaning for this model"),
+        ("--model mar_tiny --tokenizer pixel --smooth", "--smooth has no meaning for this model"),
+        ("--tokenizer pixel", "the tokenizer pixel makes continuous tokens, the family var takes multiscale ones"),
+        ("--train_masks visited", "must be random: this model draws a scale a step"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, message, vae, capsys, tmp_path):
+    words = [*TRAIN, *(vae if "pixel" not in flags else []), "--epochs", "1", *flags.split()]
+    assert message in refused(main_mar.main, [*words, "--output_dir", str(tmp_path / "run")], capsys)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_published_files_load_by_their_shapes(shared, tmp_path, monkeypatch):
+    """A flat state dict without a config, as published, of a size that is small."""
+    torch.manual_seed(0)
+    vae = MultiScaleVQ(MultiScaleVQConfig(vocab_size=64, z_channels=8, ch=32))
+    sizes = dict(depth=2, embed_dim=64, num_heads=2, class_num=7, attn_l2_norm=True, shared_aln=shared)
+    var = VAR(VARConfig(**sizes, vocab_size=64, vae_embed_dim=8, patch_nums=PATCH_NUMS_256))
+    torch.save(vae.state_dict(), tmp_path / "vae.pth")
+    torch.save(var.state_dict(), tmp_path / "var.pth")
+    monkeypatch.setitem(VAR_CONFIGS, "var_small", replace(var.config, class_num=1000))
+    monkeypatch.setitem(families.SIZES, "var_small", "var")
+    options = dict(model="var_small", vae_path=str(tmp_path / "vae.pth"))
+    model, tokenizer, config = load_model(tmp_path / "var.pth", **options)
+    assert model.head.weight.equal(var.head.weight) and tokenizer.scales == PATCH_NUMS_256
+    assert {name: config["var"][name] for name in sizes} == sizes and len(config["data"]["classes"]) == 7
+    weights = var.state_dict()
+    del weights["head.bias"]
+    torch.save(weights, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="do not fit the model .1 names missing, 0 unknown, the first is head.bias"):
+        load_model(tmp_path / "other.pth", **options)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="the checkpoint is not one of VAR"):
+        load_model(tmp_path / "none.pth", **options)

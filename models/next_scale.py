@@ -29,14 +29,14 @@ class NextScaleConditions:
         self.stops = torch.tensor([p * p for p in sides]).cumsum(0).tolist()
         self.starts = [0, *self.stops[:-1]]
         limits = torch.cat([torch.full((p * p,), stop) for p, stop in zip(sides, self.stops)])
-        self.caches = [
-            KeyValueCache(len(labels), model.config.seq_len, limits) for _ in range(2)
-        ]  # with label, without
+        # with label, without
+        self.caches = [KeyValueCache(len(labels), model.config.seq_len, limits) for _ in range(2)]
         self.modulations = [None, None]  # of the same, of all B images
         self.z = None  # (B, p², D) under the labels, of this step
         self.f_hat, self.num_summed = None, 0  # after so many scales
         self.inputs = None  # (B, L − F, C), those of the scales so far
         self.vectors = None  # (B, p², C) of the last scale, of which mixtures were drawn; None: its ids count
+        self.drawn = None  # (B, p²) bool on the host: the tokens whose mixtures these are
         self.passes = 0.0
 
     def look(self, step: int, tokens, unknown, images):

@@ -3,15 +3,9 @@
 from dataclasses import InitVar, dataclass
 from typing import ClassVar
 
+from models.tokenizers.multiscale_vq import SCALES, check_sides
 from util.args import flag
 
-PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)  # no weights are published
-
-
-# the scales of the published files -> row of models.tokenizers.TOKENIZERS
-TOKENIZERS = {PATCH_NUMS_256: "var_vq", PATCH_NUMS_512: "var_vq_512", PATCH_NUMS_1024: "var_vq_1024"}
 VAE_PATH = "pretrained_models/vae_ch160v4096z32.pth"  # where scripts/download_weights.py puts it
 
 
@@ -35,7 +29,7 @@ class VARConfig:
     shared_aln: bool = False
     cond_drop_rate: InitVar[float | None] = None
     attn_l2_norm: bool = False
-    patch_nums: tuple = PATCH_NUMS_256  # tokens of the sides of the scales (the tokenizer's)
+    patch_nums: tuple = SCALES["var_vq"]  # tokens of the sides of the scales (the tokenizer's)
     vocab_size: int = flag(4096, "entries of the codebook (the tokenizer's)", low=1)
     z_channels: InitVar[int | None] = None
     img_size: int | None = flag(None, "image height and width in pixels", low=1)  # None: what the last scale covers
@@ -59,7 +53,7 @@ class VARConfig:
             if value is not None:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
-        check_patch_nums(self.patch_nums)
+        check_sides("patch_nums", self.patch_nums)
         if self.img_size is None:
             object.__setattr__(self, "img_size", self.grid * self.vae_stride)
         if self.img_size != self.grid * self.vae_stride:
@@ -108,24 +102,18 @@ def read_published(weights: dict) -> tuple[dict, dict]:
         raise ValueError(f"the checkpoint is not one of VAR: its 'model' has no {error}") from None
     except (ValueError, IndexError):
         raise ValueError("the checkpoint is not one of VAR: its tensors have other numbers of dimensions") from None
-    sides = [s for s in TOKENIZERS if len(s) == num_scales and sum(p * p for p in s) == length]
-    if not sides:
+    fitting = [name for name, s in SCALES.items() if len(s) == num_scales and sum(p * p for p in s) == length]
+    if not fitting:
         raise ValueError(f"the checkpoint has {num_scales} scales of {length} tokens in all, as no published VAR has")
+    sides = SCALES[fitting[0]]
     known = dict(depth=len(blocks), embed_dim=width, mlp_ratio=hidden / width, class_num=num_rows - 1)
     known |= dict(num_heads=width // 64 if scales is None else scales.shape[1], attn_l2_norm=scales is not None)
-    known |= dict(vocab_size=vocab_size, vae_embed_dim=channels, patch_nums=sides[0], img_size=16 * sides[0][-1])
+    known |= dict(vocab_size=vocab_size, vae_embed_dim=channels, patch_nums=sides, img_size=16 * sides[-1])
     known |= dict(shared_aln="shared_ada_lin.1.weight" in weights)
-    return known, {"tokenizer": TOKENIZERS[sides[0]], "vae_path": VAE_PATH}
+    return known, {"tokenizer": fitting[0], "vae_path": VAE_PATH}
 
 
-def check_patch_nums(patch_nums) -> None:
-    """Raise ValueError unless these are the sides of two or more scales, each larger than the one before."""
-    rising = all(isinstance(p, int) and p > 0 for p in patch_nums) and list(patch_nums) == sorted({*patch_nums})
-    if len(patch_nums) < 2 or not rising:
-        raise ValueError(f"patch_nums {patch_nums} must be two or more whole numbers, each larger than the one before")
-
-
-def _published(depth: int, patch_nums=PATCH_NUMS_256, shared_aln: bool = False) -> VARConfig:
+def _published(depth: int, patch_nums=SCALES["var_vq"], shared_aln: bool = False) -> VARConfig:
     """The size that is published with so many blocks."""
     return VARConfig(
         depth=depth,
@@ -146,5 +134,5 @@ VAR_CONFIGS = {
     "var_d20": _published(20),  # published: FID 2.95 (paper: 2.57)
     "var_d24": _published(24),  # published: FID 2.33 (paper: 2.09)
     "var_d30": _published(30),  # published: FID 1.97 (paper: 1.92)
-    "var_d36_s": _published(36, PATCH_NUMS_512, shared_aln=True),  # 512 px; published: FID 2.63
+    "var_d36_s": _published(36, SCALES["var_vq_512"], shared_aln=True),  # 512 px; published: FID 2.63
 }

@@ -60,7 +60,7 @@ class SampleConfig(RuleOptions):
         for kind, rule in fixed_rules.items():
             if getattr(self, kind) not in (None, rule):
                 raise ValueError(f"--{kind} {getattr(self, kind)} does not fit {model}, which needs {rule}")
-        if self.group == "scale" != fixed_rules.get("group"):
+        if self.group == "scale" and fixed_rules.get("group") != "scale":
             raise ValueError(f"--group scale does not fit {model}, whose tokens are of one scale")
         num_iter = default_num_iter(fixed_rules, length) if self.num_iter is None else self.num_iter
         return replace(self, **fixed_rules, num_iter=num_iter)

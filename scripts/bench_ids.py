@@ -3,8 +3,8 @@
     python scripts/bench_ids.py                     # B of LlamaGen, MAR and MaskGIL, random weights, 256 tokens
     python scripts/bench_ids.py --models causal_gpt_tiny --mar mar_tiny --maskgil maskgil_tiny --img_size 64
 
-The rows of a pair take turns, --repeats times, and a ratio is the median of the turns: the machine's speed drifts.
-Without the cache each token needs the whole sequence before it; every STRIDE-th length is timed and stands for its
+A ratio is the median of --repeats turns, in which both sides take turns too: the machine's speed drifts. Without the
+cache each token needs the whole sequence before it; every STRIDE-th is drawn so, between the others, and stands for its
 neighbours. Nothing is guided: guidance doubles all rows but that of what is drawn.
 """
 
@@ -62,12 +62,14 @@ def build(size: str, args: BenchIdsArgs):
     return model.to(dist.pick_device(args.device)).eval().requires_grad_(False)
 
 
-def sample(model, batch_size: int, args: BenchIdsArgs, num_iter: int | None = None, mode: str = "baseline") -> None:
-    """The images of a batch; num_iter None: the model's own; mode: a row of INFER_MODES in heads/policy.py."""
+def sample(
+    model, batch_size: int, args: BenchIdsArgs, num_iter: int | None = None, mode: str = "baseline", callback=None
+) -> None:
+    """The images of a batch. num_iter None: the model's own; mode: a row of INFER_MODES; callback: see `decode`."""
     rules = build_rules(mode, **model.fixed_rules)
     labels = torch.arange(batch_size) % model.config.class_num
     with dist.autocast(dist.pick_device(args.device), dist.DTYPES[args.dtype]):
-        generate(model, labels, rules, num_iter, seeds=range(batch_size))
+        generate(model, labels, rules, num_iter, seeds=range(batch_size), callback=callback)
 
 
 @torch.no_grad()
@@ -87,18 +89,27 @@ def draw_from_prefix(model, batch_size: int, length: int, args: BenchIdsArgs) ->
         sampler.draw(z, None, 1.0, 1.0, noise, 1)
 
 
+def turn(model, batch_size: int, args: BenchIdsArgs) -> tuple[float, float]:
+    """Seconds of a batch with the cache, and without: both are timed token by token, in the same minute."""
+    device, length, whole = dist.pick_device(args.device), model.config.seq_len, []
+    stride = min(STRIDE, length)
+
+    def draw_again(step, rows, plan, tokens):
+        if step % stride == stride // 2:
+            whole.append(run_seconds(device, partial(draw_from_prefix, model, batch_size, step + 1, args)))
+
+    total = run_seconds(device, partial(sample, model, batch_size, args, callback=draw_again))
+    return total - sum(whole), statistics.mean(whole) * length
+
+
 def causal(args: BenchIdsArgs) -> None:
     """Each causal model with its cache, and with a pass over the whole prefix for each token."""
-    device, table = dist.pick_device(args.device), []
+    table = []
     for size in args.models.split(","):
         model = build(size, args)
-        lengths = range(min(STRIDE, model.config.seq_len) // 2, model.config.seq_len + 1, STRIDE)
         for batch_size in batches(args):
-            turns = []
-            for _ in tqdm(range(args.repeats), desc=f"{size}, batch {batch_size}", leave=False):
-                kept = run_seconds(device, partial(sample, model, batch_size, args))
-                whole = [run_seconds(device, partial(draw_from_prefix, model, batch_size, n, args)) for n in lengths]
-                turns.append((kept, statistics.mean(whole) * model.config.seq_len))
+            progress = tqdm(range(args.repeats), desc=f"{size}, batch {batch_size}", leave=False)
+            turns = [turn(model, batch_size, args) for _ in progress]
             table.append([size, batch_size, *seconds_and_ratio(turns, batch_size)])
     head = ["", "batch", "with the cache", "without", "faster by", "lowest to highest"]
     print_table(f"Causal sampling, {num_tokens(args)} tokens, seconds an image", head, table)

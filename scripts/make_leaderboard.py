@@ -82,14 +82,14 @@ def entries(path: Path, name: str | None) -> list[Entry]:
     lines = read_lines(path)
     if name:
         lines = [{**line, "run": name} for line in lines]
-    found = []
+    result = []
     for settings, figures, _ in group_seeds(lines):
         if figures.keys() >= set(NEEDED):
             costs = {key: mean(figures[key]) for key in COSTS if key in figures}
-            found.append(Entry(name or rules_of(settings), settings, *(figures[key] for key in NEEDED), costs))
-    if not found:
+            result.append(Entry(name or rules_of(settings), settings, *(figures[key] for key in NEEDED), costs))
+    if not result:
         raise ValueError(f"{path} has no setting with the figures {', '.join(NEEDED)}, which sample.py --judge gives")
-    return found
+    return result
 
 
 def mean(values: list[float]) -> float:

@@ -32,6 +32,7 @@ from diffusion.schedule import num_steps_setting
 from diffusion.solvers import SOLVERS
 from heads.orders import ORDERS
 from heads.policy import build_rules
+from heads.schedules import needed_steps
 from heads.searched import read_schedule
 from models.coding import render
 from models.loading import load_model
@@ -104,7 +105,7 @@ class Sampled:
         device = dist.pick_device(args.device)
         one_a_step = model.fixed_rules.get("group") == "one"
         sampling = SampleConfig(num_iter=None if one_a_step else args.num_iter, order=args.order, solver=args.solver)
-        self.sampling = sampling.fitted(model.fixed_rules, "the model", model.config.seq_len)
+        self.sampling = sampling.fitted(model.fixed_rules, "the model", needed_steps(model))
         self.sampling.check(model)
         self.order = self.sampling.order or "random"
         self.parts = Parts(model.to(device), tokenizer.to(device), device, dist.pick_dtype(None, device))
@@ -120,7 +121,7 @@ class Sampled:
         args, parts = self.args, self.parts
         rules = build_rules("baseline", order=self.order, group=self.sampling.group, schedule=json.dumps(values))
         options = dict(num_iter=self.sampling.num_iter, num_steps=args.num_sampling_steps, solver=args.solver)
-        options["clip"] = parts.tokenizer.clip
+        options |= dict(clip=parts.tokenizer.clip, tokenizer=parts.tokenizer)
         images = []
         for rows in torch.arange(args.num_images).split(args.batch_size):
             seeds = image_seeds(args.seed if seed is None else seed, rows)

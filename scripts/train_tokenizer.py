@@ -187,7 +187,7 @@ def publish(run: Run) -> Tokenizer:
 def flags_of(args: TokenizerArgs) -> list[str]:
     """The flags of main_mar.py for the tokenizer that was written."""
     if args.multiscale:
-        return ["--tokenizer", ROW, "--vae_path", str(Path(args.output_dir, FILE))]
+        return ["--tokenizer", ROW, "--vae_path", str(Path(args.output_dir, FILE)), "--model", "var_tiny"]
     return ["--tokenizer", f"diffusers:{Path(args.output_dir, 'autoencoder')}"]
 
 

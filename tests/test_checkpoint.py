@@ -178,6 +178,20 @@ def test_load_weights_names_what_differs():
     assert all(torch.equal(model.state_dict()[name], good[name]) for name in good)
 
 
+def test_buffers_may_be_lacking_all_together_as_in_averaged_weights():
+    model = nn.Linear(1, 1)
+    for name in ("one", "two"):
+        model.register_buffer(name, torch.ones(1))
+    whole = model.state_dict()
+    averaged = {name: torch.zeros_like(value) for name, value in model.named_parameters()}
+    load_weights(model, averaged, "file")
+    assert model.weight.item() == 0 and model.one.item() == 1
+    with pytest.raises(ValueError, match="two"):
+        load_weights(model, {name: value for name, value in whole.items() if name != "two"}, "file")
+    with pytest.raises(ValueError, match="bias"):
+        load_weights(model, {"weight": torch.zeros(1, 1)}, "file")
+
+
 def test_weights_hash():
     weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.zeros(2)}
     base = weights_hash(weights)

@@ -224,7 +224,7 @@ def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
     "size, order, kinds",
     [
         ("mar_tiny --loss ce --buffer_size 2", "random", {"group", "tau", "cfg"}),
-        ("mar_ar_tiny --loss ce --ar_order random", "random", {"tau", "cfg"}),
+        pytest.param("mar_ar_tiny --loss ce --ar_order random", "random", {"tau", "cfg"}, marks=pytest.mark.slow),
         ("causal_gpt_tiny", "raster", {"tau", "cfg"}),
     ],
 )

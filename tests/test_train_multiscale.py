@@ -210,7 +210,7 @@ def test_files_that_do_not_fit_are_one_line(folder, tmp_path):
     assert f"{key} is (3,) there" in said(**{key: torch.zeros(3)})
     assert "1 unknown tensors, the first is extra" in said(extra=torch.zeros(1))
     assert "its v_patch_nums is '[1, 2]'" in said(config={"v_patch_nums": [1, 2]})
-    assert "each above the last" in said(config={"v_patch_nums": (3, 2)})
+    assert "v_patch_nums (3, 2) must be two or more whole numbers, each larger" in said(config={"v_patch_nums": (3, 2)})
     assert "its quant_resi is 'x'" in said(config={"quant_resi": "x"})
     assert "groups of its normalisation" in said(config={"norm_groups": 3})
     assert "scales 1,2,3,4,6,8; use --tokenizer var_vq" in said("var_vq_512")

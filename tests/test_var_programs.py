@@ -13,10 +13,10 @@ import sample
 from models import families
 from models.loading import load_model
 from models.tokenizers.multiscale import save_multiscale
+from models.tokenizers.multiscale_vq import SCALES as SIDES
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from models.var import VAR, VAR_CONFIGS, VARConfig
-from models.var_config import PATCH_NUMS_256
-from scripts import cache_latents, plot_trace
+from scripts import cache_latents, plot_trace, search_schedule
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
@@ -180,14 +180,14 @@ def test_published_files_load_by_their_shapes(shared, tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = MultiScaleVQ(MultiScaleVQConfig(vocab_size=64, z_channels=8, ch=32))
     sizes = dict(depth=2, embed_dim=64, num_heads=2, class_num=7, attn_l2_norm=True, shared_aln=shared)
-    var = VAR(VARConfig(**sizes, vocab_size=64, vae_embed_dim=8, patch_nums=PATCH_NUMS_256))
+    var = VAR(VARConfig(**sizes, vocab_size=64, vae_embed_dim=8, patch_nums=SIDES["var_vq"]))
     torch.save(vae.state_dict(), tmp_path / "vae.pth")
     torch.save(var.state_dict(), tmp_path / "var.pth")
     monkeypatch.setitem(VAR_CONFIGS, "var_small", replace(var.config, class_num=1000))
     monkeypatch.setitem(families.SIZES, "var_small", "var")
     options = dict(model="var_small", vae_path=str(tmp_path / "vae.pth"))
     model, tokenizer, config = load_model(tmp_path / "var.pth", **options)
-    assert model.head.weight.equal(var.head.weight) and tokenizer.scales == PATCH_NUMS_256
+    assert model.head.weight.equal(var.head.weight) and tokenizer.scales == SIDES["var_vq"]
     assert {name: config["var"][name] for name in sizes} == sizes and len(config["data"]["classes"]) == 7
     weights = var.state_dict()
     del weights["head.bias"]
@@ -197,3 +197,16 @@ def test_published_files_load_by_their_shapes(shared, tmp_path, monkeypatch):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "none.pth")
     with pytest.raises(ValueError, match="the checkpoint is not one of VAR"):
         load_model(tmp_path / "none.pth", **options)
+
+
+def test_tau_and_w_of_each_scale_are_searched(run, tmp_path):
+    flags = "--num_iter 3 --num_images 16 --batch_size 16 --popsize 4 --iterations 1 --device cpu".split()
+    out, checkpoint = tmp_path / "s.json", ["--checkpoint", str(run[0])]
+    assert search_schedule.main([*checkpoint, "--out", str(out), *flags]) == 0
+    assert {kind: len(values) for kind, values in json.loads(out.read_text())["values"].items()} == dict(tau=3, cfg=3)
+    assert sample.main([*checkpoint, *SAMPLE, "--schedule", str(out), "--output_dir", str(tmp_path / "o")]) == 0
+
+
+def test_a_search_needs_a_step_for_each_scale(run, tmp_path, capsys):
+    line = refused(search_schedule.main, ["--checkpoint", str(run[0]), "--out", str(tmp_path / "s.json")], capsys)
+    assert "--num_iter 4 must be 3" in line

@@ -5,6 +5,7 @@ are VAR's schedules (arXiv 2404.02905, its published code).
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
@@ -138,7 +139,7 @@ class ScheduleConfig:
         stage = reached(it)
         if stage == last or stage == reached(0):
             return stage, 1.0
-        begin = next(i for i in range(it, -1, -1) if reached(i - 1) != stage)
+        begin = bisect_left(range(it + 1), stage, key=reached)  # stages never go back
         pgwp = self.epochs / 300 if self.pgwp is None else self.pgwp
         return stage, min(max((it - begin + 1) / max(pgwp * steps_per_epoch, 1e-9), 0.01), 1.0)
 

@@ -195,10 +195,12 @@ def _other_checkpoint(path: Path) -> str:
 def load_weights(model: torch.nn.Module, weights: dict, source) -> None:
     """model.load_state_dict(strict=True), whose mismatch becomes one line that names the first difference.
 
-    Buffers that the weights lack, as averaged ones do, stay as the model made them.
+    Where the weights have none of the model's buffers, as averaged ones, these stay as the model made them.
     """
     own = model.state_dict()
-    weights = {name: own[name] for name, _ in model.named_buffers() if name in own} | weights
+    buffers = {name: own[name] for name, _ in model.named_buffers() if name in own}
+    if not buffers.keys() & weights.keys():
+        weights = buffers | weights
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [k for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
     # half precision is fine, 8-bit integers of a quantised file are not

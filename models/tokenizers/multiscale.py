@@ -9,15 +9,9 @@ import torch
 from models.next_scale import kept_tokens
 from models.tokenizers.continuous import Tokenizer
 from models.tokenizers.ldm import fill_as_named, read_content, tensors_of, weights_file
-from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from models.tokenizers.multiscale_vq import SCALES, MultiScaleVQ, MultiScaleVQConfig
 from util.checkpoint import save_checkpoint
 
-# name -> sides of the scales of the published file, which has no sizes of its own; a trained one says its scales
-SCALES = {
-    "var_vq": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    "var_vq_512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    "var_vq_1024": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
-}
 STATISTICS = "quantize.ema_vocab_hit_SV"  # of training, one row a scale
 # fields of the configuration that no shape of a tensor says, with their types
 STORED = dict(using_znorm=bool, quant_resi=float, norm_groups=int, beta=float, v_patch_nums=tuple)

@@ -13,6 +13,21 @@ from torch.nn import functional as F
 from models.tokenizers.multiscale_quantizer import MultiScaleQuantizer
 from models.tokenizers.vq import GROUPS, NUM_RES_BLOCKS, Downsample, ResBlock, Upsample, norm
 
+# row of TOKENIZERS -> sides of the scales of the published file, which has no sizes of its own; a trained one says its
+# scales. No transformer is published for the last.
+SCALES = {
+    "var_vq": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+    "var_vq_512": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
+    "var_vq_1024": (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64),
+}
+
+
+def check_sides(name: str, sides: tuple) -> None:
+    """Raise ValueError unless these are the sides of two or more scales, each larger than the one before."""
+    whole = all(isinstance(side, int) and side > 0 for side in sides)
+    if len(sides) < 2 or not whole or any(a >= b for a, b in zip(sides, sides[1:])):
+        raise ValueError(f"{name} {sides} must be two or more whole numbers, each larger than the one before")
+
 
 @dataclass(frozen=True)
 class MultiScaleVQConfig:
@@ -34,19 +49,17 @@ class MultiScaleVQConfig:
     quant_resi: float = 0.5
     share_quant_resi: int = 4
     default_qresi_counts: int = 0
-    v_patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    v_patch_nums: tuple[int, ...] = SCALES["var_vq"]
     in_channels: int = 3
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     norm_groups: int = GROUPS
 
     def __post_init__(self):
         for name in ("v_patch_nums", "ch_mult"):
-            sides = tuple(getattr(self, name))
-            object.__setattr__(self, name, sides)
-            if not sides or min(sides) < 1:
-                raise ValueError(f"{name} must be numbers of at least 1, got {sides}")
-        if len(self.v_patch_nums) < 2 or any(a >= b for a, b in zip(self.v_patch_nums, self.v_patch_nums[1:])):
-            raise ValueError(f"v_patch_nums must be at least 2 sides, each above the last, got {self.v_patch_nums}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_sides("v_patch_nums", self.v_patch_nums)
+        if not self.ch_mult or min(self.ch_mult) < 1:
+            raise ValueError(f"ch_mult must be numbers of at least 1, got {self.ch_mult}")
         if not math.isfinite(self.quant_resi):
             raise ValueError(f"quant_resi must be a finite number, got {self.quant_resi}")
         if self.ch % self.norm_groups:

@@ -61,12 +61,13 @@ def find_result(rows: list[dict], wanted: dict, defaults: dict | None = None) ->
     defaults: values of settings, for rows that are older than the flag of a setting.
     """
     old = {k: wanted[k] for k in LATER & wanted.keys()}
-
-    def whole(row: dict) -> dict:
-        settings = row.get("settings")
-        return {**old, **row, "settings": {**(defaults or {}), **settings} if isinstance(settings, dict) else settings}
-
-    return next((row for row in rows if all(whole(row).get(k) == v for k, v in wanted.items())), None)
+    for row in rows:
+        whole = {**old, **row}
+        if isinstance(row.get("settings"), dict):
+            whole["settings"] = {**(defaults or {}), **row["settings"]}
+        if all(whole.get(key) == value for key, value in wanted.items()):
+            return row
+    return None
 
 
 def other_weights(folder: Path, rows: list[dict], own: Path) -> set[str]:

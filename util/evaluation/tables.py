@@ -10,8 +10,7 @@ import numpy as np
 from util.evaluation.features import features_name
 from util.evaluation.results import numbered_results
 
-METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels")
-METRICS += ("judge_fid",)
+METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels", "judge_fid")
 PROTOCOL = ("kind", "features", "reference")  # figures may be compared if these settings are the same
 FIRST = ("run", "infer_mode", "order", "group", "tau_schedule", "cfg_schedule", "cfg_profile")
 FIRST += ("num_iter", "num_sampling_steps", "cfg")

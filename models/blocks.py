@@ -132,8 +132,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
 
-    def forward(self, x, rotary, attend=None) -> torch.Tensor:
-        """(B, n, D); attend(query, key, value), each (B, n, ·, d): in place of attention among the inputs."""
+    def forward(self, x, rotary, attend=None, mask=None) -> torch.Tensor:
+        """(B, n, D); attend(query, key, value), each (B, n, ·, d): in place of attention among the inputs.
+
+        mask (B, 1, 1, n) bool: the inputs that may be looked at, None: all.
+        """
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         turned, value = heads.split((sum(self.sizes[:2]), self.sizes[2]), dim=2)
         if self.q_norm is not None:  # under autocast the gain is wider than the values
@@ -142,7 +145,7 @@ class Attention(nn.Module):
         query, key = rotated(turned, rotary).split(self.sizes[:2], dim=2)
         if attend is None:
             dropout = self.dropout if self.training else 0.0
-            looked = attention(query, key, value, causal=self.causal, dropout=dropout)
+            looked = attention(query, key, value, mask, causal=self.causal, dropout=dropout)
         else:
             looked = attend(query, key, value)
         return self.resid_dropout(self.wo(looked.flatten(2)))
@@ -176,12 +179,15 @@ class Block(nn.Module):
         self.attention, self.feed_forward = Attention(c, causal, qk_norm), FeedForward(c)
         self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
 
-    def forward(self, x, rotary, attend=None) -> torch.Tensor:
-        """(B, n, D) of x (B, n, D), with the rotation (B or 1, n, d / 2, 2) of each input; attend: see `Attention`."""
+    def forward(self, x, rotary, attend=None, mask=None) -> torch.Tensor:
+        """(B, n, D) of x (B, n, D), with the rotation (B or 1, n, d / 2, 2) of each input.
+
+        attend, mask: see `Attention`.
+        """
         if self.post_norm:
-            x = x + self.attention_norm(self.attention(x, rotary, attend))
+            x = x + self.attention_norm(self.attention(x, rotary, attend, mask))
             return x + self.ffn_norm(self.feed_forward(x))
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
+        x = x + self.attention(self.attention_norm(x), rotary, attend, mask)
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -62,6 +62,7 @@ class Backbone(Protocol):
     head_dim: int  # width of an attention head
     token_head: TokenHead
     per_class: tuple[str, ...]  # names of the parameters with a row for each class
+    # a model of text has prompts, a `models.text.Prompts`, and num_labels: how many captions its labels number
     # of order and group those that it cannot do without, by name, such as {"order": "raster"}; and as cfg_base the
     # guidance schedule that is its default, if it has one of its own
     fixed_rules: dict[str, str]
@@ -77,7 +78,8 @@ class Backbone(Protocol):
         """z (B, L, D) for the training loss of the tokens (B, L, …) that mask (B, L) bool names, of the other tokens.
 
         tokens are what `Tokenizer.inputs_of` makes of them, which are the tokens themselves but for multi-scale ones.
-        labels (B,) long, −1 without label, or None: all without. num_visible: B ints, the tokens that are not masked.
+        labels (B,) long, −1 without label, or None: all without; of a model of text a `models.text.Text`. num_visible:
+        B ints, the tokens that are not masked.
         orders (B, L) long: positions in an order drawn for each image, in which the tokens that are not masked come
         first; for the families that need one. Where all tokens are targets (mask_ratio_min 1.0), z may look at the
         tokens before its own in the model's order.

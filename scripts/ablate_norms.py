@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from models.kv_cache import attention
 from models.mask_schedules import MASK_RATIOS, draw_mask
-from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig, token_loss
+from models.maskgil import MASKGIL_CONFIGS, OF_CLASSES, MaskGIL, MaskGILConfig, token_loss
 from models.tokenizers import tokenizer_of
 from util import dist
 from util.args import flag, run_with
@@ -53,7 +53,7 @@ class AblateArgs(ImagesArgs):
 
     tokenizer: str | None = flag(None, "one of ids, such as diffusers:DIR of train_tokenizer.py --vq")
     vae_path: str | None = flag(None, "weights of a published tokenizer")
-    model: str = flag("maskgil_tiny", "size", choices=MASKGIL_CONFIGS)
+    model: str = flag("maskgil_tiny", "size", choices=OF_CLASSES)
     steps: int = flag(600, "steps of each run", low=1)
     lr: float = flag(1e-2, "learning rate, constant after the warm-up", low=0)
     warmup_steps: int = flag(20, "steps of linear warm-up", low=0)

@@ -23,7 +23,7 @@ from heads.policy import build_rules
 from models.families import FAMILIES, SIZES
 from models.kv_cache import KeyValueCache
 from models.mar_cache import FeatureCache
-from models.maskgil import WholePasses
+from models.maskgil import OF_CLASSES, WholePasses
 from sampling.loop import generate
 from util import dist
 from util.args import flag, make_parser
@@ -40,7 +40,7 @@ class BenchIdsArgs:
 
     models: str = flag("llamagen_ar_b", "comma list of sizes of the causal families")
     mar: str = flag("mar_base", "size of MAR", choices=FAMILIES["mar"].sizes)
-    maskgil: str = flag("maskgil_b", "size of MaskGIL", choices=FAMILIES["maskgil"].sizes)
+    maskgil: str = flag("maskgil_b", "size of MaskGIL", choices=OF_CLASSES)
     img_size: int = flag(256, "pixels of a side; a token has 16", low=16)
     vocab_size: int = flag(16384, "entries of the codebook", low=2)
     batch_sizes: str = flag("1,4", "comma list of images sampled together")

@@ -115,6 +115,8 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
     wrong = sorted(f"{name} {old_sizes[name]}, not {sizes[name]}" for name in changed)
     if before.get("latents") not in (None, now["latents"]):
         wrong.append(f"latents of {before['latents']}, not {now['latents']}")
+    if now.get("text") and now["text"]["fingerprint"] != before.get("text", now["text"])["fingerprint"]:
+        wrong.append("features of captions by another encoder")
     old_classes = before.get("data", {}).get("classes", classes)
     if old_classes != classes:
         first = next(((a, b) for a, b in zip(old_classes, classes) if a != b), ("another number", "of them"))

@@ -35,6 +35,7 @@ class DataConfig(Reading):
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
+    cached_text: str = flag("", "folder of the features of captions (scripts/cache_text.py), for a model of text")
     num_workers: int = flag(10, "processes that load images", low=0)
     pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
 
@@ -82,6 +83,11 @@ class ModelConfig:
         """The value of each field of the family's configuration: the one given, else that of the size's row."""
         row = self.family.sizes[self.model]
         return {field.name: self.given.get(field.name, getattr(row, field.name)) for field in fields(row)}
+
+    @property
+    def reads_text(self) -> bool:
+        """Is the model's condition a caption?"""
+        return self.settings.get("model_type") == "t2i"
 
     @property
     def fixed_rules(self) -> dict[str, str]:
@@ -342,6 +348,12 @@ def check(config: RunConfig, given: dict) -> None:
     of_others = defaults(*flag_classes()).keys() - defaults(*PARTS, config.model.family.config).keys()
     for name in sorted(of_others & given.keys()):
         raise ValueError(f"--{name} {given[name]} has no meaning for --model {config.model.model}")
+    if config.model.reads_text and not config.data.cached_text:
+        raise ValueError(
+            f"--model {config.model.model} is of text and needs --cached_text DIR, which scripts/cache_text.py makes"
+        )
+    if config.data.cached_text and not config.model.reads_text:
+        raise ValueError(f"--cached_text {config.data.cached_text} has no meaning for --model {config.model.model}")
     config.data.check(config.data.data)
     config.evaluation.resolved()
     if launch.evaluate:  # with the heads of the checkpoint

@@ -99,6 +99,33 @@ class Draws:
         return replace(self, mask=mask, orders=orders, num_visible=num_visible, tokens=tokens, policy=policy)
 
 
+class RowsOf:
+    """The rows that go through the token head: m times N of b·L tokens, and its draws for them, each (m·N, …)."""
+
+    def __init__(self, draws: Draws):
+        self.tokens, self.shape = draws.tokens, draws.mask.shape
+        self.repeats = max((len(value) for value in draws.tokens.draws.values()), default=1)  # m
+        self.draws = {name: value.flatten(0, 1) for name, value in draws.tokens.draws.items()}
+
+    def __call__(self, x) -> torch.Tensor:
+        """x (b, L, …) as (m·N, …)."""
+        return x.flatten(0, 1)[self.tokens.rows].repeat(self.repeats, *(1 for _ in x.shape[2:]))
+
+    def spread(self, x) -> torch.Tensor:
+        """x (b, 1) or (b, L), one value an image or a token, as (m·N,)."""
+        return self(x.expand(self.shape))
+
+    def targets(self, x) -> torch.Tensor:
+        """Of x (m·N,) the targets of the loss (m, ·)."""
+        return x.view(self.repeats, -1)[:, : self.tokens.num_targets]
+
+    def with_and_without_gradient(self) -> list[torch.Tensor]:
+        """Indices into m·N rows: those of the targets, and the others."""
+        index = torch.arange(self.repeats * len(self.tokens.rows), device=self.tokens.rows.device)
+        index = index.view(self.repeats, -1)
+        return [part.flatten() for part in index.split([self.tokens.num_targets, self.tokens.num_others], dim=1)]
+
+
 @dataclass(frozen=True)
 class DrawSettings:
     """What `training_draws` draws from.

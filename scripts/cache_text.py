@@ -45,6 +45,7 @@ def check(args: CacheTextArgs) -> None:
             raise ValueError(f"--{name} DIR is needed")
     if args.dry_run:
         return
+    dist.pick_device(args.device)
     check_source(args.captions)
     images = (args.data, args.data_path, args.split_dir)
     check_output_folder("cached_text", args.cached_text, *images, is_cache=True)

@@ -21,6 +21,8 @@ from scripts import (
     bench_loader,
     bench_training,
     cache_latents,
+    cache_text,
+    demo_text,
     download_weights,
     export_weights,
     make_fid_stats,
@@ -142,6 +144,7 @@ TRAINING = [
     ("--use_cached --cached_path {tmp}/missing", "{tmp}/missing", "--cached_path"),
     ("--use_cached --cached_path {file}", "{file}", "--cached_path"),
     ("--use_cached --cached_path {empty}", "{empty}", "index.json"),
+    ("--cached_text {empty}", "--cached_text {empty}", "--model mar_tiny"),
     ("--data_path {empty}", "--data_path {empty}", "digits"),
     (f"{FOLDER} {HERE}", HERE),
     (f"{FOLDER} {{file}}", "{file}"),
@@ -185,6 +188,8 @@ SAMPLING = [
         for text in ("10", "a,b", "-2", "3,,4", "-1,10")
     ),
     *((f"--class_labels={text}", "--class_labels", f"'{text}'", "from -1 to 9") for text in ("", "1.5", "nan", "0:9")),
+    ("--prompts seven", "--prompts seven", "of classes", "--class_labels"),
+    ("--text_encoder {empty}", "--text_encoder {empty}", "of classes"),
     ("--infer_mode policy", "policy", "--learn order"),
     ("--infer_mode baseline,policy", "policy", "--learn order"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
@@ -235,6 +240,27 @@ CACHING = [
     ("--data_path {empty}", "--data_path {empty}", "digits"),
     ("--device nope", "'nope'", "cpu"),
     ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
+]
+TEXTS = [
+    *READING,
+    ("--text_encoder=", "--text_encoder DIR"),
+    ("--cached_text=", "--cached_text DIR"),
+    ("--cached_text {file}", "--cached_text {file}", "not a folder"),
+    ("--cached_text /proc/x", "--cached_text /proc/x"),
+    ("--captions beside", "--captions beside", "imagefolder"),
+    ("--captions {tmp}/missing.csv", "{tmp}/missing.csv"),
+    ("--captions {file}", "--captions {file}", ".csv, .jsonl or .txt"),
+    ("--captions {texts}/a.txt --text_encoder {tmp}/missing", "--text_encoder {tmp}/missing", "model.safetensors"),
+    ("--captions {texts}/a.txt", "--text_encoder {empty}", "T5"),
+    ("--data imagefolder --data_path {texts}", "{texts}", "<class>/*"),
+    ("--data imagefolder --data_path {one} --img_size 8", "--captions beside", "0.png"),
+    ("--device nope", "'nope'", "cpu"),
+]
+DEMO = [
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--output_dir /proc/x", "--output_dir /proc/x"),
+    ("--samples {tmp}/missing", "--samples", "{tmp}/missing"),
+    ("--samples {empty}", "{empty}", "samples.npz"),
 ]
 STATISTICS = [
     *READING,
@@ -396,6 +422,8 @@ CATALOGUE = {
     main_mar: (TRAIN, TRAINING),
     sample: (DRAW, SAMPLING),
     cache_latents: (f"{DIGITS} --num_workers 0 --cached_path {{out}}".split(), CACHING),
+    cache_text: ("--data digits --text_encoder {empty} --device cpu --cached_text {out}".split(), TEXTS),
+    demo_text: ("--output_dir {out}".split(), DEMO),
     make_fid_stats: (f"{STATS} --out {{out}}.npz".split(), STATISTICS),
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
     measure_latents: (f"{DIGITS} --num_workers 0".split(), MEASURING),

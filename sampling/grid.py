@@ -20,6 +20,7 @@ SWEEPS += (
     "spacing",
     "order_noise",
     "order_base",
+    "group_base",
     "confidence_noise",
     "confidence_score",
     "top_k",

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from models.text import reads_text
 from sampling.loop import generate
 from sampling.run import Parts, sample_images
 from sampling.settings import SampleConfig
@@ -45,7 +46,8 @@ def evaluate(parts: Parts, sampling: SampleConfig, evaluation: EvalConfig, refer
     if dist.is_main():
         images = PNGFolder(folder, len(labels))
         images.save_npz(labels, npz_limit)
-        result["metrics"] = score(images, labels, reference, evaluation, parts.device)
+        classes = None if reads_text(parts.model) else labels
+        result["metrics"] = score(images, classes, reference, evaluation, parts.device)
     dist.barrier()
     return result
 
@@ -54,8 +56,9 @@ def evaluate(parts: Parts, sampling: SampleConfig, evaluation: EvalConfig, refer
 class EpochSamples:
     """What is sampled and measured after an epoch, and where it goes.
 
-    reference: a function without arguments that gives what the metrics compare with; data: its name and place, for
-    people. online: are metrics computed, at cfg 1 and at the sampling's?
+    classes: of the data; asked: {label: its name} of what is sampled. reference: a function without arguments that
+    gives what the metrics compare with; data: its name and place, for people. online: are metrics computed, at cfg 1
+    and at the sampling's?
     """
 
     sampling: SampleConfig
@@ -63,6 +66,7 @@ class EpochSamples:
     seed: int
     output_dir: str
     classes: list[str]
+    asked: dict[int, str]
     reference: Callable
     data: str
     online: bool = False
@@ -71,14 +75,15 @@ class EpochSamples:
         """Of an epoch's samples; the grid beside it, of the same name with .png, is written last."""
         return Path(self.output_dir) / "samples" / f"epoch{epoch + 1:04d}"
 
-    def protocol(self, labels, reference, dtype: torch.dtype) -> str:
+    def protocol(self, labels, reference, parts: Parts) -> str:
         """The line that says what the figures of the averaged weights are to be quoted with."""
-        options = dict(ema=True, dtype=dist.dtype_name(dtype))
+        options = dict(ema=True, dtype=dist.dtype_name(parts.dtype), of_text=reads_text(parts.model))
         return protocol_line(protocol("generation", self.evaluation, labels, reference, self.data, **options))
 
     def labels(self) -> list[int]:
-        """Of the images that are measured: the classes in turn."""
-        return [i % len(self.classes) for i in range(self.evaluation.num_images)]
+        """Of the images that are measured: those that are asked for in turn."""
+        labels = list(self.asked)
+        return [labels[i % len(labels)] for i in range(self.evaluation.num_images)]
 
 
 def train(
@@ -219,14 +224,14 @@ def samples_missing(
 
 def sample_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> None:
     """A grid of samples with the averaged weights and, with --online_eval, the metrics at cfg 1 and at --cfg."""
-    folder, seed, classes = samples.folder(epoch), samples.seed, samples.classes
-    columns = min(len(classes), 10)
+    folder, seed = samples.folder(epoch), samples.seed
+    columns = min(len(samples.asked), 10)
     fids = []
     with state.averaged():
-        labels = [i % columns for i in range(4 * columns)]
+        labels = list(samples.asked)[:columns] * 4
         sample_images(state.parts, samples.sampling, labels, seed, folder / "grid", batch_size=20)
         if dist.is_main():
-            sheet = PNGFolder(folder / "grid", len(labels)).grid([classes[label] for label in labels], columns)
+            sheet = PNGFolder(folder / "grid", len(labels)).grid([samples.asked[label] for label in labels], columns)
             log.image("samples", sheet, state.step)
         if samples.online:
             fids = measure_epoch(state, samples, epoch, log)
@@ -249,7 +254,7 @@ def measure_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> 
             for name, value in metrics.items():
                 log.scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
             fids += [metrics["fid"]] if "fid" in metrics else []
-            tqdm.write(samples.protocol(labels, reference, state.dtype))
+            tqdm.write(samples.protocol(labels, reference, state.parts))
             tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(metrics)}")
     return fids
 

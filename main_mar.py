@@ -13,6 +13,7 @@ import torch
 
 from engine_mar import EpochSamples, evaluate, train
 from heads.policy import load_heads
+from sampling.prompts import prompts_of
 from sampling.run import claim_folder
 from sampling.settings import note_top_k
 from training.build import (
@@ -20,10 +21,12 @@ from training.build import (
     build_data,
     build_model,
     find_reference,
+    give_captions,
     make_tokenizer,
     new_state,
     real_images,
     takes_ids,
+    with_text,
 )
 from training.checkpoints import (
     averages_as_weights,
@@ -45,6 +48,9 @@ from util.checkpoint import checkpoint_path
 from util.door import run_main
 from util.evaluation.metrics import metrics_line
 from util.images.folders import check_output_folder
+from util.images.text_cache import CachedTexts, open_texts
+
+MOST_PROMPTS = 1000  # captions that samples are made of during training
 
 
 def run(config: RunConfig) -> int:
@@ -63,7 +69,12 @@ def run(config: RunConfig) -> int:
     tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels)
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer, takes_ids(config.model))
+    texts = open_texts(config.data.cached_text) if config.model.reads_text else None
+    if texts is not None:
+        config = replace(config, model=with_text(config.model, texts, content))
     model = build_model(config.model, tokenizer, dataset.num_classes, content, resumed)
+    if texts is not None:
+        model.prompts = prompts_of(texts)
     config = config.fitted(model)
     heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
     config.check_sampling(model, heads)
@@ -74,6 +85,8 @@ def run(config: RunConfig) -> int:
         model.compile_parts()
     real = partial(real_images, config.data, img_size, dataset)
     state = make_state(config, model, tokenizer, heads, dataset.flip, real)
+    if texts is not None:
+        give_captions(state, texts, dataset)
     if resumed:
         check_resume(launch, state.stored, content, dataset.classes)
     if dist.is_main() and not launch.evaluate:
@@ -88,6 +101,7 @@ def run(config: RunConfig) -> int:
         seed=config.train.seed,
         output_dir=launch.output_dir,
         classes=dataset.classes,
+        asked=asked(state, texts, dataset.classes),
         reference=reference,
         data=" ".join(filter(None, (config.data.data, config.data.place))),
         online=launch.online_eval,
@@ -96,6 +110,13 @@ def run(config: RunConfig) -> int:
         return evaluate_checkpoint(state, samples, launch.resume)
     workers = dict(num_workers=config.data.num_workers, pin_memory=config.data.pin_mem and device.type == "cuda")
     return train(state, dataset, config.train, launch, samples, workers, first)
+
+
+def asked(state: TrainState, texts: CachedTexts | None, classes: list[str]) -> dict[int, str]:
+    """{label: its name} of what samples are made of on the way: all classes, or some of the captions trained on."""
+    if texts is None:
+        return dict(enumerate(classes))
+    return {number: texts.captions[number] for number in state.captions.examples(MOST_PROMPTS)}
 
 
 def check_places(config: RunConfig) -> None:
@@ -151,7 +172,7 @@ def evaluate_checkpoint(state: TrainState, samples: EpochSamples, source: str) -
         folder = claim_folder(Path(samples.output_dir) / "evaluation" / samples.sampling.name(), parts)
         result = evaluate(parts, samples.sampling, samples.evaluation, reference, labels, samples.seed, folder)
     if dist.is_main():
-        print(samples.protocol(labels, reference, state.dtype))
+        print(samples.protocol(labels, reference, parts))
         print(f"{len(labels)} images in {folder}: {metrics_line(result['metrics']) or 'no metrics asked for'}")
     return 0
 

@@ -24,8 +24,10 @@ from heads.schedules import needed_steps
 from models.families import SIZES
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
-from sampling.editing import Edit, read_edit
+from models.text import reads_text
+from sampling.editing import Edit, editing_defaults, read_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
+from sampling.prompts import check_asked, open_prompts
 from sampling.run import Parts, claim_folder, own_folder, sample_images
 from sampling.settings import FAST, SampleConfig, note_top_k
 from sampling.trace import num_traced
@@ -55,6 +57,10 @@ class SampleArgs:
     class_labels: str | None = flag(
         None, "comma list of class numbers, −1 = unconditional (default: all classes in turn)"
     )
+    prompts: str | None = flag(
+        None, "of a model of text: a prompt, a file with one a line, or a folder of scripts/cache_text.py"
+    )
+    text_encoder: str | None = flag(None, "folder of the T5 encoder for prompts (default: the one trained with)")
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     fast: bool = flag(
         False,
@@ -103,22 +109,6 @@ def parse_labels(text: str | None, num_classes: int) -> list[int]:
     return labels
 
 
-def editing_defaults(args: SampleArgs, given: dict, num_labels: int) -> dict:
-    """What editing puts in the place of the checkpoint's settings: no metrics, a picture a label; {} without editing.
-
-    Half of the two flags, or metrics asked for by hand, raise ValueError.
-    """
-    flags = {k: getattr(args, k) for k in ("edit_image", "edit_mask")}
-    missing = [k for k, v in flags.items() if v is None]
-    if len(missing) == 1:
-        raise ValueError(f"--edit_image and --edit_mask go together: --{missing[0]} is missing")
-    if missing:
-        return {}
-    if given.get("metrics", "none") != "none":
-        raise ValueError(f"--metrics {given['metrics']} has no meaning for edited pictures, use none or leave it out")
-    return dict(metrics="none", num_images=num_labels)
-
-
 def stored_evaluation(config: dict, given: dict) -> dict:
     """The evaluation settings in a checkpoint's config, but for its reference where flags name another one."""
     named = given.keys() & {"data_path", "eval_split", "fid_stats"}
@@ -151,7 +141,7 @@ class Sweep:
     parts: Parts
     evaluation: EvalConfig
     class_labels: list[int]
-    classes: list[str]
+    classes: list[str]  # their names, or the prompts
     edit: Edit | None
     args: SampleArgs
     data: str  # name and place of the reference's data set
@@ -165,7 +155,9 @@ class Sweep:
     def suffix(self) -> str:
         """What a folder's name says of all this."""
         suffix = f"_n{self.evaluation.num_images}" + ("_no_ema" if self.args.no_ema else "")
-        if self.class_labels != list(range(len(self.classes))):
+        if reads_text(self.parts.model):
+            suffix += f"_prompts{self.parts.model.prompts.content[:8]}"
+        elif self.class_labels != list(range(len(self.classes))):
             suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
         if self.args.edit_image is not None:
             suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
@@ -177,6 +169,7 @@ class Sweep:
         """Make the row of each setting, and find it in the results file if it has been measured."""
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
         shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
+        shared |= dict(prompts=self.parts.model.prompts.content) if reads_text(self.parts.model) else {}
         hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
@@ -194,6 +187,7 @@ class Sweep:
     def protocol(self, reference) -> dict:
         """What the figures are to be quoted with."""
         options = dict(ema=not self.args.no_ema, dtype=dist.dtype_name(self.parts.dtype))
+        options["of_text"] = reads_text(self.parts.model)
         result = "editing" if self.edit else "generation"
         return protocol(result, self.evaluation, self.labels, reference, self.data, **options)
 
@@ -205,13 +199,16 @@ def show(sweep: Sweep, given: dict, settings: list[Setting], config: dict) -> No
     print(json.dumps({**shown, "settings": [s.name for s in settings], "config": config}, indent=2))
 
 
-def stored_defaults(config: dict, args: SampleArgs, given: dict) -> tuple[SampleConfig, EvalConfig]:
-    """How a checkpoint's config says to sample and to evaluate, where flags given by hand do not say otherwise."""
+def stored_defaults(config: dict, args: SampleArgs, given: dict, num_labels: int) -> tuple[SampleConfig, EvalConfig]:
+    """How a checkpoint's config says to sample and to evaluate, where flags given by hand do not say otherwise.
+
+    num_labels: how many classes or prompts are asked for. Of each prompt there is an image, and no metrics.
+    """
     for settings_type, key in ((SampleConfig, "sample"), (EvalConfig, "eval")):
         check_values(settings_type, config[key], f"the checkpoint {args.checkpoint}")  # folder names are made of them
     base = {**defaults(SampleConfig, EvalConfig), **config["sample"], **stored_evaluation(config, given)}
-    num_labels = len(parse_labels(args.class_labels, len(config["data"]["classes"])))
-    base |= editing_defaults(args, given, num_labels)
+    base |= dict(metrics="none", num_images=num_labels) if args.prompts is not None else {}
+    base |= editing_defaults(args.edit_image, args.edit_mask, given, num_labels)
     base |= (FAST if args.fast else {}) | {k: v for k, v in given.items() if k not in SWEEPS}
     return pick(SampleConfig, base), pick(EvalConfig, base).resolved()
 
@@ -261,13 +258,17 @@ def run(args: SampleArgs, given: dict) -> int:
     model, tokenizer, config = load_model(content, ema=not args.no_ema, place=args.checkpoint, **sizes)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
-    base, evaluation = stored_defaults(config, args, given)
+    check_asked(config, args.prompts, args.text_encoder, args.class_labels)
+    classes = config["data"]["classes"]
+    if args.prompts is not None:
+        model.prompts = open_prompts(args.prompts, args.text_encoder, config, args.dry_run)
+        classes = model.prompts.captions
+    class_labels = parse_labels(args.class_labels, len(classes))
+    base, evaluation = stored_defaults(config, args, given, len(class_labels))
     settings = []
     for point in settings_of(args.settings_of, given):
         base_point, length = replace(base, **point), needed_steps(model)
         settings += span(given, base_point, model.fixed_rules, heads is not None, length)
-    classes = config["data"]["classes"]
-    class_labels = parse_labels(args.class_labels, len(classes))
     edit = open_edit(args, model.config, tokenizer.image_channels)
     if edit is not None:
         edit.check(model.fixed_rules)

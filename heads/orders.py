@@ -6,6 +6,7 @@ in float32 on the device of the mask.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,14 +65,48 @@ def checkerboard_order(state: StepState) -> torch.Tensor:
 class Confidence:
     """All unknown tokens are drawn, and those kept that the model is surest of (MaskGIT; arXiv 2406.11838, Table 5).
 
-    noise: of Gumbel draws, new ones at each step, on the log-probabilities; it falls in a line to 0 at the last step.
+    noise: of Gumbel draws, new ones at each step, at the first step. score: a row of SCORES.
     """
 
     noise: float
+    score: str
 
     def scores(self, state: StepState, log_prob, gumbel) -> torch.Tensor:
         """Scores (B, L) of what was drawn: its log p (B, L), and Gumbel draws (B, L)."""
-        return log_prob + self.noise * (1 - state.step / max(state.num_iter - 1, 1)) * gumbel
+        return SCORES[self.score](state, log_prob, gumbel, self.noise)
+
+
+@dataclass(frozen=True)
+class LearnedConfidence(Confidence):
+    """The same, each score moved by what a head says: logits(state) (B, L) + share · score."""
+
+    logits: Callable
+    share: float
+
+    def scores(self, state: StepState, log_prob, gumbel) -> torch.Tensor:
+        """Scores (B, L), as above."""
+        return self.logits(state) + self.share * super().scores(state, log_prob, gumbel)
+
+
+def linear_score(state: StepState, log_prob, gumbel, noise: float) -> torch.Tensor:
+    """log p with Gumbel noise that falls in a line from `noise` at the first step to 0 at the last."""
+    left = state.per_image(lambda u, k: noise * (1 - (round(u * k) - 1) / max(k - 1, 1)))
+    return log_prob + left.float().unsqueeze(1).to(log_prob.device, non_blocking=True) * gumbel
+
+
+def warm_up_score(state: StepState, log_prob, gumbel, noise: float) -> torch.Tensor:
+    """A random order in the first two steps, then p."""
+    early = state.per_image(lambda u, k: round(u * k)) <= 2
+    return torch.where(early.unsqueeze(1).to(log_prob.device, non_blocking=True), gumbel, log_prob.exp())
+
+
+# what tokens that were drawn are kept by: (state, log p (B, L), Gumbel draws (B, L), noise) -> scores (B, L)
+SCORES = {
+    "linear": linear_score,
+    "none": lambda state, log_prob, gumbel, noise: log_prob.exp(),
+    "random": lambda state, log_prob, gumbel, noise: gumbel,
+    "warm_up": warm_up_score,
+}
 
 
 def _by_level(state, level):

@@ -11,7 +11,7 @@ from torch import nn
 
 from heads.forms import FORMS
 from heads.luce import PlackettLuce
-from heads.orders import AFTER_DRAW, ORDERS
+from heads.orders import AFTER_DRAW, ORDERS, LearnedConfidence
 from heads.rules import Rules
 from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.searched import schedule_values
@@ -25,6 +25,7 @@ SCOPES = ("global", "token")  # one value an image, or one a token
 # mode:       order      group      tau         cfg; where cfg is learned, so is the profile if there is a head for it
 INFER_MODES = {
     "baseline": ("random", "cosine", "constant", "linear"),
+    "maskgil": ("confidence", "step_arccos", "constant", "ramp"),  # that family's own hand-made rules
     "policy": ("learned", "learned", "constant", "linear"),
     "guidance": ("random", "cosine", "learned", "learned"),
     "both": ("learned", "learned", "learned", "learned"),
@@ -157,20 +158,29 @@ def column(value, state: StepState) -> torch.Tensor:
     return torch.as_tensor(value, dtype=torch.float32, device=state.mask.device).expand(len(state.mask), 1)
 
 
-def base_scores(state: StepState, options: RuleOptions) -> torch.Tensor:
+def base_scores(state: StepState, options: RuleOptions, log_prob=None) -> torch.Tensor:
     """order_noise·g (B, L), to which the order head adds its logits; g are the Gumbel draws that make the random order.
 
-    Of another order_base the j-th token has the j-th largest of L evenly spread quantiles of that distribution.
+    Of another order_base the j-th token has the j-th largest of L evenly spread quantiles of that distribution; of one
+    that looks at what is drawn, its score of log_prob (B, L).
     """
     if options.order_base == "random":
         return options.order_noise * state.gumbel
+    if options.order_base in AFTER_DRAW:
+        return options.order_noise * hand_made("order", options.order_base, options).scores(
+            state, log_prob, state.gumbel
+        )
     rank = ORDERS[options.order_base](state).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     share = 1 - (rank + 0.5) / rank.shape[1]  # the first token has the largest
     return options.order_noise * -(-share.log()).log()
 
 
 def learned_order(heads, base, options):
-    """Rank by logit + order_noise·g; where the form renews g, as a `PlackettLuce`."""
+    """Rank by logit + order_noise·g; where the form renews g, as a `PlackettLuce`; or as a `LearnedConfidence`."""
+
+    if options.order_base in AFTER_DRAW:
+        logits = partial(heads.logits, base_cfg=options.cfg)
+        return LearnedConfidence(options.confidence_noise, options.confidence_score, logits, options.order_noise)
 
     def scores(state):
         return heads.logits(state, options.cfg) + base_scores(state, options)
@@ -203,7 +213,7 @@ def learned_profile(heads, base, options):
 # kind: (hand-made rules, the learned one, the rule that the learned one moves: a schedule's where one is given)
 RULES = {
     "order": (ORDERS | AFTER_DRAW, learned_order, "random"),  # or RuleOptions.order_base
-    "group": (GROUPS, learned_group, "cosine"),
+    "group": (GROUPS, learned_group, "cosine"),  # or RuleOptions.group_base
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),  # or RuleOptions.cfg_base
     "profile": (PROFILES, learned_profile, "constant"),
@@ -220,22 +230,20 @@ def rule_names(mode: str, schedule: str | None = None, cfg_base: str | None = No
     if mode not in INFER_MODES:
         raise ValueError(f"unknown infer_mode {mode!r}; valid: {', '.join(INFER_MODES)}")
     names = dict(zip(HEADS, INFER_MODES[mode]))
-    if names["cfg"] != "learned":
-        names["cfg"] = moved_rule("cfg", None, cfg_base)
+    if names["cfg"] != "learned" and cfg_base is not None:
+        names["cfg"] = cfg_base
     names["profile"] = None if names["cfg"] == "learned" else RULES["profile"][2]
     searched = schedule_values(schedule)
     searched = {kind for kind in searched if names[kind] not in ("learned", None)}
     return {kind: "schedule" if kind in searched else names[kind] for kind in RULES}
 
 
-def moved_rule(kind: str, schedule: str | None, cfg_base: str | None = None) -> str:
-    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else that of RULES.
-
-    cfg_base: that of guidance, None: the one of RULES.
-    """
-    if kind in schedule_values(schedule):
+def moved_rule(kind: str, options: RuleOptions) -> str:
+    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else its base."""
+    if kind in schedule_values(options.schedule):
         return "schedule"
-    return cfg_base if kind == "cfg" and cfg_base is not None else RULES[kind][2]
+    bases = {"group": options.group_base, "cfg": options.cfg_base}
+    return bases.get(kind) or RULES[kind][2]
 
 
 def hand_made(kind: str, name: str, options: RuleOptions):
@@ -244,7 +252,7 @@ def hand_made(kind: str, name: str, options: RuleOptions):
         raise ValueError(f"the {kind} rule 'schedule' needs --schedule FILE with values of {kind}")
     rule = RULES[kind][0][name]
     if name in AFTER_DRAW:
-        return rule(options.confidence_noise)
+        return rule(options.confidence_noise, options.confidence_score)
     return rule if kind == "order" else partial(rule, options=options)
 
 
@@ -275,10 +283,10 @@ def build_rules(
     for kind, override in zip(RULES, (order, group, tau_schedule, cfg_schedule, cfg_profile)):
         name = override or names[kind]
         if name is None:
-            name = "learned" if heads and kind in heads.learn else moved_rule(kind, options.schedule)
+            name = "learned" if heads and kind in heads.learn else moved_rule(kind, options)
         if name not in choices(kind):
             raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(choices(kind))}")
-        moved = moved_rule(kind, options.schedule, options.cfg_base)
+        moved = moved_rule(kind, options)
         rule = hand_made(kind, moved if name == "learned" else name, options)
         if name == "learned":
             if heads is None or kind not in heads.learn:

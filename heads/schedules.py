@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from heads.orders import ORDERS
+from heads.orders import AFTER_DRAW, ORDERS, SCORES
 from heads.searched import schedule_setting, schedule_values
 from heads.step import StepState
+from models.mask_schedules import STEP_WEIGHTS, step_shares
 from util.args import flag, parse_range
 
 
@@ -30,7 +31,11 @@ class RuleOptions:
     cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
     order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
     order_base: str = flag("random", "hand-made order that the learned one moves")
+    group_base: str = flag("cosine", "hand-made group rule that the learned one moves")
     confidence_noise: float = flag(4.5, "Gumbel noise of the order confidence at the first step; falls to 0", low=0)
+    confidence_score: str = flag(
+        "linear", "of the order confidence: log p with that noise, p, at random, or so in two steps", choices=SCORES
+    )
     cfg_interval: str = flag("0,1", "lo,hi: share of known tokens within which interval guidance acts", metavar="LO,HI")
     cfg_t_interval: str = flag("0,1", "lo,hi: t/1000 within which the interval profile has guidance", metavar="LO,HI")
     schedule: str | None = flag(
@@ -42,8 +47,10 @@ class RuleOptions:
         if self.schedule is not None:
             object.__setattr__(self, "schedule", schedule_setting(self.schedule))
         self.interval(), self.t_interval()  # a wrong text is an error now, not at the first step
-        if self.order_base not in ORDERS:
-            raise ValueError(f"unknown order_base {self.order_base!r}; valid: {', '.join(ORDERS)}")
+        tables = dict(order_base=ORDERS | AFTER_DRAW, group_base=FREE_GROUPS, confidence_score=SCORES)
+        for name, table in tables.items():
+            if getattr(self, name) not in table:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; valid: {', '.join(table)}")
         for name in ("cfg", "temperature", "temperature_end", "order_noise", "confidence_noise"):
             value = getattr(self, name)
             if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
@@ -111,6 +118,17 @@ def _staged_share(u: float, num_iter: int, options: RuleOptions) -> float:
 def _searched_share(u: float, num_iter: int, options: RuleOptions) -> float:
     """1 − the cumulative curve of the schedule, which begins at 0."""
     return 1 - interpolate(np.append(0.0, options.searched("group")), u)
+
+
+def _step_group(kind: str):
+    """MaskGIL's: the tokens of a step, and not those known after it, follow a curve; the last step takes the rest."""
+
+    def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
+        # in training an image that is done goes on to steps after its last
+        share = state.per_image(lambda u, k: step_shares(kind, k)[min(round(u * k), k) - 1])
+        return (state.num_start * share.float().to(state.num_start.device, non_blocking=True)).round()
+
+    return rule
 
 
 MIN_STEPS = {"staged": 3}  # of the group rules that need some
@@ -209,8 +227,10 @@ GROUPS = {
     "scale": lambda state, options: state.mask.sum(dim=1).float(),  # all that can be chosen: a scale, if z is of one
     "power": _group(lambda u, k, options: 1 - u**options.group_p),
     "staged": _group(_staged_share),
+    **{f"step_{kind}": _step_group(kind) for kind in STEP_WEIGHTS},
     "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these
 }
+FREE_GROUPS = [name for name in GROUPS if name not in (*A_STEP, "schedule")]  # that a learned one can move by name
 TAUS = {
     "constant": lambda state, options: options.temperature,
     "linear": lambda state, options: (

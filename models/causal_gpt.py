@@ -5,17 +5,15 @@ codebook. Input 0 is the class, input i the token i − 1; the output of input i
 those of the published checkpoints.
 """
 
-from dataclasses import InitVar, dataclass
-from math import isqrt
-from typing import ClassVar
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.blocks import Block, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
-from models.kv_cache import CausalConditions, Extension, attention, raster_only
+from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import compile_all
 from util.args import flag
 
@@ -23,88 +21,16 @@ COND_ROPES = {"zero": 0.0, "identity": 1.0}  # what the class's queries and keys
 
 
 @dataclass(frozen=True)
-class CausalGPTConfig:
-    """Everything that shapes a CausalGPT; names and defaults of the published constructor.
+class CausalGPTConfig(LlamaConfig):
+    """Everything that shapes a CausalGPT."""
 
-    num_classes and block_size, the number of tokens of an image, may be given in place of class_num and img_size; they
-    are not kept under these names.
-    """
-
-    dim: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None  # heads of keys and values; None: n_head
-    multiple_of: int = 256  # of the feed-forward's width
-    ffn_dim_multiplier: float | None = None
-    rope_base: int = 10000
-    norm_eps: float = 1e-5
-    token_dropout_p: float = flag(0.1, "dropout of what is embedded", low=0, high=1)
-    attn_dropout_p: float = flag(0.0, "dropout of attention weights", low=0, high=1)
-    resid_dropout_p: float = flag(0.1, "dropout after attention", low=0, high=1)
-    ffn_dropout_p: float = flag(0.1, "dropout after the feed-forward", low=0, high=1)
-    num_classes: InitVar[int | None] = None
-    vocab_size: int = flag(16384, "entries of the codebook (the tokenizer's)", low=1)
-    block_size: InitVar[int | None] = None
-    cls_token_num: int = 1
     cond_rope: str = flag("zero", "rotation of the class: zero as published, or none", choices=COND_ROPES)
-    img_size: int = flag(256, "image height and width in pixels", low=1)
-    vae_stride: int = flag(16, "pixels of a latent's side", low=1)
-    vae_embed_dim: int = flag(8, "channels of a latent", low=1)
-    class_num: int = flag(1000, "number of classes (read from the data when training)", low=1)
-    label_drop_prob: float = flag(0.1, "probability of training without the label", low=0, high=1)
-    mask_ratio_min: float = 1.0
-    grad_checkpointing: bool = flag(False, "recompute activations in the backward pass")
-
-    FREE: ClassVar = frozenset(
-        "token_dropout_p attn_dropout_p resid_dropout_p ffn_dropout_p label_drop_prob grad_checkpointing".split()
-    )
 
     def __post_init__(self, num_classes, block_size):
-        if num_classes is not None:
-            object.__setattr__(self, "class_num", num_classes)
-        if block_size is not None:
-            object.__setattr__(self, "img_size", isqrt(block_size) * self.vae_stride)
-            if self.seq_len != block_size:
-                raise ValueError(f"block_size {block_size} must be a square: an image's tokens are one")
-        if self.img_size < self.vae_stride or self.img_size % self.vae_stride:
-            raise ValueError(f"img_size {self.img_size} must be a multiple of vae_stride {self.vae_stride}")
+        super().__post_init__(num_classes, block_size)
         if self.cond_rope not in COND_ROPES:
             raise ValueError(f"unknown cond_rope {self.cond_rope!r}; valid: {', '.join(COND_ROPES)}")
-        for name, only in (("mask_ratio_min", 1.0), ("cls_token_num", 1)):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name} {getattr(self, name)} must be {only} of a causal model of classes")
-        if self.dim % self.n_head or self.head_dim % 4:
-            raise ValueError(f"dim {self.dim} must be a multiple of 4·n_head = {4 * self.n_head}")
-        if self.n_head % self.kv_heads:
-            raise ValueError(f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}")
-
-    @property
-    def grid(self) -> int:
-        """Tokens of an image's side."""
-        return self.img_size // self.vae_stride
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens of an image, L."""
-        return self.grid**2
-
-    @property
-    def head_dim(self) -> int:
-        """Width of a head, d."""
-        return self.dim // self.n_head
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.n_kv_head or self.n_head
-
-    @property
-    def ffn_dim(self) -> int:
-        """Width of the feed-forward."""
-        width = int(8 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return -(-width // self.multiple_of) * self.multiple_of
+        self.check_only("a causal model of classes", mask_ratio_min=1.0, cls_token_num=1)
 
 
 CAUSAL_GPT_CONFIGS = {
@@ -235,91 +161,12 @@ class ClassEmbedding(nn.Module):
         return self.embedding_table(torch.where(labels < 0, self.embedding_table.num_embeddings - 1, labels))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), computed in float32, times a gain."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Of the same shape and dtype."""
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)).type_as(x) * self.weight
-
-
-class Attention(nn.Module):
-    """Attention with rotated queries and keys; wqkv holds queries, keys and values in this order."""
-
-    def __init__(self, c: CausalGPTConfig):
-        super().__init__()
-        self.sizes, self.dropout = (c.n_head, c.kv_heads, c.kv_heads), c.attn_dropout_p
-        self.head_dim = c.head_dim
-        self.wqkv = nn.Linear(c.dim, sum(self.sizes) * c.head_dim, bias=False)
-        self.wo = nn.Linear(c.dim, c.dim, bias=False)
-        self.resid_dropout = nn.Dropout(c.resid_dropout_p)
-
-    def forward(self, x, rotary, attend=None) -> torch.Tensor:
-        """(B, n, D); attend(query, key, value), each (B, n, ·, d): in place of causal attention among the inputs."""
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
-        turned, value = heads.split((sum(self.sizes[:2]), self.sizes[2]), dim=2)
-        query, key = rotated(turned, rotary).split(self.sizes[:2], dim=2)
-        if attend is None:
-            looked = attention(query, key, value, causal=True, dropout=self.dropout if self.training else 0.0)
-        else:
-            looked = attend(query, key, value)
-        return self.resid_dropout(self.wo(looked.flatten(2)))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, c: CausalGPTConfig):
-        super().__init__()
-        self.w1 = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.w3 = nn.Linear(c.dim, c.ffn_dim, bias=False)
-        self.w2 = nn.Linear(c.ffn_dim, c.dim, bias=False)
-        self.ffn_dropout = nn.Dropout(c.ffn_dropout_p)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, n, D)."""
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each after its norm and added to what it saw."""
-
-    def __init__(self, c: CausalGPTConfig):
-        super().__init__()
-        self.attention, self.feed_forward = Attention(c), FeedForward(c)
-        self.attention_norm, self.ffn_norm = RMSNorm(c.dim, c.norm_eps), RMSNorm(c.dim, c.norm_eps)
-
-    def forward(self, x, rotary, attend=None) -> torch.Tensor:
-        """(B, n, D) of x (B, n, D), with the rotation (B, n, d / 2, 2) of each input; attend as in `Attention`."""
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
-        return x + self.feed_forward(self.ffn_norm(x))
-
-
 def rotary_table(c: CausalGPTConfig) -> torch.Tensor:
     """(1 + L, d / 2, 2): cos and sin of each pair of channels, of the class, then of the tokens row by row.
 
-    The first half of the pairs turns with the row, the second with the column. The class has cos = sin = 0 as
-    published: all tokens give it the score 0.
+    The class has cos = sin = 0 as published: all tokens give it the score 0.
     """
-    frequencies = c.rope_base ** (-torch.arange(0, c.head_dim // 2, 2).float() / (c.head_dim // 2))
-    angles = torch.arange(c.grid).float().unsqueeze(1) * frequencies  # (side, d / 4)
-    pairs = torch.cat(
-        [angles.unsqueeze(1).expand(-1, c.grid, -1), angles.unsqueeze(0).expand(c.grid, -1, -1)], dim=-1
-    ).flatten(0, 1)  # (L, d / 2)
-    table = torch.stack([pairs.cos(), pairs.sin()], dim=-1)
+    table = grid_table(c, c.grid, c.grid)
     of_class = torch.zeros_like(table[:1])
     of_class[..., 0] = COND_ROPES[c.cond_rope]
     return torch.cat([of_class, table])
-
-
-def rotated(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-    """x (B, n, H, d) with neighbouring channels (a, b) as (a·cos − b·sin, b·cos + a·sin); rotary (B, n, d / 2, 2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotary.float().unsqueeze(2).unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)

@@ -30,9 +30,18 @@ class CrossEntropy:
     has_steps = False
     discrete = True
 
+    @property
+    def num_ids(self) -> int:
+        """How many entries are drawn from, V."""
+        return self.proj.out_features
+
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """(…, V) float32 of z (…, D) in any dtype."""
         return self.proj(z.to(self.proj.weight.dtype)).float()
+
+    def all_logits(self, z: torch.Tensor) -> torch.Tensor:
+        """Those that the loss is made of: of a model that has classes beside its ids, those too."""
+        return self.logits(z)
 
     def empty(self, batch: int, length: int) -> torch.Tensor:
         """Ids (B, L) long, all 0."""
@@ -44,7 +53,7 @@ class CrossEntropy:
 
     def predict(self, target, z, draws, tau=None) -> Logits:
         """The logits under z (N, D), divided by tau, a float or (N,), where it is given."""
-        logits = self.logits(z)
+        logits = self.all_logits(z)
         return Logits(logits if tau is None else logits / _column(tau))
 
     def losses(self, prediction: Logits, target, draws) -> dict[str, torch.Tensor]:
@@ -122,7 +131,7 @@ class CategoricalSampler:
             torch.randint(-(2**31), 2**31, (count,), dtype=torch.int32, generator=generators[image])
             for image, count in zip(images.tolist(), counts.tolist())
         ]
-        return gumbel(send(torch.cat(parts), self.head.proj.weight.device), self.head.proj.out_features)
+        return gumbel(send(torch.cat(parts), self.head.proj.weight.device), self.head.num_ids)
 
     def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
         """Ids (N,) long by Gumbel-max, that is a categorical draw, with noise (N, V); without gradient.
@@ -164,7 +173,7 @@ class CategoricalSampler:
 
     @property
     def _filters(self) -> bool:
-        return 0 < self.top_k < self.head.proj.out_features or 0 < self.top_p < 1
+        return 0 < self.top_k < self.head.num_ids or 0 < self.top_p < 1
 
 
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:

@@ -13,6 +13,7 @@ from models import causal_gpt, mar, var_config
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.mar import MAR, MAR_CONFIGS, MARConfig
 from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
+from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
 from models.token_head import LOSSES, TokenHead
 from models.var import VAR, VAR_CONFIGS, VARConfig
 
@@ -45,6 +46,8 @@ class Config(Protocol):
     class_num: int
     label_drop_prob: float  # probability of training without the label
     mask_ratio_min: float  # the smallest share of the tokens that training masks; 1.0: all tokens are targets
+    # a configuration may have mask_schedule, a row of MASK_RATIOS in models/mask_schedules.py, whose masks take the
+    # place of these, and loss_tokens, "all" where known tokens are targets too
     grad_checkpointing: bool  # compute activations again in the backward pass, where the model can
     seq_len: int  # L
     grid: int  # tokens of an image's side
@@ -59,6 +62,7 @@ class Backbone(Protocol):
     head_dim: int  # width of an attention head
     token_head: TokenHead
     per_class: tuple[str, ...]  # names of the parameters with a row for each class
+    # a model of text has prompts, a `models.text.Prompts`, and num_labels: how many captions its labels number
     # of order and group those that it cannot do without, by name, such as {"order": "raster"}; and as cfg_base the
     # guidance schedule that is its default, if it has one of its own
     fixed_rules: dict[str, str]
@@ -74,7 +78,8 @@ class Backbone(Protocol):
         """z (B, L, D) for the training loss of the tokens (B, L, …) that mask (B, L) bool names, of the other tokens.
 
         tokens are what `Tokenizer.inputs_of` makes of them, which are the tokens themselves but for multi-scale ones.
-        labels (B,) long, −1 without label, or None: all without. num_visible: B ints, the tokens that are not masked.
+        labels (B,) long, −1 without label, or None: all without; of a model of text a `models.text.Text`. num_visible:
+        B ints, the tokens that are not masked.
         orders (B, L) long: positions in an order drawn for each image, in which the tokens that are not masked come
         first; for the families that need one. Where all tokens are targets (mask_ratio_min 1.0), z may look at the
         tokens before its own in the model's order.
@@ -104,6 +109,7 @@ class Family(NamedTuple):
     read_published: Callable | None = None
     # (fields of the configuration) -> `Backbone.fixed_rules`, where these depend on it; None: the model class has them
     fixed_rules: Callable | None = None
+    sampling: dict = {}  # its own defaults of flags that say how images are sampled
 
 
 # A checkpoint names its family in config["family"] (none: mar), and has the sizes in config[family].
@@ -111,6 +117,9 @@ FAMILIES = {
     "mar": Family(MAR, MARConfig, MAR_CONFIGS, ("continuous", "discrete"), mar.read_published),
     "mar_ar": Family(MARAR, MARARConfig, MAR_AR_CONFIGS, ("continuous", "discrete"), fixed_rules=fixed_rules),
     "causal_gpt": Family(CausalGPT, CausalGPTConfig, CAUSAL_GPT_CONFIGS, ("discrete",), causal_gpt.read_published),
+    "maskgil": Family(
+        MaskGIL, MaskGILConfig, MASKGIL_CONFIGS, ("discrete",), sampling=dict(infer_mode="maskgil", num_iter=8, cfg=4.0)
+    ),
     "var": Family(VAR, VARConfig, VAR_CONFIGS, ("multiscale",), var_config.read_published),
 }
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family

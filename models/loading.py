@@ -11,6 +11,9 @@ from util.checkpoint import find_stored, load_checkpoint, load_weights
 from util.foreign import some_weights, type_of
 from util.images.reading import Reading
 
+# what a checkpoint of a model of text has in config["text"]
+TEXT = dict(encoder=str, fingerprint=str, width=int, num_tokens=int)
+
 
 def load_mar(checkpoint, **options):
     """`load_model` of a MAR; a checkpoint of another family raises ValueError."""
@@ -87,6 +90,8 @@ def find_places(config: dict, place) -> tuple[dict, dict]:
     }
     if "vae_path" in config:
         result["vae_path"] = place_of(config["vae_path"])
+    if config.get("text") is not None:
+        result["text"] = {**config["text"], "encoder": place_of(config["text"].get("encoder"))}
     return result, nowhere
 
 
@@ -140,6 +145,9 @@ def check_config(config: dict, source) -> None:
     if not isinstance(config["data"].get("reading", {}), dict):
         raise ValueError(f"{source} is damaged: its config does not say how images are read")
     check_values(Reading, config["data"].get("reading", {}), source)
+    for name, value_type in TEXT.items() if config.get("text") is not None else ():
+        if not isinstance(config["text"], dict) or not isinstance(config["text"].get(name), value_type):
+            raise ValueError(f"{source} is damaged: its config does not say which features of captions it takes")
     if not isinstance(config.get("vae_path"), str | None):
         raise ValueError(f"{source} is damaged: its vae_path is {type_of(config['vae_path'])}")
     check_values(FAMILIES[family].config, config[family], source)
@@ -237,6 +245,6 @@ def _published_config(content: dict, model: str, sizes: dict) -> dict:
         family: asdict(own),
         **tokenizer,
         "data": {"name": "imagefolder", "path": None, "classes": [str(i) for i in range(own.class_num)]},
-        "sample": {},
+        "sample": dict(FAMILIES[family].sampling),
         "eval": {},
     }

@@ -70,6 +70,21 @@ class Edit:
         return make_grid(np.stack(shown), titles, columns + 2)
 
 
+def editing_defaults(edit_image: str | None, edit_mask: str | None, given: dict, num_labels: int) -> dict:
+    """What editing puts in the place of the checkpoint's settings: no metrics, a picture a label; {} without editing.
+
+    Half of the two flags, or metrics asked for by hand, raise ValueError.
+    """
+    missing = [name for name, path in (("edit_image", edit_image), ("edit_mask", edit_mask)) if path is None]
+    if len(missing) == 1:
+        raise ValueError(f"--edit_image and --edit_mask go together: --{missing[0]} is missing")
+    if missing:
+        return {}
+    if given.get("metrics", "none") != "none":
+        raise ValueError(f"--metrics {given['metrics']} has no meaning for edited pictures, use none or leave it out")
+    return dict(metrics="none", num_images=num_labels)
+
+
 def read_edit(image: str, mask: str, *, img_size: int, channels: int, cell: int) -> Edit:
     """The edit of two picture files, for a model of img_size pixels whose tokens have sides of cell pixels.
 

@@ -68,7 +68,7 @@ def decode(
     again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
     tokens without gradient.
     """
-    labels = _checked_labels(model.config, labels)
+    labels = _checked_labels(getattr(model, "num_labels", model.config.class_num), labels)
     num_iter = _checked_steps(model, num_iter, refresh_every)
     empty = model.token_head.empty(len(labels), model.config.seq_len)
     rules.check(model)
@@ -305,8 +305,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _checked_labels(config, labels) -> torch.Tensor:
-    """The labels (B,) long; ValueError for what is not one class or −1 an image, as whole numbers of any width."""
+def _checked_labels(num_labels: int, labels) -> torch.Tensor:
+    """The labels (B,) long; ValueError for what is not one of so many or −1 an image, as whole numbers of any width."""
     try:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
@@ -316,11 +316,11 @@ def _checked_labels(config, labels) -> torch.Tensor:
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be whole numbers, got {str(labels.dtype).removeprefix('torch.')}")
     if labels.dtype == torch.uint64:  # whose upper half would wrap around
-        labels = torch.tensor([min(label, config.class_num) for label in labels.tolist()])
+        labels = torch.tensor([min(label, num_labels) for label in labels.tolist()])
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
-    if low < -1 or high >= config.class_num:
-        raise ValueError(f"labels must be between -1 and {config.class_num - 1}, got {low if low < -1 else high}")
+    if low < -1 or high >= num_labels:
+        raise ValueError(f"labels must be between -1 and {num_labels - 1}, got {low if low < -1 else high}")
     return labels
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from heads.policy import FLAGS, PolicyHeads
 from models.coding import encode, render
+from models.text import reads_text
 from sampling.adaptive import Spread, without_adaptive
 from sampling.guards import complain, draw_finite, is_plain
 from sampling.loop import generate
@@ -90,6 +91,7 @@ def sample_images(
     settings = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size)
     settings |= dict(dtype=str(parts.dtype), device=parts.device.type, weights=parts.weights_hash())
     settings |= dict(tokenizer=parts.tokenizer.describe(), **(edit.hashes if edit else {}))
+    settings |= dict(prompts=parts.model.prompts.content) if reads_text(parts.model) else {}
     settings["checkpoint"] = parts.checkpoint
     run = SamplingRun(parts, sampling, labels, seed, folder, edit)
     if dist.is_main():

@@ -1,7 +1,7 @@
-"""Seconds of sampling ids on this device: a causal model with its cache and without, MAR with cross-entropy.
+"""Seconds of sampling ids: a causal model with its cache and without, MAR with cross-entropy, MaskGIL.
 
-    python scripts/bench_ids.py                     # LlamaGen's B and MAR's, random weights, 256 tokens
-    python scripts/bench_ids.py --models causal_gpt_tiny --mar mar_tiny --img_size 64
+    python scripts/bench_ids.py                     # B of LlamaGen, MAR and MaskGIL, random weights, 256 tokens
+    python scripts/bench_ids.py --models causal_gpt_tiny --mar mar_tiny --maskgil maskgil_tiny --img_size 64
 
 A ratio is the median of --repeats turns, in which both sides take turns too: the machine's speed drifts. Without the
 cache each token needs the whole sequence before it; every STRIDE-th is drawn so, between the others, and stands for its
@@ -23,6 +23,7 @@ from heads.policy import build_rules
 from models.families import FAMILIES, SIZES
 from models.kv_cache import KeyValueCache
 from models.mar_cache import FeatureCache
+from models.maskgil import OF_CLASSES, WholePasses
 from sampling.loop import generate
 from util import dist
 from util.args import flag, make_parser
@@ -30,6 +31,7 @@ from util.door import run_main
 from util.timing import Stopwatch, print_table, run_seconds
 
 STRIDE = 16
+CAUSAL_SIZES = [size for size, family in SIZES.items() if family in ("mar_ar", "causal_gpt")]
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,13 @@ class BenchIdsArgs:
 
     models: str = flag("llamagen_ar_b", "comma list of sizes of the causal families")
     mar: str = flag("mar_base", "size of MAR", choices=FAMILIES["mar"].sizes)
+    maskgil: str = flag("maskgil_b", "size of MaskGIL", choices=OF_CLASSES)
     img_size: int = flag(256, "pixels of a side; a token has 16", low=16)
     vocab_size: int = flag(16384, "entries of the codebook", low=2)
     batch_sizes: str = flag("1,4", "comma list of images sampled together")
-    num_iter: int = flag(16, "autoregressive steps of MAR", low=1)
+    num_iter: int = flag(16, "autoregressive steps of MAR and MaskGIL", low=1)
     repeats: int = flag(3, "repeats, their median counts", low=1)
-    only: str = flag("causal,mar", "comma list of causal, mar")
+    only: str = flag("causal,mar,maskgil", "comma list of causal, mar, maskgil")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str = flag("fp32", "arithmetic", choices=dist.FLOATS)
     dry_run: bool = flag(False, "print the rows and stop")
@@ -59,9 +62,11 @@ def build(size: str, args: BenchIdsArgs):
     return model.to(dist.pick_device(args.device)).eval().requires_grad_(False)
 
 
-def sample(model, batch_size: int, args: BenchIdsArgs, num_iter: int | None = None, callback=None) -> None:
-    """The images of a batch; num_iter None: the model's own. callback: as in `sampling.loop.decode`."""
-    rules = build_rules("baseline", **model.fixed_rules)
+def sample(
+    model, batch_size: int, args: BenchIdsArgs, num_iter: int | None = None, mode: str = "baseline", callback=None
+) -> None:
+    """The images of a batch. num_iter None: the model's own; mode: a row of INFER_MODES; callback: see `decode`."""
+    rules = build_rules(mode, **model.fixed_rules)
     labels = torch.arange(batch_size) % model.config.class_num
     with dist.autocast(dist.pick_device(args.device), dist.DTYPES[args.dtype]):
         generate(model, labels, rules, num_iter, seeds=range(batch_size), callback=callback)
@@ -110,19 +115,23 @@ def causal(args: BenchIdsArgs) -> None:
     print_table(f"Causal sampling, {num_tokens(args)} tokens, seconds an image", head, table)
 
 
-def mar(args: BenchIdsArgs) -> None:
-    """MAR with cross-entropy, and the part of its seconds that is its transformer's."""
-    device, model, table = dist.pick_device(args.device), build(args.mar, args), []
+def in_steps(family: str, conditions: type, args: BenchIdsArgs) -> None:
+    """The model of a family that draws many tokens a step, and the part of its seconds that is its transformer's.
+
+    conditions: what computes its z.
+    """
+    size, mode = getattr(args, family), FAMILIES[family].sampling.get("infer_mode", "baseline")
+    device, model, table = dist.pick_device(args.device), build(size, args), []
     for batch_size in batches(args):
         turns = []
-        for _ in tqdm(range(args.repeats), desc=f"{args.mar}, batch {batch_size}", leave=False):
+        for _ in tqdm(range(args.repeats), desc=f"{size}, batch {batch_size}", leave=False):
             watch = Stopwatch(device)
-            with watch.watch(FeatureCache, "look", "z"), watch.watch(FeatureCache, "at", "z"):
-                total = run_seconds(device, partial(sample, model, batch_size, args, args.num_iter))
+            with watch.watch(conditions, "look", "z"), watch.watch(conditions, "at", "z"):
+                total = run_seconds(device, partial(sample, model, batch_size, args, args.num_iter, mode))
             turns.append((watch.seconds["z"], total))
-        table.append([args.mar, batch_size, *seconds_and_ratio(turns, batch_size)])
+        table.append([size, batch_size, *seconds_and_ratio(turns, batch_size)])
     head = ["", "batch", "transformer", "whole", "ratio", "lowest to highest"]
-    title = f"MAR with cross-entropy, {num_tokens(args)} tokens of {args.vocab_size} entries in {args.num_iter} steps"
+    title = f"{size}, {num_tokens(args)} tokens of {args.vocab_size} entries in {args.num_iter} steps"
     print_table(f"{title}, seconds an image", head, table)
 
 
@@ -149,15 +158,18 @@ def batches(args: BenchIdsArgs) -> list[int]:
     return sizes
 
 
-SECTIONS = {"causal": causal, "mar": mar}
+SECTIONS = {
+    "causal": causal,
+    "mar": partial(in_steps, "mar", FeatureCache),  # with cross-entropy
+    "maskgil": partial(in_steps, "maskgil", WholePasses),
+}
 
 
 def main(argv=None) -> int:
     """Run the sections asked for, print their tables; returns the exit code."""
     args = BenchIdsArgs(**vars(make_parser("bench_ids.py", __doc__.splitlines()[0], BenchIdsArgs).parse_args(argv)))
     names, sizes = args.only.split(","), args.models.split(",")
-    causal_sizes = [size for size, family in SIZES.items() if family != "mar"]
-    for given, valid, flag_name in ((names, list(SECTIONS), "only"), (sizes, causal_sizes, "models")):
+    for given, valid, flag_name in ((names, list(SECTIONS), "only"), (sizes, CAUSAL_SIZES, "models")):
         for name in given:
             if name not in valid:
                 raise ValueError(f"--{flag_name} {name!r} is not one; valid: {', '.join(valid)}")
@@ -165,7 +177,7 @@ def main(argv=None) -> int:
     if args.img_size % 16:
         raise ValueError(f"--img_size {args.img_size} must be a multiple of 16, the pixels of a token")
     if args.dry_run:
-        print("\n".join([*(sizes if "causal" in names else []), *([args.mar] if "mar" in names else [])]))
+        print("\n".join(row for name in names for row in (sizes if name == "causal" else [getattr(args, name)])))
         return 0
     for name in names:
         SECTIONS[name](args)

@@ -2,10 +2,12 @@
 
 import torch
 
-from heads.policy import PolicyHeads
+from heads.orders import AFTER_DRAW
+from heads.policy import INFER_MODES, PolicyHeads
 from heads.step import StepState
 
 SCOPES = ("global", "token")
+OF_LATENTS = [mode for mode, rules in INFER_MODES.items() if rules[0] not in AFTER_DRAW]
 
 
 def trained(dim=16, scale=1.0, **options) -> PolicyHeads:

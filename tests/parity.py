@@ -1,9 +1,12 @@
 """Sampling as the specifications in shared/specs name it, by the one loop: for comparisons with published samplers."""
 
 import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
+from heads.orders import Confidence
 from heads.policy import build_rules
 from models.next_scale import NextScaleConditions, kept_tokens
 from models.token_head import guide
@@ -11,6 +14,8 @@ from sampling.loop import eval_mode, generate
 from tests.helpers_causal import WholePass
 from training.optim import make_optimizer
 from training.schedules import decay_at, lr_factor
+
+CFGS_OF = {"linear": "ramp"}  # the specification's names: ours
 
 
 def generate_ids_causal(
@@ -57,6 +62,53 @@ def without_cache(model):
         yield
     finally:
         del model.conditions
+
+
+@dataclass(frozen=True)
+class Recorded(Confidence):
+    """The order confidence with the draws that of_step(step) (B, L) gives in place of the image's own."""
+
+    of_step: Callable
+
+    def scores(self, state, log_prob, gumbel):
+        return super().scores(state, log_prob, self.of_step(state.step)[state.images])
+
+
+def generate_ids(
+    model, labels, *, num_iter=8, schedule="arccos", counts=None, temperature=1.0, r_temp=4.5, cfg=4.0,
+    cfg_schedule="linear", randomize="linear", keep_mask_logit=False, ids=None, mask=None, seeds=None, noise_fn=None,
+    callback=None,
+):  # fmt: skip
+    """Ids (B, L) long of a MaskGIL for labels (B,), −1 = no class; cfg_schedule "linear" is the rule ramp.
+
+    counts: tokens of each step, in place of the schedule's. ids, mask (B, L): known tokens to keep. noise_fn(step) ->
+    (Gumbel draws (B, L, V), V + 1 with keep_mask_logit, draws of the score (B, L)). callback(step, ids, mask) after
+    each step.
+    """
+    names = dict(order="confidence", group=f"step_{schedule}", cfg_schedule=CFGS_OF.get(cfg_schedule, cfg_schedule))
+    numbers = dict(cfg=cfg, temperature=temperature, confidence_noise=r_temp, confidence_score=randomize)
+    rules = build_rules("baseline", **names, **numbers)
+    if counts is not None:
+        rules = replace(rules, group=lambda state: torch.full_like(state.num_unknown, float(counts[state.step])))
+    if noise_fn is not None:
+        rules = replace(rules, order=Recorded(r_temp, randomize, lambda step: noise_fn(step)[1]))
+    unknown = torch.ones(len(labels), model.config.seq_len, dtype=torch.bool) if mask is None else mask.clone()
+
+    def noise(step, rows):
+        return noise_fn(step)[0][rows[:, 0], rows[:, 1]]
+
+    def after(step, rows, plan, tokens):
+        unknown[rows[:, 0], rows[:, 1]] = False
+        callback(step, tokens.clamp(max=model.config.vocab_size - 1), unknown.clone())
+
+    options = dict(seeds=seeds, noise_fn=noise_fn and noise, callback=callback and after, tokens=ids, mask=mask)
+    head = model.token_head
+    head.keep_mask_logit = keep_mask_logit
+    try:
+        made = generate(model, labels, rules, num_iter, **options)
+    finally:
+        head.keep_mask_logit = False
+    return made.flatten(1).clamp(max=model.config.vocab_size - 1)
 
 
 def generate_var(

@@ -13,11 +13,14 @@ import main_mar
 import sample
 import util.args
 from scripts import (
+    ablate_norms,
     bench,
     bench_ids,
     bench_loader,
     bench_training,
     cache_latents,
+    cache_text,
+    demo_text,
     export_weights,
     make_fid_stats,
     measure_latents,
@@ -34,11 +37,14 @@ from util.args import make_parser
 CONFIGS = {
     main_mar: flag_classes(),
     sample: sample.CONFIGS,
+    ablate_norms: [ablate_norms.AblateArgs],
     bench_loader: [bench_loader.BenchArgs],
     bench: [bench.BenchArgs],
     bench_ids: [bench_ids.BenchIdsArgs],
     bench_training: [bench_training.BenchTrainingArgs],
     cache_latents: [cache_latents.CacheArgs],
+    cache_text: [cache_text.CacheTextArgs],
+    demo_text: [demo_text.DemoArgs],
     export_weights: [export_weights.ExportArgs],
     make_fid_stats: [make_fid_stats.StatsArgs],
     measure_latents: [measure_latents.MeasureArgs],

@@ -15,11 +15,14 @@ from PIL import Image
 import main_mar
 import sample
 from scripts import (
+    ablate_norms,
     bench,
     bench_ids,
     bench_loader,
     bench_training,
     cache_latents,
+    cache_text,
+    demo_text,
     download_weights,
     export_weights,
     make_fid_stats,
@@ -116,6 +119,8 @@ TRAINING = [
     ("--group staged --num_iter 4 --train_masks visited --train_num_iter 2,4", "staged", "num_iter 2"),
     ("--lr_schedule steep", "--lr_schedule", "'steep'", "constant, cosine, late_cosine"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
+    ("--group_base nope", "'nope'", "cosine, constant"),
+    ("--group_base one", "'one'", "cosine, constant"),
     ("--order_base learned", "'learned'", "random, raster, halton"),
     ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),
     ("--mix_anneal 3", "--mix_anneal needs", "--train_masks visited, policy or mix"),
@@ -141,6 +146,7 @@ TRAINING = [
     ("--use_cached --cached_path {tmp}/missing", "{tmp}/missing", "--cached_path"),
     ("--use_cached --cached_path {file}", "{file}", "--cached_path"),
     ("--use_cached --cached_path {empty}", "{empty}", "index.json"),
+    ("--cached_text {empty}", "--cached_text {empty}", "--model mar_tiny"),
     ("--data_path {empty}", "--data_path {empty}", "digits"),
     (f"{FOLDER} {HERE}", HERE),
     (f"{FOLDER} {{file}}", "{file}"),
@@ -184,9 +190,12 @@ SAMPLING = [
         for text in ("10", "a,b", "-2", "3,,4", "-1,10")
     ),
     *((f"--class_labels={text}", "--class_labels", f"'{text}'", "from -1 to 9") for text in ("", "1.5", "nan", "0:9")),
+    ("--prompts seven", "--prompts seven", "of classes", "--class_labels"),
+    ("--text_encoder {empty}", "--text_encoder {empty}", "of classes"),
     ("--infer_mode policy", "policy", "--learn order"),
     ("--infer_mode baseline,policy", "policy", "--learn order"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
+    ("--group_base nope", "'nope'", "cosine, constant"),
     ("--cfg_interval 0.8,0.2", "--cfg_interval", "'0.8,0.2'", "0 <= lo <= hi <= 1"),
     ("--cfg_t_interval 0,2", "--cfg_t_interval", "'0,2'", "0 <= lo <= hi <= 1"),
     ("--schedule {results}", "--schedule", "{results}", "'values'"),
@@ -234,6 +243,27 @@ CACHING = [
     ("--data_path {empty}", "--data_path {empty}", "digits"),
     ("--device nope", "'nope'", "cpu"),
     ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
+]
+TEXTS = [
+    *READING,
+    ("--text_encoder=", "--text_encoder DIR"),
+    ("--cached_text=", "--cached_text DIR"),
+    ("--cached_text {file}", "--cached_text {file}", "not a folder"),
+    ("--cached_text /proc/x", "--cached_text /proc/x"),
+    ("--captions beside", "--captions beside", "imagefolder"),
+    ("--captions {tmp}/missing.csv", "{tmp}/missing.csv"),
+    ("--captions {file}", "--captions {file}", ".csv, .jsonl or .txt"),
+    ("--captions {texts}/a.txt --text_encoder {tmp}/missing", "--text_encoder {tmp}/missing", "model.safetensors"),
+    ("--captions {texts}/a.txt", "--text_encoder {empty}", "T5"),
+    ("--data imagefolder --data_path {texts}", "{texts}", "<class>/*"),
+    ("--data imagefolder --data_path {one} --img_size 8", "--captions beside", "0.png"),
+    ("--device nope", "'nope'", "cpu"),
+]
+DEMO = [
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--output_dir /proc/x", "--output_dir /proc/x"),
+    ("--samples {tmp}/missing", "--samples", "{tmp}/missing"),
+    ("--samples {empty}", "{empty}", "samples.npz"),
 ]
 STATISTICS = [
     *READING,
@@ -284,6 +314,17 @@ SEARCH = [
     ("--num_iter 65", "65", "64"),
     ("--device nope", "'nope'", "cpu"),
 ]
+NORMS = [
+    *READING,
+    ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
+    ("--tokenizer pixel", "--tokenizer pixel", "continuous"),
+    ("--tokenizer llamagen_vq16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
+    ("--seeds 1,x", "--seeds", "'1,x'"),
+    ("--img_size 9", "9", "8"),
+    ("--data imagefolder --data_path {tmp}/missing", "{tmp}/missing"),
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--device nope", "'nope'", "cpu"),
+]
 AUTOENCODER = [
     *READING,
     ("--stride 16", "--stride 16", "8"),
@@ -319,7 +360,7 @@ BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampli
 BENCH_TRAINING = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "training, heads")]
 BENCH_IDS = [
     ("--device nope", "'nope'", "cpu"),
-    ("--only speed", "'speed'", "causal, mar"),
+    ("--only speed", "'speed'", "causal, mar, maskgil"),
     ("--models mar_base", "'mar_base'", "llamagen_ar_b"),
     ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
     ("--img_size 100", "--img_size 100", "multiple of"),
@@ -384,10 +425,13 @@ CATALOGUE = {
     main_mar: (TRAIN, TRAINING),
     sample: (DRAW, SAMPLING),
     cache_latents: (f"{DIGITS} --num_workers 0 --cached_path {{out}}".split(), CACHING),
+    cache_text: ("--data digits --text_encoder {empty} --device cpu --cached_text {out}".split(), TEXTS),
+    demo_text: ("--output_dir {out}".split(), DEMO),
     make_fid_stats: (f"{STATS} --out {{out}}.npz".split(), STATISTICS),
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
     measure_latents: (f"{DIGITS} --num_workers 0".split(), MEASURING),
     train_tokenizer: (SMALL.split(), AUTOENCODER),
+    ablate_norms: ("--data digits --tokenizer pixel --output_dir {out} --device cpu".split(), NORMS),
     search_schedule: ("--checkpoint {good} --out {out}.json --device cpu".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),

@@ -99,16 +99,17 @@ def test_other_tables_are_made_in_a_process_of_their_own(section, other, given, 
 
 
 def test_models_of_ids_have_a_row_for_each_batch_size(capsys):
-    words = "--models causal_gpt_tiny,mar_ar_tiny --mar mar_tiny --img_size 32 --vocab_size 8 --num_iter 2".split()
+    words = "--models causal_gpt_tiny,mar_ar_tiny --mar mar_tiny --maskgil maskgil_tiny --img_size 32".split()
+    words += "--vocab_size 8 --num_iter 2".split()
     assert bench_ids.main([*words, "--repeats", "1", "--batch_sizes", "1,2", "--device", "cpu"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m") or line.startswith("| c")]
     assert [line.split(" | ")[:2] for line in lines] == [
-        [f"| {size}", batch] for size in ("causal_gpt_tiny", "mar_ar_tiny", "mar_tiny") for batch in ("1", "2")
+        [f"| {size}", batch] for size in (*words[1].split(","), "mar_tiny", "maskgil_tiny") for batch in "12"
     ]
     for line in lines:
         first, second, ratio = map(float, line.split(" | ")[2:5])
         assert min(first, second, ratio) >= 0
-    for flags, shown in (("--models mar_base", "'mar_base'"), ("--batch_sizes 0", "'0'"), ("--only x", "'x'")):
+    for flags, shown in (("--models maskgil_b", "'maskgil_b'"), ("--batch_sizes 0", "'0'"), ("--only x", "'x'")):
         with pytest.raises(ValueError, match=shown):
             bench_ids.main(flags.split())
 

@@ -11,26 +11,33 @@ import main_mar
 import sample
 from heads.policy import INFER_MODES
 from scripts import (
+    ablate_norms,
     bench,
     bench_ids,
     bench_training,
     cache_latents,
+    cache_text,
+    demo_text,
     export_weights,
     plot_training,
     torture,
     train_classifier,
     train_tokenizer,
 )
+from tests.helpers_text import random_prompts
 from tests.test_sample import train_tiny
 from util.door import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 # those with --dry_run
 SCRIPTS = (
+    ablate_norms,
     bench,
-    bench_training,
     bench_ids,
+    bench_training,
     cache_latents,
+    cache_text,
+    demo_text,
     export_weights,
     plot_training,
     torture,
@@ -304,6 +311,8 @@ def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_
         "export_weights.py",
     ):  # a tiny checkpoint stands in for the one that is named, whose sizes do not fit it
         monkeypatch.setattr("models.loading._check_given", lambda *a, **k: None)
+        monkeypatch.setattr("sample.check_asked", lambda *a, **k: None)
+        monkeypatch.setattr("sample.open_prompts", lambda *a, **k: random_prompts(40))
         at = next(i for i, word in enumerate(arguments) if word.startswith("--checkpoint"))
         arguments = [*arguments[:at], *arguments[at + (2 if arguments[at] == "--checkpoint" else 1) :]]
         arguments += ["--checkpoint", str(checkpoint)]

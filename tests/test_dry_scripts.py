@@ -19,6 +19,7 @@ SCRIPTS = sorted({path.stem for path in ROOT.glob("scripts/*.sh")} - SOURCED)
 PROGRAMS = ("python", "python3", "torchrun", "ruff", "pip")
 PRESETS = {"paper": ("digits", "imagenet"), "ablate_infer_mode": ("digits", "mar_base"), "ablate_speed": ("",)}
 PRESETS |= {"train_policy": ("digits", "cifar10", "mar_base"), "quickstart": ("",), "test": ("",), "test_gpu": ("",)}
+PRESETS |= {"quickstart_maskgil": ("",), "demo_text": ("",)}
 PRESETS |= {"search_grid": ("digits", "cifar10"), "train_heads": ("",), "leaderboard": ("",)}
 CASES = [(s, preset) for s in SCRIPTS for preset in PRESETS["paper" if s.startswith("paper_") else s]]
 
@@ -98,7 +99,7 @@ def test_what_is_shown_is_what_runs(script, preset, place, tmp_path):
     shutil.copy(ROOT / "requirements.txt", venv / ".mar_requirements")
     variables = dict(VIRTUAL_ENV=str(venv), OUT=str(out), GPUS="4", VQ16_SCALE="0.2")
     variables |= dict(PRESET=preset) if preset else {}
-    more = ["--output_dir", str(out)] if script == "quickstart" else ["--blr", "1e-4"]
+    more = ["--output_dir", str(out)] if script.startswith("quickstart") else ["--blr", "1e-4"]
     code, shown, errors, calls = run(script, "--dry_run", *more, "--class_labels", "a b", **variables)
     assert (code, errors, calls) == (0, "", [])
     _, *lines = shown.splitlines()

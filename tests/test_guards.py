@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import sample
-from heads.policy import INFER_MODES, PolicyHeads, build_rules
+from heads.policy import PolicyHeads, build_rules
 from models.tokenizers import build_tokenizer
 from sampling.guards import draw_finite, is_plain
 from sampling.loop import generate
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from tests.helpers import named_weights, on_cpu, tiny_mar, untrained
+from tests.helpers_heads import OF_LATENTS
 from util.images.pictures import read_png
 from util.rng import image_seeds
 
@@ -103,7 +104,7 @@ def test_draw_finite_asks_for_the_rows_that_are_not():
     assert draw_finite(made, 5, torch.float32)[1:] == ([], [3])
 
 
-@pytest.mark.parametrize("mode", INFER_MODES)
+@pytest.mark.parametrize("mode", OF_LATENTS)
 def test_rules_survive_numbers_that_are_not_finite(mode):
     """An image whose tokens explode half-way still ends, and its neighbours are what they were."""
     mar = tiny_mar()

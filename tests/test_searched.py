@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import sample
-from heads.policy import INFER_MODES, PolicyHeads, build_rules
+from heads.policy import PolicyHeads, build_rules
 from heads.searched import KINDS, schedule_setting, schedule_values
 from sampling.loop import generate
 from sampling.settings import SampleConfig
 from tests.helpers import named_weights, tiny_mar, untrained
 from tests.helpers_generate import LENGTH, SCHEDULE, rules_of, run, state
-from tests.helpers_heads import state_of
+from tests.helpers_heads import OF_LATENTS, state_of
 from tests.test_cli import refused
 from tests.test_sample import draw, folder_of, pngs, rows
 from tests.test_visiting import draws_of
@@ -110,7 +110,7 @@ def test_the_rule_without_its_values_is_one_line(flag, kind):
             rules_of(schedule=schedule, **{flag: "schedule"})
 
 
-@pytest.mark.parametrize("mode", INFER_MODES)
+@pytest.mark.parametrize("mode", OF_LATENTS)
 def test_untrained_heads_move_the_schedule_bit_for_bit(mode):
     mar, heads = tiny_mar(), PolicyHeads(16)
     options = dict(num_iter=4, num_steps=3, seeds=[4, 5, 6], clip=(-1, 1))

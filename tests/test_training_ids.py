@@ -138,7 +138,7 @@ def test_heads_learn_tau_and_w_from_images(run, tmp_path):
         ("--vocab_size 32", "--vocab_size 32 does not fit the tokenizer grey16, which has 16"),
         ("--learn tau", "--learn tau: --objective token learns it by the noise of a diffusion loss"),
         ("--train_masks visited --order confidence", "--order confidence looks at tokens that the model draws"),
-        ("--order_base confidence", "unknown order_base 'confidence'"),
+        ("--train_masks policy --learn order --order_base confidence", "--order_base confidence looks at tokens that"),
         ("--cfg_profile interval", "--cfg_profile must be constant"),
         ("--label_smoothing 1.5", "--label_smoothing: invalid value '1.5'"),
         ("--patch_size 2", "--patch_size 2 must be 1 with --loss ce"),

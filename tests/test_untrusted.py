@@ -284,6 +284,7 @@ SETTINGS = [
     ("sample", "solver", "../evil"),
     ("sample", "num_sampling_steps", "../evil"),
     ("sample", "order_base", "../evil"),
+    ("sample", "group_base", "../evil"),
     ("sample", "cfg_interval", "../evil"),
     ("sample", "cfg", "../evil"),
     ("sample", "temperature", float("nan")),

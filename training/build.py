@@ -14,8 +14,10 @@ from training.state import TrainState
 from util import dist
 from util.evaluation.protocol import EvalConfig, build_reference
 from util.images.datasets import build_dataset
-from util.images.latents import open_latents
+from util.images.latent_files import image_names
+from util.images.latents import Latents, open_latents
 from util.images.reading import Reading
+from util.images.text_cache import CachedTexts, captions_for
 
 
 def build_data(data: DataConfig, img_size: int):
@@ -71,6 +73,27 @@ def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, data
             f"{reference.num_classes} of the images in {data.place} that the metrics need are not the same"
         )
     return reference
+
+
+def with_text(config: ModelConfig, texts: CachedTexts, content: dict | None) -> ModelConfig:
+    """The model's settings with the sizes of its captions; flags, or a checkpoint's content, of others: ValueError."""
+    sizes = dict(caption_dim=texts.width, cls_token_num=texts.num_tokens)
+    stored = {} if content is None else stored_model_config(content, config.family_name)
+    for name, value in sizes.items():
+        for of_others, what in ((config.given, f"--{name} {config.given.get(name)}"), (stored, "the checkpoint")):
+            if of_others.get(name, value) != value:
+                raise ValueError(
+                    f"{what} does not fit --cached_text {texts.folder}, whose features have {name} {value}, not "
+                    f"{of_others[name]}"
+                )
+    return replace(config, given={**config.given, **sizes})
+
+
+def give_captions(state: TrainState, texts: CachedTexts, dataset) -> None:
+    """Let a state whose model has these texts as prompts train on the captions of a data set's images."""
+    names = dataset.names if isinstance(dataset, Latents) else image_names(dataset)
+    state.captions = captions_for(texts, dataset, names)
+    state.stored["config"]["text"] = texts.describe()
 
 
 def make_tokenizer(config: TokenizerConfig, model: ModelConfig, channels: int, any_tokens: bool = False) -> Tokenizer:

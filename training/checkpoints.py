@@ -115,6 +115,8 @@ def check_resume(launch: LaunchConfig, stored: dict, content: dict, classes: lis
     wrong = sorted(f"{name} {old_sizes[name]}, not {sizes[name]}" for name in changed)
     if before.get("latents") not in (None, now["latents"]):
         wrong.append(f"latents of {before['latents']}, not {now['latents']}")
+    if now.get("text") and now["text"]["fingerprint"] != before.get("text", now["text"])["fingerprint"]:
+        wrong.append("features of captions by another encoder")
     old_classes = before.get("data", {}).get("classes", classes)
     if old_classes != classes:
         first = next(((a, b) for a, b in zip(old_classes, classes) if a != b), ("another number", "of them"))
@@ -238,14 +240,14 @@ def restore(state: TrainState, content: dict, source) -> int:
     restore_weights(state, content, source)
     state.objective.remember(content.get("objective", {}))
     if "optimizer" in content:
-        weight_decay = [group["weight_decay"] for group in state.optimizer.param_groups]
+        flags = [{key: group[key] for key in ("weight_decay", "betas")} for group in state.optimizer.param_groups]
         try:
             state.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise ValueError(f"the optimizer in {source} does not fit this run ({reason}); see --init_from") from None
-        for group, value in zip(state.optimizer.param_groups, weight_decay):  # the flag counts, as it does for lr
-            group["weight_decay"] = value
+        for group, values in zip(state.optimizer.param_groups, flags):  # the flags count, as they do for lr
+            group.update(values)
     if content.get("scaler") and state.scaler.is_enabled():
         state.scaler.load_state_dict(content["scaler"])
     epoch = content.get("epoch", -1) + 1

@@ -35,6 +35,7 @@ class DataConfig(Reading):
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
+    cached_text: str = flag("", "folder of the features of captions (scripts/cache_text.py), for a model of text")
     num_workers: int = flag(10, "processes that load images", low=0)
     pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
 
@@ -84,6 +85,11 @@ class ModelConfig:
         return {field.name: self.given.get(field.name, getattr(row, field.name)) for field in fields(row)}
 
     @property
+    def reads_text(self) -> bool:
+        """Is the model's condition a caption?"""
+        return self.settings.get("model_type") == "t2i"
+
+    @property
     def fixed_rules(self) -> dict[str, str]:
         """The rules that the model cannot do without."""
         return rules_of(self.family_name, self.settings)
@@ -106,6 +112,7 @@ class TrainConfig(ScheduleConfig):
     batch_size: int = flag(16, "images a step and process (with accum_iter: at a time)", low=1)
     accum_iter: int = flag(1, "batches whose gradients are added up to one step", low=1)
     start_epoch: int = flag(0, "first epoch of a fresh start", low=0)
+    beta2: float = flag(0.95, "AdamW averaging rate of the squared gradient", low=0, high=0.99999)
     ema_rate: float = flag(0.9999, "averaging rate of the weights, approached from below", low=0, high=1)
     grad_clip: float = flag(3.0, "largest gradient norm; 0 = no clipping", low=0)
     freeze_backbone: bool = flag(False, "do not train the transformer")
@@ -278,7 +285,7 @@ def resolve(given: dict) -> RunConfig:
     num_iter = default_num_iter(ModelConfig(model, given).fixed_rules, None)
     if num_iter is None:  # a preset's is for several tokens a step
         mars.pop("num_iter", None)
-    base = {**defaults(*PARTS), "num_iter": num_iter}
+    base = {**defaults(*PARTS), "num_iter": num_iter, **FAMILIES[SIZES[model]].sampling}
     chosen = {**base, **mars, **given, "preset": preset if preset in PRESETS else None}
     own = OBJECTIVES[chosen["objective"]].defaults(chosen)
     if "blr" in given:
@@ -341,6 +348,12 @@ def check(config: RunConfig, given: dict) -> None:
     of_others = defaults(*flag_classes()).keys() - defaults(*PARTS, config.model.family.config).keys()
     for name in sorted(of_others & given.keys()):
         raise ValueError(f"--{name} {given[name]} has no meaning for --model {config.model.model}")
+    if config.model.reads_text and not config.data.cached_text:
+        raise ValueError(
+            f"--model {config.model.model} is of text and needs --cached_text DIR, which scripts/cache_text.py makes"
+        )
+    if config.data.cached_text and not config.model.reads_text:
+        raise ValueError(f"--cached_text {config.data.cached_text} has no meaning for --model {config.model.model}")
     config.data.check(config.data.data)
     config.evaluation.resolved()
     if launch.evaluate:  # with the heads of the checkpoint

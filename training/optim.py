@@ -9,9 +9,14 @@ from torch import nn
 
 
 def make_optimizer(
-    module: nn.Module, token_head: nn.Module, lr: float, weight_decay: float, no_decay: tuple[str, ...] | None = None
+    module: nn.Module,
+    token_head: nn.Module,
+    lr: float,
+    weight_decay: float,
+    no_decay: tuple[str, ...] | None = None,
+    beta2: float = 0.95,
 ) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95) for a module, without weight decay on biases, norms and its token head, as MAR's is published.
+    """AdamW (0.9, beta2) for a module, without weight decay on biases, norms and its token head, as MAR's is published.
 
     no_decay: in place of the token head, the parameters with one of these parts in their names.
     """
@@ -23,7 +28,7 @@ def make_optimizer(
             exempt = exempt or any(part in name for part in no_decay or ())
             (plain if exempt else decay).append(parameter)
     groups = [{"params": plain, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2))
 
 
 def lr_at(progress: float, *, lr: float, min_lr: float, schedule: str, warmup_epochs: float, epochs: float) -> float:

@@ -10,6 +10,7 @@ from heads.policy import PolicyHeads
 from sampling.run import Parts
 from training.optim import EMA
 from util import dist
+from util.images.text_cache import ImageCaptions
 
 
 @dataclass
@@ -27,6 +28,7 @@ class TrainState:
     device: torch.device
     dtype: torch.dtype
     seed: int
+    captions: ImageCaptions | None = None  # of the images trained on, for a model of text
     stored: dict = field(default_factory=dict)  # args and config, as each checkpoint has them
     wrapped: nn.Module | None = None  # the objective inside DistributedDataParallel, or itself
     step: int = 0  # optimizer steps done

@@ -41,7 +41,8 @@ def forward_backward(state: TrainState, batch, labels, indices, accum_iter: int 
     parts = [state.objective.prepare(state, *part) for part in parts]
     # A mean over all target tokens of the global batch. DDP averages gradients over processes: hence the division.
     num_targets = torch.full((), float(sum(part.num_targets for part in parts)), device=state.device)
-    num_targets = dist.all_sum(num_targets) / dist.world_size()
+    # Where masks may be empty there may be none, and the loss is 0.
+    num_targets = dist.all_sum(num_targets).clamp(min=1) / dist.world_size()
     torch.manual_seed(seed_of("dropout", state.seed, state.step, dist.rank()))
     totals = {}
     for i, part in enumerate(parts):

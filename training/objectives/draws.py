@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from scipy.special import ndtr, ndtri
 
+from models.mask_schedules import draw_mask
 from util.rng import generator, seed_of
 
 
@@ -98,13 +99,42 @@ class Draws:
         return replace(self, mask=mask, orders=orders, num_visible=num_visible, tokens=tokens, policy=policy)
 
 
+class RowsOf:
+    """The rows that go through the token head: m times N of b·L tokens, and its draws for them, each (m·N, …)."""
+
+    def __init__(self, draws: Draws):
+        self.tokens, self.shape = draws.tokens, draws.mask.shape
+        self.repeats = max((len(value) for value in draws.tokens.draws.values()), default=1)  # m
+        self.draws = {name: value.flatten(0, 1) for name, value in draws.tokens.draws.items()}
+
+    def __call__(self, x) -> torch.Tensor:
+        """x (b, L, …) as (m·N, …)."""
+        return x.flatten(0, 1)[self.tokens.rows].repeat(self.repeats, *(1 for _ in x.shape[2:]))
+
+    def spread(self, x) -> torch.Tensor:
+        """x (b, 1) or (b, L), one value an image or a token, as (m·N,)."""
+        return self(x.expand(self.shape))
+
+    def targets(self, x) -> torch.Tensor:
+        """Of x (m·N,) the targets of the loss (m, ·)."""
+        return x.view(self.repeats, -1)[:, : self.tokens.num_targets]
+
+    def with_and_without_gradient(self) -> list[torch.Tensor]:
+        """Indices into m·N rows: those of the targets, and the others."""
+        index = torch.arange(self.repeats * len(self.tokens.rows), device=self.tokens.rows.device)
+        index = index.view(self.repeats, -1)
+        return [part.flatten() for part in index.split([self.tokens.num_targets, self.tokens.num_others], dim=1)]
+
+
 @dataclass(frozen=True)
 class DrawSettings:
     """What `training_draws` draws from.
 
     num_iter, the range of steps that is trained for, adds what heads and visited masks need, with K log-uniform in it
     and cfg uniform in [1, cfg_max]; the other draws are the same with or without it. every_token: the token head's
-    draws for all tokens, for a mask that is not known yet.
+    draws for all tokens, for a mask that is not known yet. mask_schedule: a row of `models.mask_schedules.MASK_RATIOS`,
+    whose masks take the place of MAR's; with num_iter, of an image whose mask would be empty one token is masked.
+    loss_tokens: "masked" or "all", which tokens are targets.
     """
 
     seq_len: int
@@ -114,6 +144,8 @@ class DrawSettings:
     num_iter: tuple[int, int] | None = None
     cfg_max: float = 1.0
     every_token: bool = False
+    mask_schedule: str | None = None
+    loss_tokens: str = "masked"
 
 
 def training_draws(seed: int, step: int, samples: list[int], token_head, settings: DrawSettings) -> Draws:
@@ -131,11 +163,10 @@ def training_draws(seed: int, step: int, samples: list[int], token_head, setting
         uniform = torch.rand(3, generator=g).tolist()
         flip.append(uniform[0] < 0.5)
         drop.append(uniform[1] < settings.label_drop_prob)
-        ratio = mask_ratio(uniform[2] if settings.mask_ratio_per_image else shared, settings.mask_ratio_min)
-        masked, visible = torch.randperm(length, generator=g).tensor_split([math.ceil(length * ratio)])
+        masked, visible = _split(uniform[2], shared, g, settings)
         orders.append(torch.cat([visible, masked]))
         mask[i, masked] = True
-        drawn = torch.arange(length) if settings.every_token else masked
+        drawn = torch.arange(length) if settings.every_token or settings.loss_tokens == "all" else masked
         rows.append(drawn + i * length)
         draws.append(token_head.draws(g, len(drawn)))
         if settings.num_iter is not None:
@@ -150,6 +181,23 @@ def training_draws(seed: int, step: int, samples: list[int], token_head, setting
         tokens=TokenDraws(torch.cat(rows), joined),
         policy=_policy_draws(policy, settings) if policy else None,
     )
+
+
+def _split(own: float, shared: float, g: torch.Generator, settings: DrawSettings):
+    """Positions of an image that are masked, and the others, each in random order.
+
+    own, shared: uniform draws of the image and of the step.
+    """
+    length = settings.seq_len
+    if settings.mask_schedule is None:
+        ratio = mask_ratio(own if settings.mask_ratio_per_image else shared, settings.mask_ratio_min)
+        return torch.randperm(length, generator=g).tensor_split([math.ceil(length * ratio)])
+    u, order = torch.rand(1, length, generator=g), torch.randperm(length, generator=g)
+    mask = draw_mask(settings.mask_schedule, torch.tensor([own]), u)[0]
+    if settings.num_iter is not None and not mask.any():  # rules choose from masked tokens
+        mask[u[0].argmin()] = True
+    mask = mask[order]
+    return order[mask], order[~mask]
 
 
 def _policy_draws(drawn, settings: DrawSettings) -> PolicyDraws:

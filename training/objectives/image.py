@@ -13,6 +13,7 @@ from torch import nn
 
 from heads.policy import FLAGS, PolicyHeads
 from models.coding import render
+from models.text import reads_text
 from sampling.loop import decode
 from training.objectives.draws import log_uniform
 from training.objectives.reward import Bank, Reward
@@ -92,7 +93,9 @@ class ImageObjective(nn.Module):
 
     @classmethod
     def build(cls, model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> "ImageObjective":
-        """The objective of a run, see `training.objectives`."""
+        """The objective of a run, see `training.objectives`; a model of text raises ValueError."""
+        if reads_text(model):
+            raise ValueError("--objective image does not fit a model of text: use --objective token")
         return cls(model, heads, settings)
 
     @staticmethod

@@ -14,7 +14,8 @@ from torch import nn
 from heads.policy import PolicyHeads, base_scores, column, hand_made, moved_rule
 from heads.rules import whole_group
 from heads.schedules import A_STEP, RuleOptions, check_num_iter
-from training.objectives.draws import Draws, DrawSettings, training_draws
+from models.text import Text, condition_of, is_known, reads_text
+from training.objectives.draws import Draws, DrawSettings, RowsOf, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings
 from training.objectives.states import needs_every_loss, training_state
@@ -52,7 +53,7 @@ class HeadPlan:
 
     def _base(self, kind: str, **numbers):
         """The hand-made rule that the learned one of this kind moves."""
-        moved = moved_rule(kind, self.options.schedule, self.options.cfg_base)
+        moved = moved_rule(kind, self.options)
         return hand_made(kind, moved, replace(self.options, **numbers))
 
     def losses(self, difficulty) -> dict[str, torch.Tensor]:
@@ -61,7 +62,8 @@ class HeadPlan:
         mask = self.state.mask
         if needs_every_loss(self.heads):
             difficulty = difficulty.new_zeros(mask.numel()).index_copy(0, self.rows, difficulty).view(mask.shape)
-            scores = base_scores(self.state, self.options)
+            # where the base looks at what is drawn, the token itself stands for it
+            scores = base_scores(self.state, self.options, log_prob=-difficulty)
             if "order" in self.heads.learn:
                 scores = scores + self.heads.logits(self.state, self.scale)
             losses["order"], size = order_and_size_losses(scores, self.k, mask, difficulty, self.config)
@@ -87,10 +89,13 @@ class HeadPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """A prepared micro-batch: tokens (b, L, …), labels (b,) with −1 where dropped, and the draws, all on the device."""
+    """A prepared micro-batch: tokens (b, L, …), labels (b,) with −1 where dropped, and the draws, all on the device.
+
+    Of a model of text the labels are a `models.text.Text`.
+    """
 
     tokens: torch.Tensor
-    labels: torch.Tensor
+    labels: torch.Tensor | Text
     draws: Draws
     inputs: torch.Tensor | None = None  # what the model reads of the tokens, where it is not the tokens
     weights: torch.Tensor | None = None  # (L,) of the tokens' losses; None: 1
@@ -160,7 +165,8 @@ class TokenObjective(nn.Module):
                 "--objective image, or leave tau out"
             )
         train, sizes = settings.train, model.config
-        visits = make_visits(settings.masks, settings.sampling, heads)
+        loss_tokens = getattr(sizes, "loss_tokens", "masked")
+        visits = make_visits(settings.masks, settings.sampling, heads, loss_tokens)
         draws = DrawSettings(
             seq_len=sizes.seq_len,
             mask_ratio_min=sizes.mask_ratio_min,
@@ -169,6 +175,8 @@ class TokenObjective(nn.Module):
             num_iter=None if heads is None and visits is None else settings.heads.num_iter_range(),
             cfg_max=settings.heads.cfg_train_max,
             every_token=visits is not None,
+            mask_schedule=getattr(sizes, "mask_schedule", None),
+            loss_tokens=loss_tokens,
         )
         if train.pg and model.fixed_rules.get("group") != "scale":
             raise ValueError(f"--pg {train.pg:g} has no meaning for this model, whose tokens are of one scale")
@@ -190,8 +198,8 @@ class TokenObjective(nn.Module):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW as published."""
-        settings, no_decay = self.settings, getattr(self.model, "no_decay", None)
-        return make_optimizer(self, self.model.token_head, settings.lr, settings.weight_decay, no_decay)
+        train, no_decay = self.settings, getattr(self.model, "no_decay", None)
+        return make_optimizer(self, self.model.token_head, train.lr, train.weight_decay, no_decay, train.beta2)
 
     def average_heads(self) -> EMA:
         """An exponential moving average, as of the model's weights."""
@@ -222,6 +230,8 @@ class TokenObjective(nn.Module):
             draws = replace(draws, policy=replace(draws.policy, heads_rest=resting))
         flips = draws.flip.to(state.device) if preparation.flip else None
         seeds = [seed_of("posterior", preparation.seed, state.step, sample) for sample in samples]
+        if state.captions is not None:
+            labels = state.captions.draw(samples, preparation.seed, state.step)
         images = batch.to(state.device, non_blocking=True)
         tokens = tokens_of(images, flips, seeds, state.tokenizer, self.model)
         inputs = state.tokenizer.inputs_of(tokens)
@@ -232,7 +242,8 @@ class TokenObjective(nn.Module):
                 score = partial(self._score, tokens, labels)
                 draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
-        return self._staged(Batch(tokens, send(labels, state.device), draws.to(state.device), inputs), state)
+        condition = condition_of(self.model, labels, state.device)
+        return self._staged(Batch(tokens, condition, draws.to(state.device), inputs), state)
 
     def _staged(self, batch: Batch, state) -> Batch:
         """The batch, of a progressive run with the scales that it has reached."""
@@ -249,8 +260,8 @@ class TokenObjective(nn.Module):
 
     def _score(self, tokens, labels, mask, num_visible):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
-        if any(num_visible):
-            return self.model.encode_decode(tokens, mask, send(labels, mask.device), num_visible)
+        if any(num_visible) or reads_text(self.model):
+            return self.model.encode_decode(tokens, mask, condition_of(self.model, labels, mask.device), num_visible)
         classes, which = (send(x, mask.device) for x in labels.unique(return_inverse=True))
         one = slice(len(classes))
         return self.model.encode_decode(tokens[one], mask[one], classes, num_visible[one])[which]
@@ -310,7 +321,7 @@ class TokenObjective(nn.Module):
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
-        return guidance_loss(fit, rows.spread((batch.labels >= 0).unsqueeze(1)))
+        return guidance_loss(fit, rows.spread(is_known(batch.labels).unsqueeze(1) & draws.mask))
 
 
 def check_fixed_groups(model, heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
@@ -346,30 +357,3 @@ def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:
     if discrete:
         return model.patchify(moments.long())
     return model.patchify(tokenizer.from_moments(moments, generator=[generator(seed) for seed in seeds]))
-
-
-class RowsOf:
-    """The rows that go through the token head: m times N of b·L tokens, and its draws for them, each (m·N, …)."""
-
-    def __init__(self, draws: Draws):
-        self.tokens, self.shape = draws.tokens, draws.mask.shape
-        self.repeats = max((len(value) for value in draws.tokens.draws.values()), default=1)  # m
-        self.draws = {name: value.flatten(0, 1) for name, value in draws.tokens.draws.items()}
-
-    def __call__(self, x) -> torch.Tensor:
-        """x (b, L, …) as (m·N, …)."""
-        return x.flatten(0, 1)[self.tokens.rows].repeat(self.repeats, *(1 for _ in x.shape[2:]))
-
-    def spread(self, x) -> torch.Tensor:
-        """x (b, 1) or (b, L), one value an image or a token, as (m·N,)."""
-        return self(x.expand(self.shape))
-
-    def targets(self, x) -> torch.Tensor:
-        """Of x (m·N,) the targets of the loss (m, ·)."""
-        return x.view(self.repeats, -1)[:, : self.tokens.num_targets]
-
-    def with_and_without_gradient(self) -> list[torch.Tensor]:
-        """Indices into m·N rows: those of the targets, and the others."""
-        index = torch.arange(self.repeats * len(self.tokens.rows), device=self.tokens.rows.device)
-        index = index.view(self.repeats, -1)
-        return [part.flatten() for part in index.split([self.tokens.num_targets, self.tokens.num_others], dim=1)]

@@ -188,23 +188,25 @@ def digit_metrics(images, labels, real_images, real_labels) -> dict[str, float]:
     """svc_accuracy, the share of `images` that an SVC trained on the real pixels labels rightly, and frechet_pixels.
 
     images, real_images: uint8 (n, 8, 8) or (n, 8, 8, 1), n >= 2; labels, real_labels: (n,) integers, the real ones of
-    two classes or more; else ValueError.
+    two classes or more; else ValueError. labels None: of no classes, there is no svc_accuracy.
     The Fréchet distance is that of the 64-vectors of pixels scaled to [-1, 1].
     """
     from sklearn.svm import SVC
 
     sets = []
     for name, x, y in (("generated", images, labels), ("real", real_images, real_labels)):
-        x, y = np.asarray(x), np.asarray(y)
+        x, y = np.asarray(x), np.zeros(len(x), int) if y is None else np.asarray(y)
         if x.dtype != np.uint8 or x.shape[1:] not in ((8, 8), (8, 8, 1)) or len(x) < 2 or y.shape != x.shape[:1]:
             need = "uint8 (n, 8, 8, 1), n >= 2, with labels (n,)"
             raise ValueError(f"{name} digits must be {need}, got {x.dtype} {x.shape} with {y.shape}")
         sets.append((x.reshape(-1, 64) / 127.5 - 1, y))
     (x, y), real = sets
     check_classes(real[1].tolist())
+    figures = {"frechet_pixels": frechet_distance(*gaussian_statistics(x), *gaussian_statistics(real[0]))}
+    if labels is None:
+        return figures
     accuracy = np.mean(SVC(kernel="rbf", gamma="scale").fit(*real).predict(x) == y)
-    distance = frechet_distance(*gaussian_statistics(x), *gaussian_statistics(real[0]))
-    return {"svc_accuracy": float(accuracy), "frechet_pixels": distance}
+    return {"svc_accuracy": float(accuracy), **figures}
 
 
 def metrics_line(metrics: dict) -> str:

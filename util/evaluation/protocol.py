@@ -94,7 +94,8 @@ def build_reference(config: EvalConfig, name: str, data_path, img_size: int, rea
 def score(images, labels, reference, config: EvalConfig, device) -> dict[str, float]:
     """The figures that config names for images (a Dataset of uint8 (C, H, W)) against a data set or FIDStats.
 
-    With the digit features and reference images also those of `util.evaluation.metrics.digit_metrics`.
+    With the digit features and reference images also those of `util.evaluation.metrics.digit_metrics`. labels: classes,
+    None where captions are asked for.
     """
     if not config.metric_names:
         return {}
@@ -177,27 +178,33 @@ def reconstruction_row(weights: str, settings: dict, config: EvalConfig, referen
     return dict(kind="reconstruction", settings=settings, weights=weights, **reference_hashes(reference))
 
 
-def class_balance(labels) -> str:
-    """The number of images of each class as a phrase: "180 of each of 10 classes"; label −1 is no class."""
+def class_balance(labels, of_text: bool = False) -> str:
+    """The number of images of each class as a phrase: "180 of each of 10 classes"; label −1 is no class.
+
+    of_text: labels number captions.
+    """
     counts = Counter(labels)
     if not counts.keys() - {-1}:
         return "unconditional"
     least, most = min(counts.values()), max(counts.values())
     per_class = f"{least}" if least == most else f"{least} to {most}"
-    classes = f"{len(counts)} classes" if len(counts) > 1 else "1 class"
+    one, several = ("caption", "captions") if of_text else ("class", "classes")
+    classes = f"{len(counts)} {several}" if len(counts) > 1 else f"1 {one}"
     if -1 in counts:
         classes += " (one of them unconditional)"
     return f"{per_class} of each of {classes}"
 
 
-def protocol(kind: str, config: EvalConfig, labels, reference, data: str, *, ema: bool | None, dtype: str) -> dict:
+def protocol(
+    kind: str, config: EvalConfig, labels, reference, data: str, *, ema: bool | None, dtype: str, of_text: bool = False
+) -> dict:
     """What a figure must be quoted with, plain values for JSON.
 
     kind: "generation", or "reconstruction" for a tokenizer's own. data: name and place of the reference's data set.
     ema: are the weights averaged ones? None for a tokenizer, which has no averages. reference: a data set, FIDStats, or
-    None for no metrics.
+    None for no metrics. of_text: labels number captions.
     """
-    sampled = dict(kind=kind, num_images=len(labels), balance=class_balance(labels), ema=ema, dtype=dtype)
+    sampled = dict(kind=kind, num_images=len(labels), balance=class_balance(labels, of_text), ema=ema, dtype=dtype)
     if reference is None:
         return sampled
     if isinstance(reference, FIDStats):

@@ -101,9 +101,9 @@ def checksum(array: np.ndarray) -> str:
 class Latents:
     """What data sets of cached latents have in common: ds[i] -> (moments (2, c, h, w) plain and mirrored, label, i).
 
-    Also `shape` (c, h, w) of the moments, `fingerprint` of the tokenizer that made them (None in caches of MAR's) and
-    `reading`, how its images were read (None for images from no folder). A cache of ids has a codebook_size above 0
-    and, in place of the moments, ids (2, h, w) or (2, L) long.
+    Also `shape` (c, h, w) of the moments, `fingerprint` of the tokenizer that made them (None in caches of MAR's),
+    `reading`, how its images were read (None for images from no folder), and `names` of the images. A cache of ids has
+    a codebook_size above 0 and, in place of the moments, ids (2, h, w) or (2, L) long.
     """
 
     codebook_size = 0
@@ -158,7 +158,7 @@ class PackedLatents(Latents, ImageDataset):
 
     def __init__(self, folder: Path, index: dict):
         super().__init__(len(index["names"]), index["classes"], index["channels"], index["img_size"], index["flip"])
-        self.reading = reading_of(index)
+        self.reading, self.names = reading_of(index), index["names"]
         self.folder, self.shape, self.fingerprint = folder, tuple(index["shape"]), index["fingerprint"]
         self.labels, self.dtype, self.shards = index["labels"], index["dtype"], index.get("shards", [])
         self.codebook_size = index.get("codebook_size", 0)  # none in a cache of before there were ids
@@ -227,7 +227,7 @@ class NpzLatents(Latents, FolderDataset):
                 )
         samples = [(str(npz_path(folder, name)), label) for name, label in zip(names, labels)]
         super().__init__(folder, samples, classes or ["all"], index["img_size"] if index else img_size)
-        self.fingerprint, self.shape, self.reading = None, None, reading_of(index or {})
+        self.fingerprint, self.shape, self.reading, self.names = None, None, reading_of(index or {}), names
         if index is not None:
             self.fingerprint, self.shape = index["fingerprint"], tuple(index["shape"])
             self.flip, self.channels = index["flip"], index["channels"]

@@ -27,6 +27,7 @@ from models.loading import find_places, load_model, looked_for
 from models.text import reads_text
 from sampling.editing import Edit, editing_defaults, read_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
+from sampling.prefix import DEFAULT_SHARE, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
 from sampling.run import Parts, claim_folder, own_folder, sample_images
 from sampling.settings import FAST, SampleConfig, note_top_k
@@ -61,6 +62,10 @@ class SampleArgs:
         None, "of a model of text: a prompt, a file with one a line, or a folder of scripts/cache_text.py"
     )
     text_encoder: str | None = flag(None, "folder of the T5 encoder for prompts (default: the one trained with)")
+    prefix_from: str | None = flag(None, "folder or file of a causal model that draws the first rows of each image")
+    prefix_share: float | None = flag(
+        None, f"share of the tokens that it draws, raised to whole rows (default: {DEFAULT_SHARE})", low=0, high=1
+    )
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     fast: bool = flag(
         False,
@@ -161,6 +166,8 @@ class Sweep:
             suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
         if self.args.edit_image is not None:
             suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
+        if self.parts.prefix is not None:
+            suffix += "_prefix{prefix_share:g}-{prefix}".format(**self.parts.prefix.hashes)
         if self.parts.dtype != torch.float32:
             suffix += f"_{dist.dtype_name(self.parts.dtype)}"
         return suffix
@@ -169,6 +176,7 @@ class Sweep:
         """Make the row of each setting, and find it in the results file if it has been measured."""
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
         shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
+        shared |= self.parts.prefix.hashes if self.parts.prefix is not None else {}
         shared |= dict(prompts=self.parts.model.prompts.content) if reads_text(self.parts.model) else {}
         hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
@@ -259,6 +267,10 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     check_asked(config, args.prompts, args.text_encoder, args.class_labels)
+    check_prefix_flags(args.prefix_from, args.prefix_share, args.edit_image)
+    prefix = None
+    if args.prefix_from is not None:
+        prefix = open_prefix(args.prefix_from, args.prefix_share, model, tokenizer, config, ema=not args.no_ema)
     classes = config["data"]["classes"]
     if args.prompts is not None:
         model.prompts = open_prompts(args.prompts, args.text_encoder, config, args.dry_run)
@@ -274,9 +286,9 @@ def run(args: SampleArgs, given: dict) -> int:
         edit.check(model.fixed_rules)
     own = str(checkpoint_path(args.checkpoint).resolve())
     device, dtype = arithmetic(args, model.width)
-    for part in filter(None, (model, tokenizer, heads)):
+    for part in filter(None, (model, tokenizer, heads, prefix and prefix.model)):
         part.to(device)
-    parts = Parts(model, tokenizer, device, dtype, heads, own)
+    parts = Parts(model, tokenizer, device, dtype, heads, own, prefix)
     data, source = config["data"]["name"], args.data_path or config["data"]["path"]
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)

@@ -190,6 +190,8 @@ SAMPLING = [
         for text in ("10", "a,b", "-2", "3,,4", "-1,10")
     ),
     *((f"--class_labels={text}", "--class_labels", f"'{text}'", "from -1 to 9") for text in ("", "1.5", "nan", "0:9")),
+    ("--prefix_from {tmp}/missing", "--prefix_from {tmp}/missing", "ids"),
+    ("--prefix_share 0.5", "--prefix_share 0.5", "--prefix_from"),
     ("--prompts seven", "--prompts seven", "of classes", "--class_labels"),
     ("--text_encoder {empty}", "--text_encoder {empty}", "of classes"),
     ("--infer_mode policy", "policy", "--learn order"),

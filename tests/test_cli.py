@@ -13,6 +13,7 @@ from heads.policy import INFER_MODES
 from scripts import (
     bench,
     bench_ids,
+    bench_scales,
     bench_training,
     cache_latents,
     export_weights,
@@ -30,6 +31,7 @@ SCRIPTS = (
     bench,
     bench_training,
     bench_ids,
+    bench_scales,
     cache_latents,
     export_weights,
     plot_training,

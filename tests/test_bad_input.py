@@ -19,6 +19,7 @@ from scripts import (
     bench,
     bench_ids,
     bench_loader,
+    bench_scales,
     bench_training,
     cache_latents,
     cache_text,
@@ -367,6 +368,7 @@ BENCH_IDS = [
     ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
     ("--img_size 100", "--img_size 100", "multiple of"),
 ]
+BENCH_SCALES = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
 EXPORT = [
     ("--checkpoint {tmp}/missing", "{tmp}/missing"),
@@ -438,6 +440,7 @@ CATALOGUE = {
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),
     bench_ids: ("--device cpu".split(), BENCH_IDS),
+    bench_scales: ("--device cpu".split(), BENCH_SCALES),
     bench_training: ("--device cpu".split(), BENCH_TRAINING),
     bench_loader: ([], BENCH_LOADER),
     export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),

@@ -18,6 +18,7 @@ from tests.helpers_causal import disturbed
 from tests.helpers_var import REFERENCE, SHAPES, array, close, fill_by_name, options, shapes, tokenizer
 from tests.parity import generate_var, lr_and_wd, no_decay_names
 from training.schedules import ScheduleConfig, stage_weights
+from training.step import training_step
 
 BLOCKS = ("l2", "plain", "l2_shared", "plain_shared")
 SCALES = (1, 2, 3, 4)
@@ -277,3 +278,19 @@ def test_the_bench_compares_the_same_samples(cfg, capsys):
     assert ids.equal(bench_scales.sample(model, tok, args, bench_scales.WholePrefix)) and len(ids.unique()) > 20
     assert bench_scales.main("--model var_tiny --repeats 1 --device cpu".split()) == 0
     assert "| var_tiny |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra", ["", "--grad_checkpointing --dtype bf16"])
+def test_the_bench_of_training_measures_steps_that_learn(extra, capsys, monkeypatch):
+    steps = []
+
+    def watched(state, *rest):
+        steps.append(training_step(state, *rest)["loss"])
+        assert state.model.training and state.model.config.grad_checkpointing == bool(extra)
+
+    monkeypatch.setattr(bench_scales, "training_step", watched)
+    words = "--only training --model var_tiny --batch_size 4 --repeats 2 --device cpu".split()
+    assert bench_scales.main([*words, *extra.split()]) == 0
+    seconds, memory = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")[1:]
+    assert float(seconds) >= 0 and float(memory) > 0.1
+    assert len(steps) == 3 and steps[0] == pytest.approx(np.log(4096), rel=0.02) and steps[2] < steps[0]

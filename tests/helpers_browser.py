@@ -1,4 +1,4 @@
-"""A headless Chromium that tests drive: over two pipes, as its --remote-debugging-pipe has them, without a websocket."""
+"""A headless Chromium that tests drive, over the two pipes of its --remote-debugging-pipe."""
 
 import base64
 import json

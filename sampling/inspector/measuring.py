@@ -1,13 +1,12 @@
 """Metrics of a request: sample.py itself, in a process of its own, which ends when nobody waits for its figures."""
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from sampling.inspector.spec import Spec
@@ -46,7 +45,8 @@ class Measuring:
             try:
                 while self.process.poll() is None:
                     emit({"made": sum(1 for _ in folder.glob("*/[0-9]*.png")), "of": num_images})
-                    time.sleep(PAUSE)
+                    with suppress(subprocess.TimeoutExpired):
+                        self.process.wait(timeout=PAUSE)
             finally:
                 self.stop()
             errors.seek(0)
@@ -55,7 +55,7 @@ class Measuring:
             raise ValueError(lines[-1] if lines else f"sample.py ended with code {self.process.returncode}")
         (row,) = read_results(folder / "results.jsonl")
         kept = ("metrics", "mar_evals", "mlp_evals", "images_per_second", "protocol")
-        emit({"measured": json.loads(json.dumps({name: row.get(name) for name in kept}))})
+        emit({"measured": {name: row.get(name) for name in kept}})
 
     def stop(self) -> None:
         """End the process, if one runs."""

@@ -74,11 +74,11 @@ function drawMaps() {
     const context = canvas.getContext("2d"), side = canvas.width;
     context.clearRect(0, 0, side, side);
     const numbers = values.map(([, value]) => value + (name === "step" ? 1 : 0));
-    const least = Math.min(...numbers), most = Math.max(...numbers);
+    const least = Math.min(...numbers), most = Math.max(...numbers), constant = most - least < 1e-4 * Math.max(1, Math.abs(most));
     for (const [position, value, index] of values) {
       const shown = value + (name === "step" ? 1 : 0), cell = cellInMap(layout, position, side);
       context.globalAlpha = index > state.step ? 0.25 : 1;
-      context.fillStyle = css(colour(most > least ? (shown - least) / (most - least) : 0.5));
+      context.fillStyle = css(colour(constant ? 0.5 : (shown - least) / (most - least)));
       context.fillRect(cell.x, cell.y, cell.w + 0.5, cell.h + 0.5);
     }
     context.globalAlpha = 1;
@@ -89,7 +89,7 @@ function drawMaps() {
     context.strokeStyle = "#1f8fff";
     context.lineWidth = 3;
     for (const position of [state.hover, state.token]) if (position !== null) strokeCell(context, cellInMap(layout, position, side));
-    text.textContent = title + (numbers.length && most === least ? ": " + number(least) + " for all" : "");
+    text.textContent = title + (numbers.length && constant ? ": " + number(least) + " for all" : "");
     low.textContent = numbers.length ? number(least) : "";
     high.textContent = numbers.length ? number(most) : "";
   }

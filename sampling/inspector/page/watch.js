@@ -175,7 +175,7 @@ function playOrPause() {
   if (player) return pause();
   if (!run || !run.steps.length) return;
   if (state.step >= run.steps.length - 1) showStep(0);
-  $("play").textContent = "⏸ pause";
+  $("play").textContent = "❚❚ pause";
   $("play").setAttribute("aria-label", "Pause");
   player = setInterval(() => {
     if (state.step >= run.steps.length - 1) return pause();

@@ -62,7 +62,7 @@ def setting_choices() -> list[dict]:
 
 def export(trace: Path, place: Path) -> None:
     """Write the page of a trace."""
-    check_output_folder("export", place)
+    check_output_folder("export", place.absolute().parent)
     check_output_file("export", place, lambda path: path.read_bytes().startswith(SHOWN_FIRST), inputs=[trace])
     text = page_of(events_of_trace(load_trace(trace)))
     with atomic_file(place) as temporary:

@@ -119,10 +119,9 @@ class Browser:
 
     def drag(self, selector: str, *places) -> None:
         """Press the mouse at the first place (0…1, 0…1) of an element, move to the others, let go."""
-        self.js(f"document.querySelector({selector!r}).scrollIntoView({{block: 'center'}})")
-        box = self.js(
-            f"(({{x, y, width, height}}) => [x, y, width, height])(document.querySelector({selector!r}).getBoundingClientRect())"
-        )
+        place = f"document.querySelector({selector!r})"
+        self.js(f"{place}.scrollIntoView({{block: 'center'}})")
+        box = self.js(f"(r => [r.x, r.y, r.width, r.height])({place}.getBoundingClientRect())")
         points = [(box[0] + x * box[2], box[1] + y * box[3]) for x, y in places]
         mouse = dict(button="left", clickCount=1)
         for i, (x, y) in enumerate(points):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from heads.schedules import MIN_STEPS
 from sampling.inspector.recording import Recording, record, sample
 from sampling.inspector.spec import Spec
 from sampling.run import SamplingRun
@@ -76,12 +77,15 @@ def matched(spec: Spec, target: dict, emit: Callable) -> tuple[Spec, dict]:
             emit({"tried": texts, "evals": tried[key]})
         return tried[key]
 
-    low, high = 1, MOST_STEPS_TRIED
-    low = max(low, 3 if spec.sampling.group == "staged" else 1)
+    least = MIN_STEPS.get(spec.sampling.group, 1)
+    low = high = least
+    while high < MOST_STEPS_TRIED and evals_of(num_iter=high)["mar"] < target["mar"]:
+        low, high = high + 1, 2 * high
     while low < high:  # the least number of steps that reaches the target
         middle = (low + high) // 2
         low, high = (low, middle) if evals_of(num_iter=middle)["mar"] >= target["mar"] else (middle + 1, high)
-    steps = min({max(low - 1, 1), low}, key=lambda k: abs(evals_of(num_iter=k)["mar"] - target["mar"]))
+    near = {max(low - 1, least), low}
+    steps = min(near, key=lambda number: abs(evals_of(num_iter=number)["mar"] - target["mar"]))
     texts = {"num_iter": steps}
     if spec.loaded.model.token_head.has_steps:
         rows = evals_of(**texts, num_sampling_steps=10)["mlp"] / 10  # a diffusion step costs the same as another

@@ -16,6 +16,7 @@ from heads.policy import FLAGS, moved_rule
 from heads.rules import Rules, whole_group
 from sampling.inspector.spec import Spec
 from sampling.inspector.steering import Observed, Steered
+from sampling.loop import of_rows
 from sampling.run import SamplingRun
 from sampling.settings import SampleConfig
 from util.rng import generator, seed_of
@@ -75,7 +76,7 @@ class Watch:
         parts, config = run.parts, model.config
         count = len(run.labels)
         mask = run.known["mask"].numpy() if run.known else np.ones((1, config.seq_len), dtype=bool)
-        self.start = np.repeat(mask, count, axis=0)
+        self.start = np.broadcast_to(mask, (count, config.seq_len))
         self.order_step = np.full((count, config.seq_len), -1)
         self.maps = {name: np.full((count, config.seq_len), np.nan, np.float32) for name in MAPS}
         self.frames, self.tokens, self.events = [], [], []
@@ -108,16 +109,17 @@ class Watch:
         row_of = {image: row for row, image in enumerate(self.state.images.tolist())}
         image, position = rows.T
         row = torch.tensor([row_of[i] for i in image.tolist()])
-        values = {"tau": plan.tau[row, position], "cfg": plan.cfg[row, position]}
-        values["rank"] = self.ranks()[row, position]
+        drawn_with = {"tau": plan.tau[row, position], "cfg": plan.cfg[row, position]}
+        drawn_with["rank"] = self.ranks()[row, position]
         sure = self.sureness(plan, rows, row, tokens)
         if sure is not None:
-            values["sure"] = sure
+            drawn_with["sure"] = sure
         if self.logits is not None:
-            values["logit"] = self.logits[row, position]
-        self.order_step[image, position] = self.first + step
-        for name, value in values.items():
-            self.maps[name][image, position] = value.detach().float().cpu().numpy()
+            drawn_with["logit"] = self.logits[row, position]
+        place = tuple(rows.numpy().T)  # not the tensors: numpy takes one of a single number for that number
+        self.order_step[place] = self.first + step
+        for name, value in drawn_with.items():
+            self.maps[name][place] = value.detach().float().cpu().numpy()
         self.steps.append(self.first + step)
         self.tokens.append(tokens.detach().clone())
         self.frames.append(self.frame(tokens))
@@ -176,7 +178,7 @@ class Watch:
         for _ in range(self.spec.sure):
             noise = self.sampler.noise(self.more, asked, plan.num_steps).to(z.device)
             scale = cfg if len(guided) else 1.0
-            options = dict(guided=_some(guided, asked))
+            options = dict(guided=_some(guided, asked), profile=plan.profile and of_rows(plan.profile, row))
             draws.append(self.sampler.draw(z, free, scale, tau, noise, plan.num_steps, **options).float())
         return torch.stack(draws).std(dim=0, correction=0).flatten(1).mean(dim=1).cpu()
 
@@ -198,10 +200,15 @@ def _some(guided, rows):
 
 @torch.no_grad()
 def record(spec: Spec, emit: Callable, frames: bool = True) -> Recording:
-    """Make the images of a request, and again the regions that it names; emit(event) at every step."""
+    """Make the images of a request, and again the regions that it names; emit(event) at every step.
+
+    What was steered by the last step holds for these regions from their first.
+    """
     run = SamplingRun(spec.loaded.parts, spec.sampling, spec.labels, spec.seed, None, spec.edit)
     watch = sample(spec, run, emit, frames=frames)
     recording = kept(run, watch, watch.images)
+    later = sorted(spec.changes, key=lambda change: change.step)
+    spec = replace(spec, changes=tuple(replace(change, step=0, next=()) for change in later))
     for redo in spec.redo:
         run = SamplingRun(spec.loaded.parts, spec.sampling, spec.labels, redo.seed, None, None)
         count = len(spec.labels)

@@ -50,9 +50,10 @@ class Loaded:
 
     def setting(self, texts: dict) -> SampleConfig:
         """The settings that sample.py would have with these flags, checked; ValueError for what it would refuse."""
-        given = read_texts(SampleConfig, texts)
-        if texts.get("schedule") and not texts["schedule"].lstrip().startswith("{"):
+        schedule = texts.get("schedule") or "{"
+        if not isinstance(schedule, str) or not schedule.lstrip().startswith("{"):
             raise ValueError("schedule must be the JSON of its values: a page names no files")
+        given = read_texts(SampleConfig, texts)
         for name in ("num_iter", "num_sampling_steps"):
             if max(map(int, str(given.get(name, 1)).split(":"))) > MOST_STEPS:
                 raise ValueError(f"{name} must be at most {MOST_STEPS} in the inspector, got {given[name]}")

@@ -56,7 +56,7 @@ class Steered(Rules):
         if self.watch:
             self.watch(state, None if isinstance(order, Confidence) else order(state))
         plan = replace(self.plain(), order=order, group=group)(state)
-        for change in self.changes:
+        for change in sorted(self.changes, key=lambda change: change.step):
             if change.step <= state.step:
                 if change.tau is not None:
                     plan = replace(plan, tau=torch.full_like(plan.tau, change.tau))
@@ -100,8 +100,8 @@ class Observed:
 
     def __init__(self, model, changes: tuple[Change, ...] = (), start: int = 0):
         self.model = model
-        labels = sorted((change.step, change.label) for change in changes if change.label is not None)
-        self.labels = [(max(step - start, 0), label) for step, label in labels]
+        ordered = sorted(changes, key=lambda change: change.step)
+        self.labels = [(max(c.step - start, 0), c.label) for c in ordered if c.label is not None]
         self.last = None
 
     def __getattr__(self, name):

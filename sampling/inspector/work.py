@@ -50,7 +50,7 @@ class Job:
 
 def line_of(error: Exception) -> str:
     """The one line that a page shows of an error; one that is the code's own fault is printed whole besides."""
-    line, _ = explain(error)
+    line = str(error) if isinstance(error, Busy) else explain(error)[0]
     if line is None:
         traceback.print_exception(error)
         line = f"internal error, not your input: {type(error).__name__}"
@@ -68,11 +68,11 @@ class Worker:
     def submit(self, work: Callable) -> Job:
         """The job that was put at the end of the queue; Busy where that is full."""
         job = Job(work)
+        job.emit({"waiting": self.jobs.qsize() + 1})
         try:
             self.jobs.put_nowait(job)
         except queue.Full:
             raise Busy(f"{self.jobs.maxsize} requests wait already: try again later") from None
-        job.emit({"waiting": self.jobs.qsize()})
         return job
 
     def stop(self) -> None:

@@ -2,6 +2,8 @@
 
 const LABELS = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"];
 
+const classColour = (label) => LABELS[(label + LABELS.length) % LABELS.length];
+
 function showBatch() {
   const run = state.runs.a;
   if (!run || !run.end) return;
@@ -39,7 +41,13 @@ function drawStripOf(run) {
       context.drawImage(sheet.image, ...from, x, 16 + i * (side + 1), side, side);
     }
   });
-  run.begin.names.forEach((name, i) => context.fillText(name.slice(0, 7), 0, 16 + i * (side + 1) + side / 2 + 4));
+  run.begin.names.forEach((name, i) => {
+    const y = 16 + i * (side + 1) + side / 2;
+    context.fillStyle = classColour(run.begin.labels[i]);
+    context.fillRect(0, y - 4, 8, 8);
+    context.fillStyle = ink;
+    context.fillText(name.slice(0, 5), 12, y + 4);
+  });
   canvas.setAttribute("aria-label", count + " images by " + run.steps.length + " steps");
 }
 
@@ -67,8 +75,7 @@ function spreadPlot(run, name, title) {
   const dots = [], centres = run.steps.map((event) => {
     const values = event.images.filter((item) => item.positions.length).map((item) => [item, mean(valuesOf(item, name))]);
     for (const [item, value] of values) {
-      const label = run.begin.labels[item.image], fill = LABELS[(label + LABELS.length) % LABELS.length];
-      dots.push([run.steps.indexOf(event), value, fill, "image " + (item.image + 1) + ", class " + run.begin.names[item.image] + ": " + number(value, 4)]);
+      dots.push([run.steps.indexOf(event), value, classColour(run.begin.labels[item.image]), "image " + (item.image + 1) + ", class " + run.begin.names[item.image] + ": " + number(value, 4)]);
     }
     return mean(values.map(([, value]) => value));
   });

@@ -15,7 +15,7 @@ function plot(title, series, { now = null, dots = [], onStep = null, xs = null }
   const all = [...series.flatMap((s) => s.values), ...dots.map((d) => d[1])].filter((v) => v !== null && v !== undefined && !Number.isNaN(v));
   const count = Math.max(...series.map((s) => s.values.length), ...dots.map((d) => d[0] + 1), 1);
   let low = all.length ? Math.min(...all) : 0, high = all.length ? Math.max(...all) : 1;
-  const marks = high - low < 1e-9 ? [low] : [low, high]; // of one value there is one mark
+  const marks = high - low < 1e-4 * Math.max(1e-3, Math.abs(high)) ? [low] : [low, high]; // of one value there is one mark
   if (marks.length === 1) [low, high] = [low - 0.5, high + 0.5];
   const x = (step) => LEFT + (count > 1 ? (step / (count - 1)) * (WIDTH - LEFT - RIGHT) : (WIDTH - LEFT - RIGHT) / 2);
   const y = (value) => TOP + (1 - (value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);

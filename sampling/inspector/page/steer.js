@@ -62,7 +62,11 @@ function changeAt(step, change) {
   return generateWatch(state.step);
 }
 
-const stepShown = () => (state.runs.a && state.runs.a.steps[state.step] ? state.runs.a.steps[state.step].step : 0);
+// The step of the loop that is shown, from 0; a region made again comes after the last.
+function stepShown() {
+  const run = state.runs.a, event = run && run.steps[state.step];
+  return event ? Math.min(event.step, (run.begin.settings.num_iter || Infinity) - 1) : 0;
+}
 
 let waiting = null; // a slider that is still being dragged
 function steerSoon(name, value) {

@@ -73,8 +73,9 @@ class Browser:
         if message.get("method") == "Runtime.exceptionThrown":
             details = message["params"]["exceptionDetails"]
             self.errors.append(details.get("exception", {}).get("description", details["text"]))
-        if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
-            self.errors.append(message["params"]["entry"]["text"])
+        entry = message["params"]["entry"] if message.get("method") == "Log.entryAdded" else {}
+        if entry.get("level") == "error" and entry["source"] != "network":  # a refusal is no error of the page
+            self.errors.append(entry["text"])
         return message
 
     def open(self, address: str) -> None:

@@ -103,12 +103,20 @@ def _read(flag: str, path: str, mode: str, size: int) -> np.ndarray:
     """uint8 (size, size, C) of a picture file."""
     if not Path(path).is_file():
         raise ValueError(f"--{flag}: there is no file {path}")
+    return read_picture(f"--{flag} {path}", path, mode, size)
+
+
+def read_picture(name: str, file, mode: str, size: int) -> np.ndarray:
+    """uint8 (size, size, C) of a picture, a path or an open file; name: what an error calls it.
+
+    mode: one of MODES. One that is no picture or has another size raises ValueError.
+    """
     try:
-        picture = read_rgb(path).convert(mode)
+        picture = read_rgb(file).convert(mode)
     except Exception as error:  # PIL raises almost any type for damaged files
-        raise ValueError(f"--{flag} {path} cannot be read as a picture: {error or type(error).__name__}") from None
+        raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from None
     if picture.size != (size, size):
         width, height = picture.size
-        raise ValueError(f"--{flag} {path} has {width}x{height} pixels, the model makes pictures of {size}x{size}")
+        raise ValueError(f"{name} has {width}x{height} pixels, the model makes pictures of {size}x{size}")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -14,6 +14,7 @@ from PIL import Image
 
 import main_mar
 import sample
+from sampling.trace import KEYS
 from scripts import (
     ablate_norms,
     bench,
@@ -474,7 +475,7 @@ def places(good, tmp_path):
     (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
     for name, width in (("stats", 64), ("wide", 99)):
         save_fid_stats(paths[name], FIDStats(np.zeros(width), np.eye(width)))
-    arrays = dict.fromkeys(plot_trace.KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
     with open(paths["trace"], "wb") as file:
         np.savez(file, **arrays)
     row = dict(settings=dict(seed=0, cfg=1.0), metrics=dict(fid=1.0), weights="a", reference="b", images_per_second=1.0)

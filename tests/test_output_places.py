@@ -8,6 +8,7 @@ import pytest
 
 import main_mar
 import sample
+from sampling.trace import KEYS
 from scripts import (
     best_settings,
     cache_latents,
@@ -68,7 +69,7 @@ def inputs(tmp_path_factory):
     """What stands for the capital words in WRITERS."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "results.jsonl").write_text('{"settings": {"seed": 0, "cfg": 1.0}, "metrics": {"fid": 1.0}}\n')
-    arrays = dict.fromkeys(plot_trace.KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
     np.savez(root / "trace.npz", **arrays)
     good = untrained(root / "good")
     return {"GOOD": good, "RESULTS": root / "results.jsonl", "TRACE": root / "trace.npz"}

@@ -26,6 +26,7 @@ PRESETS |= {
     "ablate_prefix": ("digits", "cifar10"),
 }
 PRESETS |= {"search_grid": ("digits", "cifar10"), "train_heads": ("",), "leaderboard": ("",)}
+PRESETS |= {"ablate_prefix": ("digits", "cifar10")}
 CASES = [(s, preset) for s in SCRIPTS for preset in PRESETS["paper" if s.startswith("paper_") else s]]
 
 

@@ -47,18 +47,19 @@ if [ "$preset" = digits ]; then
         --num_images "$num_images" "$@"
 else
     names=${MODELS:-var_d16,var_d20,var_d24,var_d30}
-    for name in ${names//,/ }; do
-        file_of "$name" >/dev/null # fails for an unknown name, before days of training
+    for model in ${names//,/ }; do
+        file_of "$model" >/dev/null # fails for an unknown name, before days of training
     done
     results=() accum=$((gpus < 8 ? 8 / gpus : 1)) # of the 96 or 128 images that one of 8 GPUs has
-    for name in ${names//,/ }; do
-        run=$out/$name weights=$out/weights/$name size=()
+    for model in ${names//,/ }; do
+        run=$out/$model weights=$out/weights/$model size=()
         results+=("$run/results.jsonl")
         if [ -n "${WEIGHTS:-}" ]; then
-            weights=$WEIGHTS/$(file_of "$name") size=(--model "$name")
+            weights=$WEIGHTS/$(file_of "$model") size=(--model "$model")
         else
-            run torchrun --nproc_per_node="$gpus" main_mar.py --preset "$name" --data_path "$data" --vae_path "$vq" \
-                --batch_size $(($(batch_of "$name") / gpus / accum)) --accum_iter "$accum" --output_dir "$weights" --resume "$weights"
+            batch=$(($(batch_of "$model") / gpus / accum))
+            run torchrun --nproc_per_node="$gpus" main_mar.py --preset "$model" --data_path "$data" --vae_path "$vq" \
+                --batch_size "$batch" --accum_iter "$accum" --output_dir "$weights" --resume "$weights"
         fi
         run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --vae_path "$vq" --output_dir "$run" \
             --data_path "$data" --cfg 1,2.5 --top_k 900 --top_p 0.96 --eval_bsz 64 --seed "$seeds" \

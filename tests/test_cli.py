@@ -314,6 +314,7 @@ def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_
     ):  # a tiny checkpoint stands in for the one that is named, whose sizes do not fit it
         monkeypatch.setattr("models.loading._check_given", lambda *a, **k: None)
         monkeypatch.setattr("sample.check_asked", lambda *a, **k: None)
+        monkeypatch.setattr("sample.open_prefix", lambda *a, **k: None)
         monkeypatch.setattr("sample.open_prompts", lambda *a, **k: random_prompts(40))
         at = next(i for i, word in enumerate(arguments) if word.startswith("--checkpoint"))
         arguments = [*arguments[:at], *arguments[at + (2 if arguments[at] == "--checkpoint" else 1) :]]

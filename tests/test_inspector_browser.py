@@ -12,7 +12,7 @@ from PIL import Image
 from sampling.inspector.recording import record
 from sampling.inspector.spec import read_spec
 from sampling.inspector.view import beginning, ending, page_of
-from tests.helpers_browser import CHROMIUM, Browser
+from scripts.inspector_screenshots import CHROMIUM, Browser
 from tests.helpers_inspector import serving, tiny_gallery
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")

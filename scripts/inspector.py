@@ -76,7 +76,10 @@ def serve(args, gallery: dict[str, Loaded]) -> None:
     if args.trace is not None:
         content["events"] = json_events(events_of_trace(load_trace(args.trace)))
     token = None if args.host in LOOPBACK else secrets.token_urlsafe(16)
-    server = Inspector(args.host, args.port, gallery, content, token)
+    try:
+        server = Inspector(args.host, args.port, gallery, content, token)
+    except OSError as error:
+        raise ValueError(f"--host {args.host} --port {args.port} cannot be listened on: {error.strerror}") from None
     try:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"http://{host}:{server.server_address[1]}/{f'?token={token}' if token else ''}", flush=True)

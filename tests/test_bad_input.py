@@ -27,6 +27,7 @@ from scripts import (
     demo_text,
     download_weights,
     export_weights,
+    inspector,
     make_fid_stats,
     make_table,
     measure_latents,
@@ -422,6 +423,21 @@ CURVES = [
     ("{empty} --out {empty}", "--out", "{empty}"),
     ("{empty} --out {file}/x.png", "--out", "{file}"),
 ]
+INSPECTOR = [
+    ("--checkpoint {tmp}/missing", "{tmp}/missing"),
+    ("--checkpoint {file}", "{file}"),
+    ("--port x", "--port", "'x'"),
+    ("--port 65536", "--port", "65536", "from 0 to 65535"),
+    ("--host 256.0.0.1", "--host 256.0.0.1"),
+    ("--device nope", "'nope'"),
+    ("--dtype int8", "--dtype", "'int8'"),
+    ("--export {out}", "--export", "--trace"),
+    ("--trace {file} --export {out}", "{file}", "--save_trace"),
+    ("--trace {tmp}/missing", "{tmp}/missing", "--save_trace"),
+    ("--trace {trace} --export {empty}", "--export {empty}", "folder"),
+    ("--trace {trace} --export {trace}", "--export {trace}", "input"),
+    ("--trace {trace} --export {file}", "--export {file}", "choose another name"),
+]
 DIGITS = "--data digits --tokenizer pixel --img_size 8 --device cpu"
 STATS = "--data digits --features digits --device cpu"
 SMALL = "--data digits --stride 2 --latent_channels 2 --width 4 --device cpu --output_dir {out}"
@@ -447,6 +463,7 @@ CATALOGUE = {
     export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),
     download_weights: ("--base_url http://127.0.0.1:9 --out {out} mar_base".split(), DOWNLOAD),
     make_table: ([], TABLE),
+    inspector: ("--checkpoint {good} --port 0 --device cpu".split(), INSPECTOR),
     plot_trace: ([], TRACE),
     plot_training: ([], CURVES),
 }

@@ -26,6 +26,7 @@ from tests.helpers_inspector import Client, end_of, serving, steps_of, tiny_gall
 from util.images.pictures import read_png
 
 FAMILIES = ("mar", "ids", "mar_ar", "causal_gpt", "var")
+QUICK = (*FAMILIES[:3], pytest.param("causal_gpt", marks=pytest.mark.slow), "var")
 FREE = ("mar", "ids")  # those whose groups are free
 
 
@@ -155,7 +156,7 @@ def test_before_its_step_a_change_changes_nothing(family, gallery):
     assert not np.array_equal(plain.images, steered.images)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK)
 def test_another_class_from_the_first_step_on_is_that_class(family, gallery):
     _, steered = made(gallery, family, steer=[{"step": 0, "label": 3 if family != "mar" else 0}])
     spec = read_spec(request(family, labels=[3 if family != "mar" else 0] * 2), gallery)
@@ -194,7 +195,7 @@ def test_an_upload_is_kept_where_it_is_not_painted(gallery):
 # -------------------------------------------------------------------------------------------- branches, evaluations
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK)
 def test_branches_agree_on_what_was_kept(family, gallery):
     spec, recording = made(gallery, family)
     last = spec.sampling.num_iter
@@ -222,7 +223,7 @@ def test_b_is_given_the_evaluations_of_a(gallery):
 # ----------------------------------------------------------------------------------------------------- the server
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", QUICK)
 def test_a_run_is_told_step_by_step(family, client, gallery):
     events = client.run(**request(family))
     assert [*events[0]] == ["waiting"] and "begin" in events[2] and events[2]["begin"]["labels"] == [1, 2]

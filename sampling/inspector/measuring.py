@@ -1,6 +1,5 @@
 """Metrics of a request: sample.py itself, in a process of its own, which ends when nobody waits for its figures."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -41,7 +40,7 @@ class Measuring:
         command = [sys.executable, str(PROGRAM), *spec.flags(str(folder)), "--num_images", str(num_images)]
         with open(folder / "errors", "w+") as errors:
             options = dict(stdout=subprocess.DEVNULL, stderr=errors, stdin=subprocess.DEVNULL)
-            self.process = subprocess.Popen(command, cwd=PROGRAM.parent, env=dict(os.environ), **options)
+            self.process = subprocess.Popen(command, **options)
             try:
                 while self.process.poll() is None:
                     emit({"made": sum(1 for _ in folder.glob("*/[0-9]*.png")), "of": num_images})

@@ -122,10 +122,10 @@ class Inspector(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int, gallery: dict[str, Loaded], content: dict, token: str | None = None):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
         self.questions, self.worker, self.token = Questions(gallery), Worker(MOST_WAITING), token
         self.page = view.page(content).encode()
         self.room = threading.BoundedSemaphore(MOST_CONNECTIONS)
+        super().__init__((host, port), Handler)  # which calls server_close where it cannot listen
         port = self.server_address[1]
         self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")} if token is None else None
 

@@ -5,7 +5,7 @@ const MAPS = [
   ["tau", "τ", "the temperature it was drawn at"],
   ["cfg", "w", "the guidance scale it was drawn under; 1 is none"],
   ["rank", "rank of its score", "its place among the unknown tokens in the order's scores; 0 comes first"],
-  ["sure", "certainty", ""],
+  ["sure", "spread of draws", ""],
   ["logit", "order head", "what the learned order adds to the score"],
 ];
 const RAMP = [[40, 42, 110], [38, 105, 146], [52, 160, 128], [158, 201, 84], [250, 230, 110]];
@@ -16,6 +16,9 @@ function colour(share) {
   return RAMP[left].map((low, i) => Math.round(low + (RAMP[left + 1][i] - low) * rest));
 }
 const css = (rgb) => "rgb(" + rgb.join(",") + ")";
+
+// What the token head was sure of has a name for each kind of head.
+const titleOf = (name, title, begin) => (name === "sure" && begin.discrete ? "log p" : title);
 
 function meaningOf(name, begin) {
   if (name !== "sure") return MAPS.find((map) => map[0] === name)[2];
@@ -89,7 +92,7 @@ function drawMaps() {
     context.strokeStyle = "#1f8fff";
     context.lineWidth = 3;
     for (const position of [state.hover, state.token]) if (position !== null) strokeCell(context, cellInMap(layout, position, side));
-    text.textContent = title + (numbers.length && constant ? ": " + number(least) + " for all" : "");
+    text.textContent = titleOf(name, title, run.begin) + (numbers.length && constant ? ": " + number(least) + " for all" : "");
     low.textContent = numbers.length ? number(least) : "";
     high.textContent = numbers.length ? number(most) : "";
   }

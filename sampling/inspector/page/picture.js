@@ -46,7 +46,7 @@ function outlineCells(context, layout, positions, side, style, width) {
 }
 
 function hatchCells(context, layout, positions, side) {
-  context.strokeStyle = "rgba(90, 140, 220, 0.55)";
+  context.strokeStyle = "rgba(255, 255, 255, 0.4)";
   context.lineWidth = 1;
   context.beginPath();
   for (const position of positions) {

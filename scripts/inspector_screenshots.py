@@ -1,4 +1,9 @@
-"""A headless Chromium that tests drive, over the two pipes of its --remote-debugging-pipe."""
+"""Pictures of the inspector for docs/inspector.md, by a headless Chromium, which its tests drive too.
+
+python scripts/inspector_screenshots.py --checkpoint output_dir/quickstart/heads --out docs
+
+Writes inspector_watch.png, inspector_compare.png, inspector_branch.png. Chromium is Debian's: apt-get install chromium
+"""
 
 import base64
 import json
@@ -6,7 +11,18 @@ import os
 import select
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
+from pathlib import Path
+from urllib.parse import quote
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from util.args import OneLineParser
+from util.checkpoint import atomic_file
+from util.door import run_main
+from util.images.folders import check_output_folder
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = (
@@ -15,8 +31,14 @@ FLAGS = (
 FLAGS += " --disable-background-networking --disable-component-update --disable-sync --no-default-browser-check"
 
 
+KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Home": 36, "End": 35, " ": 32}
+
+
 class Browser:
-    """One page of a Chromium; errors of its scripts are kept in `errors`."""
+    """One page of a Chromium, driven over the two pipes of its --remote-debugging-pipe.
+
+    errors: those of the page's scripts. profile: a folder for what it keeps.
+    """
 
     def __init__(self, profile):
         commands, self.write_end = os.pipe()
@@ -132,4 +154,66 @@ class Browser:
         self.call("Input.dispatchMouseEvent", type="mouseReleased", x=points[-1][0], y=points[-1][1], **mouse)
 
 
-KEYS = {"ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Enter": 13, "Home": 36, "End": 35, " ": 32}
+SPEC = {"checkpoint": "heads", "settings": {"infer_mode": "both", "num_iter": "8"}, "labels": [3], "seed": 4, "sure": 8}
+OTHER = {**SPEC, "settings": {"order": "halton", "num_iter": "8"}}
+# name -> (what the address says, what is done in the page, the element that is shown; None: the top)
+SHOTS = {
+    "watch": ({"view": "watch", "a": SPEC}, "go(4); selectToken(27)", None),
+    "compare": (
+        {"view": "compare", "a": SPEC, "b": {**SPEC, "settings": {"order": "halton", "num_iter": "8"}}},
+        "0",
+        None,
+    ),
+    "branch": ({"view": "watch", "a": SPEC}, "$('branch-all').click()", "branching"),
+}
+
+
+def take(browser: Browser, address: str, name: str) -> bytes:
+    """The PNG of one of SHOTS, of the inspector at an address."""
+    what, action, place = SHOTS[name]
+    browser.open(f"{address}#{quote(json.dumps(what))}")
+    browser.wait("document.body.dataset.done && !state.busy", 120)
+    browser.js(f"void ({action})".replace("; ", ", "))
+    browser.wait("!state.busy", 120)
+    if place is not None:
+        browser.js(f"$('{place}').scrollIntoView({{block: 'center'}})")
+    return browser.screenshot()
+
+
+def main(argv=None) -> int:
+    """Serve, look, write; returns the exit code."""
+    parser = OneLineParser(prog="inspector_screenshots.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, help="one with heads, of the digits, in a folder named heads")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    args = parser.parse_args(argv)
+    if CHROMIUM is None:
+        raise ValueError("there is no chromium on this machine: apt-get install chromium")
+    check_output_folder("out", args.out)
+    program = [sys.executable, str(Path(__file__).with_name("inspector.py"))]
+    server = subprocess.Popen(
+        [*program, "--checkpoint", args.checkpoint, "--port", "0"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        address = server.stdout.readline().strip()
+        if not address:
+            raise ValueError(f"--checkpoint {args.checkpoint} is not served: the line above says why")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+            browser = Browser(profile)
+            try:
+                browser.size(1280, 860)
+                for name in SHOTS:
+                    args.out.mkdir(parents=True, exist_ok=True)
+                    path = args.out / f"inspector_{name}.png"
+                    with atomic_file(path) as temporary:
+                        temporary.write_bytes(take(browser, address, name))
+                    print(path)
+            finally:
+                browser.close()
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -53,6 +53,19 @@ def test_quickstart_run_again_reuses_what_is_there(quickstart):
     assert len((out / "samples" / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_the_quickstart_of_maskgil_ends_with_the_figures(tmp_path):
+    tiny = "--epochs 1 --batch_size 256 --num_images 20 --num_iter 2 --seed 0".split()
+    command = ["bash", "scripts/quickstart_maskgil.sh", *tiny, "--output_dir", str(tmp_path)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": path, "TOKENIZER_EPOCHS": "0.2"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *_, images, figures, picture = done.stdout.strip().splitlines()
+    assert images.startswith("20 images in ") and "SVC accuracy" in figures
+    assert Path(picture.removeprefix("picture: ")).is_file()
+
+
 def test_the_python_example_of_readme(quickstart, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(code.strip().splitlines()) <= 12

@@ -9,13 +9,7 @@ out=output_dir/quickstart_var
 tokenizer=(--epochs 10)
 training=()
 sampling=()
-words=()
-for word in "$@"; do # --flag=value is --flag value
-    case $word in
-        --*=*) words+=("${word%%=*}" "${word#*=}") ;;
-        *) words+=("$word") ;;
-    esac
-done
+split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
         --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;

@@ -34,6 +34,7 @@ def quickstart(tmp_path_factory):
     return run, run(), out
 
 
+@pytest.mark.slow
 def test_quickstart_ends_with_the_figures_and_the_picture(quickstart):
     _, first, out = quickstart
     *_, images, figures, picture = first.strip().splitlines()

@@ -30,7 +30,7 @@ def hand_made_rules(sampling: SampleConfig) -> Rules:
     for kind, flag in FLAGS.items():
         name = getattr(resolved, flag)
         learned = name in ("learned", None)
-        names[flag] = moved_rule(kind, sampling.schedule, sampling.cfg_base) if learned else name
+        names[flag] = moved_rule(kind, sampling) if learned else name
     return replace(sampling, **names).rules(None)
 
 

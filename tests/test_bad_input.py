@@ -120,6 +120,7 @@ TRAINING = [
     ("--group schedule", "--schedule FILE", "group"),
     ("--group staged --num_iter 2", "staged", "num_iter 2", "at least 3"),
     ("--group staged --num_iter 4 --train_masks visited --train_num_iter 2,4", "staged", "num_iter 2"),
+    ("--objective image --learn group --group_base staged --train_num_iter 2,4", "staged", "num_iter 2", "at least 3"),
     ("--lr_schedule steep", "--lr_schedule", "'steep'", "constant, cosine, late_cosine"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
     ("--group_base nope", "'nope'", "cosine, constant"),

@@ -11,16 +11,7 @@ from scripts import table1
 from scripts.table1 import PRESETS, rows_of
 from tests.test_cli import refused
 
-BUDGET = (
-    "epochs",
-    "batch_size",
-    "lr",
-    "diffloss_d",
-    "diffloss_w",
-    "diffusion_batch_mul",
-    "attn_dropout",
-    "proj_dropout",
-)
+BUDGET = "epochs batch_size lr diffloss_d diffloss_w diffusion_batch_mul attn_dropout proj_dropout".split()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -26,7 +26,7 @@ from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from models.text import reads_text
 from sampling.editing import Edit, editing_defaults, read_edit
-from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
+from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
 from sampling.prefix import DEFAULT_SHARE, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
 from sampling.run import Parts, claim_folder, own_folder, sample_images
@@ -182,10 +182,9 @@ class Sweep:
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)
-        unset = asdict(SampleConfig().resolved()) | asdict(EvalConfig().resolved())
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-            setting.present = find_result(done, setting.row, unset)
+            setting.present = find_result(done, setting.row, unset_settings())
 
     @property
     def results(self) -> Path:

@@ -14,23 +14,15 @@ Interrupted, the same command goes on. --dry_run prints the commands and needs n
 without and with guidance, mean and standard deviation over seeds; evaluations of the transformer and seconds an image.
 """
 
-import csv
-import io
-import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
-from util.args import OneLineParser
-from util.checkpoint import FILE_NAME, atomic_file, load_checkpoint
 from util.door import run_main
-from util.evaluation.tables import mean_and_spread, read_lines
 from util.images.folders import check_output_folder
-
-ROOT = Path(__file__).resolve().parents[1]
+from util.trials import Trials, costs, metric, trials_parser
 
 
 @dataclass(frozen=True)
@@ -131,120 +123,64 @@ def rows_of(preset: Preset) -> list[Row]:
 
 
 class Table:
-    """Runs or prints the commands of a preset, and reads what they wrote."""
+    """The rows of a preset: what is run for each, and what is read of it."""
 
     def __init__(self, args):
-        self.args, self.preset, self.out = args, PRESETS[args.preset], args.out
+        self.args, self.preset = args, PRESETS[args.preset]
+        few, num_images = args.few or self.preset.few, args.num_images or self.preset.num_images
+        self.trials = Trials(args.out, args.seeds, few, num_images, args.dry_run)
         self.data = ["--data_path", args.data_path] if args.data_path else []
-
-    def run(self, *words) -> None:
-        """A command in the repository's root; with --dry_run it is printed. One that fails raises ValueError."""
-        words = [str(word) for word in words]
-        if self.args.dry_run:
-            print(shlex.join(["python", *words]))
-        elif subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-            raise ValueError(f"this command failed, its error stands above: {shlex.join(['python', *words])}")
 
     def tokenizer(self) -> None:
         """Train the VQ tokenizer, if the preset has one and it is not there."""
-        folder = self.out / "tokenizer"
-        if self.preset.trained and not (folder / "autoencoder").is_dir():
-            flags = [*self.preset.trained.split(), *self.data, "--output_dir", folder]
-            self.run("scripts/train_tokenizer.py", *flags, *(["--resume"] if folder.is_dir() else []))
-
-    def checkpoint(self, row: Row, seed: int) -> Path:
-        """The folder of the row's model of this seed."""
-        return self.out / row.model / f"seed{seed}"
+        if self.preset.trained:
+            self.trials.tokenizer("tokenizer", [*self.preset.trained.split(), *self.data], "autoencoder")
 
     def train(self, row: Row) -> None:
         """Train the row's model with every seed; finished ones end at once."""
         preset = self.preset
         causal = ["--model", preset.causal, "--ar_order", row.order, "--num_iter", preset.tokens]
         model = causal if row.causal else ["--model", preset.mar]
-        flags = [*model, "--loss", row.loss, *row.flags.format(out=self.out).split(), *preset.training.split()]
+        flags = [*model, "--loss", row.loss, *row.flags.format(out=self.args.out).split(), *preset.training.split()]
         flags += ["--lr_schedule", "cosine"] if row.loss == "ce" else []
         flags += ["--epochs", self.args.epochs] if self.args.epochs else []
-        for seed in self.args.seeds:
-            folder = self.checkpoint(row, seed)
-            self.run(
-                *("main_mar.py", "--preset", self.args.preset, *self.data, *flags),
-                *("--seed", seed, "--output_dir", folder, "--resume", folder),
-            )
+        self.trials.train(row.model, ["--preset", self.args.preset, *self.data, *flags])
 
     def measure(self, row: Row) -> None:
         """Choose τ and w of the row, without guidance and with it, and measure both with every seed."""
-        preset, folder = self.preset, self.out / "images" / row.name
+        preset = self.preset
         budget = ["--num_iter", preset.steps if row.several else preset.tokens]
         budget += [] if row.several else ["--group", "one"]
         budget += preset.diffusion.split() if row.loss == "diffusion" else []
         for name, cfg in (("plain", "1"), ("guided", preset.cfg)):
-            grid, best = folder / f"{name}_grid", folder / f"{name}.jsonl"
-            shared = [*self.data, "--infer_mode", "baseline", "--metrics", "fid"]
-            self.run(
-                *("sample.py", "--checkpoint", self.checkpoint(row, self.args.seeds[0]), "--output_dir", grid, *shared),
-                *(*budget, "--cfg", cfg, "--temperature", preset.tau, "--num_images", self.args.few or preset.few),
-                *("--seed", 0),
-            )
-            self.run("scripts/best_settings.py", grid / "results.jsonl", "--by", "fid", "--top", 1, "--out", best)
-            for seed in self.args.seeds:
-                self.run(
-                    *("sample.py", "--checkpoint", self.checkpoint(row, seed), "--output_dir", folder / name, *shared),
-                    *("--settings_of", best, "--seed", seed),
-                    *("--num_images", self.args.num_images or preset.num_images),
-                )
+            flags = [*self.data, "--infer_mode", "baseline", "--metrics", "fid", *budget]
+            self.trials.measure(row.model, f"{row.name}/{name}", flags, ["--cfg", cfg, "--temperature", preset.tau])
 
     def line(self, row: Row) -> dict[str, str]:
         """The row of the table, from the results files."""
-        weights = load_checkpoint(self.checkpoint(row, self.args.seeds[0]) / FILE_NAME)["model"]
-        shown = {
+        cells = {
             "order": row.order,
             "attention": "causal" if row.causal else "bidirectional",
             "tokens a step": "several" if row.several else "1",
             "loss": "cross-entropy" if row.loss == "ce" else "diffusion",
             "tokens": row.tokenizer,
-            "parameters": f"{sum(value.numel() for value in weights.values()):,}",
+            "parameters": self.trials.parameters(row.model),
         }
-        plain, guided = (self.lines(row, name) for name in ("plain", "guided"))
+        plain, guided = (self.trials.lines(f"{row.name}/{name}") for name in ("plain", "guided"))
         for title, lines in (("FID", plain), ("FID, guided", guided)):
-            mean, spread = mean_and_spread([x["metrics"]["fid"] for x in lines])
             settings = lines[0]["settings"]
             chosen = f"τ {settings['temperature']:g}" + (f", w {settings['cfg']:g}" if lines is guided else "")
-            shown[title] = f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "") + f" ({chosen})"
-        rates = [x["images_per_second"] for x in guided if x["images_per_second"]]
-        evals = [x["mar_evals"] for x in guided if x["mar_evals"]]
-        shown["transformer evals, guided"] = f"{evals[0]:g}" if evals else ""
-        shown["s an image, guided"] = f"{len(rates) / sum(rates):.3g}" if rates else ""
-        return shown | {"seeds": str(len(guided))}
-
-    def lines(self, row: Row, name: str) -> list[dict]:
-        """The results of the row, plain or guided, one for each seed."""
-        lines = read_lines(self.out / "images" / row.name / name / "results.jsonl")
-        return [x for x in lines if x["settings"]["seed"] in self.args.seeds]
-
-
-def markdown(lines: list[dict[str, str]]) -> str:
-    """The rows as a table."""
-    rows = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+            cells[title] = f"{metric(lines, 'fid')} ({chosen})"
+        cells |= {f"{name}, guided": value for name, value in costs(guided).items()}
+        return cells | {"seeds": str(len(guided))}
 
 
 def parse(argv=None):
     """The command line."""
-    parser = OneLineParser(prog="table1.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = trials_parser("table1.py", __doc__.splitlines()[0], "output_dir/table1")
     parser.add_argument("--preset", default="digits", choices=PRESETS, help="data, models and budget (default: digits)")
     parser.add_argument("--data_path", help="folder of the data, where the preset needs one")
-    parser.add_argument("--out", type=Path, default=Path("output_dir/table1"), help="folder to write to")
-    parser.add_argument("--seeds", default="1,2,3", help="comma list of training seeds (default: 1,2,3)")
-    parser.add_argument("--epochs", type=int, help="of each model (default: the preset's)")
-    parser.add_argument("--few", type=int, help="images to choose a setting by (default: the preset's)")
-    parser.add_argument("--num_images", type=int, help="images of each figure (default: the preset's)")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands and stop")
-    args = parser.parse_args(argv)
-    try:
-        args.seeds = [int(part) for part in args.seeds.split(",")]
-    except ValueError:
-        parser.error(f"--seeds must be whole numbers with commas between, got {args.seeds!r}")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
@@ -263,16 +199,8 @@ def main(argv=None) -> int:
         table.measure(row)
         if not args.dry_run:
             lines.append(table.line(row))
-    if args.dry_run:
-        return 0
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    for name, content in (("table1.md", markdown(lines)), ("table1.csv", text.getvalue())):
-        with atomic_file(args.out / name) as temporary:
-            temporary.write_text(content)
-    print(markdown(lines), end="")
+    if not args.dry_run:
+        table.trials.write("table1", lines)
     return 0
 
 

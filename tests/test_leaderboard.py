@@ -7,6 +7,7 @@ import pytest
 from sampling.settings import SampleConfig
 from scripts import make_leaderboard
 from tests.test_cli import refused
+from util.evaluation.rivals import HEADINGS, rules_of
 
 
 def lines(seeds, features, pixels, judge, num_iter=4, **settings):
@@ -30,7 +31,7 @@ def table(capsys, *flags):
     """{name of the rules: cells of its row} of what is printed."""
     assert make_leaderboard.main(list(flags)) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    return {row[0]: dict(zip(make_leaderboard.HEADINGS, row)) for row in rows}
+    return {row[0]: dict(zip(HEADINGS, row)) for row in rows}
 
 
 def test_a_row_meets_the_best_hand_made_rule_of_no_larger_pixel_distance(tmp_path, capsys):
@@ -83,4 +84,4 @@ def test_under_a_name_the_seeds_of_training_are_repeats(tmp_path, capsys):
     (dict(cfg_schedule="interval", cfg_interval="0.33,1"), "cfg 1 interval, τ 1, w from 0.33,1"),
 ])  # fmt: skip
 def test_hand_made_rules_in_words(settings, words):
-    assert make_leaderboard.rules_of(SampleConfig(**settings).resolved().__dict__) == words
+    assert rules_of(SampleConfig(**settings).resolved().__dict__) == words

@@ -143,6 +143,12 @@ def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def shown(values: list[float]) -> str:
+    """Mean ± standard deviation in three digits."""
+    average, spread = mean_and_spread(values)
+    return f"{average:.3f}" if spread is None else f"{average:.3f} ± {spread:.3f}"
+
+
 def pick_figures(groups, wanted: str | None) -> list[str]:
     """The figures to show: those of the comma list `wanted`, else those of METRICS that the groups have; the costs.
 

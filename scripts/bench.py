@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from diffusion.schedule import step_range
 from heads.policy import PolicyHeads, build_rules
-from models.diffloss import DiffusionSampler
+from models.diffusion_sampler import DiffusionSampler
 from models.int8 import fast_dtype, is_exact, quantize
 from models.mar import MAR
 from models.mar_cache import FeatureCache

@@ -1,5 +1,6 @@
 """Captures of functions: their buffers, keys and number, what drops them, and what happens where one fails."""
 
+import contextlib
 import gc
 import pickle
 import weakref
@@ -14,7 +15,7 @@ from tests.helpers_diffusion import CHANNELS, CLIP, WIDTH
 from tests.helpers_graphs import CPU, Fails, eagerly
 from util import graphs
 from util.dist import autocast
-from util.graphs import Graphs, PlainCalls, bucket, release
+from util.graphs import CudaGraph, Graphs, PlainCalls, bucket, release
 
 
 def test_buckets_are_few_and_waste_less_than_half():
@@ -71,6 +72,66 @@ def test_a_failed_capture_is_one_line_and_what_follows_is_eager(monkeypatch, cap
     assert Fails.tries == 1 and gc.isenabled()
     lines = capsys.readouterr().err.splitlines()
     assert lines == ["warning: no more CUDA graphs, since one could not be captured: operation not permitted"]
+
+
+def test_a_cuda_graph_is_warmed_up_and_captured_on_one_side_stream(monkeypatch):
+    """With a CUDA that only notes what is asked of it; also where the capture fails."""
+    told, current = [], ["main"]
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            told.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream.name
+        yield
+        current[0] = before  # not where the block fails, as in a real capture
+
+    @contextlib.contextmanager
+    def setting(stream):
+        before, current[0] = current[0], stream.name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def graph(made, pool, stream, capture_error_mode):
+        told.append(f"capture into {pool}, {capture_error_mode}")
+        with on(stream):
+            yield
+
+    class CUDAGraph:
+        def replay(self):
+            told.append(f"replay on {current[0]}")
+
+    side = Stream("side")
+    fake = dict(current_stream=lambda device: Stream(current[0]), Stream=lambda device: side, stream=setting)
+    for name, value in dict(fake, graph=graph, CUDAGraph=CUDAGraph).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(CudaGraph, "new_pool", lambda: "the pool")
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", CudaGraph)
+    graphs._side_stream.cache_clear()
+
+    def function(x, fails=False):
+        told.append(f"call on {current[0]}")
+        if fails and told.count("call on side") == 2 and current[0] == "side":
+            raise RuntimeError("not permitted")
+        return 2 * x
+
+    some, x = Graphs(), randn(2, 3)
+    with torch.no_grad():
+        assert some.run("key", function, [x], [(2, 3)]).equal(2 * x) and some.run("key", function, [x], [(2, 3)])[0, 0]
+        begun = ["side waits for main", "call on side", "main waits for side", "capture into the pool, thread_local"]
+        assert told == [*begun, "call on side", "replay on main", "replay on main"]
+        told.clear()
+        some.run("other", lambda x: function(x, fails=True), [x], [(2, 3)])
+    graphs._side_stream.cache_clear()
+    assert told == [*begun, "call on side", "call on main"] and some.failed
 
 
 def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch):

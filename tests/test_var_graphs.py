@@ -36,22 +36,23 @@ def test_scales_are_those_of_the_eager_passes_and_each_is_one_capture(schedule, 
     assert len(captured) == passes and {watched.replays for watched in captured} == {3}
 
 
+def looks(model, tok, labels):
+    """(z of each scale with and without label, the passes that it took), all ids being 5."""
+    conditions, looked = model.conditions(labels, tokenizer=tok), []
+    tokens, images = torch.full((3, 30), 5, device=labels.device), torch.arange(3)
+    for step in range(4):
+        looked.append(conditions.look(step, tokens, None, images)[0])
+        rows = torch.cartesian_prod(images, torch.arange(conditions.starts[step], conditions.stops[step]))
+        looked.append(conditions.at(step, tokens, None, rows, torch.arange(len(rows)))[1])
+    return looked, conditions.passes
+
+
 def test_z_of_scales_is_that_of_the_eager_passes(captured, monkeypatch):
     """And stays what it was when the next batch has been looked at."""
-    model = tiny_var()
-
-    def looks(labels):
-        conditions, looked = model.conditions(labels, tokenizer=scales_tokenizer()), []
-        tokens, images = torch.full((3, 30), 5), torch.arange(3)
-        for step in range(4):
-            looked.append(conditions.look(step, tokens, None, images)[0])
-            rows = torch.cartesian_prod(images, torch.arange(conditions.starts[step], conditions.stops[step]))
-            looked.append(conditions.at(step, tokens, None, rows, torch.arange(len(rows)))[1])
-        return looked, conditions.passes
-
+    model, tok = tiny_var(), scales_tokenizer()
     with torch.no_grad():
-        expected = [eagerly(monkeypatch, lambda c=labels: looks(c)) for labels in (LABELS, LABELS.flip(0))]
-        made = [looks(labels) for labels in (LABELS, LABELS.flip(0))]
+        expected = [eagerly(monkeypatch, lambda c=labels: looks(model, tok, c)) for labels in (LABELS, LABELS.flip(0))]
+        made = [looks(model, tok, labels) for labels in (LABELS, LABELS.flip(0))]
     assert len(captured) == 8
     for (here, passes), (there, others) in zip(made, expected):
         assert passes == others

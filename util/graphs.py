@@ -16,6 +16,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache
 
 import torch
 from torch import nn
@@ -42,25 +43,32 @@ class CudaGraph:
     @staticmethod
     def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
         """Call it once, that libraries set themselves up and tables are made, which no capture may contain."""
-        with torch.cuda.device(buffers[0].device):
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
-                function(*buffers)
-            current.wait_stream(side)
+        device = buffers[0].device
+        current, side = torch.cuda.current_stream(device), _side_stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            function(*buffers)
+        current.wait_stream(side)
 
     def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
+        device = buffers[0].device
         self.function = function  # what it refers to must live as long as the graph, which has addresses only
         self.graph = torch.cuda.CUDAGraph()
-        # a capture that fails leaves its stream as the current one, which the block over the stream undoes
-        with torch.cuda.device(buffers[0].device), torch.cuda.stream(torch.cuda.current_stream(buffers[0].device)):
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        options = dict(pool=pool, stream=_side_stream(device), capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own behind
+            with torch.cuda.graph(self.graph, **options):
                 self.result = function(*buffers)
 
     def replay(self) -> torch.Tensor:
         """The result, in a place that the next replay in this pool may overwrite."""
         self.graph.replay()
         return self.result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that functions are warmed up and captured on; one, since cuBLAS has a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 class PlainCalls:
@@ -156,7 +164,7 @@ class Graphs:
         except RuntimeError as error:  # running out of memory is one
             self.failed, self.pool = True, None
             self.captures.clear()
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error.__context__ or error).strip().partition("\n")[0]  # what CUDA says last is not why
             tqdm.write(f"warning: no more CUDA graphs, since one could not be captured: {reason}", file=sys.stderr)
             return False
         while len(self.captures) > self.most:  # the capture has waited for the device: no replay is under way

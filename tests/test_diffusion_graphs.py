@@ -62,6 +62,26 @@ def test_a_draw_that_fills_its_buffers_has_the_same_bits(some, solver, captured,
         assert head.sample(z, free, **options).equal(expected)
 
 
+def test_what_a_capture_holds_fixed_is_in_its_key(captured, monkeypatch, diffloss):
+    """Of equal shapes: the steps where guidance acts, solver, spacing and clipping; values of a profile are not."""
+    head, z, free, noise = (
+        deepcopy(diffloss),
+        randn(16, WIDTH),
+        randn(16, WIDTH, seed=1),
+        randn(4, 16, CHANNELS, seed=2),
+    )
+    profiles = [lambda t: float(t > 0.5), lambda t: float(t < 0.5), lambda t: 0.7, lambda t: 0.2]
+    others = [dict(solver="ddim"), dict(solver="ddim", spacing="quadratic"), dict(clip=(-1, 1)), dict(clip=None)]
+    for options in [*(dict(profile=profile) for profile in profiles), *others] * 2:
+        options = {"clip": CLIP, "noise": noise, "num_steps": 3, "cfg": 2.5, **options}
+        made, expected = (
+            head.sample(z, free, **options),
+            eagerly(monkeypatch, lambda o=options: head.sample(z, free, **o)),
+        )
+        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+    assert len(captured) == 7
+
+
 def test_rows_of_a_bucket_do_not_see_each_other(captured, diffloss):
     """A row that is not finite, of this draw or of an earlier one, changes no other."""
     head, guided = deepcopy(diffloss), torch.tensor([0, 3, 4])

@@ -25,6 +25,7 @@ from util import dist
 from util.checkpoint import checkpoint_path
 from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import EvalConfig, protocol, protocol_line, score
+from util.graphs import release
 from util.images.datasets import EpochSampler, broken_note
 from util.images.pictures import PNGFolder, save_png
 
@@ -235,6 +236,7 @@ def sample_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> N
             log.image("samples", sheet, state.step)
         if samples.online:
             fids = measure_epoch(state, samples, epoch, log)
+    release(state.model)  # the memory of captures, which training needs
     if dist.is_main():
         if fids and not state.unsaved:
             keep_best(samples.output_dir, min(fids), state.step)

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import gaussian
 from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule, step_range
-from diffusion.solvers import SOLVERS
+from models.diffusion_sampler import DiffusionSampler, column
 from models.token_head import check_no_filter, guide
-from util.rng import draw_by_image
+from util.graphs import Graphs
 
 
 def modulate(x, shift, scale):
@@ -68,10 +68,11 @@ class FinalLayer(nn.Module):
 
 
 class SimpleMLPAdaLN(nn.Module):
-    """ε_θ(x_t | t, z): noisy tokens (N, C), timesteps (N,) or (1,), condition (N, W) -> (N, 2C) as (eps, v).
+    """ε_θ(x_t | t, z): noisy tokens (N, C), time (N, W) or (1, W), condition (N, W) -> (N, 2C) as (eps, v).
 
-    The condition is `condition(z)`, computed by the caller: a sampler needs it once a token, not once a step. The MLP
-    computes in the dtype of its weights; x, the schedule's tables and what is made of the output stay float32.
+    time is `time_embed(t)` of timesteps and the condition `condition(z)`, computed by the caller: a sampler needs the
+    one once a draw and the other once a token, not once a step. The MLP computes in the dtype of its weights; x, the
+    schedule's tables and what is made of the output stay float32.
     """
 
     def __init__(self, channels: int, width: int, z_channels: int, depth: int, grad_checkpointing: bool = False):
@@ -103,9 +104,9 @@ class SimpleMLPAdaLN(nn.Module):
         """What `forward` takes (N, W), of z (N, D) in any dtype."""
         return self.cond_embed(z.to(self.cond_embed.weight.dtype))
 
-    def forward(self, x, t, condition):
+    def forward(self, x, time, condition):
         x = self.input_proj(x.to(self.input_proj.weight.dtype))  # (N, W)
-        y = self.time_embed(t) + condition  # (N, W)
+        y = time + condition  # (N, W)
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, y, use_reentrant=False)
@@ -141,6 +142,7 @@ class DiffLoss(nn.Module):
         self.channels = channels
         self.repeats = repeats
         self.net = SimpleMLPAdaLN(channels, width, z_channels, depth, grad_checkpointing)
+        self.graphs = Graphs()
 
     def empty(self, batch: int, length: int) -> torch.Tensor:
         """Tokens (B, L, C) of zeros, float32."""
@@ -159,8 +161,9 @@ class DiffLoss(nn.Module):
         for 1. The target of ε stays the unscaled noise.
         """
         t, noise = draws["t"], draws["noise"]
-        x_t = gaussian.q_sample(cosine_schedule(), target, t, noise if tau is None else noise * _column(tau))
-        return Denoised(x_t, *self.net(x_t, t, self.net.condition(z)).float().chunk(2, dim=-1))
+        x_t = gaussian.q_sample(cosine_schedule(), target, t, noise if tau is None else noise * column(tau))
+        net = self.net
+        return Denoised(x_t, *net(x_t, net.time_embed(t), net.condition(z)).float().chunk(2, dim=-1))
 
     def losses(self, prediction: Denoised, target, draws) -> dict[str, torch.Tensor]:
         """{mse, vb}, each (N,): ε-prediction, and the variational bound, which trains v only."""
@@ -175,7 +178,7 @@ class DiffLoss(nn.Module):
 
     def guided(self, cond: Denoised, uncond: Denoised, w) -> Denoised:
         """ε under guidance w (N,); v stays the conditional one."""
-        return cond._replace(eps=guide(cond.eps, uncond.eps, _column(w)))
+        return cond._replace(eps=guide(cond.eps, uncond.eps, column(w)))
 
     def comparable(self, loss, draws) -> torch.Tensor:
         """Losses (N,) over the mean of their timesteps' bin in this batch: louder noise is easier for every token."""
@@ -201,7 +204,7 @@ class DiffLoss(nn.Module):
 
     def sampler(
         self, *, num_steps: int | str = 100, solver="ddpm", spacing=None, clip=None, top_k=0, top_p=1.0
-    ) -> "DiffusionSampler":
+    ) -> DiffusionSampler:
         """What draws tokens. num_steps: T, or "A:B" for A at the first autoregressive step to B at the last.
 
         spacing names the timesteps (`diffusion.schedule.SPACINGS`; None: the solver's). clip (lo, hi) bounds the
@@ -234,94 +237,3 @@ class DiffLoss(nn.Module):
             noise = torch.randn((num_steps + 1, len(z), self.channels), device=z.device)
         sampler = self.sampler(num_steps=num_steps, solver=solver, spacing=spacing, clip=clip)
         return sampler.draw(z, z_uncond, cfg, tau, noise, num_steps, guided, profile)
-
-
-class DiffusionSampler:
-    """The reverse process of a DiffLoss: a `models.token_head.Sampler`."""
-
-    def __init__(self, head: DiffLoss, num_steps: tuple[int, int], solver: str, spacing: str | None, clip):
-        if solver not in SOLVERS:
-            raise ValueError(f"unknown solver {solver!r}; valid: {', '.join(SOLVERS)}")
-        self.head, self.num_steps, self.clip = head, num_steps, clip
-        self.solver, self.spacing = SOLVERS[solver], spacing or SOLVERS[solver].spacing
-        cosine_schedule(num_steps[0], self.spacing)  # an unknown spacing is an error now, not at the first step
-
-    def evals(self, num_steps: int, tokens: int, guided: int, profile=None) -> int:
-        """A row for each token at each diffusion step, two where guidance acts on it."""
-        schedule = cosine_schedule(num_steps, self.spacing)
-        acting = sum(_acts(_share(profile, schedule, i)) for i in range(num_steps)) if guided else 0
-        return tokens * num_steps + guided * acting
-
-    def noise(self, generators, rows, num_steps: int) -> torch.Tensor:
-        """(T + 1, N, C), the part of each image from its own generator."""
-        return draw_by_image(generators, rows, lambda k: (num_steps + 1, k, self.head.channels), dim=1)
-
-    def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
-        """Tokens (N, C), float32, differentiable in z, cfg, tau and the weights.
-
-        z, z_uncond (N, D): with z_uncond ε is the guided one, the variance the conditional one; N trajectories are
-        carried and the net sees 2N rows. cfg, tau: float or (N,); what tau does is the solver's, see
-        `diffusion.solvers`. noise (num_steps + 1, N, C). guided (G,) long: the rows that guidance acts on, those of
-        z_uncond (G, D), where it is not on all; the net sees N + G rows then. profile: see `models.token_head.Sampler`;
-        where it gives the float 0 the net sees N rows. A wrong shape, or guidance without z_uncond, raises ValueError.
-        """
-        self._check(z, z_uncond, cfg, tau, noise, num_steps)
-        net = self.head.net
-        guides = z_uncond is not None and not (isinstance(cfg, int | float) and cfg == 1.0)
-        schedule = cosine_schedule(num_steps, self.spacing)
-        timesteps = schedule.table("timesteps", z.device)
-        condition = net.condition(torch.cat([z, z_uncond]) if guides else z)  # (N + G, W) or (N, W)
-        unguided = net.condition(z) if guides and profile is not None else condition  # (N, W)
-        w = _of_rows(_column(cfg), guided)
-
-        def predict(x, i):
-            t, m = timesteps[i : i + 1], _share(profile, schedule, i) if guides else 0.0
-            if not _acts(m):
-                return net(x, t, unguided).float().chunk(2, dim=-1)
-            both = torch.cat([x, x if guided is None else x[guided]])
-            eps, v = net(both, t, condition).float().chunk(2, dim=-1)
-            eps, eps_u, v = eps[: len(x)], eps[len(x) :], v[: len(x)]
-            _check_rows("profile", m, len(x))
-            m = _of_rows(_column(m), guided)
-            if guided is None:
-                return guide(eps, eps_u, w, m), v
-            return eps.index_copy(0, guided, guide(eps[guided], eps_u, w, m)), v
-
-        return self.solver.run(predict, schedule, noise.float(), _column(tau), self.clip)
-
-    def _check(self, z, z_uncond, cfg, tau, noise, num_steps):
-        shape = (num_steps + 1, len(z), self.head.channels)
-        if tuple(noise.shape) != shape:
-            raise ValueError(f"noise must have shape {shape} (num_steps + 1, N, C), got {tuple(noise.shape)}")
-        for name, value in (("cfg", cfg), ("tau", tau)):
-            _check_rows(name, value, len(z))
-        if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
-            raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
-
-
-def _share(profile, schedule, i: int):
-    """m of a profile at diffusion step i of a schedule, 1.0 without one; the timestep is read on the host."""
-    return 1.0 if profile is None else profile(float(schedule.timesteps[i]) / NUM_TRAIN_STEPS)
-
-
-def _check_rows(name: str, value, num_rows: int) -> None:
-    """Raise ValueError unless a value is a number or has one for each row."""
-    if isinstance(value, torch.Tensor) and value.dim() and value.numel() != num_rows:
-        raise ValueError(f"{name} must be a number or one for each of the {num_rows} rows, got {value.numel()}")
-
-
-def _acts(m) -> bool:
-    """Is guidance computed at this m? A tensor is not read: that would wait for the device."""
-    return isinstance(m, torch.Tensor) or m != 0.0
-
-
-def _of_rows(column, rows):
-    """(N, 1) at rows (G,) as (G, 1); a number stays one, and so does a column where rows are None, for all."""
-    return column[rows] if rows is not None and isinstance(column, torch.Tensor) and column.dim() else column
-
-
-def _column(value):
-    """A float as it is, (N,) or (N, 1) as (N, 1) float32, so that it broadcasts over channels."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.float().reshape(-1, 1) if value.dim() else value.float()

@@ -18,6 +18,7 @@ from models.kv_cache import Extension, attention
 from models.mar import compile_all
 from models.next_scale import NextScaleConditions
 from models.var_config import VAR_CONFIGS, VARConfig
+from util.graphs import Graphs
 
 __all__ = ["VAR", "VARConfig", "VAR_CONFIGS", "filter_logits", "next_scale_loss"]
 
@@ -56,6 +57,7 @@ class VAR(nn.Module):
         self.head = CELinear(c.embed_dim, c.vocab_size, bias=True)
         self.head.label_smoothing = c.label_smoothing
         self.init_weights(init_adaln_gamma=c.init_adaln_gamma)
+        self.graphs = Graphs()
 
     @torch.no_grad()
     def init_weights(self, init_adaln=0.5, init_adaln_gamma=1e-5, init_head=0.02, init_std=-1) -> None:

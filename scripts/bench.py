@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from diffusion.schedule import step_range
 from heads.policy import PolicyHeads, build_rules
-from models.diffloss import DiffusionSampler
+from models.diffusion_sampler import DiffusionSampler
 from models.int8 import fast_dtype, is_exact, quantize
 from models.mar import MAR
 from models.mar_cache import FeatureCache
@@ -115,7 +115,7 @@ class Bench:
     def build(self) -> None:
         """Make the model and its twin on the meta device."""
         torch.manual_seed(0)
-        self.mar = MAR(self.config).to(self.device).eval().requires_grad_(False)
+        self.mar = MAR(self.config).to(self.device).eval()
         self.heads = PolicyHeads(self.config.decoder_embed_dim).to(self.device).eval()
         self.meta = MAR(self.config).to("meta").eval()
 

@@ -70,7 +70,7 @@ def parts(args: BenchScalesArgs):
     """(model, tokenizer) with random weights on the device; of the tokenizer only the quantiser has its full size."""
     torch.manual_seed(0)
     device, family = dist.pick_device(args.device), FAMILIES["var"]
-    model = family.model(family.sizes[args.model]).to(device).eval().requires_grad_(False)
+    model = family.model(family.sizes[args.model]).to(device).eval()
     sizes = model.config
     config = MultiScaleVQConfig(
         vocab_size=sizes.vocab_size, z_channels=sizes.vae_embed_dim, v_patch_nums=sizes.patch_nums, ch=32

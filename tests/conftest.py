@@ -23,9 +23,11 @@ from scripts import make_fid_stats  # noqa: E402
 from tests.helpers import named_weights, tiny_mar  # noqa: E402
 from tests.helpers_diffusion import CHANNELS, WIDTH  # noqa: E402
 from tests.helpers_generate import SIDE  # noqa: E402
+from tests.helpers_graphs import Watched  # noqa: E402
 from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
 from tests.helpers_tokenizers import TINY  # noqa: E402
 from training import build  # noqa: E402
+from util import graphs  # noqa: E402
 from util.images.datasets import build_dataset  # noqa: E402
 
 torch.set_num_threads(1)
@@ -100,3 +102,12 @@ def stats_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("stats") / "digits.npz"
     assert make_fid_stats.main(["--data", "digits", "--features", "digits", "--out", str(path), "--device", "cpu"]) == 0
     return path
+
+
+@pytest.fixture
+def captured(monkeypatch, capsys):
+    """The CPU captures as a GPU does, under its rules; the list of all captures, none of which may fail."""
+    monkeypatch.setattr(Watched, "made", [])
+    monkeypatch.setitem(graphs.CAPTURES, "cpu", Watched)
+    yield Watched.made
+    assert "no more CUDA graphs" not in capsys.readouterr().err

@@ -15,7 +15,7 @@ def test_token_loss_is_the_formula_around_the_net(diffloss):
     alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod)[t].float().unsqueeze(1)
     x_t = alphas_cumprod.sqrt() * target + (1 - alphas_cumprod).sqrt() * tau.unsqueeze(1) * noise
     with torch.no_grad():
-        eps, v = diffloss.net(x_t, t, diffloss.net.cond_embed(z)).chunk(2, dim=1)
+        eps, v = diffloss.net(x_t, diffloss.net.time_embed(t), diffloss.net.cond_embed(z)).chunk(2, dim=1)
         mse, vb = diffloss.token_loss_terms(target, z, t, noise, tau)
         # the target is the noise, not τ·noise
         torch.testing.assert_close(mse, (eps - noise).square().mean(1), rtol=1e-4, atol=1e-6)
@@ -76,7 +76,7 @@ def test_bfloat16_autocast_gives_finite_float32(diffloss):
     x_t = gaussian.q_sample(schedule, target, t, noise)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         loss = diffloss.token_loss(target, z, t, noise)
-        out = diffloss.net(x_t, t, diffloss.net.cond_embed(z))
+        out = diffloss.net(x_t, diffloss.net.time_embed(t), diffloss.net.cond_embed(z))
         cfg, tau = torch.full((N,), 2.0), torch.ones(N)
         sample = diffloss.sample(cond, uncond, cfg, tau, NUM_STEPS, noise=draws, clip=CLIP)
     assert out.dtype == torch.bfloat16

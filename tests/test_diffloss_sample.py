@@ -19,7 +19,10 @@ def naive_sample(diffloss, z, z_uncond, cfg, tau, noise):
     x = noise[0].double()
     for draw, i in enumerate(reversed(range(len(schedule))), start=1):
         t = torch.tensor([float(schedule.timesteps[i])])
-        c, u = (diffloss.net(x.float(), t, diffloss.net.cond_embed(c)).double().chunk(2, dim=1) for c in (z, z_uncond))
+        c, u = (
+            diffloss.net(x.float(), diffloss.net.time_embed(t), diffloss.net.cond_embed(c)).double().chunk(2, dim=1)
+            for c in (z, z_uncond)
+        )
         eps = u[0] + cfg * (c[0] - u[0])
         signal = schedule.alphas_cumprod[i]
         x_start = ((x - math.sqrt(1 - signal) * eps) / math.sqrt(signal)).clamp(*CLIP)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from heads.policy import PolicyHeads, build_rules
-from models.diffloss import SimpleMLPAdaLN
+from models.diffloss import SimpleMLPAdaLN, TimestepEmbedder
 from sampling.loop import generate
 from tests.helpers import randn, tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
@@ -79,16 +79,17 @@ def test_other_labels_are_one_error(labels, words, mar):
 def test_a_model_samples_in_its_own_dtype(dtype, cfg, refresh_every, solver, mar, monkeypatch):
     options = dict(OPTIONS, refresh_every=refresh_every, solver=solver)
     expected = generate(mar, LABELS, rules_of(cfg=cfg), **options)
-    seen, forward = set(), SimpleMLPAdaLN.forward
+    seen, timesteps, forward, embed = set(), set(), SimpleMLPAdaLN.forward, TimestepEmbedder.forward
 
-    def watched(net, x, t, condition):
-        out = forward(net, x, t, condition)
-        seen.add((x.dtype, t.dtype, condition.dtype, out.dtype))
+    def watched(net, x, time, condition):
+        out = forward(net, x, time, condition)
+        seen.add((x.dtype, time.dtype, condition.dtype, out.dtype))
         return out
 
     monkeypatch.setattr(SimpleMLPAdaLN, "forward", watched)
+    monkeypatch.setattr(TimestepEmbedder, "forward", lambda net, t: timesteps.add(t.dtype) or embed(net, t))
     made = generate(mar.to(dtype), LABELS, rules_of(cfg=cfg), **options)
-    assert seen == {(torch.float32, torch.float32, dtype, dtype)}  # x and the timesteps stay float32
+    assert seen == {(torch.float32, dtype, dtype, dtype)} and timesteps == {torch.float32}  # x and t stay float32
     assert made.dtype == torch.float32 and made.isfinite().all()
     assert (made - expected).abs().mean() < DTYPES[dtype]
 

@@ -1,0 +1,209 @@
+"""Functions of tensors that are captured once and replayed: on a GPU thousands of kernels become one launch.
+
+A captured function reads its arguments from buffers that stay in one place. A call copies its tensors into their first
+rows, replays, and copies the result out, so that no replay overwrites what an earlier one gave. What else the function
+reads, weights and tables, is as it was when captured: it must stay in its place, where it may change. Of numbers and
+shapes the capture keeps those of its first call, so whatever they depend on belongs to the key.
+
+CAPTURES says on which devices this is done. `CudaGraph` is for GPUs; `PlainCalls` keeps to the same rules without one,
+for tests on a CPU. CUDA_GRAPHS=0 in the environment switches all captures off.
+"""
+
+import contextlib
+import gc
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from functools import cache
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+MOST_CAPTURES = 128  # of one module; 64 autoregressive steps with 64 different numbers of diffusion steps need 64
+SMALLEST_BUCKET = 16
+_one = threading.RLock()  # between copying in and copying out nobody else may replay, or capture
+
+
+def bucket(num_rows: int) -> int:
+    """The rows that a buffer for num_rows has: the next of 16, 24, 32, 48, 64, 96, …; 0 for none."""
+    if num_rows == 0:
+        return 0
+    power = max(SMALLEST_BUCKET, 1 << (num_rows - 1).bit_length())
+    return power * 3 // 4 if num_rows <= power * 3 // 4 and power > SMALLEST_BUCKET else power
+
+
+class CudaGraph:
+    """A function of buffers, captured as a CUDA graph in a memory pool; what cannot be captured raises RuntimeError."""
+
+    new_pool = staticmethod(torch.cuda.graph_pool_handle)
+
+    @staticmethod
+    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
+        """Call it once, that libraries set themselves up and tables are made, which no capture may contain."""
+        device = buffers[0].device
+        current, side = torch.cuda.current_stream(device), _side_stream(device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            function(*buffers)
+        current.wait_stream(side)
+
+    def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
+        device = buffers[0].device
+        self.function = function  # what it refers to must live as long as the graph, which has addresses only
+        self.graph = torch.cuda.CUDAGraph()
+        options = dict(pool=pool, stream=_side_stream(device), capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own behind
+            with torch.cuda.graph(self.graph, **options):
+                self.result = function(*buffers)
+
+    def replay(self) -> torch.Tensor:
+        """The result, in a place that the next replay in this pool may overwrite."""
+        self.graph.replay()
+        return self.result
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that functions are warmed up and captured on; one, since cuBLAS has a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+class PlainCalls:
+    """In place of a `CudaGraph`: calls the function of the first call on the buffers; has one place for results."""
+
+    new_pool = staticmethod(lambda: None)
+
+    @staticmethod
+    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
+        """Call it once."""
+        function(*buffers)
+
+    def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
+        self.function, self.buffers = function, buffers
+        self.result = function(*buffers)
+
+    def replay(self) -> torch.Tensor:
+        """The result, in a place that the next replay overwrites."""
+        return self.result.copy_(self.function(*self.buffers))
+
+
+CAPTURES = {"cuda": CudaGraph}  # by type of device
+
+
+def switched_on() -> bool:
+    """Does the environment allow captures? CUDA_GRAPHS is 0 or 1, or not set for 1; others raise ValueError."""
+    value = os.environ.get("CUDA_GRAPHS", "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"CUDA_GRAPHS must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+class Graphs:
+    """The captures of a module's functions, at most `most` of them: beyond these the one not used for longest goes.
+
+    A copy of the module starts with none.
+    """
+
+    def __init__(self, most: int = MOST_CAPTURES):
+        self.most, self.failed = most, False
+        self.captures = OrderedDict()  # key: (capture, its buffers), the last used at the end
+        self.pool = None  # the memory that they share
+        self.places = None  # of the weights that they read
+        self.state = None  # what captured functions keep from one replay to the next, of whoever captures them
+
+    def __reduce__(self):
+        return Graphs, (self.most,)
+
+    def clear(self) -> None:
+        """Drop all captures, their memory and the state."""
+        self.captures.clear()
+        self.pool = self.state = None
+
+    def usable(self, module: nn.Module, device: torch.device) -> bool:
+        """May functions of this module be run by `run`? Not with gradients, nor after a capture has failed.
+
+        Weights that have moved since, as `module.to` moves them, make it forget what it has.
+        """
+        if self.failed or device.type not in CAPTURES or torch.is_grad_enabled() or not switched_on():
+            return False
+        places = [(x.data_ptr(), x.dtype) for some in (module.parameters(), module.buffers()) for x in some]
+        if places != self.places:
+            self.clear()
+            self.places = places
+        return True
+
+    def run(self, key: Hashable, function: Callable, tensors: Iterable, shapes: Iterable) -> torch.Tensor:
+        """function(*tensors), a tensor, of buffers of these shapes, whose first rows are the tensors.
+
+        Rows beyond those of the tensors hold what an earlier call left in them, at first 0; so do they in the result.
+        A call whose capture fails, and that says so in one line, has no such rows.
+        """
+        tensors, shapes = list(tensors), [tuple(shape) for shape in shapes]
+        key = key, tuple((shape, x.dtype) for shape, x in zip(shapes, tensors)), autocast_state(tensors[0].device)
+        with _one:
+            if self.failed or (key not in self.captures and not self._capture(key, function, tensors, shapes)):
+                return function(*tensors)
+            self.captures.move_to_end(key)
+            capture, buffers = self.captures[key]
+            _fill(buffers, tensors)
+            return capture.replay().clone()
+
+    def _capture(self, key, function, tensors, shapes) -> bool:
+        """Capture, and drop what is too much; False where that fails."""
+        backend = CAPTURES[tensors[0].device.type]
+        buffers = [torch.zeros(shape, dtype=x.dtype, device=x.device) for shape, x in zip(shapes, tensors)]
+        _fill(buffers, tensors)
+        try:
+            self.pool = backend.new_pool() if self.pool is None else self.pool
+            backend.warm_up(function, buffers)
+            with _undisturbed():
+                self.captures[key] = backend(function, buffers, self.pool), buffers
+        except RuntimeError as error:  # running out of memory is one
+            self.failed, self.pool = True, None
+            self.captures.clear()
+            reason = str(error.__context__ or error).strip().partition("\n")[0]  # what CUDA says last is not why
+            tqdm.write(f"warning: no more CUDA graphs, since one could not be captured: {reason}", file=sys.stderr)
+            return False
+        while len(self.captures) > self.most:  # the capture has waited for the device: no replay is under way
+            self.captures.popitem(last=False)
+        return True
+
+
+@contextlib.contextmanager
+def _undisturbed():
+    """No garbage is collected, since an older graph that is freed would end a capture, and autocast remembers nothing.
+
+    The weights that autocast has cast are freed when it ends; a graph casts its own, once a replay.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+        if collecting:
+            gc.enable()
+
+
+def _fill(buffers: list, tensors: list) -> None:
+    for buffer, x in zip(buffers, tensors):
+        buffer[tuple(slice(size) for size in x.shape)].copy_(x)
+
+
+def autocast_state(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in on this device; None where it is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def release(module: nn.Module) -> None:
+    """Drop the captures of a module and of all in it, with their memory."""
+    for part in module.modules():
+        graphs = getattr(part, "graphs", None)
+        if isinstance(graphs, Graphs):
+            graphs.clear()

@@ -21,14 +21,14 @@ import torch
 from engine_mar import evaluate
 from heads.policy import load_heads
 from heads.schedules import needed_steps
-from models.families import SIZES
+from models.families import SIZES, takes_any_size
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from models.text import reads_text
 from sampling.editing import Edit, editing_defaults, read_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
 from sampling.prompts import check_asked, open_prompts
-from sampling.run import Parts, claim_folder, own_folder, sample_images
+from sampling.run import Parts, claim_folder, own_folder, sample_images, size_of_images
 from sampling.settings import FAST, SampleConfig, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
@@ -42,6 +42,7 @@ from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
+from util.sizes import Size, image_size, sides
 
 __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images and labels
 
@@ -70,7 +71,13 @@ class SampleArgs:
     seed: int = flag(DEFAULT_SEED, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
     model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
-    img_size: int | None = flag(None, "pixels of a side, for a published checkpoint (default: 256)", low=1)
+    img_size: Size | None = flag(
+        None,
+        "pixels of a side, or HxW, height x width: of a model for any size (default: as trained), of a published "
+        "checkpoint (256)",
+        type=image_size,
+        metavar="SIZE",
+    )
     diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
     diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
@@ -161,6 +168,8 @@ class Sweep:
             suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
         if self.args.edit_image is not None:
             suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
+        if self.args.img_size is not None and takes_any_size(self.parts.model.config):
+            suffix += f"_{self.args.img_size}px"
         if self.parts.dtype != torch.float32:
             suffix += f"_{dist.dtype_name(self.parts.dtype)}"
         return suffix
@@ -170,6 +179,7 @@ class Sweep:
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
         shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
         shared |= dict(prompts=self.parts.model.prompts.content) if reads_text(self.parts.model) else {}
+        shared |= size_of_images(self.parts.model)
         hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
@@ -219,7 +229,7 @@ def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
         return None
     if args.dry_run and not (Path(args.edit_image).is_file() and Path(args.edit_mask).is_file()):
         return None
-    cell = model_config.img_size // model_config.grid
+    cell = sides(model_config.img_size)[0] // model_config.grid
     return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
 
 

@@ -85,8 +85,16 @@ def num_traced(path: Path) -> int:
 
 
 def over_pixels(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Values (n, L) of the tokens of a square grid as (n, H, W, 1), for images of shape (n, H, W, C)."""
+    """Values (n, L) of the tokens of a grid as (n, H, W, 1), for images of shape (n, H, W, C)."""
     n, height, width, _ = shape
-    side = math.isqrt(cells.shape[1])
-    grid = cells.reshape(n, side, 1, side, 1)
-    return np.broadcast_to(grid, (n, side, height // side, side, width // side)).reshape(n, height, width, 1)
+    h, w = token_grid(cells.shape[1], height, width)
+    grid = cells.reshape(n, h, 1, w, 1)
+    return np.broadcast_to(grid, (n, h, height // h, w, width // w)).reshape(n, height, width, 1)
+
+
+def token_grid(length: int, height: int, width: int) -> tuple[int, int] | None:
+    """(h, w) of so many square tokens that fill an image of (height, width) pixels; None where none do."""
+    side = math.isqrt(height * width // length)
+    if side**2 * length != height * width or height % side or width % side:
+        return None
+    return height // side, width // side

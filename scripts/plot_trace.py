@@ -21,6 +21,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from sampling.adaptive import shares_of
+from sampling.trace import token_grid
 from util.args import OneLineParser
 from util.checkpoint import atomic_file
 from util.door import run_main
@@ -41,7 +42,8 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
             trace = {key: file[key] for key in KEYS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
-    if trace["order_step"].ndim != 2 or math.isqrt(trace["order_step"].shape[1]) ** 2 != trace["order_step"].shape[1]:
+    order, frames = trace["order_step"], trace["frames"]
+    if order.ndim != 2 or frames.ndim != 5 or token_grid(order.shape[1], *frames.shape[2:4]) is None:
         raise ValueError(
             f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
         )
@@ -62,10 +64,9 @@ def parse_images(text: str | None, count: int) -> list[int]:
     return images
 
 
-def as_grid(values: np.ndarray) -> np.ndarray:
-    """(L,) as the square (side, side) of the token grid."""
-    side = math.isqrt(len(values))
-    return values.reshape(side, side)
+def as_grid(values: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """(L,) as the grid (h, w) of the tokens of frames (K, H, W, C)."""
+    return values.reshape(token_grid(len(values), *frames.shape[1:3]))
 
 
 def picture(frame: np.ndarray) -> np.ndarray:
@@ -161,7 +162,7 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    order = np.ma.masked_less(as_grid(trace["order_step"][i]) + 1, 1)
+    order = np.ma.masked_less(as_grid(trace["order_step"][i], trace["frames"][i]) + 1, 1)
     taken = int(order.max())  # steps until the image was complete
     shown = np.unique(np.linspace(0, taken - 1, min(taken, FILM_MAX)).round().astype(int))
     rows = math.ceil(len(shown) / FILM_ROW)
@@ -173,7 +174,7 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     draw_map(top, maps[0], order, "step at which a token came", "viridis", numbers=len(order) <= 16)
     draw_bars(maps[1], trace["group_size"][i][:taken])
     maps[1].set_box_aspect(1)
-    tau, cfg = (np.ma.array(as_grid(trace[key][i]), mask=order.mask) for key in ("tau", "cfg"))
+    tau, cfg = (np.ma.array(as_grid(trace[key][i], trace["frames"][i]), mask=order.mask) for key in ("tau", "cfg"))
     draw_map(top, maps[2], tau, "temperature τ", "magma")
     draw_map(top, maps[3], cfg, "guidance scale w", "cividis")
     panels = film.subplots(rows, FILM_ROW, squeeze=False).ravel()
@@ -189,9 +190,11 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
 
 def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     """The GIF of image i: image and mask side by side, a frame a step, a pause at the end."""
-    order, frames = as_grid(trace["order_step"][i]), trace["frames"][i]
+    frames = trace["frames"][i]
+    order = as_grid(trace["order_step"][i], frames)
     height, width = frames.shape[1:3]
-    size = (width * math.ceil(GIF_SIDE / width), height * math.ceil(GIF_SIDE / height))
+    zoom = math.ceil(GIF_SIDE / min(height, width))
+    size = (width * zoom, height * zoom)
     sheets = []
     for step in range(order.max() + 1):
         mask = np.full((*order.shape, 3), UNKNOWN, np.uint8)

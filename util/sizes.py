@@ -5,15 +5,15 @@ import re
 
 Size = int | str
 CELL = 16  # pixels that the sides of a size of a ratio are multiples of: the stride of the published tokenizers
+SIZE = r"[1-9]\d{0,5}(x[1-9]\d{0,5})?"
 RATIO = r"[1-9]\d{0,2}:[1-9]\d{0,2}"
 
 
 def image_size(text: str) -> Size:
     """The size that a text names; one that names none raises ValueError."""
-    if not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5})?", text):
-        raise ValueError(
-            f"invalid value {text!r}: must be pixels of a side of at least 1, or HEIGHTxWIDTH like 256x384"
-        )
+    if not re.fullmatch(SIZE, text):
+        valid = "a whole number of at least 1, or HEIGHTxWIDTH like 256x384"
+        raise ValueError(f"invalid value {text!r}: must be {valid}")
     height, _, width = text.partition("x")
     return size_of(int(height), int(width or height))
 
@@ -48,11 +48,10 @@ def check_square(size: Size | None, of: str) -> None:
 def bucket_sizes(text: str) -> str:
     """The text, if it is a comma list of two or more different sizes, or ratios W:H; else ValueError."""
     parts = text.split(",")
-    for part in parts:
-        if not re.fullmatch(RATIO, part):
-            image_size(part)
-    if not 2 <= len(parts) == len(set(parts)):
-        raise ValueError(f"invalid value {text!r}: must be two or more different sizes with commas between")
+    valid = all(re.fullmatch(SIZE, part) or re.fullmatch(RATIO, part) for part in parts)
+    if not valid or not 2 <= len(parts) == len(set(parts)):
+        wanted = "two or more different sizes like 256x384, or ratios W:H like 3:2, with commas between"
+        raise ValueError(f"invalid value {text!r}: must be {wanted}")
     return text
 
 

@@ -75,7 +75,7 @@ def build_buckets(
         return Buckets([build_dataset(name, img_size=size, **where) for size in sizes])
     folder = build_dataset(name, img_size=sizes[0], **where)
     members = [[] for _ in sizes]
-    for sample in tqdm(folder.samples, unit="image", desc="looking at sizes", leave=False):
+    for sample in tqdm(folder.samples, unit="image", desc="looking at sizes", leave=False, delay=1):
         members[nearest(_ratio_of(sample[0], reading), sizes)].append(sample)
     for size, samples in zip(sizes, members):
         if not samples:

@@ -15,10 +15,10 @@ run python scripts/train_tokenizer.py --data digits --vq --stride 2 --codebook_s
 run python scripts/cache_latents.py --data canvases --buckets 8x8,8x16,16x8 --tokenizer "diffusers:$vq/autoencoder" \
     --tokens discrete --num_workers 0 --cached_path "$out/ids"
 run python main_mar.py --data canvases --use_cached --cached_path "$out/ids" --model maskgil_tiny \
-    --tokenizer "diffusers:$vq/autoencoder" --loss_tokens masked --label_smoothing 0 --epochs "${EPOCHS:-30}" \
-    --eval_freq 1000 --output_dir "$out/model" --resume "$out/model"
+    --tokenizer "diffusers:$vq/autoencoder" --loss_tokens masked --label_smoothing 0 --batch_size 32 --blr 1.6e-2 \
+    --epochs "${EPOCHS:-6}" --warmup_epochs 1 --eval_freq 1000 --output_dir "$out/model" --resume "$out/model"
 for size in "${sizes[@]}"; do
     run python sample.py --checkpoint "$out/model" --output_dir "$out/samples_$size" --img_size "$size" --metrics none \
-        --num_images 500 --eval_bsz 100 --num_iter 8 --cfg 2 "$@"
+        --num_images 400 --eval_bsz 100 --num_iter 8 --cfg 2 "$@"
 done
 into "$out/table.md" python scripts/demo_shapes.py --output_dir "$out"

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import nn
 
+from heads.orders import check_square
 from models.families import takes_any_size, tokens_of
 from models.loading import check_latents, check_tokens, stored_model_config
 from models.tokenizers import Tokenizer, tokenizer_of
@@ -89,7 +90,9 @@ def check_sizes(config: RunConfig) -> None:
         raise ValueError(f"{shaped} does not fit --model {model.model}, whose images are square and of one size")
     if config.train.objective != "token" and buckets:
         raise ValueError(f"{shaped} needs --objective token: {config.train.objective} samples images of one size")
-    if config.heads.learn or config.masks.train_masks != "random":
+    if "order" in config.heads.learn.split(","):
+        check_square(config.sampling.order_base, "order_base")
+    if config.masks.train_masks != "random":
         config.sampling.check_shape()
 
 

@@ -63,7 +63,7 @@ def run(config: RunConfig) -> int:
     dist.pick_dtype(launch.dtype, device)  # refused now, not after the data are read
     content, resumed = find_checkpoint(launch)
     dataset = build_data(config.data, img_size)
-    config = replace(config, data=as_cached(config.data, dataset))
+    config = replace(config, data=as_cached(config.data, dataset, img_size))
     check_sizes(config)
     reference = partial(find_reference, config.evaluation, config.data, img_size, dataset)
     if launch.online_eval or launch.evaluate:

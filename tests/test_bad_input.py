@@ -22,6 +22,7 @@ from scripts import (
     bench_training,
     cache_latents,
     cache_text,
+    demo_shapes,
     demo_text,
     download_weights,
     export_weights,
@@ -272,6 +273,11 @@ DEMO = [
     ("--samples {tmp}/missing", "--samples", "{tmp}/missing"),
     ("--samples {empty}", "{empty}", "samples.npz"),
 ]
+SHAPES = [
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--output_dir /proc/x", "--output_dir /proc/x"),
+    ("--output_dir {empty}", "--output_dir {empty}", "samples_8x8", "one setting"),
+]
 STATISTICS = [
     *READING,
     ("--out x.txt", "--out", "x.txt", ".npz"),
@@ -433,6 +439,7 @@ CATALOGUE = {
     sample: (DRAW, SAMPLING),
     cache_latents: (f"{DIGITS} --num_workers 0 --cached_path {{out}}".split(), CACHING),
     cache_text: ("--data digits --text_encoder {empty} --device cpu --cached_text {out}".split(), TEXTS),
+    demo_shapes: ("--output_dir {out}".split(), SHAPES),
     demo_text: ("--output_dir {out}".split(), DEMO),
     make_fid_stats: (f"{STATS} --out {{out}}.npz".split(), STATISTICS),
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),

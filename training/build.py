@@ -46,14 +46,14 @@ def build_images(data: DataConfig, img_size: Size):
     return images
 
 
-def as_cached(data: DataConfig, latents) -> DataConfig:
+def as_cached(data: DataConfig, latents, img_size: Size) -> DataConfig:
     """The settings with those by which the images of cached latents were read; flags that say otherwise: ValueError.
 
-    And with the sizes of a cache of several.
+    And with the sizes of a cache of several; ratios in --buckets are of images of img_size.
     """
     if not data.use_cached:
         return data
-    data = replace(data, buckets=_stored_buckets(data, latents))
+    data = replace(data, buckets=_stored_buckets(data, latents, img_size))
     if latents.reading is None:
         return data
     stored = asdict(latents.reading)
@@ -68,10 +68,11 @@ def as_cached(data: DataConfig, latents) -> DataConfig:
     return replace(data, **stored | dict(split_dir=split_dir, flip=data.flip and stored["flip"]))
 
 
-def _stored_buckets(data: DataConfig, latents) -> str | None:
+def _stored_buckets(data: DataConfig, latents, img_size: Size) -> str | None:
     """The sizes of cached latents as --buckets says them, None for one; a flag that says otherwise: ValueError."""
-    stored = ",".join(map(str, latents.sizes)) if len(latents.counts) > 1 else None
-    if data.buckets not in (None, stored):
+    sizes = latents.sizes if len(latents.counts) > 1 else ()
+    stored = ",".join(map(str, sizes)) or None
+    if data.buckets is not None and sizes_of(data.buckets, img_size) != sizes:
         held = f"the sizes {stored}" if stored else "one size"
         raise ValueError(
             f"--buckets {data.buckets} does not fit --cached_path {data.cached_path}, which has {held}: leave the flag "

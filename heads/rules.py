@@ -79,8 +79,8 @@ class Rules:
 
 def has_square_images(config) -> bool:
     """Has an image of a model of this configuration as many rows as columns of tokens?"""
-    h, w = getattr(config, "shape", (config.grid, config.grid))
-    return h == w
+    shape = getattr(config, "shape", None)  # of those that may be others
+    return shape is None or shape[0] == shape[1]
 
 
 def whole_group(group: Callable, state: StepState) -> torch.Tensor:

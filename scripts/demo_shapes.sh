@@ -16,7 +16,7 @@ run python scripts/cache_latents.py --data canvases --buckets 8x8,8x16,16x8 --to
     --tokens discrete --num_workers 0 --cached_path "$out/ids"
 run python main_mar.py --data canvases --use_cached --cached_path "$out/ids" --model maskgil_tiny \
     --tokenizer "diffusers:$vq/autoencoder" --loss_tokens masked --label_smoothing 0 --batch_size 32 --blr 1.6e-2 \
-    --epochs "${EPOCHS:-6}" --warmup_epochs 1 --eval_freq 1000 --output_dir "$out/model" --resume "$out/model"
+    --epochs "${EPOCHS:-15}" --warmup_epochs 1 --eval_freq 1000 --output_dir "$out/model" --resume "$out/model"
 for size in "${sizes[@]}"; do
     run python sample.py --checkpoint "$out/model" --output_dir "$out/samples_$size" --img_size "$size" --metrics none \
         --num_images 400 --eval_bsz 100 --num_iter 8 --cfg 2 "$@"

@@ -105,7 +105,7 @@ def _ratio_of(path: str, reading: Reading) -> float:
 
 def open_cache(folder, img_size: Size | None = None) -> PackedLatents | NpzLatents | BucketLatents:
     """The data set of a cache of one size, img_size (see `open_latents`), or of several, whatever img_size is."""
-    sizes = stored_sizes(Path(folder)) if folder else None
+    sizes = stored_sizes(Path(folder)) if folder and Path(folder).is_dir() else None
     if sizes is None:
         return open_latents(folder, img_size)
     return BucketLatents(Path(folder), [open_latents(part_folder(Path(folder), size), size) for size in sizes])

@@ -21,4 +21,4 @@ for size in "${sizes[@]}"; do
     run python sample.py --checkpoint "$out/model" --output_dir "$out/samples_$size" --img_size "$size" --metrics none \
         --num_images 400 --eval_bsz 100 --num_iter 8 --cfg 2 "$@"
 done
-into "$out/table.md" python scripts/demo_shapes.py --output_dir "$out"
+into "$out/table.md" python scripts/demo_shapes.py --output_dir "$out" --tokenizer "diffusers:$vq/autoencoder"

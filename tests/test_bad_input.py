@@ -276,7 +276,7 @@ DEMO = [
 SHAPES = [
     ("--output_dir {file}", "--output_dir {file}", "not a folder"),
     ("--output_dir /proc/x", "--output_dir /proc/x"),
-    ("--output_dir {empty}", "--output_dir {empty}", "samples_8x8", "one setting"),
+    ("--output_dir {empty} --tokenizer nope", "--output_dir {empty}", "samples_8x8", "one setting"),
 ]
 STATISTICS = [
     *READING,

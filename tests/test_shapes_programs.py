@@ -253,9 +253,10 @@ def test_the_demonstration_measures_what_was_asked_for(tmp_path, capsys):
         images[:10] = 0  # of ten nothing can be read
         labels = torch.where(torch.arange(50) < 10, 3, canvases.labels[:50]).numpy()
         np.savez(folder / "samples.npz", arr_0=images, labels=labels)
-    assert demo_shapes.main(["--output_dir", str(tmp_path)]) == 0
+    assert demo_shapes.main(["--output_dir", str(tmp_path), "--tokenizer", "grey16"]) == 0
     measured = json.loads((tmp_path / "accuracy.json").read_text())
     assert [result["canvas"] for result in measured.values()] == [pytest.approx(0.8, abs=0.03)] * 3
+    assert all(0 < result["decoded"] < 1 for result in measured.values())  # of cells of one grey level
     assert "second" not in measured["8×8"] and measured["8×16"]["second"] >= 0.8
     assert (tmp_path / "shapes.png").is_file() and "| 16×8 | 50 |" in capsys.readouterr().out
     np.savez(folder / "samples.npz", arr_0=images[:, :8], labels=labels)

@@ -173,6 +173,7 @@ def test_sampling_refuses_what_has_no_such_size(run, tmp_path, capsys):
         ("--img_size 8x15", "img_size is 8x15, but canvases have 8, 8x16, 16x8"),
         ("--data digits --img_size 8x16", "8x16"),
         (f"--buckets {SIZES} --objective image --learn cfg", "needs --objective token"),
+        ("--img_size 8x16 --objective image --learn cfg", "--img_size 8x16 needs --objective token"),
         ("--buckets 8,8x16 --train_masks visited --loss_tokens masked --order halton", "--order halton is of square"),
         ("--img_size 8x16 --learn order --order_base center", "--order_base center is of square"),
         ("--buckets 8,8x16 --batch_size 41", "a global batch of 41 is more than the 40 images of one of the sizes"),

@@ -89,8 +89,8 @@ def check_sizes(config: RunConfig) -> None:
         return
     if not takes_any_size(model.family.config):
         raise ValueError(f"{shaped} does not fit --model {model.model}, whose images are square and of one size")
-    if config.train.objective != "token" and buckets:
-        raise ValueError(f"{shaped} needs --objective token: {config.train.objective} samples images of one size")
+    if config.train.objective != "token":
+        raise ValueError(f"{shaped} needs --objective token: {config.train.objective} is for squares of one size")
     if "order" in config.heads.learn.split(","):
         check_square(config.sampling.order_base, "order_base")
     if config.masks.train_masks != "random":

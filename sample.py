@@ -25,10 +25,11 @@ from models.families import SIZES, takes_any_size
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from models.text import reads_text
-from sampling.editing import Edit, editing_defaults, read_edit
-from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span
+from sampling.editing import Edit, editing_defaults, open_edit
+from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
+from sampling.prefix import DEFAULT_SHARE, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
-from sampling.run import Parts, claim_folder, own_folder, sample_images, size_of_images
+from sampling.run import Parts, claim_folder, identity, own_folder, sample_images, size_of_images
 from sampling.settings import FAST, SampleConfig, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
@@ -42,7 +43,7 @@ from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
-from util.sizes import Size, image_size, sides
+from util.sizes import Size, image_size
 
 __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images and labels
 
@@ -62,6 +63,10 @@ class SampleArgs:
         None, "of a model of text: a prompt, a file with one a line, or a folder of scripts/cache_text.py"
     )
     text_encoder: str | None = flag(None, "folder of the T5 encoder for prompts (default: the one trained with)")
+    prefix_from: str | None = flag(None, "folder or file of a causal model that draws the first rows of each image")
+    prefix_share: float | None = flag(
+        None, f"share of the tokens that it draws, raised to whole rows (default: {DEFAULT_SHARE})", low=0, high=1
+    )
     no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     fast: bool = flag(
         False,
@@ -73,8 +78,7 @@ class SampleArgs:
     model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
     img_size: Size | None = flag(
         None,
-        "pixels of a side, or HxW, height x width: of a model for any size (default: as trained), of a published "
-        "checkpoint (256)",
+        "pixels of a side, or HxW: of a model for any size (default: as trained), of a published checkpoint (256)",
         type=image_size,
         metavar="SIZE",
     )
@@ -170,6 +174,8 @@ class Sweep:
             suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
         if self.args.img_size is not None and takes_any_size(self.parts.model.config):
             suffix += f"_{self.args.img_size}px"
+        if self.parts.prefix is not None:
+            suffix += "_prefix{prefix_share:g}-{prefix}".format(**self.parts.prefix.hashes)
         if self.parts.dtype != torch.float32:
             suffix += f"_{dist.dtype_name(self.parts.dtype)}"
         return suffix
@@ -177,14 +183,12 @@ class Sweep:
     def rows(self, settings: list[Setting], reference) -> None:
         """Make the row of each setting, and find it in the results file if it has been measured."""
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
-        shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
-        shared |= dict(prompts=self.parts.model.prompts.content) if reads_text(self.parts.model) else {}
-        shared |= size_of_images(self.parts.model)
+        shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **identity(self.parts, self.edit))
+        unset = unset_settings() | ({} if self.args.img_size else size_of_images(self.parts.model))
         hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)
-        unset = asdict(SampleConfig().resolved()) | asdict(EvalConfig().resolved())
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
             setting.present = find_result(done, setting.row, unset)
@@ -223,16 +227,6 @@ def stored_defaults(config: dict, args: SampleArgs, given: dict, num_labels: int
     return pick(SampleConfig, base), pick(EvalConfig, base).resolved()
 
 
-def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
-    """What is edited; None without --edit_image, and in a dry run that lacks a picture: its folder has ? for a hash."""
-    if args.edit_image is None:
-        return None
-    if args.dry_run and not (Path(args.edit_image).is_file() and Path(args.edit_mask).is_file()):
-        return None
-    cell = sides(model_config.img_size)[0] // model_config.grid
-    return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
-
-
 def reference_reading(data: dict, data_path: str | None) -> Reading:
     """How the images of the reference are read: as in training, data being the checkpoint's; data_path: the flag."""
     reading = stored_reading(data.get("reading"))
@@ -269,6 +263,10 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     check_asked(config, args.prompts, args.text_encoder, args.class_labels)
+    check_prefix_flags(args.prefix_from, args.prefix_share, args.edit_image)
+    prefix = None
+    if args.prefix_from is not None:
+        prefix = open_prefix(args.prefix_from, args.prefix_share, model, tokenizer, config, ema=not args.no_ema)
     classes = config["data"]["classes"]
     if args.prompts is not None:
         model.prompts = open_prompts(args.prompts, args.text_encoder, config, args.dry_run)
@@ -279,14 +277,14 @@ def run(args: SampleArgs, given: dict) -> int:
     for point in settings_of(args.settings_of, given):
         base_point, length = replace(base, **point), needed_steps(model)
         settings += span(given, base_point, model.fixed_rules, heads is not None, length)
-    edit = open_edit(args, model.config, tokenizer.image_channels)
+    edit = open_edit(args.edit_image, args.edit_mask, model.config, tokenizer.image_channels, args.dry_run)
     if edit is not None:
         edit.check(model.fixed_rules)
     own = str(checkpoint_path(args.checkpoint).resolve())
     device, dtype = arithmetic(args, model.width)
-    for part in filter(None, (model, tokenizer, heads)):
+    for part in filter(None, (model, tokenizer, heads, prefix and prefix.model)):
         part.to(device)
-    parts = Parts(model, tokenizer, device, dtype, heads, own)
+    parts = Parts(model, tokenizer, device, dtype, heads, own, prefix)
     data, source = config["data"]["name"], args.data_path or config["data"]["path"]
     place = f"{data} {source}" if source else data
     sweep = Sweep(parts, evaluation, class_labels, classes, edit, args, place)

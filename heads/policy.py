@@ -213,7 +213,7 @@ def learned_profile(heads, base, options):
 # kind: (hand-made rules, the learned one, the rule that the learned one moves: a schedule's where one is given)
 RULES = {
     "order": (ORDERS | AFTER_DRAW, learned_order, "random"),  # or RuleOptions.order_base
-    "group": (GROUPS, learned_group, "cosine"),
+    "group": (GROUPS, learned_group, "cosine"),  # or RuleOptions.group_base
     "tau": (TAUS, learned_tau, "constant"),
     "cfg": (CFGS, learned_cfg, "linear"),  # or RuleOptions.cfg_base
     "profile": (PROFILES, learned_profile, "constant"),
@@ -238,14 +238,12 @@ def rule_names(mode: str, schedule: str | None = None, cfg_base: str | None = No
     return {kind: "schedule" if kind in searched else names[kind] for kind in RULES}
 
 
-def moved_rule(kind: str, schedule: str | None, cfg_base: str | None = None) -> str:
-    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else that of RULES.
-
-    cfg_base: that of guidance, None: the one of RULES.
-    """
-    if kind in schedule_values(schedule):
+def moved_rule(kind: str, options: RuleOptions) -> str:
+    """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else its base."""
+    if kind in schedule_values(options.schedule):
         return "schedule"
-    return cfg_base if kind == "cfg" and cfg_base is not None else RULES[kind][2]
+    bases = {"group": options.group_base, "cfg": options.cfg_base}
+    return bases.get(kind) or RULES[kind][2]
 
 
 def hand_made(kind: str, name: str, options: RuleOptions):
@@ -285,10 +283,10 @@ def build_rules(
     for kind, override in zip(RULES, (order, group, tau_schedule, cfg_schedule, cfg_profile)):
         name = override or names[kind]
         if name is None:
-            name = "learned" if heads and kind in heads.learn else moved_rule(kind, options.schedule)
+            name = "learned" if heads and kind in heads.learn else moved_rule(kind, options)
         if name not in choices(kind):
             raise ValueError(f"unknown {kind} rule {name!r}; valid: {', '.join(choices(kind))}")
-        moved = moved_rule(kind, options.schedule, options.cfg_base)
+        moved = moved_rule(kind, options)
         rule = hand_made(kind, moved if name == "learned" else name, options)
         if name == "learned":
             if heads is None or kind not in heads.learn:

@@ -31,6 +31,7 @@ class RuleOptions:
     cfg_power: float = flag(1.0, "exponent of the power_cosine guidance schedule", low=1e-6)
     order_noise: float = flag(1.0, "share of the hand-made order in the learned one; 0 = the head alone", low=0)
     order_base: str = flag("random", "hand-made order that the learned one moves")
+    group_base: str = flag("cosine", "hand-made group rule that the learned one moves")
     confidence_noise: float = flag(4.5, "Gumbel noise of the order confidence at the first step; falls to 0", low=0)
     confidence_score: str = flag(
         "linear", "of the order confidence: log p with that noise, p, at random, or so in two steps", choices=SCORES
@@ -46,7 +47,8 @@ class RuleOptions:
         if self.schedule is not None:
             object.__setattr__(self, "schedule", schedule_setting(self.schedule))
         self.interval(), self.t_interval()  # a wrong text is an error now, not at the first step
-        for name, table in (("order_base", ORDERS | AFTER_DRAW), ("confidence_score", SCORES)):
+        tables = dict(order_base=ORDERS | AFTER_DRAW, group_base=FREE_GROUPS, confidence_score=SCORES)
+        for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; valid: {', '.join(table)}")
         for name in ("cfg", "temperature", "temperature_end", "order_noise", "confidence_noise"):
@@ -228,6 +230,7 @@ GROUPS = {
     **{f"step_{kind}": _step_group(kind) for kind in STEP_WEIGHTS},
     "schedule": _group(_searched_share, torch.round),  # so that shares of whole numbers give these
 }
+FREE_GROUPS = [name for name in GROUPS if name not in (*A_STEP, "schedule")]  # that a learned one can move by name
 TAUS = {
     "constant": lambda state, options: options.temperature,
     "linear": lambda state, options: (

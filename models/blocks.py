@@ -218,3 +218,25 @@ def rotated(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rotary.float().unsqueeze(2).unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+
+
+class Llama(nn.Module):
+    """What such models of ids share: a config, layers, and as output p(id | z), under their published names."""
+
+    @property
+    def token_head(self) -> nn.Module:
+        """p(id | z), under its published name."""
+        return self.output
+
+    @property
+    def blocks(self) -> tuple:
+        """The transformer's blocks."""
+        return tuple(self.layers)
+
+    def patchify(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, h, w) to (B, L), row by row."""
+        return ids.flatten(1)
+
+    def unpatchify(self, ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, L) to (B, h, w)."""
+        return ids.unflatten(1, self.config.shape)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block, LlamaConfig, RMSNorm, grid_table
+from models.blocks import Block, Llama, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import compile_all
@@ -67,7 +67,7 @@ def read_published(weights: dict) -> tuple[dict, dict]:
     return known, dict(PUBLISHED_TOKENIZER)
 
 
-class CausalGPT(nn.Module):
+class CausalGPT(Llama):
     """Causal model of ids, row by row: `outputs` gives z of each, `output` is p(id | z)."""
 
     per_class = ("cls_embedding.embedding_table.weight",)
@@ -88,24 +88,6 @@ class CausalGPT(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)  # the first loss is ln V
-
-    @property
-    def token_head(self) -> CELinear:
-        """p(id | z), under its published name."""
-        return self.output
-
-    @property
-    def blocks(self) -> tuple:
-        """The transformer's blocks."""
-        return tuple(self.layers)
-
-    def patchify(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, h, w) to (B, L), row by row."""
-        return ids.flatten(1)
-
-    def unpatchify(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, L) to (B, h, w)."""
-        return ids.unflatten(1, (self.config.grid, self.config.grid))
 
     def logits(self, ids, labels=None) -> torch.Tensor:
         """(B, L, V) float32, row i for token i, from ids (B, L) before it; labels (B,) long, −1 or None: no class."""

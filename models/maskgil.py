@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.blocks import Block, LlamaConfig, RMSNorm, grid_table
+from models.blocks import Block, Llama, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
 from models.mar import compile_all
 from models.mask_schedules import MASK_RATIOS, draw_mask, token_schedule
@@ -133,7 +133,7 @@ class MaskedOutput(CELinear):
         return super().logits(z)
 
 
-class MaskGIL(nn.Module):
+class MaskGIL(Llama):
     """Bidirectional model of ids: `encode_decode` gives z of each token, `output` is p(id | z).
 
     prompts: the captions that labels number, a `models.text.Prompts`; None of a model of classes.
@@ -159,24 +159,6 @@ class MaskGIL(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=c.initializer_range)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(V + 1)
-
-    @property
-    def token_head(self) -> MaskedOutput:
-        """p(id | z), under its published name."""
-        return self.output
-
-    @property
-    def blocks(self) -> tuple:
-        """The transformer's blocks."""
-        return tuple(self.layers)
-
-    def patchify(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, h, w) to (B, L), row by row."""
-        return ids.flatten(1)
-
-    def unpatchify(self, ids: torch.Tensor) -> torch.Tensor:
-        """Ids (B, L) to (B, h, w)."""
-        return ids.unflatten(1, self.config.shape)
 
     @property
     def num_labels(self) -> int:

@@ -86,6 +86,14 @@ def editing_defaults(edit_image: str | None, edit_mask: str | None, given: dict,
     return dict(metrics="none", num_images=num_labels)
 
 
+def open_edit(edit_image: str | None, edit_mask: str | None, model_config, channels: int, dry: bool) -> Edit | None:
+    """What the two flags name to edit, for a model; None without them, and with dry where a picture is missing."""
+    if edit_image is None or (dry and not (Path(edit_image).is_file() and Path(edit_mask).is_file())):
+        return None
+    cell = sides(model_config.img_size)[0] // model_config.grid
+    return read_edit(edit_image, edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
+
+
 def read_edit(image: str, mask: str, *, img_size: Size, channels: int, cell: int) -> Edit:
     """The edit of two picture files, for a model of images of this size whose tokens have sides of cell pixels.
 
@@ -104,13 +112,21 @@ def _read(flag: str, path: str, mode: str, img_size: Size) -> np.ndarray:
     """uint8 (H, W, C) of a picture file of this size."""
     if not Path(path).is_file():
         raise ValueError(f"--{flag}: there is no file {path}")
+    return read_picture(f"--{flag} {path}", path, mode, img_size)
+
+
+def read_picture(name: str, file, mode: str, img_size: Size) -> np.ndarray:
+    """uint8 (H, W, C) of a picture of this size, a path or an open file; name: what an error calls it.
+
+    mode: one of MODES. One that is no picture or has another size raises ValueError.
+    """
     try:
-        picture = read_rgb(path).convert(mode)
+        picture = read_rgb(file).convert(mode)
     except Exception as error:  # PIL raises almost any type for damaged files
-        raise ValueError(f"--{flag} {path} cannot be read as a picture: {error or type(error).__name__}") from None
+        raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from None
     height, width = sides(img_size)
     if picture.size != (width, height):
         has = "{}x{}".format(*picture.size)
-        raise ValueError(f"--{flag} {path} has {has} pixels (width x height), the model makes {width}x{height}")
+        raise ValueError(f"{name} has {has} pixels (width x height), the model makes {width}x{height}")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

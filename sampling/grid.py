@@ -1,12 +1,13 @@
 """The settings of a run of sample.py: every combination of its comma lists, each with a folder's name."""
 
 import itertools
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from heads.policy import FLAGS
 from sampling.settings import SampleConfig
 from util.args import check_values
+from util.evaluation.protocol import EvalConfig
 from util.evaluation.results import read_results
 from util.rng import DEFAULT_SEED
 
@@ -20,6 +21,7 @@ SWEEPS += (
     "spacing",
     "order_noise",
     "order_base",
+    "group_base",
     "confidence_noise",
     "confidence_score",
     "top_k",
@@ -85,6 +87,11 @@ def settings_of(path: str | None, given=()) -> list[dict]:
         check_values(SampleConfig, row, path)
     points = [{k: v for k, v in row.items() if k in names} for row in rows]
     return [point for i, point in enumerate(points) if point not in points[:i]]
+
+
+def unset_settings() -> dict:
+    """What settings of a line of results are where no flag says otherwise, for lines that are older than a flag."""
+    return asdict(SampleConfig().resolved()) | asdict(EvalConfig().resolved())
 
 
 def without_searched(sampling: SampleConfig) -> SampleConfig:

@@ -37,6 +37,7 @@ def decode(
     mask=None,
     tokenizer=None,
     evals=None,
+    num_taken: int | None = None,
     refresh_every: int = 1,
     recompute: bool = False,
     local: bool = False,
@@ -58,7 +59,8 @@ def decode(
     families whose conditions are made with it. smooth: of a model of scales, mixtures of codes take the places of the
     ids drawn, and features f̂ (B, C, h, w) are returned. evals, a Counter, grows by the network evaluations: "mar" by
     the images that each pass of the backbone computes, "mlp" by the rows that the token head does. Unconditional ones
-    are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not the float 0. refresh_every >
+    are made only where guidance acts: w ≠ 1 and, in the token head, a profile that is not the float 0. num_taken: only
+    so many of the steps are taken, and what they leave unknown is that of `TokenHead.empty`. refresh_every >
     1: only so many steps apart are all tokens computed, between them those that changed and those that are drawn, and
     learned rules see the z of the last time. The model is in eval mode inside and as it was afterwards. Labels out of
     range, fewer than 1 step, or tokens without mask raise ValueError. Labels may be whole numbers of any type; a model
@@ -70,15 +72,14 @@ def decode(
     """
     labels = _checked_labels(getattr(model, "num_labels", model.config.class_num), labels)
     num_iter = _checked_steps(model, num_iter, refresh_every)
-    empty = model.token_head.empty(len(labels), model.config.seq_len)
     rules.check(model)
     sampler = model.token_head.sampler(num_steps=num_steps, **token_head_options)
-    canvas = Canvas(empty, tokens, mask, seeds, orders)
+    canvas = Canvas(model.token_head.empty(len(labels), model.config.seq_len), tokens, mask, seeds, orders)
     rules = canvas.ordered(rules, orders is not None)
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
     with eval_mode(model):
-        conditions = model.conditions(labels.to(empty.device), **options)
-        for step in range(num_iter):
+        conditions = model.conditions(labels.to(canvas.tokens.device), **options)
+        for step in range(num_iter if num_taken is None else num_taken):
             images = canvas.unfinished()
             if not len(images):
                 break
@@ -103,7 +104,7 @@ def decode(
             conditions.write(step, rows, drawn.detach() if local else drawn, *mixed)
             if callback:
                 callback(step, rows, plan, canvas.tokens)
-    canvas.check_finished(num_iter)
+    canvas.check_finished(num_iter, num_taken)
     if evals is not None:
         evals.update(mar=conditions.passes)
     return conditions.finished(canvas.tokens) if smooth else model.unpatchify(canvas.tokens)
@@ -196,9 +197,9 @@ class Canvas:
         noise = noise_fn(step, rows) if noise_fn else sampler.noise(self.generators, rows, num_steps)
         return send(noise, self.tokens.device)
 
-    def check_finished(self, num_iter: int) -> None:
-        """Raise ValueError if so many steps have left tokens unknown."""
-        if self.unknown.any():
+    def check_finished(self, num_iter: int, num_taken: int | None = None) -> None:
+        """Raise ValueError if so many steps have left tokens unknown, unless only some were to be taken."""
+        if num_taken is None and self.unknown.any():
             raise ValueError(f"num_iter {num_iter} is too small: {int(self.unknown.sum())} tokens are left to draw")
 
     def unfinished(self) -> torch.Tensor:

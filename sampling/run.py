@@ -21,6 +21,7 @@ from models.text import reads_text
 from sampling.adaptive import Spread, without_adaptive
 from sampling.guards import complain, draw_finite, is_plain
 from sampling.loop import generate
+from sampling.prefix import Prefix
 from sampling.settings import SampleConfig
 from sampling.trace import GREY, Trace, over_pixels
 from util import dist
@@ -32,7 +33,7 @@ from util.rng import image_seeds
 
 @dataclass(frozen=True)
 class Parts:
-    """What makes an image: a `models.families.Backbone`, its tokenizer, its policy heads.
+    """What makes an image: a `models.families.Backbone`, its tokenizer, its policy heads, and what it starts from.
 
     All of it is on the device, or RuntimeError is raised.
     """
@@ -43,9 +44,11 @@ class Parts:
     dtype: torch.dtype
     heads: PolicyHeads | None = None
     checkpoint: str | None = None  # the file that has them, for run.json
+    prefix: Prefix | None = None  # draws the first tokens of each image
 
     def __post_init__(self):
-        dist.check_devices(self.device, model=self.model, tokenizer=self.tokenizer, heads=self.heads)
+        causal = self.prefix and self.prefix.model
+        dist.check_devices(self.device, model=self.model, tokenizer=self.tokenizer, heads=self.heads, prefix=causal)
 
     def weights_hash(self) -> str:
         """16 hex digits that change with the weights of model and heads."""
@@ -76,6 +79,13 @@ def size_of_images(model) -> dict:
     return dict(img_size=model.config.img_size) if takes_any_size(model.config) else {}
 
 
+def identity(parts: Parts, edit=None) -> dict:
+    """What tells the images of a run apart beside settings and weights: an edit, a prefix, prompts, their size."""
+    result = (edit.hashes if edit else {}) | (parts.prefix.hashes if parts.prefix else {})
+    result |= dict(prompts=parts.model.prompts.content) if reads_text(parts.model) else {}
+    return result | size_of_images(parts.model)
+
+
 @torch.no_grad()
 def sample_images(
     parts: Parts, sampling: SampleConfig, labels, seed: int, folder: Path, *, batch_size: int, num_traced=0, edit=None
@@ -96,9 +106,7 @@ def sample_images(
     """
     settings = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size)
     settings |= dict(dtype=str(parts.dtype), device=parts.device.type, weights=parts.weights_hash())
-    settings |= dict(tokenizer=parts.tokenizer.describe(), **(edit.hashes if edit else {}))
-    settings |= dict(prompts=parts.model.prompts.content) if reads_text(parts.model) else {}
-    settings |= size_of_images(parts.model)
+    settings |= dict(tokenizer=parts.tokenizer.describe(), **identity(parts, edit))
     settings["checkpoint"] = parts.checkpoint
     run = SamplingRun(parts, sampling, labels, seed, folder, edit)
     if dist.is_main():
@@ -171,14 +179,18 @@ class SamplingRun:
             self.spread.record(step, plan)
             trace.record(step, rows, plan, tokens)
 
+        labels, seeds = torch.tensor([self.labels[i] for i in images]), image_seeds(self.seed, images)
         with dist.autocast(parts.device, dtype):
+            known = {name: known.expand(len(images), *known.shape[1:]) for name, known in self.known.items()}
+            if parts.prefix is not None:
+                known = parts.prefix.known(labels, seeds, parts.tokenizer, self.evals)
             return generate(
                 parts.model,
-                torch.tensor([self.labels[i] for i in images]),
+                labels,
                 self.rules,
                 num_iter=sampling.num_iter,
                 num_steps=sampling.num_sampling_steps,
-                seeds=image_seeds(self.seed, images),
+                seeds=seeds,
                 callback=None if trace.steps else after_step,  # a second time it would be traced twice
                 clip=parts.tokenizer.clip,
                 tokenizer=parts.tokenizer,
@@ -186,7 +198,7 @@ class SamplingRun:
                 refresh_every=sampling.refresh_every,
                 **sampling.token_head_options(),
                 evals=self.evals,
-                **{name: known.expand(len(images), *known.shape[1:]) for name, known in self.known.items()},
+                **known,
             )
 
     def pictures(self, latents) -> torch.Tensor:

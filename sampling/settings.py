@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
 from heads.orders import check_square
-from heads.policy import FLAGS, INFER_MODES, build_rules, choices, rule_names
+from heads.policy import FLAGS, INFER_MODES, build_rules, choices, moved_rule, rule_names
 from heads.rules import Rules, has_square_images
 from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
@@ -69,7 +69,8 @@ class SampleConfig(RuleOptions):
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""
         options = {f.name: getattr(self, f.name) for f in fields(RuleOptions)}
-        check_num_iter(self.group, self.num_iter)
+        group = self.resolved().group
+        check_num_iter(moved_rule("group", self) if group == "learned" else group, self.num_iter)
         return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in FLAGS.values()}, **options)
 
     def check(self, model, heads=None) -> None:

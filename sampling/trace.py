@@ -1,14 +1,18 @@
-"""Traces of sampling: step, temperature and guidance scale of each token, and the picture after each step."""
+"""Traces of sampling: step, temperature and guidance scale of each token, and the picture after each step; as a GIF."""
 
 import math
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from util.checkpoint import atomic_file
 
 GREY = 128  # of unknown tokens
+KEYS = ("order_step", "tau", "cfg", "group_size", "frames", "labels")
+UNKNOWN, KNOWN, NEW = (70, 70, 70), (225, 225, 225), (245, 130, 32)  # colours of the mask
+GIF_SIDE = 256  # pixels, at least
 
 
 class Trace:
@@ -71,8 +75,13 @@ class Trace:
     def _save(self):
         """Write the file."""
         arrays = {key: np.concatenate([part[key] for part in self.batches]) for key in self.batches[0]}
-        with atomic_file(self.path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays, labels=np.asarray(self.labels, dtype=np.int64))
+        save_trace(self.path, arrays | {"labels": np.asarray(self.labels, dtype=np.int64)})
+
+
+def save_trace(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write the arrays of a `Trace`."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
 
 
 def num_traced(path: Path) -> int:
@@ -82,6 +91,54 @@ def num_traced(path: Path) -> int:
             return len(file["labels"])
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         return 0
+
+
+def load_trace(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a trace, described in `sampling.trace.Trace`; another file raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            trace = {key: file[key] for key in KEYS}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
+    order, frames = trace["order_step"], trace["frames"]
+    if order.ndim != 2 or frames.ndim != 5 or token_grid(order.shape[1], *frames.shape[2:4]) is None:
+        raise ValueError(
+            f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
+        )
+    return trace
+
+
+def as_grid(values: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """(L,) as the grid (h, w) of the tokens of frames (K, H, W, C)."""
+    return values.reshape(token_grid(len(values), *frames.shape[1:3]))
+
+
+def picture(frame: np.ndarray) -> np.ndarray:
+    """uint8 (H, W, 1 or 3) as (H, W, 3)."""
+    return np.broadcast_to(frame, (*frame.shape[:2], 3))
+
+
+def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
+    """The GIF of image i: image and mask side by side, a frame a step, a pause at the end."""
+    frames = trace["frames"][i]
+    order = as_grid(trace["order_step"][i], frames)
+    height, width = frames.shape[1:3]
+    zoom = math.ceil(GIF_SIDE / min(height, width))
+    size = (width * zoom, height * zoom)
+    sheets = []
+    for step in range(order.max() + 1):
+        mask = np.full((*order.shape, 3), UNKNOWN, np.uint8)
+        mask[order < step], mask[order == step] = KNOWN, NEW
+        sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
+        for x, pixels in ((0, picture(frames[step])), (size[0] + 8, mask)):
+            sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST), (x, 0))
+        sheets.append(sheet)
+    pace = max(80, min(500, 8000 // len(sheets)))  # milliseconds
+    pauses = [pace] * (len(sheets) - 1) + [2000]
+    with atomic_file(path) as temporary:
+        sheets[0].save(temporary, format="gif", save_all=True, append_images=sheets[1:], duration=pauses, loop=0)
 
 
 def over_pixels(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -94,7 +151,7 @@ def over_pixels(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def token_grid(length: int, height: int, width: int) -> tuple[int, int] | None:
     """(h, w) of so many square tokens that fill an image of (height, width) pixels; None where none do."""
-    side = math.isqrt(height * width // length)
-    if side**2 * length != height * width or height % side or width % side:
+    side = math.isqrt(height * width // length) if length else 0
+    if not side or side**2 * length != height * width or height % side or width % side:
         return None
     return height // side, width // side

@@ -7,7 +7,7 @@ Seconds are medians of up to --repeats runs (none starts after ROW_SECONDS), rat
 counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed
 in the same run. 100 diffusion steps are timed as 5 and multiplied: every step is the same work. A row that differs from
 an earlier one in diffusion settings only has its transformer's seconds and does not run it. The tables of
-training and of ids are those of bench_training.py and bench_ids.py.
+training, of ids and of scales are those of bench_training.py, bench_ids.py and bench_scales.py.
 """
 
 import json
@@ -72,7 +72,7 @@ class BenchArgs:
     num_iter: int = flag(16, "autoregressive steps", low=1)
     cfg: float = flag(2.9, "guidance scale, linear schedule", low=0)
     repeats: int = flag(3, "repeats, their median counts", low=1)
-    only: str = flag("sampling,training,scaling", "comma list of sampling, training, ids, scaling, fast")
+    only: str = flag("sampling,training,scaling", "comma list of sampling, training, ids, scales, scaling, fast")
     quick: bool = flag(False, "batch 1, 8 steps, one repeat, nothing compiled, no scaling")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dry_run: bool = flag(False, "print the rows and stop")
@@ -268,6 +268,11 @@ def ids(bench: Bench) -> None:
     in_process_of_its_own(bench, "bench_ids.py", dict(repeats=bench.args.repeats, device=bench.args.device))
 
 
+def scales(bench: Bench) -> None:
+    """The table of scripts/bench_scales.py, in a process of its own."""
+    in_process_of_its_own(bench, "bench_scales.py", dict(repeats=bench.args.repeats, device=bench.args.device))
+
+
 def in_process_of_its_own(bench: Bench, program: str, flags: dict) -> None:
     """Another program of this folder, once the models here are gone; one that fails raises ValueError."""
     bench.forget()
@@ -306,7 +311,14 @@ def fast(bench: Bench) -> None:
     print(json.dumps({**seconds, "rank": dist.rank()}), flush=True)
 
 
-SECTIONS = {"sampling": sampling, "training": training, "ids": ids, "scaling": scaling, "fast": fast}
+SECTIONS = {
+    "sampling": sampling,
+    "training": training,
+    "ids": ids,
+    "scales": scales,
+    "scaling": scaling,
+    "fast": fast,
+}
 
 
 def main(argv=None) -> int:

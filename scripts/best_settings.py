@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from sampling.grid import unset_settings
 from util.args import OneLineParser, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
@@ -53,7 +54,7 @@ def best(rows: list[dict], names: list[str]) -> list[tuple[float, dict, dict[str
 
     Lines that cannot be compared, and a figure that is missing or not above 0, raise ValueError.
     """
-    groups = group_seeds(rows)
+    groups = group_seeds(rows, unset_settings())
     parts = by_protocol(groups)
     if len(parts) > 1:
         raise ValueError(f"these results were measured in {len(parts)} ways and cannot be compared: {'; '.join(parts)}")

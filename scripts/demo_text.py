@@ -39,12 +39,16 @@ TRAINED = (
     "{} written by hand",
     "this is a {}",
     "an image showing the digit {}",
+    "the {} in ink",
+    "the handwritten {}",
+    "{} in a picture",
+    "a number by hand {}",
 )
 HELD_OUT = (
     "a handwritten picture of the digit {}",
     "this image is showing the number {} written in ink",
     "the {} is handwritten",
-    "by hand : a number , {}",
+    "an image of a handwritten number {}",
 )
 SIZES = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
 
@@ -111,7 +115,7 @@ def make(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     captions = write_captions(folder / "captions.csv")
     words = dict.fromkeys(word for caption in captions for word in caption.split())
-    unknown = {word for wording in HELD_OUT for word in wording.format("").split() if word.isalpha()} - words.keys()
+    unknown = {word for prompt in held_out_prompts() for word in prompt.split()} - words.keys()
     assert not unknown, unknown
     with atomic_file(folder / "prompts.txt") as temporary:
         temporary.write_text("".join(f"{prompt}\n" for prompt in held_out_prompts()))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# docs/leaderboard.md for digits: published rules, the best of a grid, checkerboard and staged groups, a searched schedule,
-# and learned heads, at equal numbers of steps, on the reward's features and on a judge's.
+# The first part of docs/leaderboard.md, on digits: published rules, the best of a grid, checkerboard and staged groups, a
+# searched schedule, and learned heads, at equal numbers of steps, on the reward's features and on a judge's.
 #   BASE=output_dir/quickstart HEADS=output_dir/heads OUT=output_dir/leaderboard STEPS="4 8 16" bash scripts/leaderboard.sh
 # SEEDS (1,2,3): those of the images, and of the heads, which scripts/train_heads.sh trains in HEADS/seedN where they are
 # missing and whose images have the seed of their training. SCHEDULE=FILE is a searched schedule (made if not given).
-# Hand-made rules of up to 4 steps are chosen from the whole grid, of others from the small one (GRID=whole: from all).
+# Hand-made rules of up to 8 steps are chosen from the whole grid, of others from the small one (GRID=whole: from all).
 # Seed 0 chooses among hand-made rules. Several hours on 2 CPU cores; interrupted, the same command continues. Further
 # arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
@@ -26,7 +26,7 @@ done
 files=()
 for number in "${numbers[@]}"; do
     grid=whole
-    [ "$number" -le 4 ] || grid=small
+    [ "$number" -le 8 ] || grid=small
     GRID=${GRID:-$grid} NUM_ITER=$number STEPS=8 CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
         bash scripts/search_grid.sh "${pass[@]}" "$@"
     files+=(--hand "$out/grid$number/judged/results.jsonl")
@@ -54,8 +54,7 @@ by_heads() { # FOLDER NAME flags: a row of the table, over the seeds of training
 by_hand published "published: linear cfg 1.5, tau 1" --cfg 1.5 --temperature 1
 by_hand staged "checkerboard, staged" --order checkerboard --group staged --cfg 1.8 --temperature 0.9
 by_hand searched "searched schedule" --schedule "$schedule"
-by_heads off "heads: tau and w of each step" --infer_mode guidance --heads_adaptive off
-by_heads guidance "heads: tau and w of each image" --infer_mode guidance
-by_heads staged_heads "heads: the same, staged groups" --infer_mode guidance --group staged
+by_heads off "heads: tau and w of each step" --infer_mode guidance --group staged --heads_adaptive off
+by_heads guidance "heads: tau and w of each image" --infer_mode guidance --group staged
 by_heads both "heads: order and groups too" --infer_mode both
-into "$out/leaderboard.md" python scripts/make_leaderboard.py --page "${files[@]}"
+into "$out/leaderboard.md" python scripts/make_leaderboard.py --page frozen "${files[@]}"

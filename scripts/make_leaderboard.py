@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from sampling.grid import unset_settings
 from util.args import OneLineParser
 from util.door import run_main
 from util.evaluation.tables import COSTS, group_seeds, mean_and_spread, read_lines
@@ -23,11 +24,12 @@ from util.evaluation.tables import COSTS, group_seeds, mean_and_spread, read_lin
 NEEDED = ("fid", "frechet_pixels", "judge_fid")  # figures of a line
 HEADINGS = ("rules", "reward: features", "reward: pixels", "judge", "best hand-made judge", "difference", "beyond")
 HEADINGS += ("transformer evals", "MLP evals", "images/s", "seeds")
-PAGE = """# Leaderboard
+PAGES = {  # part of docs/leaderboard.md -> what stands above its tables
+    "frozen": """# Leaderboard
 
 Rules side by side on digits, at equal numbers of steps, printed by `bash scripts/leaderboard.sh`. The quickstart's
 base is frozen; nothing but the rules differs. Heads are those of `bash scripts/train_heads.sh`, one set for all
-numbers of steps, trained once for each seed.
+numbers of steps, trained for 4 to 8 of them, once for each seed.
 
 Reward: the Fréchet distances that schedules and heads were optimised by, and hand-made rules chosen by, on the
 features of the digit classifier and on pixels. Judge: the same distance on the features of another classifier, which
@@ -35,9 +37,16 @@ took no part. 1,800 images against the 1,797 real ones; mean and standard deviat
 heads of their training too. Guidance trades pixels against features, so a row is compared with the hand-made rule that
 the judge likes best among those of no larger pixel distance; `none` where no hand-made rule comes that near on pixels,
 or where it is that rule itself. `beyond` is the difference over the root of the sum of both variances. Hand-made rules:
-those that no other beats in both reward features, of the 136 of `search_grid.sh` at 4 steps, and of its 36 of
-`GRID=small` at 8 and 16. Evaluations are those of an image; images/s were measured on two shared CPU cores and say
-little."""
+those that no other beats in both reward features, of the 136 of `search_grid.sh` at 4 and 8 steps, and of its 36 of
+`GRID=small` at 16. The searched schedule is of 4 steps; others interpolate it. Evaluations are those of an image;
+images/s were measured on two shared CPU cores and say little.""",
+    "cotrained": """## A co-trained backbone
+
+Printed by `bash scripts/train_policy.sh`, on the quickstart's base after more epochs on the states that halton's order
+visits, into which random masks fade over the first half of them (`--mix_anneal`). Hand-made rules, from `GRID=small`,
+the schedule and the heads (`train_heads.sh --order halton --learn group,tau,cfg,profile`) are its own. The first row
+has the base after as many epochs with random masks.""",
+}
 
 
 @dataclass
@@ -59,7 +68,7 @@ def parse(argv=None):
     parser.add_argument(
         "--row", action="append", default=[], help="FILE or NAME=FILE: a results.jsonl, and what to call its rules"
     )
-    parser.add_argument("--page", action="store_true", help="print docs/leaderboard.md, not the tables alone")
+    parser.add_argument("--page", choices=PAGES, help="a part of docs/leaderboard.md: print its text above the tables")
     return parser.parse_args(argv)
 
 
@@ -83,7 +92,7 @@ def entries(path: Path, name: str | None) -> list[Entry]:
     if name:
         lines = [{**line, "run": name} for line in lines]
     result = []
-    for settings, figures, _ in group_seeds(lines):
+    for settings, figures, _ in group_seeds(lines, unset_settings()):
         if figures.keys() >= set(NEEDED):
             costs = {key: mean(figures[key]) for key in COSTS if key in figures}
             result.append(Entry(name or rules_of(settings), settings, *(figures[key] for key in NEEDED), costs))
@@ -141,7 +150,7 @@ def main(argv=None) -> int:
         rows += entries(Path(path), name or None)
     hand = [entry for path in args.hand for entry in entries(path, None)]
     if args.page:
-        print(PAGE)
+        print(PAGES[args.page])
     for number in sorted({steps(entry) for entry in hand + rows}):
         print(f"\n### {number[0]} steps of {number[1]} diffusion steps, {number[2]}\n")
         print(f"| {' | '.join(HEADINGS)} |\n| --- |{' ---: |' * (len(HEADINGS) - 1)}")

@@ -24,6 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from heads.searched import schedule_name
+from sampling.grid import unset_settings
 from util.args import OneLineParser, check_output_file
 from util.checkpoint import atomic_file
 from util.door import run_main
@@ -283,7 +284,7 @@ def parse(argv=None):
 def main(argv=None) -> int:
     """Read, print, write; returns the exit code."""
     args = parse(argv)
-    groups = group_seeds(read_runs(args.results))
+    groups = group_seeds(read_runs(args.results), unset_settings())
     columns, names = varying(groups), pick_figures(groups, args.metrics)
     groups = order_groups(groups, columns)
     panels = choose_panels(args.x, groups, names)

@@ -11,43 +11,21 @@ edited image had from the start are blank in the maps.
 
 import math
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from sampling.adaptive import shares_of
-from sampling.trace import token_grid
+from sampling.trace import as_grid, draw_gif, load_trace, picture
 from util.args import OneLineParser
 from util.checkpoint import atomic_file
 from util.door import run_main
 from util.images.folders import check_output_folder
 
-KEYS = ("order_step", "tau", "cfg", "group_size", "frames", "labels")
 FILM_ROW, FILM_MAX = 8, 16  # pictures a row of the film strip, and altogether
-UNKNOWN, KNOWN, NEW = (70, 70, 70), (225, 225, 225), (245, 130, 32)  # colours of the mask
-GIF_SIDE = 256  # pixels, at least
-
-
-def load_trace(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a trace, described in `sampling.trace.Trace`; another file raises ValueError."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            trace = {key: file[key] for key in KEYS}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
-    order, frames = trace["order_step"], trace["frames"]
-    if order.ndim != 2 or frames.ndim != 5 or token_grid(order.shape[1], *frames.shape[2:4]) is None:
-        raise ValueError(
-            f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
-        )
-    return trace
 
 
 def parse_images(text: str | None, count: int) -> list[int]:
@@ -62,16 +40,6 @@ def parse_images(text: str | None, count: int) -> list[int]:
     if not valid:
         raise ValueError(f"--images must be numbers from 0 to {count - 1} with commas between, got {text!r}")
     return images
-
-
-def as_grid(values: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """(L,) as the grid (h, w) of the tokens of frames (K, H, W, C)."""
-    return values.reshape(token_grid(len(values), *frames.shape[1:3]))
-
-
-def picture(frame: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 1 or 3) as (H, W, 3)."""
-    return np.broadcast_to(frame, (*frame.shape[:2], 3))
 
 
 def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False) -> None:
@@ -186,27 +154,6 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     plt.close(figure)
-
-
-def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
-    """The GIF of image i: image and mask side by side, a frame a step, a pause at the end."""
-    frames = trace["frames"][i]
-    order = as_grid(trace["order_step"][i], frames)
-    height, width = frames.shape[1:3]
-    zoom = math.ceil(GIF_SIDE / min(height, width))
-    size = (width * zoom, height * zoom)
-    sheets = []
-    for step in range(order.max() + 1):
-        mask = np.full((*order.shape, 3), UNKNOWN, np.uint8)
-        mask[order < step], mask[order == step] = KNOWN, NEW
-        sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
-        for x, pixels in ((0, picture(frames[step])), (size[0] + 8, mask)):
-            sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST), (x, 0))
-        sheets.append(sheet)
-    pace = max(80, min(500, 8000 // len(sheets)))  # milliseconds
-    pauses = [pace] * (len(sheets) - 1) + [2000]
-    with atomic_file(path) as temporary:
-        sheets[0].save(temporary, format="gif", save_all=True, append_images=sheets[1:], duration=pauses, loop=0)
 
 
 def main(argv=None) -> int:

@@ -12,13 +12,7 @@ sampling=()
 images=(--num_images 600)
 seeds=(--seed 1,2)
 groups=(--group staged)
-words=()
-for word in "$@"; do # --flag=value is --flag value
-    case $word in
-        --*=*) words+=("${word%%=*}" "${word#*=}") ;;
-        *) words+=("$word") ;;
-    esac
-done
+split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
         --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;

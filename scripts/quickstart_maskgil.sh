@@ -8,13 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 out=output_dir/quickstart_maskgil
 training=()
 sampling=()
-words=()
-for word in "$@"; do # --flag=value is --flag value
-    case $word in
-        --*=*) words+=("${word%%=*}" "${word#*=}") ;;
-        *) words+=("$word") ;;
-    esac
-done
+split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
         --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;

@@ -43,6 +43,18 @@ say() {
     [ -n "$dry_run" ] || echo "$@"
 }
 
+# split ARGUMENTS …: they are in `words`, --flag=value as --flag value.
+split() {
+    local word
+    words=()
+    for word in "$@"; do
+        case $word in
+            --*=*) words+=("${word%%=*}" "${word#*=}") ;;
+            *) words+=("$word") ;;
+        esac
+    done
+}
+
 fail() {
     echo "error: $1" >&2
     exit 2

@@ -42,7 +42,7 @@ class Preset:
     tokens: int  # of an image
     steps: int  # of the rows with several tokens a step
     tokenizers: dict[str, dict[str, str]]  # loss -> {name in the table: flags of main_mar.py}
-    training: str = ""  # further flags of main_mar.py
+    training: str = ""  # further flags of main_mar.py, of all rows: --preset has some for MAR alone
     trained: str = ""  # flags of train_tokenizer.py for the VQ tokenizer; none: nothing is trained
     diffusion: str = ""  # flags of sample.py for rows with diffusion loss
     cfg: str = "1.25,1.5,2,3"
@@ -58,6 +58,7 @@ def own_vq(stride: int) -> dict[str, dict[str, str]]:
     return {"ce": {"VQ ids": vq}, "diffusion": {"VQ latents": vq, "pixels": pixels}}
 
 
+NO_DROPOUT = "--attn_dropout 0 --proj_dropout 0"
 PRESETS = {
     "digits": Preset(
         mar="mar_tiny",
@@ -65,7 +66,7 @@ PRESETS = {
         tokens=16,
         steps=4,
         tokenizers=own_vq(2),
-        training="--epochs 40 --eval_freq 1000",
+        training="--epochs 40 --eval_freq 1000 --diffloss_w 64 --diffusion_batch_mul 2 " + NO_DROPOUT,
         trained="--data digits --vq --codebook_size 256 --stride 2 --latent_channels 4 --epochs 150",
         diffusion="--num_sampling_steps 8 --solver dpmpp_sde",
     ),
@@ -75,7 +76,7 @@ PRESETS = {
         tokens=64,
         steps=16,
         tokenizers=own_vq(4),
-        training="--eval_freq 1000",
+        training="--eval_freq 1000 --diffloss_w 192 --diffusion_batch_mul 1 " + NO_DROPOUT,
         trained="--data cifar10 --vq --codebook_size 1024 --stride 4 --latent_channels 8",
         diffusion="--num_sampling_steps 10 --solver dpmpp_sde --features cifar10",
         few=2000,

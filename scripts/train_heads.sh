@@ -11,7 +11,7 @@ out=${OUT:-output_dir/heads}
 if [[ -z ${BASE:-} ]]; then
     run python main_mar.py --preset digits --output_dir "$base" --resume "$base"
 fi
-run python main_mar.py --preset digits --init_from "$base" --objective image --learn order,group,tau,cfg,profile \
+run python main_mar.py --preset digits --init_from "$base" --objective image --learn order,group,tau,cfg,profile --group_base staged \
     --train_num_iter 4,8 --num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde --cfg 1.8 --temperature 0.9 \
-    --reward digits,pixels --reward_weights 1,3 --bank 1024 --lr 1.6e-2 --adaptive_lr 0.03 --epochs 30 \
+    --reward digits,pixels --reward_weights 1,3 --bank 1024 --lr 1.6e-2 --adaptive_lr 0.03 --epochs 45 \
     --no-grad_checkpointing --eval_freq 1000 --seed "${SEED:-1}" --output_dir "$out" --resume "$out" "$@"

@@ -9,7 +9,7 @@
 #   early    as policy, with heads from the start
 #   joint    the states of visited; a group head is trained beside the backbone, without a scoring pass
 # After them, for digits, the whole pipeline stage by stage, each at the same evaluations beside the hand-made rules on the
-# backbone of anneal, on the reward's features and a judge's:
+# backbone of anneal, on the reward's features and a judge's: the second part of docs/leaderboard.md.
 #   random    the checkpoint trained as before, the published rules
 #   anneal    on the backbone of anneal its order, the published group sizes, tau and w
 #   searched  the same with a schedule by scripts/search_schedule.py
@@ -19,10 +19,11 @@
 # Digits (default): without INIT the base is trained first; 3 training seeds, each sampled with a seed of its own.
 #   PRESET=cifar10 DATA="--data_path data" bash scripts/train_policy.sh
 #   PRESET=mar_base INIT=pretrained_models/mar/mar_base DATA="--data_path IMAGENET" GPUS=8 bash scripts/train_policy.sh
-# ARMS names the masks to compare, STAGES those of the pipeline, LEARN the heads of policy and early. EPOCHS is that of random, visited and anneal; policy
-# and joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py --only heads). Finished parts
-# are not run again. On 2 CPU cores the masks take an hour and a half, and the pipeline as long for each seed; ARMS= or
-# STAGES= leaves them out.
+# ARMS names the masks to compare, STAGES those of the pipeline, LEARN the heads of policy and early. SEEDS are those of
+# training, IMAGE_SEEDS those of the images of the pipeline (default: that of the training). EPOCHS is that of random,
+# visited and anneal; policy and joint get 93 % of it, early 72 %, since their steps take longer (scripts/bench_training.py
+# --only heads). Finished parts are not run again. On 2 CPU cores the masks take an hour and a half, and the pipeline as
+# long for each seed; ARMS= or STAGES= leaves them out.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
@@ -102,12 +103,12 @@ judge=$out/pipeline/judge.npz
 
 measure() { # STAGE NUM_ITER CHECKPOINT flags
     run python sample.py --checkpoint "$3" --output_dir "$out/pipeline/$1" --num_iter "$2" "${budget[@]}" \
-        --num_images 1800 --metrics fid --features digits --judge "$judge" --seed "$seed" "${@:4}"
+        --num_images 1800 --metrics fid --features digits --judge "$judge" --seed "${IMAGE_SEEDS:-$seed}" "${@:4}"
 }
 heads() { # STAGE CHECKPOINT flags: train them, measure them
     local model=$out/pipeline/$1/seed$seed
-    BASE=$2 OUT=$model SEED=$seed bash scripts/train_heads.sh "${pass[@]}" --order halton --learn group,tau,cfg,profile \
-        "${@:3}"
+    BASE=$2 OUT=$model SEED=$seed bash scripts/train_heads.sh "${pass[@]}" --order halton \
+        --learn group,tau,cfg,profile --epochs 30 "${@:3}"
     measure "$1" 4,8 "$model" --infer_mode both
 }
 for seed in ${SEEDS:-1 2 3}; do
@@ -115,8 +116,8 @@ for seed in ${SEEDS:-1 2 3}; do
     schedule=$out/pipeline/schedule$seed.json
     for number in 4 8; do # hand-made rules are chosen on the first backbone
         grid=$out/pipeline/grid$number
-        [ -f "$grid/best.jsonl" ] || NUM_ITER=$number CHECKPOINT=$annealed OUT=$grid JUDGE=$judge SEEDS=$seed \
-            bash scripts/search_grid.sh "${pass[@]}" --order halton
+        [ -f "$grid/best.jsonl" ] || GRID=small NUM_ITER=$number CHECKPOINT=$annealed OUT=$grid JUDGE=$judge \
+            SEEDS=$seed bash scripts/search_grid.sh "${pass[@]}" --order halton
         measure hand $number "$annealed" --settings_of "$grid/best.jsonl" --order halton
     done
     for stage in $stages; do
@@ -125,7 +126,7 @@ for seed in ${SEEDS:-1 2 3}; do
             anneal) measure anneal 4,8 "$annealed" --infer_mode baseline ;;
             searched | pipeline)
                 [ -f "$schedule" ] || run python scripts/search_schedule.py --checkpoint "$annealed" --out "$schedule" \
-                    --num_iter 4 "${budget[@]}" --order halton --reward_weights 1,2
+                    --num_iter 4 "${budget[@]}" --order halton --reward_weights 1,3
                 if [[ $stage == searched ]]; then
                     measure searched 4,8 "$annealed" --infer_mode baseline --schedule "$schedule"
                 else
@@ -141,4 +142,5 @@ rows=()
 for stage in $stages; do
     rows+=(--row "$stage=$out/pipeline/$stage/results.jsonl")
 done
-into "$out/pipeline/table.md" python scripts/make_leaderboard.py --hand "$out/pipeline/hand/results.jsonl" "${rows[@]}"
+into "$out/pipeline/table.md" python scripts/make_leaderboard.py --page cotrained \
+    --hand "$out/pipeline/hand/results.jsonl" "${rows[@]}"

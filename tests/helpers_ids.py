@@ -38,11 +38,14 @@ def add_tokenizers(patch) -> None:
     patch.setitem(tokenizers.TOKENIZERS, "grey32", lambda **options: GreyIds(32))
 
 
-def in_two_processes(folder: Path, words: list[str]) -> None:
-    """Run main_mar.py with these words by torchrun with gloo, the tokenizers in its table; folder: for its program."""
+def in_two_processes(folder: Path, words: list[str], prepare=add_tokenizers) -> None:
+    """Run main_mar.py with these words by torchrun with gloo; folder: for its program.
+
+    prepare(patch), a function of a module, comes before it: the tokenizers in its table.
+    """
     program = (
-        "import sys, pytest, main_mar; from tests.helpers_ids import add_tokenizers\n"
-        "with pytest.MonkeyPatch.context() as patch: add_tokenizers(patch); sys.exit(main_mar.main(sys.argv[1:]))"
+        f"import sys, pytest, main_mar; from {prepare.__module__} import {prepare.__name__} as prepare\n"
+        "with pytest.MonkeyPatch.context() as patch: prepare(patch); sys.exit(main_mar.main(sys.argv[1:]))"
     )
     (folder / "program.py").write_text(program)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

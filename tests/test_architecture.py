@@ -23,7 +23,7 @@ FOR_TYPES_ONLY = {"heads": {"models"}}
 ALSO = {"heads": {"models.mask_schedules"}}
 MAY_IMPORT = {room: set(ROOMS[:i]) - NOT_FROM.get(room, set()) for i, room in enumerate(ROOMS)}
 GROUND = ("util/images/", "util/evaluation/")  # stand on the files of util, which do not know them
-LAZY = {"diffusers", "transformers", "tokenizers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}
+LAZY = {"diffusers", "transformers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "torch_fidelity": "torch-fidelity"}
 
 

@@ -14,11 +14,13 @@ from PIL import Image
 
 import main_mar
 import sample
+from sampling.trace import KEYS
 from scripts import (
     ablate_norms,
     bench,
     bench_ids,
     bench_loader,
+    bench_scales,
     bench_training,
     cache_latents,
     cache_text,
@@ -26,6 +28,7 @@ from scripts import (
     demo_text,
     download_weights,
     export_weights,
+    inspector,
     make_fid_stats,
     make_table,
     measure_latents,
@@ -121,8 +124,11 @@ TRAINING = [
     ("--group schedule", "--schedule FILE", "group"),
     ("--group staged --num_iter 2", "staged", "num_iter 2", "at least 3"),
     ("--group staged --num_iter 4 --train_masks visited --train_num_iter 2,4", "staged", "num_iter 2"),
+    ("--objective image --learn group --group_base staged --train_num_iter 2,4", "staged", "num_iter 2", "at least 3"),
     ("--lr_schedule steep", "--lr_schedule", "'steep'", "constant, cosine, late_cosine"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
+    ("--group_base nope", "'nope'", "cosine, constant"),
+    ("--group_base one", "'one'", "cosine, constant"),
     ("--order_base learned", "'learned'", "random, raster, halton"),
     ("--train_targets next", "--train_targets next", "--train_masks visited, policy or mix"),
     ("--mix_anneal 3", "--mix_anneal needs", "--train_masks visited, policy or mix"),
@@ -192,11 +198,14 @@ SAMPLING = [
         for text in ("10", "a,b", "-2", "3,,4", "-1,10")
     ),
     *((f"--class_labels={text}", "--class_labels", f"'{text}'", "from -1 to 9") for text in ("", "1.5", "nan", "0:9")),
+    ("--prefix_from {tmp}/missing", "--prefix_from {tmp}/missing", "ids"),
+    ("--prefix_share 0.5", "--prefix_share 0.5", "--prefix_from"),
     ("--prompts seven", "--prompts seven", "of classes", "--class_labels"),
     ("--text_encoder {empty}", "--text_encoder {empty}", "of classes"),
     ("--infer_mode policy", "policy", "--learn order"),
     ("--infer_mode baseline,policy", "policy", "--learn order"),
     ("--order_base nope", "'nope'", "random, raster, halton"),
+    ("--group_base nope", "'nope'", "cosine, constant"),
     ("--cfg_interval 0.8,0.2", "--cfg_interval", "'0.8,0.2'", "0 <= lo <= hi <= 1"),
     ("--cfg_t_interval 0,2", "--cfg_t_interval", "'0,2'", "0 <= lo <= hi <= 1"),
     ("--schedule {results}", "--schedule", "{results}", "'values'"),
@@ -378,6 +387,7 @@ BENCH_IDS = [
     ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
     ("--img_size 100", "--img_size 100", "multiple of"),
 ]
+BENCH_SCALES = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
 EXPORT = [
     ("--checkpoint {tmp}/missing", "{tmp}/missing"),
@@ -430,6 +440,21 @@ CURVES = [
     ("{empty} --out {empty}", "--out", "{empty}"),
     ("{empty} --out {file}/x.png", "--out", "{file}"),
 ]
+INSPECTOR = [
+    ("--checkpoint {tmp}/missing", "{tmp}/missing"),
+    ("--checkpoint {file}", "{file}"),
+    ("--port x", "--port", "'x'"),
+    ("--port 65536", "--port", "65536", "from 0 to 65535"),
+    ("--host 256.0.0.1", "--host 256.0.0.1"),
+    ("--device nope", "'nope'"),
+    ("--dtype int8", "--dtype", "'int8'"),
+    ("--export {out}", "--export", "--trace"),
+    ("--trace {file} --export {out}", "{file}", "--save_trace"),
+    ("--trace {tmp}/missing", "{tmp}/missing", "--save_trace"),
+    ("--trace {trace} --export {empty}", "--export {empty}", "folder"),
+    ("--trace {trace} --export {trace}", "--export {trace}", "input"),
+    ("--trace {trace} --export {file}", "--export {file}", "choose another name"),
+]
 DIGITS = "--data digits --tokenizer pixel --img_size 8 --device cpu"
 STATS = "--data digits --features digits --device cpu"
 SMALL = "--data digits --stride 2 --latent_channels 2 --width 4 --device cpu --output_dir {out}"
@@ -450,11 +475,13 @@ CATALOGUE = {
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ("--device cpu".split(), BENCH),
     bench_ids: ("--device cpu".split(), BENCH_IDS),
+    bench_scales: ("--device cpu".split(), BENCH_SCALES),
     bench_training: ("--device cpu".split(), BENCH_TRAINING),
     bench_loader: ([], BENCH_LOADER),
     export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),
     download_weights: ("--base_url http://127.0.0.1:9 --out {out} mar_base".split(), DOWNLOAD),
     make_table: ([], TABLE),
+    inspector: ("--checkpoint {good} --port 0 --device cpu".split(), INSPECTOR),
     plot_trace: ([], TRACE),
     plot_training: ([], CURVES),
 }
@@ -483,7 +510,7 @@ def places(good, tmp_path):
     (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
     for name, width in (("stats", 64), ("wide", 99)):
         save_fid_stats(paths[name], FIDStats(np.zeros(width), np.eye(width)))
-    arrays = dict.fromkeys(plot_trace.KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
     arrays["frames"] = np.zeros((1, 4, 2, 2, 1))
     with open(paths["trace"], "wb") as file:
         np.savez(file, **arrays)

@@ -8,7 +8,7 @@ import torch
 
 from models import int8
 from models.mar import MAR
-from scripts import bench, bench_ids, bench_training
+from scripts import bench, bench_ids, bench_scales, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
 from util.timing import PeakMemory, Stopwatch, matmul_rate
 
@@ -86,7 +86,12 @@ def test_unknown_section(capsys):
 
 
 @pytest.mark.parametrize(
-    "section, other, given", [("training", bench_training, {"--batch_size=3"}), ("ids", bench_ids, set())]
+    "section, other, given",
+    [
+        ("training", bench_training, {"--batch_size=3"}),
+        ("ids", bench_ids, set()),
+        ("scales", bench_scales, set()),
+    ],
 )
 def test_other_tables_are_made_in_a_process_of_their_own(section, other, given, monkeypatch):
     """With flags that its program takes."""

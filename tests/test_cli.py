@@ -14,6 +14,7 @@ from scripts import (
     ablate_norms,
     bench,
     bench_ids,
+    bench_scales,
     bench_training,
     cache_latents,
     cache_text,
@@ -35,6 +36,7 @@ SCRIPTS = (
     ablate_norms,
     bench,
     bench_ids,
+    bench_scales,
     bench_training,
     cache_latents,
     cache_text,
@@ -314,6 +316,7 @@ def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_
     ):  # a tiny checkpoint stands in for the one that is named, whose sizes do not fit it
         monkeypatch.setattr("models.loading._check_given", lambda *a, **k: None)
         monkeypatch.setattr("sample.check_asked", lambda *a, **k: None)
+        monkeypatch.setattr("sample.open_prefix", lambda *a, **k: None)
         monkeypatch.setattr("sample.open_prompts", lambda *a, **k: random_prompts(40))
         at = next(i for i, word in enumerate(arguments) if word.startswith("--checkpoint"))
         arguments = [*arguments[:at], *arguments[at + (2 if arguments[at] == "--checkpoint" else 1) :]]

@@ -12,11 +12,13 @@ from heads.policy import build_rules
 from models.tokenizers import build_tokenizer
 from sampling.loop import generate
 from sampling.run import Parts
-from scripts import bench, bench_training, search_schedule, train_tokenizer
+from scripts import bench, bench_scales, bench_training, search_schedule, train_tokenizer
 from tests.helpers import tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_device import DEVICE, FarTensor, near, pretended
+from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_sample import rows
+from tests.test_var import tiny as tiny_var
 from util import dist
 from util.images.pictures import read_png
 
@@ -171,6 +173,47 @@ def test_causal_models_sample_in_bf16_on_a_gpu(model):
     assert made.device.type == "cuda" and made.float().isfinite().all()
     if not made.is_floating_point():
         assert 0 <= int(made.min()) and int(made.max()) < model.config.vocab_size
+
+
+def scales_of(device: torch.device, dtype: torch.dtype, **schedule) -> torch.Tensor:
+    """Ids (3, 30) of a small VAR on the device under autocast to the dtype, one image without a label."""
+    rules = build_rules("baseline", order="raster", group="scale", cfg=2.5, **schedule)
+    model, tokenizer = tiny_var().to(device), deepcopy(scales_tokenizer()).to(device)
+    with dist.autocast(device, dtype):
+        ids = generate(model, torch.tensor([0, -1, 2]), rules, seeds=[1, 2, 3], tokenizer=tokenizer)
+    assert ids.device.type == device.type
+    return near(ids).cpu()
+
+
+@pytest.mark.parametrize("schedule", ["ramp", "interval"])
+def test_scales_are_those_of_the_cpu_and_each_waits_once(schedule, waits):
+    """With guidance from the second scale on, or from the third, so that a cache catches up; but for ties."""
+    options = dict(cfg_schedule=schedule, cfg_interval="0.1,1")
+    here, there = (
+        scales_of(place, torch.float32, **options) for place in (torch.device("cpu"), dist.pick_device("auto"))
+    )
+    assert (here == there).float().mean() > 0.9
+    assert waits is None or 0 < waits["sampling/loop.py:select"] <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_in_half_precision_on_a_gpu(dtype):
+    """The first scales' ids are those of float32 on the CPU, but for ties: later ones follow from what was drawn."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    expected = scales_of(torch.device("cpu"), torch.float32, cfg_schedule="ramp")
+    made = scales_of(torch.device("cuda"), dtype, cfg_schedule="ramp")
+    assert 0 <= int(made.min()) and int(made.max()) < 64
+    assert (made[:, :5] == expected[:, :5]).float().mean() > 0.6
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_steps_of_training_on_scales(dtype, waits, capsys):
+    words = f"--only training --model var_tiny --batch_size 4 --repeats 1 --dtype {dtype}".split()
+    assert bench_scales.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| var_tiny | ")
+    assert waits is None or waits["training/step.py:training_step"] == 2  # one a step
 
 
 def test_pictures_are_those_of_the_cpu(trained, pictured, waits, tmp_path):

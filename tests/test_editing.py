@@ -15,6 +15,7 @@ from sampling import run
 from sampling.editing import Edit, read_edit
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
+from sampling.trace import KNOWN
 from scripts import plot_trace
 from tests.helpers import named_weights, on_cpu, tiny_mar
 from tests.helpers_tokenizers import TINY
@@ -198,7 +199,7 @@ def test_a_trace_shows_known_tokens_from_the_start(checkpoint, given, tmp_path):
     assert plot_trace.main([str(folder / "trace.npz"), "--out", str(tmp_path / "plots"), "--images", "0"]) == 0
     with Image.open(tmp_path / "plots" / "trace_0.gif") as image:
         mask = np.asarray(image.convert("RGB")).astype(int)[16::32, 264 + 16 :: 32]
-    assert (np.abs(mask[:4] - plot_trace.KNOWN).max(-1) <= 8).all()
+    assert (np.abs(mask[:4] - KNOWN).max(-1) <= 8).all()
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

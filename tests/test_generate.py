@@ -30,9 +30,13 @@ from tests.helpers_generate import (
 ITERATIONS = (1, 4, LENGTH, LENGTH + 3)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("group", [name for name in GROUPS if name != "scale"])  # a scale here is all tokens
+PAIRS = [(order, "cosine") for order in ORDERS]
+PAIRS += [("random", name) for name in GROUPS if name not in ("cosine", "scale")]  # a scale here is all tokens
+
+
+@pytest.mark.parametrize("order, group", PAIRS)
 def test_every_combination_decodes_each_token_once(mar, order, group):
+    """All orders and all groups, each with all that decides τ, w and its profile."""
     iterations = [number for number in ITERATIONS if number >= MIN_STEPS.get(group, 1)]
     for i, (tau, cfg, profile) in enumerate(product(TAUS, CFGS, PROFILES)):
         rules = rules_of(
@@ -51,7 +55,8 @@ def test_every_combination_decodes_each_token_once(mar, order, group):
         tokens, steps = recorded(mar, rules, num_iter)
         check_decode(steps, torch.ones(BATCH, LENGTH, dtype=torch.bool), num_iter)
         assert (tokens != 0).all()
-        assert len(steps) == min(num_iter, LENGTH)
+        # a share of the tokens, rounded, may leave the last steps without any
+        assert len(steps) <= min(num_iter, LENGTH) if group.startswith("step_") else len(steps) == min(num_iter, LENGTH)
 
 
 @pytest.mark.parametrize("num_iter", [1, 2, LENGTH])

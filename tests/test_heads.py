@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from heads.forms import bounded
+from heads.forms import FORMS, bounded
 from heads.orders import ORDERS
 from heads.policy import HEADS, PolicyHeads, build_rules
+from heads.schedules import FREE_GROUPS
 from sampling.loop import generate
 from tests.helpers import tiny_mar
 from tests.helpers_heads import OF_LATENTS, SCOPES, state_of, trained
@@ -93,6 +94,20 @@ def test_an_untrained_order_head_gives_the_order_that_it_moves(base):
     assert torch.equal(plain, learned)
     with pytest.raises(ValueError, match="unknown order_base 'x'; valid: random"):
         build_rules("baseline", order_base="x")
+
+
+@pytest.mark.parametrize("base", FREE_GROUPS)
+def test_an_untrained_group_head_gives_the_group_sizes_that_it_moves(base):
+    state = state_of(torch.ones(5, 64, dtype=torch.bool), torch.zeros(5, 64, 16))
+    for form in FORMS:
+        heads = PolicyHeads(16, learn=["group"], form=form)
+        plain, learned = (
+            build_rules("baseline", group=base),
+            build_rules("policy", heads, order="random", group_base=base),
+        )
+        assert torch.equal(plain(state).select, learned(state).select)
+    with pytest.raises(ValueError, match="unknown group_base 'scale'; valid: cosine"):
+        build_rules("baseline", group_base="scale")
 
 
 @pytest.mark.parametrize("missing", HEADS)

@@ -99,6 +99,16 @@ def test_gaps_and_repetitions_in_the_results(tmp_path, capsys):
     assert "seeds" not in both
 
 
+def test_a_line_from_before_a_flag_is_of_the_setting_that_it_had(tmp_path, capsys):
+    old, new = line("both", 8, 1, 2.0), line("both", 8, 2, 4.0)
+    new["settings"] |= dict(group_base="cosine", schedule=None)
+    other = line("both", 8, 2, 9.0)
+    other["settings"] |= dict(group_base="staged", schedule=None)
+    rows = table(capsys, write(tmp_path / "results.jsonl", [old, new, other]))
+    assert [(row["group_base"], row["seeds"]) for row in rows] == [("cosine", "2"), ("staged", "1")]
+    assert rows[0]["FID"].startswith("3.0")
+
+
 def test_the_plot_is_a_picture_of_both_costs(results, tmp_path, capsys):
     make_table.main([str(results[0]), "--plot", str(tmp_path / "p.png")])
     with Image.open(tmp_path / "p.png") as image:
@@ -236,9 +246,9 @@ def test_kinds_references_and_features_are_not_mixed(tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", [*lines, reconstruction, by_clip])
     parts = tables(path, capsys)
     assert list(parts) == [
-        "generation, features None, reference bb",
-        "generation, features None, reference cc",
-        "reconstruction, features None, reference bb",
+        "generation, features inception, reference bb",
+        "generation, features inception, reference cc",
+        "reconstruction, features inception, reference bb",
         "generation, features clip, reference bb",
     ]
     first, other, rec, clip = ({h: c for h, c in zip(t[0], t[2])} for t in parts.values())

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +15,7 @@ from models.loading import load_model
 from models.mask_schedules import MASK_RATIOS
 from models.maskgil import MaskGIL, token_loss
 from scripts import cache_latents
-from tests.helpers_ids import ENTRIES, add_tokenizers
+from tests.helpers_ids import ENTRIES, add_tokenizers, in_two_processes
 from tests.helpers_maskgil import LENGTH, shrink, tiny_maskgil
 from tests.test_cli import refused
 from training.config import TrainConfig, resolve
@@ -160,22 +156,8 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(run, tmp_pat
 @pytest.mark.slow
 def test_two_processes_train_like_one(run, tmp_path):
     """torchrun with gloo against one process at the same global batch, to rounding."""
-    program = (
-        "import sys, pytest, main_mar; from tests.test_maskgil_programs import prepare\n"
-        "with pytest.MonkeyPatch.context() as patch: prepare(patch); sys.exit(main_mar.main(sys.argv[1:]))"
-    )
-    (tmp_path / "program.py").write_text(program)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29527"]
-    root = Path(__file__).parent.parent
     words = [*TRAIN, *HEADS, "--output_dir", str(tmp_path / "two"), "--batch_size", "128"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "program.py"), *words, "--epochs", "2"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_two_processes(tmp_path, [*words, "--epochs", "2"], prepare)
     one, two = (records(folder) for folder in (run, tmp_path / "two"))
     assert len(one) == len(two)
     for before, after in zip(one, two):

@@ -8,11 +8,13 @@ import pytest
 
 import main_mar
 import sample
+from sampling.trace import KEYS
 from scripts import (
     best_settings,
     cache_latents,
     download_weights,
     export_weights,
+    inspector,
     make_fid_stats,
     make_table,
     measure_reconstruction,
@@ -46,6 +48,7 @@ WRITERS = {
     "download_weights": (download_weights, ["mar_base"], "out", "", True),
     "torture": (torture, [], "work_dir", "/new", True),
     "plot_training": (plot_training, ["."], "out", "/x.png", True),
+    "inspector": (inspector, ["--trace", "TRACE"], "export", "/x.html", False),
     "plot_trace": (plot_trace, ["TRACE"], "out", "", False),
     "make_table": (make_table, ["RESULTS"], "csv", "/x.csv", False),
     "plot": (make_table, ["RESULTS"], "plot", "/x.png", False),
@@ -68,7 +71,7 @@ def inputs(tmp_path_factory):
     """What stands for the capital words in WRITERS."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "results.jsonl").write_text('{"settings": {"seed": 0, "cfg": 1.0}, "metrics": {"fid": 1.0}}\n')
-    arrays = dict.fromkeys(plot_trace.KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
     np.savez(root / "trace.npz", **arrays)
     good = untrained(root / "good")
     return {"GOOD": good, "RESULTS": root / "results.jsonl", "TRACE": root / "trace.npz"}

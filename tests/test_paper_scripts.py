@@ -10,7 +10,7 @@ import pytest
 import main_mar
 import sample
 from scripts import make_table, measure_reconstruction, train_tokenizer
-from scripts.download_weights import LLAMAGEN_FILES
+from scripts.download_weights import LLAMAGEN_FILES, VAR_FILES
 from tests.test_sample import train_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,6 +124,26 @@ def test_the_published_settings_of_llamagen(run):
     assert files == [f"pretrained_models/{LLAMAGEN_FILES[name]}" for name in names] and len(commands) == 3
 
 
+def test_the_published_settings_of_var(run):
+    models = "var_d16,var_d30,var_d36_s"
+    for gpus in ("2", "8", "32"):
+        _, _, commands = run("paper_var", **{**IMAGENET, "GPUS": gpus}, MODELS=models)
+        trained = [arguments for _, program, arguments in commands if program == "main_mar.py"]
+        assert [value(a, "--preset") for a in trained] == models.split(",")
+        images = [int(gpus) * int(value(a, "--batch_size")) * int(value(a, "--accum_iter")) for a in trained]
+        assert images == [768, 1024, 768]
+    sampled = [arguments for _, program, arguments in commands if program == "sample.py"]
+    assert [value(a, "--checkpoint") for a in sampled] == [value(a, "--output_dir") for a in trained]
+    drawn = {tuple(value(a, flag) for flag in ("--cfg", "--top_k", "--top_p")) for a in sampled}
+    assert drawn == {("1,2.5", "900", "0.96")}
+    _, _, commands = run("paper_var", **IMAGENET, MODELS=models, WEIGHTS="pretrained_models")
+    sampled = [arguments for _, program, arguments in commands if program == "sample.py"]
+    assert [(value(a, "--model"), value(a, "--checkpoint")) for a in sampled] == [
+        (name, f"pretrained_models/{VAR_FILES[name]}") for name in models.split(",")
+    ]
+    assert len(commands) == 4  # published weights are not trained
+
+
 def test_variables_make_an_experiment_smaller_and_more_arguments_go_on(run):
     small = dict(PRESET="digits", WIDTHS="8,16", SEEDS="3,4", EPOCHS="2", NUM_IMAGES="20")
     _, _, commands = run("paper_mlp_width", "--batch_size", "32", **small)
@@ -144,6 +164,7 @@ def test_variables_make_an_experiment_smaller_and_more_arguments_go_on(run):
         ("paper_speed", dict(PRESET="nope"), "'nope'"),
         ("paper_mar", dict(IMAGENET, MODELS="mar_base,mar_big"), "'mar_big'"),
         ("paper_llamagen", dict(IMAGENET, MODELS="llamagen_ar_b,llamagen_ar_h"), "'llamagen_ar_h'"),
+        ("paper_var", dict(IMAGENET, MODELS="var_d16,var_d36"), "'var_d36'"),
         ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="kl16,vq17"), "'vq17'"),
         ("paper_tokenizers", dict(IMAGENET, TOKENIZERS="kl16,vq16", VQ16_SCALE=""), "VQ16_SCALE"),
     ],

@@ -19,29 +19,39 @@ def quickstart(tmp_path_factory):
     """(a function that runs it, output of the first run, its folder)."""
     out = tmp_path_factory.mktemp("quickstart")
     shutil.copy(ROOT / "util/evaluation/digits_classifier.npz", out / "judge.npz")  # in place of one that is trained
+
+    def run():
+        return output_of("quickstart.sh", *TINY.split(), "--output_dir", str(out))
+
+    return run, run(), out
+
+
+def output_of(script: str, *words: str) -> str:
+    """What a script prints, run in this environment."""
     environment = {
         **os.environ,
         "VIRTUAL_ENV": sys.prefix,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    command = ["bash", "scripts/quickstart.sh", *TINY.split(), "--output_dir", str(out)]
-
-    def run():
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
-
-    return run, run(), out
+    command = ["bash", f"scripts/{script}", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
-def test_quickstart_ends_with_the_figures_and_the_picture(quickstart):
-    _, first, out = quickstart
-    *_, images, figures, picture = first.strip().splitlines()
+def check_the_end(output: str, out: Path) -> None:
+    """Its last three lines name 20 images, their figures and their picture, which is in the folder."""
+    *_, images, figures, picture = output.strip().splitlines()
     assert images.startswith("20 images in ")
     for name in ("FID", "IS", "KID", "precision", "recall", "SVC accuracy", "Fréchet (pixels)"):
         assert re.search(rf"{re.escape(name)} -?\d", figures)
     path = Path(picture.removeprefix("picture: "))
     assert path.read_bytes().startswith(b"\x89PNG") and out in path.parents
+
+
+@pytest.mark.slow
+def test_quickstart_ends_with_the_figures_and_the_picture(quickstart):
+    check_the_end(*quickstart[1:])
 
 
 @pytest.mark.slow
@@ -53,6 +63,23 @@ def test_quickstart_run_again_reuses_what_is_there(quickstart):
     assert len((out / "samples" / "results.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
+def test_the_quickstart_of_maskgil_ends_with_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOKENIZER_EPOCHS", "0.2")
+    words = "--epochs 1 --batch_size 256 --num_images 20 --num_iter 2 --seed 0".split()
+    check_the_end(output_of("quickstart_maskgil.sh", *words, "--output_dir", str(tmp_path)), tmp_path)
+
+
+@pytest.mark.slow
+def test_the_quickstart_of_var_and_its_second_run(tmp_path):
+    words = "--epochs 1 --batch_size=256 --num_images 20 --cfg 2".split()
+    first, second = (output_of("quickstart_var.sh", *words, "--output_dir", str(tmp_path)) for _ in range(2))
+    check_the_end(first, tmp_path)
+    assert "_cfg2_" in first and (tmp_path / "tokenizer" / "scales.png").is_file()
+    assert "is trained already" in second and second.strip().splitlines()[-3:] == first.strip().splitlines()[-3:]
+
+
+@pytest.mark.slow
 def test_the_python_example_of_readme(quickstart, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     assert len(code.strip().splitlines()) <= 12

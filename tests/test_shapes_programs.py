@@ -1,10 +1,6 @@
 """MaskGIL on images of several sizes through the programs: training, caches, resuming, sampling, what is refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ import sample
 from models import tokenizers
 from sampling import prompts
 from scripts import cache_latents, cache_text, demo_shapes, plot_trace
-from tests.helpers_ids import GreyIds, add_tokenizers
+from tests.helpers_ids import GreyIds, add_tokenizers, in_two_processes
 from tests.helpers_maskgil import shrink
 from tests.helpers_text import shrink_text
 from tests.test_cli import refused
@@ -155,6 +151,17 @@ def test_it_samples_any_size(run, tmp_path):
     assert sample.main([*one, "--infer_mode", "policy", "--order_base", "confidence"]) == 0  # with the heads
 
 
+def test_a_line_from_before_sizes_is_of_the_size_trained_with(run, tmp_path):
+    words = ["--checkpoint", str(run), "--output_dir", str(tmp_path), *SAMPLE]
+    lines = tmp_path / "results.jsonl"
+    assert sample.main(words) == 0
+    row = json.loads(lines.read_text())
+    assert row["settings"].pop("img_size") == 8
+    lines.write_text(json.dumps(row) + "\n")
+    assert sample.main(words) == 0 and len(lines.read_text().splitlines()) == 1
+    assert sample.main([*words, "--img_size", "8x16"]) == 0 and len(lines.read_text().splitlines()) == 2
+
+
 def test_sampling_refuses_what_has_no_such_size(run, tmp_path, capsys):
     words = ["--checkpoint", str(run), "--output_dir", str(tmp_path), *SAMPLE]
     for more, message in (
@@ -223,22 +230,8 @@ def test_a_model_of_text_trains_on_a_folder_of_shapes(tmp_path, capsys, monkeypa
 @pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path):
     """torchrun with gloo against one process at the same global batch, to rounding."""
-    program = (
-        "import sys, pytest, main_mar; from tests.test_shapes_programs import prepare\n"
-        "with pytest.MonkeyPatch.context() as patch: prepare(patch); sys.exit(main_mar.main(sys.argv[1:]))"
-    )
-    (tmp_path / "program.py").write_text(program)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     words = [*TRAIN, *BUCKETS, "--resid_dropout_p", "0", "--ffn_dropout_p", "0", "--epochs", "2", "--output_dir"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [*launch, str(tmp_path / "program.py"), *words, str(tmp_path / "two"), "--batch_size", "8"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    in_two_processes(tmp_path, [*words, str(tmp_path / "two"), "--batch_size", "8"], prepare)
     assert main_mar.main([*words, str(tmp_path / "one")]) == 0
     logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
     one, two = ([json.loads(line)["ce"] for line in lines] for lines in logs)

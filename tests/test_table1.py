@@ -1,5 +1,6 @@
 """scripts/table1.py: the commands of the eight rows are valid, and a whole table comes out of a tiny budget."""
 
+import json
 import shlex
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import main_mar
 from scripts import table1
 from scripts.table1 import PRESETS, rows_of
 from tests.test_cli import refused
+
+BUDGET = "epochs batch_size lr diffloss_d diffloss_w diffusion_batch_mul attn_dropout proj_dropout".split()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -28,8 +31,13 @@ def test_a_dry_run_prints_commands_that_training_takes(preset, data, tmp_path, c
     lines = [shlex.split(line)[1:] for line in capsys.readouterr().out.splitlines()]
     trained = [words[1:] for words in lines if words[0] == "main_mar.py"]
     assert len(trained) == 3 * len({row.model for row in rows_of(PRESETS[preset])}) and not out.exists()
+    capsys.readouterr()
+    budgets = set()
     for words in trained[::3]:
         assert main_mar.main([*words, "--dry_run"]) == 0
+        config = json.loads(capsys.readouterr().out)
+        budgets.add(tuple(config[name] for name in BUDGET))
+    assert len(budgets) == 1  # what --preset says of MAR alone is said to all rows
     assert sum("--settings_of" in words for words in lines) == 2 * 3 * len(rows_of(PRESETS[preset]))
 
 

@@ -12,7 +12,7 @@ from models.tokenizers import build_tokenizer
 from sampling.adaptive import Spread
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
-from sampling.trace import num_traced
+from sampling.trace import NEW, num_traced
 from scripts import plot_trace
 from tests.helpers import each_rank, named_weights, on_cpu, tiny_mar
 from tests.test_cli import refused
@@ -208,7 +208,7 @@ def test_a_png_and_a_gif_an_image(traced, tmp_path):
             pixels = np.asarray(image.convert("RGB")).astype(int)
             growing, mask = pixels[::32, :256:32][:8], pixels[16::32, 264 + 16 :: 32]
             assert np.abs(growing - arrays["frames"][3, step]).max() <= 8  # GIF has 256 colours
-            new = np.abs(mask - plot_trace.NEW).max(-1) <= 8
+            new = np.abs(mask - NEW).max(-1) <= 8
             assert np.array_equal(new, (arrays["order_step"][3] == step).reshape(8, 8))
 
 

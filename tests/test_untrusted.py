@@ -14,6 +14,7 @@ from PIL import Image
 
 import main_mar
 import sample
+from sampling.trace import KEYS
 from scripts import cache_latents, make_fid_stats, plot_trace, train_tokenizer
 from tests.helpers import Malicious, untrained
 from tests.test_architecture import ROOT, SOURCES, tree_of
@@ -126,7 +127,7 @@ def test_pickles_are_one_line_and_not_run(case, write, victim, tmp_path, capsys)
 
 
 def trace(folder, victim):
-    file = put(folder / "trace.npz", lambda path: np.savez(path, **{k: objects(victim) for k in plot_trace.KEYS}))
+    file = put(folder / "trace.npz", lambda path: np.savez(path, **{k: objects(victim) for k in KEYS}))
     return plot_trace.main, [str(file), "--out", "{out}"], file
 
 
@@ -284,6 +285,7 @@ SETTINGS = [
     ("sample", "solver", "../evil"),
     ("sample", "num_sampling_steps", "../evil"),
     ("sample", "order_base", "../evil"),
+    ("sample", "group_base", "../evil"),
     ("sample", "cfg_interval", "../evil"),
     ("sample", "cfg", "../evil"),
     ("sample", "temperature", float("nan")),

@@ -18,6 +18,8 @@ from tests.helpers_causal import disturbed
 from tests.helpers_var import REFERENCE, SHAPES, array, close, fill_by_name, options, shapes, tokenizer
 from tests.parity import generate_var, lr_and_wd, no_decay_names
 from training.schedules import ScheduleConfig, stage_weights
+from training.step import training_step
+from util.dist import autocast
 
 BLOCKS = ("l2", "plain", "l2_shared", "plain_shared")
 SCALES = (1, 2, 3, 4)
@@ -219,12 +221,25 @@ def test_the_cache_gives_what_masked_teacher_forcing_gives(guided):
     assert (ids[known] == 5).all() and torch.cat(rows).shape[0] == int((~known).sum())
 
 
-def test_an_image_does_not_depend_on_its_batch():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_image_does_not_depend_on_its_batch(dtype):
+    """In half precision, under autocast, its ids are those of float32 but for a few ties."""
     rules = build_rules("baseline", order="raster", group="scale", cfg=2.5, cfg_schedule="ramp")
     labels, seeds, options = torch.tensor([0, 3, -1]), [4, 5, 6], dict(tokenizer=tokenizer(), top_k=20, top_p=0.9)
-    together = generate(tiny(), labels, rules, seeds=seeds, **options)
-    for i in range(3):
-        assert generate(tiny(), labels[[i]], rules, seeds=seeds[i : i + 1], **options).equal(together[[i]])
+    expected = generate(tiny(), labels, rules, seeds=seeds, **options)
+    with autocast(torch.device("cpu"), dtype):
+        together = generate(tiny(), labels, rules, seeds=seeds, **options)
+        for i in range(3):
+            assert generate(tiny(), labels[[i]], rules, seeds=seeds[i : i + 1], **options).equal(together[[i]])
+    assert (together == expected).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_samples_nearly_the_same_ids(dtype):
+    rules = build_rules("baseline", order="raster", group="scale", cfg=2.5, cfg_schedule="ramp")
+    models = tiny(), tiny().to(dtype)
+    ids = [generate(m, torch.tensor([0, 3, -1]), rules, seeds=[4, 5, 6], tokenizer=tokenizer()) for m in models]
+    assert (ids[0] == ids[1]).float().mean() > 0.9
 
 
 def test_untrained_heads_sample_what_the_baseline_does():
@@ -277,3 +292,19 @@ def test_the_bench_compares_the_same_samples(cfg, capsys):
     assert ids.equal(bench_scales.sample(model, tok, args, bench_scales.WholePrefix)) and len(ids.unique()) > 20
     assert bench_scales.main("--model var_tiny --repeats 1 --device cpu".split()) == 0
     assert "| var_tiny |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("extra", ["", "--grad_checkpointing --dtype bf16"])
+def test_the_bench_of_training_measures_steps_that_learn(extra, capsys, monkeypatch):
+    steps = []
+
+    def watched(state, *rest):
+        steps.append(training_step(state, *rest)["loss"])
+        assert state.model.training and state.model.config.grad_checkpointing == bool(extra)
+
+    monkeypatch.setattr(bench_scales, "training_step", watched)
+    words = "--only training --model var_tiny --batch_size 4 --repeats 2 --device cpu".split()
+    assert bench_scales.main([*words, *extra.split()]) == 0
+    seconds, memory = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")[1:]
+    assert float(seconds) >= 0 and float(memory) > 0.1
+    assert len(steps) == 3 and steps[0] == pytest.approx(np.log(4096), rel=0.02) and steps[2] < steps[0]

@@ -17,6 +17,7 @@ from models.tokenizers.multiscale_vq import SCALES as SIDES
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from models.var import VAR, VAR_CONFIGS, VARConfig
 from scripts import cache_latents, plot_trace, search_schedule
+from tests.helpers_ids import in_two_processes
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
@@ -69,6 +70,17 @@ def test_it_trains_and_resumes_to_the_bit(run, tmp_path):
     assert main_mar.main([*words[:-1], str(middle), "--resume", str(middle)]) == 0
     for name, value in load_checkpoint(middle)["model"].items():
         assert value.equal(whole["model"][name])
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one(run, tmp_path):
+    """torchrun with gloo against one process at the same global batch, to rounding."""
+    folder, words = run
+    in_two_processes(tmp_path, [*words[:-1], str(tmp_path / "two"), "--batch_size", "300"])
+    alone, together = ([json.loads(line) for line in (f / "log.jsonl").open()] for f in (folder, tmp_path / "two"))
+    assert [line["step"] for line in together] == [line["step"] for line in alone]
+    for name in ("loss", "grad_norm"):
+        assert [line[name] for line in together] == pytest.approx([line[name] for line in alone], rel=2e-3)
 
 
 def test_it_samples_with_all_its_settings(run, tmp_path):

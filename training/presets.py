@@ -41,8 +41,8 @@ PRESETS = {
     ),
     "canvases": dict(_DIGITS, data="canvases"),
     "var_digits": dict(
-        _VAR, data="digits", model="var_tiny", img_size=8, batch_size=64, blr=8e-3, epochs=60, warmup_epochs=2,
-        wpe=0.05, init_adaln_gamma=1e-2, num_workers=0, eval_freq=20, save_last_freq=10, cfg=2.0, num_images=1800,
+        _VAR, data="digits", model="var_tiny", img_size=8, batch_size=32, blr=8e-2, epochs=12, warmup_epochs=0.5,
+        wpe=0.05, init_adaln_gamma=1e-2, num_workers=0, eval_freq=20, save_last_freq=4, cfg=1.5, num_images=1800,
         eval_bsz=300, features="digits",
     ),
     "var_d16": dict(_VAR_IMAGENET, model="var_d16", epochs=200, warmup_epochs=4),  # published FID 3.55

@@ -171,6 +171,29 @@ def run_with(run, config_class, prog: str, description: str, argv=None, check=No
     return run(args)
 
 
+def read_texts(config_class, texts: dict[str, str]) -> dict:
+    """The values of flags of the dataclass, switches apart, as the command line reads their texts; "" is not given.
+
+    ValueError, naming the flag, for one that the dataclass does not have, for no text, and for what is no value of it.
+    """
+    hints = typing.get_type_hints(config_class)
+    known = {f.name: f.metadata for f in dataclasses.fields(config_class) if "help" in f.metadata}
+    known = {name: meta for name, meta in known.items() if hints[name] is not bool}
+    values = {}
+    for name, text in texts.items():
+        if name not in known:
+            raise ValueError(f"unknown setting {name!r}; valid: {', '.join(known)}")
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a text, got {text!r}")
+        meta = known[name]
+        convert = _checked(meta["type"] or _plain_type(hints[name]), meta["low"], meta["high"], meta["choices"])
+        try:
+            values |= {name: convert(text)} if text else {}
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return values
+
+
 def check_values(config_class, values: dict, source) -> None:
     """Raise ValueError unless the values, read from the file `source`, fit the fields of the dataclass.
 

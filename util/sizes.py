@@ -39,6 +39,11 @@ def grid_of(size: Size, stride: int) -> tuple[int, int] | None:
     return height // stride, width // stride
 
 
+def shape_of(config) -> tuple[int, int]:
+    """(h, w), the tokens in a column and in a row of images of a model of this configuration; of its finest scale."""
+    return getattr(config, "shape", (config.grid, config.grid))  # without a shape images are square
+
+
 def check_square(size: Size | None, of: str) -> None:
     """Raise ValueError for a size that is no square, where images are squares only; of: of what they are."""
     if isinstance(size, str):

@@ -106,7 +106,7 @@ class Tokenizer(nn.Module):
         return tokens
 
     def unknown_tokens(self, unknown: torch.Tensor) -> torch.Tensor:
-        """Of the tokens (L,) bool those to make anew where unknown (g, g) bool, a cell for each of a grid, says so."""
+        """Of the tokens (L,) bool those to make anew where unknown (h, w) bool, a cell for each of a grid, says so."""
         return unknown.flatten()
 
     def ids_shape(self, img_size: Size) -> tuple[int, ...]:

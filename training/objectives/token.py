@@ -54,7 +54,7 @@ class HeadPlan:
 
     def _base(self, kind: str, **numbers):
         """The hand-made rule that the learned one of this kind moves."""
-        moved = moved_rule(kind, self.options.schedule, self.options.cfg_base)
+        moved = moved_rule(kind, self.options)
         return hand_made(kind, moved, replace(self.options, **numbers))
 
     def losses(self, difficulty) -> dict[str, torch.Tensor]:

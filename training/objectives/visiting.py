@@ -45,10 +45,12 @@ class MaskConfig:
         last = self.mix_random if self.train_masks == "mix" else 0.0
         return max(last, 1 - (1 - last) * epoch / self.mix_anneal) if self.mix_anneal else last
 
-    def rule_names(self, order: str | None, group: str | None, heads: PolicyHeads | None, schedule) -> dict[str, str]:
+    def rule_names(
+        self, order: str | None, group: str | None, heads: PolicyHeads | None, options: RuleOptions
+    ) -> dict[str, str]:
         """The rules whose states are visited: those named, else learned ones where these masks have them."""
         names = {}
-        for kind, name, base in (("order", order, "random"), ("group", group, moved_rule("group", schedule))):
+        for kind, name, base in (("order", order, "random"), ("group", group, moved_rule("group", options))):
             if self.train_masks == "visited" and name == "learned":
                 raise ValueError(f"--train_masks visited follows hand-made rules; with --{kind} learned use policy")
             if name in AFTER_DRAW:
@@ -72,7 +74,7 @@ class Visits:
 
     def __init__(self, config: MaskConfig, heads: PolicyHeads | None, order: str | None, group: str | None, **options):
         self.config, self.heads, self.options = config, heads, options
-        self.names = config.rule_names(order, group, heads, options.get("schedule"))
+        self.names = config.rule_names(order, group, heads, RuleOptions(**options))
         if self.names["order"] == "learned" and options.get("order_base") in AFTER_DRAW:
             raise ValueError(
                 f"--order_base {options['order_base']} looks at tokens that the model draws, training masks cannot: "
@@ -92,7 +94,7 @@ class Visits:
         if draws.policy.heads_rest:  # the rules that untrained heads reproduce
             bases = {
                 "order": options.get("order_base", "random"),
-                "group": moved_rule("group", options.get("schedule")),
+                "group": moved_rule("group", RuleOptions(**options)),
             }
             heads, num_passes = None, 0
             names = {kind: bases[kind] if name == "learned" else name for kind, name in names.items()}

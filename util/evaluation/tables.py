@@ -58,15 +58,16 @@ def read_runs(paths: list[Path]) -> list[dict]:
     return rows
 
 
-def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], int]]:
+def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict, dict[str, list[float]], int]]:
     """(settings without the seed, {figure: one value a repeat}, number of repeats) for each setting.
 
     Kind, reference, and run or else weights count as settings. Of two lines with the same seed (and, in a run, the same
-    checkpoint) the later counts.
+    checkpoint) the later counts. unset: values of settings, for lines that are older than the flag of a setting which
+    others of the lines have.
     """
     groups = {}
     for row, reference in zip(rows, _references(rows)):
-        settings = {k: v for k, v in row["settings"].items() if k != "seed"}
+        settings = {k: v for k, v in {**_later_flags(rows, unset, row), **row["settings"]}.items() if k != "seed"}
         repeat = row["settings"].get("seed")
         if "run" in row:
             settings["run"] = row["run"]
@@ -82,6 +83,13 @@ def group_seeds(rows: list[dict]) -> list[tuple[dict, dict[str, list[float]], in
         values = {name: [numbers[name] for numbers in repeats.values() if name in numbers] for name in names}
         result.append((settings, values, len(repeats)))
     return result
+
+
+def _later_flags(rows: list[dict], unset: dict | None, row: dict) -> dict:
+    """Of unset what a line of sample.py lacks and others have."""
+    if not unset or row["settings"].keys().isdisjoint(unset):
+        return {}
+    return {name: unset[name] for other in rows for name in other["settings"] if name in unset}
 
 
 def _references(rows: list[dict]) -> list:

@@ -1,0 +1,175 @@
+// Steering: from the step shown on another τ, w or class; the next tokens by hand; a region made again; an upload.
+
+const painting = () => document.querySelector("input[name=tool]:checked").value === "paint";
+
+// The position of the grid that one points into: of several scales the one that the step shown draws, or the finest.
+function pointedAt(event) {
+  const run = state.runs.a, canvas = $("picture"), box = canvas.getBoundingClientRect();
+  if (!run || !run.begin) return null;
+  const layout = run.begin.layout, grid = painting() || layout.length === 1 ? layout[layout.length - 1] : layout[Math.min(state.step, layout.length - 1)];
+  const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+  return positionIn(grid, Math.floor(y * grid.rows), Math.floor(x * grid.columns));
+}
+
+function paint(position, on) {
+  if (position === null) return;
+  if (on) state.painted.add(position);
+  else state.painted.delete(position);
+  drawPicture();
+}
+
+function wirePicture() {
+  const canvas = $("picture");
+  let brush = null; // true paints, false wipes
+  canvas.addEventListener("pointerdown", (event) => {
+    const position = pointedAt(event);
+    if (!painting()) return selectToken(position);
+    brush = !state.painted.has(position);
+    canvas.setPointerCapture(event.pointerId);
+    paint(position, brush);
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    if (brush !== null) paint(pointedAt(event), brush);
+    hoverAt(pointedAt(event));
+  });
+  canvas.addEventListener("pointerup", () => { brush = null; });
+  canvas.addEventListener("pointercancel", () => { brush = null; });
+  canvas.addEventListener("pointerleave", () => hoverAt(null));
+  canvas.addEventListener("keydown", (event) => {
+    const run = state.runs.a;
+    if (!run || !run.begin) return;
+    const finest = run.begin.layout[run.begin.layout.length - 1];
+    const { row, column } = placeIn(finest, state.token === null ? finest.start : Math.max(finest.start, state.token));
+    const moves = { ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1], ArrowUp: [row - 1, column], ArrowDown: [row + 1, column] };
+    if (event.key in moves) selectToken(state.token === null ? finest.start : positionIn(finest, ...moves[event.key]));
+    else if ((event.key === "Enter" || event.key === " ") && state.token !== null && painting()) paint(state.token, !state.painted.has(state.token));
+    else return;
+    event.preventDefault();
+  });
+}
+
+// The changes without those of this step that are replaced, and with this one.
+function changeAt(step, change) {
+  const names = Object.keys(change);
+  const others = state.steer.map((one) => {
+    if (one.step !== step) return one;
+    return Object.fromEntries(Object.entries(one).filter(([name]) => !names.includes(name)));
+  });
+  state.steer = [...others.filter((one) => Object.keys(one).length > 1), { step, ...change }].sort((a, b) => a.step - b.step);
+  showChanges();
+  return generateWatch(state.step);
+}
+
+// The step of the loop that is shown, from 0; a region made again comes after the last.
+function stepShown() {
+  const run = state.runs.a, event = run && run.steps[state.step];
+  return event ? Math.min(event.step, (run.begin.settings.num_iter || Infinity) - 1) : 0;
+}
+
+let waiting = null; // a slider that is still being dragged
+function steerSoon(name, value) {
+  const step = stepShown();
+  clearTimeout(waiting);
+  waiting = setTimeout(() => changeAt(step, { [name]: value }), 150);
+}
+
+// A region is cells of the token grid: of several scales those of the finest, counted from its first.
+function paintedCells() {
+  const layout = state.runs.a.begin.layout, start = layout[layout.length - 1].start;
+  return [...state.painted].map((position) => position - start).filter((cell) => cell >= 0).sort((a, b) => a - b);
+}
+
+function nothingPainted() {
+  if (state.painted.size && state.runs.a) return false;
+  showError("nothing is painted: choose “paints tokens” and drag over the image");
+  return true;
+}
+
+function describe(change, classes) {
+  const parts = [];
+  if (change.tau !== undefined) parts.push("τ " + number(change.tau));
+  if (change.cfg !== undefined) parts.push("w " + number(change.cfg));
+  if (change.label !== undefined) parts.push("class " + (change.label < 0 ? "any" : classes[change.label]));
+  const from = parts.length ? "from step " + (change.step + 1) + ": " + parts.join(", ") : "";
+  const next = change.next ? change.next.length + " painted tokens at step " + (change.step + 1) : "";
+  return [from, next].filter(Boolean).join("; ");
+}
+
+function showChanges() {
+  const classes = about($("a-checkpoint").value).classes;
+  const removable = (text, remove) => {
+    const button = element("button", { type: "button", textContent: "undo", "aria-label": "Undo: " + text });
+    button.addEventListener("click", () => {
+      remove();
+      showChanges();
+      generateWatch(state.step);
+    });
+    return element("li", { textContent: text }, button);
+  };
+  const items = state.steer.map((change) => removable(describe(change, classes), () => { state.steer = state.steer.filter((one) => one !== change); }));
+  state.redo.forEach((redo) => items.push(removable(redo.region.length + " cells made again, seed " + redo.seed, () => { state.redo = state.redo.filter((one) => one !== redo); })));
+  if (state.edit) items.push(removable("an uploaded image, " + state.edit.region.length + " cells made", () => { state.edit = null; }));
+  $("changes").replaceChildren(...items);
+}
+
+function showSteerStep() {
+  const run = state.runs.a;
+  $("steer-step").textContent = "step " + (stepShown() + 1);
+  if (waiting !== null || !run) return;
+  const row = seriesOf(run, state.image)[state.step];
+  for (const [name, value] of [["tau", row.tau], ["cfg", row.cfg]]) {
+    if (value === null || document.activeElement === $("steer-" + name)) continue;
+    $("steer-" + name).value = value;
+    $("steer-" + name + "-value").textContent = number(value);
+  }
+}
+
+async function readUpload() {
+  const file = $("upload").files[0];
+  state.upload = null;
+  if (!file) return;
+  if (file.size > MOST_UPLOAD) return showError("the picture has " + file.size + " bytes, at most " + MOST_UPLOAD + " are taken");
+  const bytes = new Uint8Array(await file.arrayBuffer());
+  let text = "";
+  for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096));
+  state.upload = btoa(text);
+}
+
+function fillClasses() {
+  const classes = about($("a-checkpoint").value).classes;
+  const options = classes.map((name, i) => element("option", { value: i, textContent: i + (name === String(i) ? "" : " " + name) }));
+  $("steer-label").replaceChildren(element("option", { value: "", textContent: "as asked for" }), element("option", { value: -1, textContent: "any" }), ...options);
+}
+
+function wireSteer() {
+  for (const name of ["tau", "cfg"]) {
+    $("steer-" + name).addEventListener("input", () => {
+      const value = Number($("steer-" + name).value);
+      $("steer-" + name + "-value").textContent = number(value);
+      steerSoon(name, value);
+    });
+    $("steer-" + name).addEventListener("change", () => setTimeout(() => { waiting = null; }, 200));
+  }
+  $("steer-label").addEventListener("change", () => $("steer-label").value !== "" && changeAt(stepShown(), { label: Number($("steer-label").value) }));
+  $("paint-next").addEventListener("click", () => nothingPainted() || changeAt(stepShown(), { next: [...state.painted].sort((a, b) => a - b) }));
+  $("paint-clear").addEventListener("click", () => {
+    state.painted.clear();
+    drawPicture();
+  });
+  $("paint-redo").addEventListener("click", () => {
+    if (nothingPainted()) return;
+    state.redo = [...state.redo, { region: paintedCells(), seed: state.redo.length + 1 }];
+    showChanges();
+    generateWatch();
+  });
+  $("upload").addEventListener("change", readUpload);
+  $("edit").addEventListener("click", () => {
+    if (!state.upload) return showError("choose an image first");
+    if (nothingPainted()) return;
+    state.edit = { image: state.upload, region: paintedCells() };
+    showChanges();
+    generateWatch();
+  });
+  $("a-checkpoint").addEventListener("change", fillClasses);
+  fillClasses();
+}

@@ -1,0 +1,208 @@
+// The settings of a run, the run itself, and the scrubber over its steps.
+
+const COMMON = ["infer_mode", "order", "group", "num_iter", "num_sampling_steps", "solver", "temperature", "cfg"];
+const about = (name) => content.checkpoints.find((one) => one.name === name) || content.checkpoints[0];
+
+function field(which, name, made, title) {
+  made.id = which + "-" + name;
+  made.name = made.id;
+  made.title = title || "";
+  return element("label", { for: made.id }, element("span", { textContent: name.replaceAll("_", " ") }), made);
+}
+
+// The form of run A or B; B has the labels and the seed of A.
+function buildForm(which) {
+  const place = $("form-" + which), first = which === "a";
+  const select = element("select", {}, ...content.checkpoints.map((one) => element("option", { value: one.name, textContent: one.name })));
+  place.append(element("h2", { textContent: first ? "Settings" : "Settings of B" }), field(which, "checkpoint", select));
+  if (first) {
+    place.append(field("a", "classes", element("input", { value: "0" }), "class numbers with commas between, −1: without class"));
+    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, value: 1 }), "how many, the classes in turn"));
+    place.append(field("a", "seed", element("input", { type: "number", min: 0, value: 1 }), "image i depends on (seed, i) only"));
+  }
+  const more = element("details", {}, element("summary", { textContent: "All settings" }));
+  const named = (name) => content.settings.find((setting) => setting.name === name);
+  const rest = content.settings.filter((setting) => !COMMON.includes(setting.name));
+  const inputOf = (setting) => setting.choices
+    ? element("select", {}, element("option", { value: "", textContent: "default" }), ...setting.choices.map((c) => element("option", { value: c, textContent: c })))
+    : element("input", { value: "" });
+  for (const name of COMMON) place.append(field(which, name, inputOf(named(name)), named(name).help));
+  for (const setting of rest) more.append(field(which, setting.name, inputOf(setting), setting.help));
+  if (first) {
+    const draws = element("input", { type: "number", min: 0, max: 16, value: 0 });
+    more.append(field("a", "sure", draws, "draws of each token besides, which show how sure a diffusion head is; they change no image"));
+  }
+  place.append(more);
+  select.addEventListener("change", () => showDefaults(which));
+  showDefaults(which);
+}
+
+function showDefaults(which) {
+  const one = about($(which + "-checkpoint").value);
+  for (const setting of content.settings) {
+    const input = $(which + "-" + setting.name), value = one.settings[setting.name];
+    const text = value === null || value === undefined ? "its own" : String(value);
+    if (input.tagName === "SELECT") input.options[0].textContent = "default (" + text + ")";
+    else input.placeholder = text;
+  }
+}
+
+const wholeOrText = (text) => (/^\s*-?\d+\s*$/.test(text) && Number.isSafeInteger(Number(text)) ? Number(text) : text);
+
+function readSettings(which) {
+  const settings = {};
+  for (const { name } of content.settings) {
+    const text = $(which + "-" + name).value.trim();
+    if (text) settings[name] = text;
+  }
+  return { checkpoint: $(which + "-checkpoint").value, settings };
+}
+
+// What is asked of the server for run A or B.
+function specOf(which) {
+  const classes = $("a-classes").value.split(",").map(wholeOrText), images = Number($("a-images").value) || 0;
+  const labels = Array.from({ length: Math.min(Math.max(images, 0), 1000) }, (_, i) => classes[i % classes.length]);
+  const spec = { ...readSettings(which), labels, seed: wholeOrText($("a-seed").value) };
+  const sure = wholeOrText($("a-sure").value);
+  if (sure) spec.sure = sure;
+  if (which === "a") {
+    if (state.steer.length) spec.steer = state.steer;
+    if (state.redo.length) spec.redo = state.redo;
+  }
+  if (state.edit) spec.edit = state.edit;
+  return spec;
+}
+
+function writeSpec(which, spec) {
+  if (about(spec.checkpoint).name === spec.checkpoint) $(which + "-checkpoint").value = spec.checkpoint;
+  else showError("this server has no checkpoint " + spec.checkpoint);
+  showDefaults(which);
+  for (const { name } of content.settings) $(which + "-" + name).value = (spec.settings || {})[name] || "";
+  if (which !== "a") return;
+  const labels = Array.isArray(spec.labels) ? spec.labels : [0];
+  const period = labels.findIndex((_, n) => n > 0 && labels.every((label, i) => label === labels[i % n]));
+  $("a-classes").value = labels.slice(0, period > 0 ? period : labels.length).join(",");
+  $("a-images").value = labels.length;
+  $("a-seed").value = spec.seed === undefined ? 1 : spec.seed;
+  $("a-sure").value = spec.sure || 0;
+  state.steer = spec.steer || [];
+  state.redo = spec.redo || [];
+  state.edit = spec.edit || null;
+}
+
+// Run A or B; what comes is shown while it comes.
+async function makeRun(which, signal, follow) {
+  const [run, take] = collector((run) => {
+    state.runs[which] = run;
+    if (!run.begin) return;
+    const steps = run.begin.settings.num_iter || 1, done = run.steps.length;
+    $("progress").value = run.end ? 1 : Math.min(0.99, done / steps);
+    if (done) $("status").textContent = (which === "b" ? "B: " : "") + "step " + done + " of " + steps + ".";
+    if (follow) follow(run);
+  });
+  await ask("run", specOf(which), take, signal);
+  if (!run.end) throw new Error("the server ended before the image was complete");
+  return run;
+}
+
+// Generate A and show it; keep: the step to stay at.
+function generateWatch(keep = null) {
+  return busily("Asking the server.", async (signal) => {
+    state.token = state.hover = null;
+    state.image = Math.min(state.image, Math.max(0, Number($("a-images").value) - 1));
+    const run = await makeRun("a", signal, (run) => {
+      if (run.steps.length) showStep(keep === null || run.steps.length - 1 < keep ? run.steps.length - 1 : keep);
+    });
+    $("status").textContent = "Complete: " + run.steps.length + " steps, " + number(run.steps.reduce((s, e) => s + e.seconds, 0)) + " s.";
+    showStep(keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1));
+    showStrip();
+    showShare();
+    if (state.view === "batch") showBatch();
+  });
+}
+
+function showStep(step) {
+  const run = state.runs.a;
+  if (!run || !run.steps.length) return;
+  const count = run.steps.length;
+  state.step = Math.min(Math.max(step, 0), count - 1);
+  const planned = live && run.begin.settings.num_iter && !run.end ? Math.max(count, run.begin.settings.num_iter) : count;
+  $("scrubber").max = planned - 1;
+  $("scrubber").value = state.step;
+  const event = run.steps[state.step], row = seriesOf(run, state.image)[state.step];
+  const parts = ["step " + (state.step + 1) + " of " + planned];
+  if (row.group !== null) parts.push(row.group + " tokens, τ " + number(row.tau, 4) + ", w " + number(row.cfg, 4));
+  else parts.push("nothing left to draw");
+  if (event.seconds !== undefined) parts.push(number(event.seconds) + " s; " + number(event.mar) + " backbone and " + number(event.mlp) + " token head evaluations so far");
+  if (run.begin.layout.length > 1) parts.push("scale " + shapeOf(run.begin.layout[state.step]));
+  $("readout").textContent = parts.join(" · ");
+  $("scrubber").setAttribute("aria-valuetext", parts.slice(0, 2).join(", "));
+  drawPicture();
+  drawMaps();
+  drawCurves();
+  showToken();
+  showSteerStep();
+}
+
+// The images of a batch, to choose which one is shown.
+function showStrip() {
+  const run = state.runs.a, count = run.begin.labels.length;
+  if (count < 2) return $("strip").replaceChildren();
+  const sheet = sheetOf(run, run.steps.length - 1);
+  const buttons = run.begin.labels.map((label, i) => {
+    const canvas = element("canvas");
+    drawSheet(canvas, sheet, i, count, 44);
+    const button = element("button", { type: "button", "aria-pressed": String(i === state.image), "aria-label": "Image " + (i + 1) + ", class " + run.begin.names[i] }, canvas);
+    button.addEventListener("click", () => {
+      state.image = i;
+      showStrip();
+      showStep(state.step);
+    });
+    return button;
+  });
+  $("strip").replaceChildren(...buttons);
+}
+
+let player = null;
+function pause() {
+  clearInterval(player);
+  player = null;
+  $("play").textContent = "▶ play";
+  $("play").setAttribute("aria-label", "Play");
+}
+function playOrPause() {
+  const run = state.runs.a;
+  if (player) return pause();
+  if (!run || !run.steps.length) return;
+  if (state.step >= run.steps.length - 1) showStep(0);
+  $("play").textContent = "❚❚ pause";
+  $("play").setAttribute("aria-label", "Pause");
+  player = setInterval(() => {
+    if (state.step >= run.steps.length - 1) return pause();
+    showStep(state.step + 1);
+  }, Math.max(80, Math.min(500, 8000 / run.steps.length)));
+}
+
+function go(step) {
+  pause();
+  showStep(step);
+}
+
+function wireWatch() {
+  $("first").addEventListener("click", () => go(0));
+  $("back").addEventListener("click", () => go(state.step - 1));
+  $("forth").addEventListener("click", () => go(state.step + 1));
+  $("last").addEventListener("click", () => go(Infinity));
+  $("play").addEventListener("click", playOrPause);
+  $("scrubber").addEventListener("input", () => go(Number($("scrubber").value)));
+  $("outline").addEventListener("change", drawPicture);
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest("input, select, textarea, button, canvas, summary");
+    if (state.view !== "watch" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    const steps = { ArrowLeft: state.step - 1, ArrowRight: state.step + 1, Home: 0, End: Infinity };
+    if (event.key in steps) go(steps[event.key]);
+    else if (event.key === " ") playOrPause();
+    else return;
+    event.preventDefault();
+  });
+}

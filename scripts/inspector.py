@@ -1,0 +1,121 @@
+"""Watch images being decided in a browser, and change their course: one page, no network (docs/inspector.md).
+
+python scripts/inspector.py --checkpoint DIR [DIR ...] [--port 8000]
+python scripts/inspector.py --trace OUT/<setting>/trace.npz [--export page.html]
+
+--trace shows a trace of sample.py --save_trace; with --export it is written as one page that needs nothing else. The
+server listens on this machine only; with another --host its address carries a token, without which nothing is answered.
+"""
+
+import secrets
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
+
+from heads.policy import load_heads
+from models.loading import load_model
+from sampling.inspector.server import LOOPBACK, Inspector
+from sampling.inspector.spec import Loaded, base_settings
+from sampling.inspector.view import described, events_of_trace, json_events, page_of
+from sampling.run import Parts
+from sampling.settings import SampleConfig
+from sampling.trace import load_trace
+from util import dist
+from util.args import OneLineParser, check_output_file
+from util.checkpoint import atomic_file, checkpoint_path, load_checkpoint
+from util.door import run_main
+from util.images.folders import check_output_folder
+
+SHOWN_FIRST = b"<!doctype html>"  # of a page that was exported
+
+
+def load(place: str, name: str, device, dtype) -> Loaded:
+    """A checkpoint, under this name."""
+    content = load_checkpoint(place)
+    model, tokenizer, config = load_model(content, place=place)
+    if config.get("text") is not None:
+        raise ValueError(f"--checkpoint {place} is a model of text: the inspector shows models of classes")
+    heads = load_heads(content)
+    for part in filter(None, (model, tokenizer, heads)):
+        part.to(device)
+    parts = Parts(model, tokenizer, device, dtype, heads, str(checkpoint_path(place).resolve()))
+    return Loaded(name, place, parts, config["data"]["classes"], base_settings(config))
+
+
+def names_of(places: list[str]) -> list[str]:
+    """A name for each checkpoint: that of its folder, with a number where two have the same."""
+    names = []
+    for place in places:
+        name = own = Path(place).resolve().name
+        while name in names:
+            name = f"{own} {names.count(own) + len(names)}"
+        names.append(name)
+    return names
+
+
+def setting_choices() -> list[dict]:
+    """Name, help and choices of each setting that the page offers, switches apart."""
+    known = [field for field in fields(SampleConfig) if field.metadata and field.type not in (bool, "bool")]
+    choices = [field.metadata["choices"] and list(field.metadata["choices"]) for field in known]
+    return [{"name": f.name, "help": f.metadata["help"], "choices": c} for f, c in zip(known, choices)]
+
+
+def export(trace: Path, place: Path) -> None:
+    """Write the page of a trace."""
+    check_output_folder("export", place.absolute().parent)
+    check_output_file("export", place, lambda path: path.read_bytes().startswith(SHOWN_FIRST), inputs=[trace])
+    text = page_of(events_of_trace(load_trace(trace)))
+    with atomic_file(place) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(place)
+
+
+def serve(args, gallery: dict[str, Loaded]) -> None:
+    """Answer until Ctrl-C."""
+    content = {"checkpoints": [described(loaded) for loaded in gallery.values()], "settings": setting_choices()}
+    if args.trace is not None:
+        content["events"] = json_events(events_of_trace(load_trace(args.trace)))
+    token = None if args.host in LOOPBACK else secrets.token_urlsafe(16)
+    try:
+        server = Inspector(args.host, args.port, gallery, content, token)
+    except OSError as error:
+        raise ValueError(f"--host {args.host} --port {args.port} cannot be listened on: {error.strerror}") from None
+    try:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"http://{host}:{server.server_address[1]}/{f'?token={token}' if token else ''}", flush=True)
+        server.serve_forever(poll_interval=0.1)
+    finally:
+        server.server_close()
+
+
+def main(argv=None) -> int:
+    """Read, serve or export; returns the exit code."""
+    parser = OneLineParser(prog="inspector.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint", nargs="+", action="extend", default=[], help="folders or files of checkpoints")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    parser.add_argument("--trace", type=Path, help="trace.npz of sample.py --save_trace to show")
+    parser.add_argument("--export", type=Path, help="write the page of --trace to this file and stop")
+    parser.add_argument("--device", default="auto", help="auto, cuda, mps, cpu")
+    parser.add_argument("--dtype", choices=list(dist.FLOATS), help="arithmetic (default: bf16 where CUDA has it)")
+    args = parser.parse_args(argv)
+    if not 0 <= args.port < 2**16:
+        raise ValueError(f"--port must be a whole number from 0 to {2**16 - 1}, got {args.port}")
+    if args.export is not None and args.trace is None:
+        raise ValueError("--export needs --trace; images of a checkpoint are exported in the page")
+    if args.export is not None:
+        export(args.trace, args.export)
+        return 0
+    if not args.checkpoint and args.trace is None:
+        raise ValueError("--checkpoint or --trace is needed: there is nothing to show")
+    device = dist.pick_device(args.device)
+    dtype = dist.pick_dtype(args.dtype, device)
+    names = names_of(args.checkpoint)
+    serve(args, {name: load(place, name, device, dtype) for name, place in zip(names, args.checkpoint)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

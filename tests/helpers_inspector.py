@@ -1,0 +1,114 @@
+"""What the tests of the inspector share: tiny models of all families, a server in a thread, and its client."""
+
+import http.client
+import json
+import threading
+from contextlib import contextmanager
+
+from heads.policy import PolicyHeads
+from models.tokenizers import build_tokenizer
+from models.tokenizers.multiscale import MultiScaleTokenizer
+from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from models.var import VAR, VARConfig
+from sampling.inspector.server import Inspector
+from sampling.inspector.spec import Loaded
+from sampling.inspector.view import described
+from sampling.settings import SampleConfig
+from scripts.inspector import setting_choices
+from tests.helpers import named_weights, on_cpu, tiny_mar
+from tests.helpers_causal import tiny_ar, tiny_gpt
+from tests.helpers_ids import GreyIds, tiny_ids
+from tests.helpers_maskgil import tiny_maskgil
+from tests.helpers_var import fill_by_name
+
+SCALES = (1, 2, 4)
+BASE = SampleConfig(num_sampling_steps=3)
+
+
+def tiny_var() -> tuple[VAR, MultiScaleTokenizer]:
+    """A VAR of three scales and its tokenizer of 8×8 pixels, with random weights."""
+    sizes = dict(vocab_size=16, z_channels=4, ch=8, in_channels=1, ch_mult=(1, 1), norm_groups=8, v_patch_nums=SCALES)
+    tokenizer = MultiScaleTokenizer("var_vq", fill_by_name(MultiScaleVQ(MultiScaleVQConfig(**sizes))))
+    sizes = dict(patch_nums=SCALES, vocab_size=16, z_channels=4, embed_dim=16, depth=1, num_heads=2, class_num=4)
+    config = VARConfig(**sizes, img_size=8, vae_stride=2)
+    return fill_by_name(VAR(config)).eval(), tokenizer
+
+
+def tiny_gallery() -> dict[str, Loaded]:
+    """A model of each family, by name; "wide": a MaskGIL whose images are 8×16."""
+    mar = tiny_mar()
+    heads = named_weights(PolicyHeads(mar.width), scale=0.5).eval()
+    parts = {
+        "mar": on_cpu(mar, build_tokenizer("pixel", channels=1), heads),
+        "ids": on_cpu(tiny_ids(), GreyIds()),
+        "mar_ar": on_cpu(tiny_ar(), GreyIds()),
+        "causal_gpt": on_cpu(tiny_gpt(img_size=8), GreyIds()),
+        "var": on_cpu(*tiny_var()),
+        "wide": on_cpu(tiny_maskgil(img_size="8x16"), GreyIds()),
+    }
+    classes = {name: [f"class {i}" for i in range(each.model.config.class_num)] for name, each in parts.items()}
+    return {name: Loaded(name, f"runs/{name}", each, classes[name], BASE) for name, each in parts.items()}
+
+
+@contextmanager
+def serving(gallery, **options):
+    """An `Inspector` that answers, at any port."""
+    about = [described(loaded) for loaded in gallery.values()]
+    server = Inspector("127.0.0.1", 0, gallery, {"checkpoints": about, "settings": setting_choices()}, **options)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class Client:
+    """What a page is to a server."""
+
+    def __init__(self, server):
+        self.port = server.server_address[1]
+
+    def send(self, method: str, path: str, body: bytes | None = None, **headers):
+        """(status, content)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        return answer.status, content
+
+    def ask(self, name: str, request, **headers) -> tuple[int, bytes]:
+        """The answer to a question."""
+        headers = {"Content-Type": "application/json"} | headers
+        return self.send("POST", f"/api/{name}", json.dumps(request).encode(), **headers)
+
+    def events(self, name: str, request) -> list[dict]:
+        """The events of a question that is answered."""
+        status, content = self.ask(name, request)
+        assert status == 200, content
+        return [json.loads(line) for line in content.splitlines()]
+
+    def run(self, **request) -> list[dict]:
+        """The events of a run."""
+        return self.events("run", request)
+
+    def error(self, name: str, request) -> str:
+        """The one line of a question that is refused, at once or while it is worked on."""
+        status, content = self.ask(name, request)
+        line = json.loads(content.splitlines()[-1])["error"]
+        assert "\n" not in line and len(line) < 400 and status in (200, 400, 413, 503)
+        return line
+
+
+def steps_of(events: list[dict]) -> list[dict]:
+    """The events that are steps."""
+    return [event for event in events if "step" in event]
+
+
+def end_of(events: list[dict]) -> dict:
+    """What a run's last event says."""
+    assert "end" in events[-1], events[-1]
+    return events[-1]["end"]

@@ -1,0 +1,117 @@
+"""A causal model draws the first rows, MaskGIL the others: shares 0 and 1 are the two models, bit for bit."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_mar
+import sample
+from heads.policy import build_rules
+from sampling.loop import generate
+from sampling.prefix import Prefix, whole_rows
+from sampling.settings import SampleConfig
+from tests.helpers import untrained
+from tests.helpers_causal import LENGTH, tiny_gpt
+from tests.helpers_ids import add_tokenizers
+from tests.helpers_maskgil import shrink, tiny_maskgil
+from tests.parity import generate_ids_causal
+from tests.test_cli import refused
+
+TRAIN = "--data digits --img_size 8 --batch_size 256 --lr 1e-3 --lr_schedule constant --warmup_epochs 0".split()
+TRAIN += "--num_workers 0 --device cpu --epochs 1 --num_images 4 --metrics none --num_iter 4".split()
+
+
+def test_whole_rows():
+    shares = (0, 1 / 16, 0.25, 0.26, 0.5, 0.99, 1)
+    assert [whole_rows(share, 4) for share in shares] == [0, 4, 4, 8, 8, 16, 16]
+    assert [whole_rows(share, 16) for share in (1 / 16, 1 / 8, 1 / 4, 0.3)] == [16, 32, 64, 80]
+
+
+@pytest.mark.parametrize("num_tokens", [0, 4, 12, LENGTH])
+def test_the_causal_model_draws_its_first_tokens_and_the_other_keeps_them(num_tokens):
+    causal, model = tiny_gpt(), tiny_maskgil()
+    labels, seeds = torch.tensor([0, 3, 1]), [7, 8, 9]
+    sampling = SampleConfig(cfg=2.0, cfg_schedule="constant").fitted(causal.fixed_rules, "", LENGTH)
+    prefix, evals = Prefix(causal, sampling, num_tokens / LENGTH, num_tokens), Counter()
+    known = prefix.known(labels, seeds, None, evals)
+    rules = build_rules("maskgil", cfg=3.0)
+    ids = generate(model, labels, rules, 4, seeds=seeds, **known).flatten(1)
+    whole = generate_ids_causal(causal, labels, cfg=2.0, seeds=seeds)
+    assert ids[:, :num_tokens].equal(whole[:, :num_tokens])
+    assert known["mask"].sum(dim=1).eq(LENGTH - num_tokens).all()
+    if num_tokens == 0:
+        assert ids.equal(generate(model, labels, rules, 4, seeds=seeds).flatten(1)) and not evals
+    else:
+        passes = 2 * len(labels) * num_tokens / LENGTH  # each token goes through the network once, guided: twice
+        assert evals["mar"] == pytest.approx(passes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """{name: a run of one epoch}."""
+    root = tmp_path_factory.mktemp("prefix")
+    with pytest.MonkeyPatch.context() as patch:
+        add_tokenizers(patch)
+        shrink(patch)
+        for name, model, tokenizer in (
+            ("maskgil", "maskgil_tiny", "grey16"),
+            ("gpt", "causal_gpt_tiny", "grey16"),
+            ("other", "causal_gpt_tiny", "grey32"),
+        ):
+            steps = ["--num_iter", "16"] if "gpt" in model else []
+            words = [*TRAIN, *steps, "--model", model, "--tokenizer", tokenizer, "--output_dir", str(root / name)]
+            assert main_mar.main(words) == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def prepared(monkeypatch):
+    add_tokenizers(monkeypatch)
+    shrink(monkeypatch)
+
+
+def images(runs, out, name, *words):
+    flags = f"--checkpoint {runs / name} --output_dir {out} --num_images 4 --metrics none --device cpu --seed 3".split()
+    assert sample.main([*flags, *words]) == 0
+    (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return row, [np.asarray(Image.open(out / row["name"] / f"{i}.png")) for i in range(4)]
+
+
+def test_shares_0_and_1_are_the_two_models(runs, tmp_path):
+    given = ["--prefix_from", str(runs / "gpt"), "--prefix_share"]
+    (pure, masked), (alone, causal) = (images(runs, tmp_path / name, name) for name in ("maskgil", "gpt"))
+    for share, expected in (("0", masked), ("1", causal)):
+        row, made = images(runs, tmp_path / share, "maskgil", *given, share)
+        assert all(np.array_equal(a, b) for a, b in zip(made, expected))
+        assert row["settings"]["prefix_share"] == float(share) and f"_prefix{share}-" in row["name"]
+    row, made = images(runs, tmp_path / "some", "maskgil", *given[:2])
+    assert row["settings"]["prefix_share"] == 0.25 and row["mar_evals"] < pure["mar_evals"] + alone["mar_evals"]
+    for image, first in zip(made, causal):
+        assert np.array_equal(image[:2], first[:2])  # a row of tokens of 2×2 pixels
+    assert any(not np.array_equal(image, other) for image, other in zip(made, masked))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--prefix_share 0.5", "--prefix_share 0.5 needs --prefix_from"),
+        ("--prefix_from {runs}/none", "no checkpoint at {runs}/none"),
+        ("--prefix_from {runs}/maskgil", "must be a causal model of ids, row by row"),
+        ("--prefix_from {runs}/other", "has ids of "),
+        ("--prefix_from {runs}/gpt --img_size 8x16", "makes images of 8 pixels, the model 8x16"),
+        ("--prefix_from {runs}/gpt --edit_image a --edit_mask b", "--prefix_from and --edit_image both say"),
+        ("--prefix_from {runs}/gpt --checkpoint {runs}/gpt", "has no meaning for this model"),
+        ("--prefix_from {runs}/gpt --checkpoint {pixels}", "has no meaning for this model"),
+    ],
+)
+def test_prefixes_that_cannot_be_are_refused(words, message, runs, tmp_path, capsys):
+    places = dict(runs=runs, pixels=tmp_path / "pixels")
+    if "{pixels}" in words:
+        untrained(tmp_path / "pixels")
+    flags = f"--checkpoint {runs / 'maskgil'} --output_dir {tmp_path / 'out'} --num_images 4 --metrics none".split()
+    assert message.format(**places) in refused(sample.main, [*flags, *words.format(**places).split()], capsys)
+    assert not (tmp_path / "out").exists()

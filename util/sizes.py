@@ -11,11 +11,7 @@ RATIO = r"[1-9]\d{0,2}:[1-9]\d{0,2}"
 
 def image_size(text: str) -> Size:
     """The size that a text names; one that names none raises ValueError."""
-    if not re.fullmatch(SIZE, text):
-        valid = "a whole number of at least 1, or HEIGHTxWIDTH like 256x384"
-        raise ValueError(f"invalid value {text!r}: must be {valid}")
-    height, _, width = text.partition("x")
-    return size_of(int(height), int(width or height))
+    return size_of(*sides(text))
 
 
 def size_of(height: int, width: int) -> Size:
@@ -27,7 +23,10 @@ def sides(size: Size) -> tuple[int, int]:
     """(height, width); a text that is no size raises ValueError."""
     if isinstance(size, int):
         return size, size
-    height, _, width = size.partition("x") if image_size(size) else ""
+    if not re.fullmatch(SIZE, size):
+        valid = "a whole number of at least 1, or HEIGHTxWIDTH like 256x384"
+        raise ValueError(f"invalid value {size!r}: must be {valid}")
+    height, _, width = size.partition("x")
     return int(height), int(width or height)
 
 

@@ -284,6 +284,18 @@ def test_images_that_are_not_square_keep_their_shape(page, gallery):
     assert page.js("$('batch-strip').height") > 32
 
 
+def test_paint_that_another_model_has_no_token_for_is_gone(page):
+    page.show()
+    page.js("document.querySelector('input[value=paint]').click()")
+    for place in ((0.01, 0.01), (0.99, 0.99)):
+        page.drag("#picture", place)
+    assert page.js("[...state.painted]") == [0, 63]
+    set_value(page, "a-checkpoint", "wide")
+    click(page, "generate")
+    done(page, 2)
+    assert text(page, "error") == "" and page.js("[...state.painted]") == [0]
+
+
 def test_pictures_of_two_shapes_have_no_difference(page):
     page.show("compare", checkpoint="wide")
     set_value(page, "b-checkpoint", "mar")

@@ -34,8 +34,6 @@ function cellInMap(layout, position, width, height) {
   return { x: x + column * w, y: y + row * h, w, h };
 }
 
-const shapeOf = (grid) => grid.rows + "×" + grid.columns;
-
 function positionInMap(layout, length, x, y) {
   for (let position = 0; position < length; position++) {
     const cell = cellInMap(layout, position, 1, 1);

@@ -38,6 +38,8 @@ function gridOf(layout, position) {
   return layout.find((grid) => position >= grid.start && position < grid.start + grid.rows * grid.columns);
 }
 
+const shapeOf = (grid) => grid.rows + "×" + grid.columns;
+
 // Row and column of a position, from 0, in the grid that has it.
 function placeIn(grid, position) {
   const place = position - grid.start;
@@ -87,6 +89,7 @@ function drawPicture() {
     if (one || drawn.length < finest.rows * finest.columns) outlineCells(context, layout, drawn, "#f5821f", width);
   }
   context.fillStyle = "rgba(214, 51, 132, 0.5)";
+  for (const position of state.painted) if (!gridOf(layout, position)) state.painted.delete(position); // of a larger image
   for (const position of state.painted) {
     const cell = cellOnPicture(layout, position, context.canvas);
     context.fillRect(cell.x, cell.y, cell.w, cell.h);

@@ -14,7 +14,6 @@ from heads.luce import PlackettLuce
 from heads.orders import ORDERS, Confidence, check_square, is_known_ahead
 from heads.schedules import annealed_steps, constant_profile
 from heads.step import StepPlan, StepState
-from util.sizes import shape_of
 
 if TYPE_CHECKING:
     from models.families import Backbone
@@ -80,8 +79,8 @@ class Rules:
 
 def has_square_images(config) -> bool:
     """Has an image of a model of this configuration as many rows as columns of tokens?"""
-    h, w = shape_of(config)
-    return h == w
+    shape = getattr(config, "shape", None)  # of those that may be others
+    return shape is None or shape[0] == shape[1]
 
 
 def whole_group(group: Callable, state: StepState) -> torch.Tensor:

@@ -222,6 +222,7 @@ def test_tokens_are_spread_over_the_pixels_of_any_grid():
     assert shown[0, :, :, 0].tolist() == np.kron(np.arange(6).reshape(2, 3), np.ones((2, 2))).tolist()
     assert (token_grid(64, 8, 8), token_grid(6, 4, 6), token_grid(6, 6, 4)) == ((8, 8), (2, 3), (3, 2))
     assert token_grid(130, 8, 8) is None and token_grid(680, 256, 256) is None  # of several scales
+    assert token_grid(0, 8, 8) is None and token_grid(4, 0, 8) is None  # of a damaged trace
 
 
 def test_an_edit_of_an_image_that_is_not_square(tmp_path):

@@ -98,7 +98,8 @@ def train(
         if dist.is_main():
             print(f"{checkpoint_path(launch.resume)} is trained already: {first} epochs, step {state.step}")
         return 0
-    sampler = EpochSampler(len(dataset), config.images_per_process, config.seed, dist.rank(), dist.world_size())
+    where = dict(rank=dist.rank(), world_size=dist.world_size(), counts=dataset.counts)
+    sampler = EpochSampler(len(dataset), config.images_per_process, config.seed, **where)
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,

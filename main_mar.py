@@ -20,6 +20,8 @@ from training.build import (
     as_cached,
     build_data,
     build_model,
+    check_cells,
+    check_sizes,
     find_reference,
     give_captions,
     make_tokenizer,
@@ -47,6 +49,7 @@ from util.args import check_folder, make_parser
 from util.checkpoint import checkpoint_path
 from util.door import run_main
 from util.evaluation.metrics import metrics_line
+from util.images.datasets import num_batches
 from util.images.folders import check_output_folder
 from util.images.text_cache import CachedTexts, open_texts
 
@@ -60,13 +63,15 @@ def run(config: RunConfig) -> int:
     dist.pick_dtype(launch.dtype, device)  # refused now, not after the data are read
     content, resumed = find_checkpoint(launch)
     dataset = build_data(config.data, img_size)
-    config = replace(config, data=as_cached(config.data, dataset))
+    config = replace(config, data=as_cached(config.data, dataset, img_size))
+    check_sizes(config)
     reference = partial(find_reference, config.evaluation, config.data, img_size, dataset)
     if launch.online_eval or launch.evaluate:
         with dist.main_first():
             config.evaluation.check(reference(), img_size)
     torch.manual_seed(config.train.seed)  # the same initial weights on every process
     tokenizer = make_tokenizer(config.tokenizer, config.model, dataset.channels)
+    check_cells(dataset, tokenizer)
     if config.data.use_cached:
         dataset.check(tokenizer, config.tokenizer.tokenizer, takes_ids(config.model))
     texts = open_texts(config.data.cached_text) if config.model.reads_text else None
@@ -94,7 +99,7 @@ def run(config: RunConfig) -> int:
         print(f"{size_line(config.model.model, model, heads)}; attention: {kernel}")
     if content is not None and not resumed:
         content = fit_classes(state, content, launch, dataset.classes)
-    first = begin(state, config.train, launch, content, resumed, len(dataset))
+    first = begin(state, config.train, launch, content, resumed, dataset.counts)
     samples = EpochSamples(
         sampling=config.sampling,
         evaluation=config.evaluation,
@@ -146,14 +151,16 @@ def make_state(config: RunConfig, model, tokenizer, heads, flip: bool, real=None
 
 
 def begin(
-    state: TrainState, train: TrainConfig, launch: LaunchConfig, content: dict | None, resumed: bool, num_images: int
+    state: TrainState, train: TrainConfig, launch: LaunchConfig, content: dict | None, resumed: bool, counts: tuple
 ) -> int:
-    """Load what a run starts from, and set its step; the epoch to begin with."""
-    if num_images < train.global_batch and not launch.evaluate:
+    """Load what a run starts from, and set its step; the epoch to begin with. counts: of the images of each size."""
+    if min(counts) < train.global_batch and not launch.evaluate:
+        of_size = " of one of the sizes" if len(counts) > 1 else ""
         raise ValueError(
-            f"--batch_size: a global batch of {train.global_batch} is more than the {num_images} images there are"
+            f"--batch_size: a global batch of {train.global_batch} is more than the {min(counts)} images{of_size} "
+            "there are"
         )
-    state.steps_per_epoch = max(num_images // train.global_batch, 1)
+    state.steps_per_epoch = max(num_batches(counts, train.global_batch), 1)
     state.num_steps = train.epochs * state.steps_per_epoch
     state.step = train.start_epoch * state.steps_per_epoch
     if resumed:
@@ -195,6 +202,7 @@ def main(argv=None) -> int:
             device = dist.pick_device(given.get("device", "auto"))
             dist.init(device, given.get("dist_url", "env://"), given.get("dist_on_itp", False))
         config = resolve(given)
+        check_sizes(config)
         check_places(config)
         if dry:
             show(config)

@@ -21,15 +21,15 @@ import torch
 from engine_mar import evaluate
 from heads.policy import load_heads
 from heads.schedules import needed_steps
-from models.families import SIZES
+from models.families import SIZES, takes_any_size
 from models.int8 import fast_dtype, quantize
 from models.loading import find_places, load_model, looked_for
 from models.text import reads_text
-from sampling.editing import Edit, editing_defaults, read_edit
+from sampling.editing import Edit, editing_defaults, open_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
 from sampling.prefix import DEFAULT_SHARE, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
-from sampling.run import Parts, claim_folder, own_folder, sample_images
+from sampling.run import Parts, claim_folder, identity, own_folder, sample_images, size_of_images
 from sampling.settings import FAST, SampleConfig, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
@@ -43,6 +43,7 @@ from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
+from util.sizes import Size, image_size
 
 __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images and labels
 
@@ -75,7 +76,12 @@ class SampleArgs:
     seed: int = flag(DEFAULT_SEED, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
     model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
-    img_size: int | None = flag(None, "pixels of a side, for a published checkpoint (default: 256)", low=1)
+    img_size: Size | None = flag(
+        None,
+        "pixels of a side, or HxW: of a model for any size (default: as trained), of a published checkpoint (256)",
+        type=image_size,
+        metavar="SIZE",
+    )
     diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
     diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
     vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
@@ -166,6 +172,8 @@ class Sweep:
             suffix += f"_classes{seed_of(self.class_labels):08x}"  # the list may be too long for a file name
         if self.args.edit_image is not None:
             suffix += "_edit" + (f"{seed_of(*self.edit.hashes.values()):08x}" if self.edit else 8 * "?")
+        if self.args.img_size is not None and takes_any_size(self.parts.model.config):
+            suffix += f"_{self.args.img_size}px"
         if self.parts.prefix is not None:
             suffix += "_prefix{prefix_share:g}-{prefix}".format(**self.parts.prefix.hashes)
         if self.parts.dtype != torch.float32:
@@ -175,16 +183,15 @@ class Sweep:
     def rows(self, settings: list[Setting], reference) -> None:
         """Make the row of each setting, and find it in the results file if it has been measured."""
         shared = dict(asdict(self.evaluation), class_labels=self.class_labels, ema=not self.args.no_ema)
-        shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **(self.edit.hashes if self.edit else {}))
-        shared |= self.parts.prefix.hashes if self.parts.prefix is not None else {}
-        shared |= dict(prompts=self.parts.model.prompts.content) if reads_text(self.parts.model) else {}
+        shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **identity(self.parts, self.edit))
+        unset = unset_settings() | ({} if self.args.img_size else size_of_images(self.parts.model))
         hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)
         for setting in settings:
             setting.row = {"settings": {**asdict(setting.sampling), **shared, "seed": setting.seed}, **hashes}
-            setting.present = find_result(done, setting.row, unset_settings())
+            setting.present = find_result(done, setting.row, unset)
 
     @property
     def results(self) -> Path:
@@ -218,16 +225,6 @@ def stored_defaults(config: dict, args: SampleArgs, given: dict, num_labels: int
     base |= editing_defaults(args.edit_image, args.edit_mask, given, num_labels)
     base |= (FAST if args.fast else {}) | {k: v for k, v in given.items() if k not in SWEEPS}
     return pick(SampleConfig, base), pick(EvalConfig, base).resolved()
-
-
-def open_edit(args: SampleArgs, model_config, channels: int) -> Edit | None:
-    """What is edited; None without --edit_image, and in a dry run that lacks a picture: its folder has ? for a hash."""
-    if args.edit_image is None:
-        return None
-    if args.dry_run and not (Path(args.edit_image).is_file() and Path(args.edit_mask).is_file()):
-        return None
-    cell = model_config.img_size // model_config.grid
-    return read_edit(args.edit_image, args.edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
 
 
 def reference_reading(data: dict, data_path: str | None) -> Reading:
@@ -280,7 +277,7 @@ def run(args: SampleArgs, given: dict) -> int:
     for point in settings_of(args.settings_of, given):
         base_point, length = replace(base, **point), needed_steps(model)
         settings += span(given, base_point, model.fixed_rules, heads is not None, length)
-    edit = open_edit(args, model.config, tokenizer.image_channels)
+    edit = open_edit(args.edit_image, args.edit_mask, model.config, tokenizer.image_channels, args.dry_run)
     if edit is not None:
         edit.check(model.fixed_rules)
     own = str(checkpoint_path(args.checkpoint).resolve())

@@ -143,6 +143,16 @@ ORDERS = {
 }
 
 
+SQUARE = ("halton", "center", "multiscale", "checkerboard")  # orders of the places in a square image
+
+
+def check_square(order: str, flag: str = "order") -> None:
+    """Raise ValueError for an order, which a flag names, that images which are not square do not have."""
+    if order in SQUARE:
+        valid = ", ".join(name for name in (*ORDERS, *AFTER_DRAW) if name not in SQUARE)
+        raise ValueError(f"--{flag} {order} is of square images, these are not; valid: {valid}")
+
+
 def is_known_ahead(order) -> bool:
     """Is this a hand-made order, the same whatever the model computes?"""
     return order in ORDERS.values()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from heads.luce import PlackettLuce
-from heads.orders import ORDERS, Confidence, is_known_ahead
+from heads.orders import ORDERS, Confidence, check_square, is_known_ahead
 from heads.schedules import annealed_steps, constant_profile
 from heads.step import StepPlan, StepState
 
@@ -68,11 +68,19 @@ class Rules:
                 "--order must be known before the first token is drawn: this model draws one token a step and is told "
                 f"where; valid: {', '.join(ORDERS)}"
             )
+        if is_known_ahead(self.order) and not has_square_images(model.config):
+            check_square(next(name for name, order in ORDERS.items() if order is self.order))
         if isinstance(self.order, Confidence) and not model.token_head.discrete:
             raise ValueError(
                 "--order confidence needs the probability of a token, which only ids have (--loss ce): "
                 "choose another order for a diffusion loss"
             )
+
+
+def has_square_images(config) -> bool:
+    """Has an image of a model of this configuration as many rows as columns of tokens?"""
+    shape = getattr(config, "shape", None)  # of those that may be others
+    return shape is None or shape[0] == shape[1]
 
 
 def whole_group(group: Callable, state: StepState) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from models.kv_cache import attention
 from util.args import flag
+from util.sizes import Size, grid_of, image_size
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class LlamaConfig:
     vocab_size: int = flag(16384, "entries of the codebook (the tokenizer's)", low=1)
     block_size: InitVar[int | None] = None
     cls_token_num: int = 1
-    img_size: int = flag(256, "image height and width in pixels", low=1)
+    img_size: Size = flag(256, "pixels of an image's side, or HxW, height x width", type=image_size, metavar="SIZE")
     vae_stride: int = flag(16, "pixels of a latent's side", low=1)
     vae_embed_dim: int = flag(8, "channels of a latent", low=1)
     class_num: int = flag(1000, "number of classes (read from the data when training)", low=1)
@@ -59,7 +60,7 @@ class LlamaConfig:
             object.__setattr__(self, "img_size", isqrt(block_size) * self.vae_stride)
             if self.seq_len != block_size:
                 raise ValueError(f"block_size {block_size} must be a square: an image's tokens are one")
-        if self.img_size < self.vae_stride or self.img_size % self.vae_stride:
+        if grid_of(self.img_size, self.vae_stride) is None:
             raise ValueError(f"img_size {self.img_size} must be a multiple of vae_stride {self.vae_stride}")
         if self.dim % self.n_head or self.head_dim % 4:
             raise ValueError(f"dim {self.dim} must be a multiple of 4·n_head = {4 * self.n_head}")
@@ -73,14 +74,19 @@ class LlamaConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be {only} of {model}")
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens of a column and of a row, (h, w)."""
+        return grid_of(self.img_size, self.vae_stride)
+
+    @property
     def grid(self) -> int:
-        """Tokens of an image's side."""
-        return self.img_size // self.vae_stride
+        """Tokens of a column, and where images are square of a row."""
+        return self.shape[0]
 
     @property
     def seq_len(self) -> int:
         """Tokens of an image, L."""
-        return self.grid**2
+        return self.shape[0] * self.shape[1]
 
     @property
     def head_dim(self) -> int:
@@ -233,4 +239,4 @@ class Llama(nn.Module):
 
     def unpatchify(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids (B, L) to (B, h, w)."""
-        return ids.unflatten(1, (self.config.grid, self.config.grid))
+        return ids.unflatten(1, self.config.shape)

@@ -16,6 +16,7 @@ from models.celoss import CELinear
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import compile_all
 from util.args import flag
+from util.sizes import check_square
 
 COND_ROPES = {"zero": 0.0, "identity": 1.0}  # what the class's queries and keys are multiplied by; published: zero
 
@@ -28,6 +29,7 @@ class CausalGPTConfig(LlamaConfig):
 
     def __post_init__(self, num_classes, block_size):
         super().__post_init__(num_classes, block_size)
+        check_square(self.img_size, "a causal model")
         if self.cond_rope not in COND_ROPES:
             raise ValueError(f"unknown cond_rope {self.cond_rope!r}; valid: {', '.join(COND_ROPES)}")
         self.check_only("a causal model of classes", mask_ratio_min=1.0, cls_token_num=1)

@@ -16,6 +16,7 @@ from models.mar_ar import MAR_AR_CONFIGS, MARAR, MARARConfig, fixed_rules
 from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
 from models.token_head import LOSSES, TokenHead
 from models.var import VAR, VAR_CONFIGS, VARConfig
+from util.sizes import Size
 
 
 class Conditions(Protocol):
@@ -40,7 +41,7 @@ class Conditions(Protocol):
 class Config(Protocol):
     """A frozen dataclass of all that shapes a model; its `util.args.flag` fields are flags of the command line."""
 
-    img_size: int  # pixels of an image's side
+    img_size: Size  # of an image in pixels, see util/sizes.py
     vae_stride: int  # pixels of a latent's side; like the next two set to what the tokenizer or the data have
     vae_embed_dim: int  # channels of a latent
     class_num: int
@@ -51,6 +52,8 @@ class Config(Protocol):
     grad_checkpointing: bool  # compute activations again in the backward pass, where the model can
     seq_len: int  # L
     grid: int  # tokens of an image's side
+    # one may have any_size, True where images need not be square and their size may change after training; it then has
+    # shape, (h, w) tokens of a column and of a row, and `Backbone.encode_decode` takes grid=(h, w), None for that
     FREE: frozenset[str]  # names of the fields that may change within a run
 
 
@@ -123,6 +126,11 @@ FAMILIES = {
     "var": Family(VAR, VARConfig, VAR_CONFIGS, ("multiscale",), var_config.read_published),
 }
 SIZES = {size: name for name, family in FAMILIES.items() for size in family.sizes}  # --model NAME -> its family
+
+
+def takes_any_size(config) -> bool:
+    """May images of models of this configuration, or of this class of them, have any height and width?"""
+    return getattr(config, "any_size", False)
 
 
 def tokens_of(family: str, sizes: dict) -> tuple[str, ...]:

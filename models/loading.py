@@ -3,7 +3,7 @@
 import os
 from dataclasses import asdict, fields, replace
 
-from models.families import FAMILIES, SIZES, family_of, tokens_of
+from models.families import FAMILIES, SIZES, family_of, takes_any_size, tokens_of
 from models.token_head import LOSSES
 from models.tokenizers import tokenizer_of
 from util.args import check_values, pick
@@ -23,18 +23,20 @@ def load_mar(checkpoint, **options):
     return model, tokenizer, config
 
 
-def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, **sizes):
+def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, img_size=None, **sizes):
     """(model, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
 
     ema: the averaged weights rather than the raw ones. config is the dict stored in the checkpoint (sizes, data and
     class names, sampling defaults); published files have none, so theirs is made from model, a name in SIZES, and from
-    sizes: fields of its family's configuration that are not that row's (None: they are), such as diffloss_d. vae_path
+    sizes: fields of its family's configuration that are not that row's (None: they are), such as diffloss_d. img_size
+    is one of these too; a model for images of any size makes those of this size, whatever it has. vae_path
     replaces the stored path of the autoencoder. place: where a content is from; relative paths in it are looked for
     there too. An unreadable file, one that does not fit the sizes, a published one without model, or an autoencoder
     that is missing or has other latents raises ValueError.
     """
     content = load_checkpoint(checkpoint)
     place = place if isinstance(checkpoint, dict) else checkpoint
+    sizes["img_size"] = img_size
     checkpoint = place or "the checkpoint"
     if "config" in content:
         config = content["config"]
@@ -53,7 +55,10 @@ def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, *
         )
     name = family_of(config)
     family = FAMILIES[name]
-    network = family.model(pick(family.config, config[name]))
+    sizes = dict(config[name])
+    if takes_any_size(family.config) and img_size is not None:
+        sizes["img_size"] = img_size
+    network = family.model(pick(family.config, sizes))
     load_weights(network, weights, checkpoint)
     config, nowhere = find_places(config, place)
     settings = {**config, "vae_path": vae_path or config.get("vae_path")}
@@ -161,6 +166,8 @@ def _check_given(config: dict, source, model: str | None, vae_path, sizes: dict)
     for name, value in sizes.items():
         if value is not None and name not in stored:
             raise ValueError(f"--{name} {value} has no meaning for {source}, whose family is {family_of(config)}")
+        if name == "img_size" and takes_any_size(FAMILIES[family_of(config)].config):
+            continue
         if value not in (None, stored.get(name)):
             raise ValueError(
                 f"--{name} {value} does not fit {source}, which has {stored[name]} (the flag can be left out)"

@@ -20,13 +20,14 @@ from models.mar_cache import FeatureCache
 from models.token_head import LOSSES, TokenHead
 from models.tokenizers.ldm import KL16_PATH
 from util.args import flag
+from util.sizes import Size, check_square, image_size
 
 
 @dataclass(frozen=True)
 class MARConfig:
     """Everything that shapes a MAR; names and defaults of the published constructor."""
 
-    img_size: int = flag(256, "image height and width in pixels", low=1)
+    img_size: Size = flag(256, "pixels of an image's side, or HxW, height x width", type=image_size, metavar="SIZE")
     vae_stride: int = flag(16, "pixels of a latent's side", low=1)
     patch_size: int = flag(1, "latents of a token's side", low=1)
     encoder_embed_dim: int = 1024
@@ -65,6 +66,7 @@ class MARConfig:
         if self.loss != "ce" and self.vocab_size is not None:
             raise ValueError(f"--vocab_size {self.vocab_size} has no meaning with --loss {self.loss}: it is for ce")
         step_range(self.num_sampling_steps)  # raises ValueError for what is neither a number nor two
+        check_square(self.img_size, "a MAR")
         cell = self.vae_stride * self.patch_size
         if self.img_size < cell or self.img_size % cell:
             raise ValueError(f"img_size {self.img_size} must be a multiple of vae_stride·patch_size = {cell}")

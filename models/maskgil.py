@@ -50,6 +50,7 @@ class MaskGILConfig(LlamaConfig):
     label_smoothing: float = flag(0.1, "share of the target spread over all ids", low=0, high=1)
 
     FREE: ClassVar = LlamaConfig.FREE | {"mask_schedule", "loss_tokens", "label_smoothing"}
+    any_size: ClassVar = True  # no tensor depends on the size of the images
 
     def __post_init__(self, num_classes, block_size):
         super().__post_init__(num_classes, block_size)
@@ -172,7 +173,8 @@ class MaskGIL(Llama):
         """(B, L, V + 1) float32, the last for the mask token, of ids (B, L), read where mask (B, L) is False.
 
         labels (B,) long, −1 = no class, None = all. Of a model of text in their place the features of captions (B, T,
-        C) and text_mask (B, T) bool, True where they have a token; None = no caption. grid: (h, w), None = square.
+        C) and text_mask (B, T) bool, True where they have a token; None = no caption. grid: (h, w), None =
+        that of img_size.
         """
         if text is not None:
             labels = Text(text, text_mask, torch.ones(len(ids), dtype=torch.bool, device=ids.device))
@@ -203,7 +205,7 @@ class MaskGIL(Llama):
         keys = None
         if looked_at is not None:
             keys = torch.cat([torch.ones_like(mask), looked_at], dim=1)[:, None, None]  # (B, 1, 1, L + T)
-        rotary = ROPES[c.rope](c, grid or (c.grid, c.grid), x.device).unsqueeze(0)
+        rotary = ROPES[c.rope](c, grid or c.shape, x.device).unsqueeze(0)
         for block in self.layers:
             if c.grad_checkpointing and self.training:
                 x = checkpoint(block, x, rotary, attend, keys, use_reentrant=False)

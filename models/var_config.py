@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from models.tokenizers.multiscale_vq import SCALES, check_sides
 from util.args import flag
+from util.sizes import Size, check_square, image_size
 
 VAE_PATH = "pretrained_models/vae_ch160v4096z32.pth"  # where scripts/download_weights.py puts it
 
@@ -32,7 +33,7 @@ class VARConfig:
     patch_nums: tuple = SCALES["var_vq"]  # tokens of the sides of the scales (the tokenizer's)
     vocab_size: int = flag(4096, "entries of the codebook (the tokenizer's)", low=1)
     z_channels: InitVar[int | None] = None
-    img_size: int | None = flag(None, "image height and width in pixels", low=1)  # None: what the last scale covers
+    img_size: Size | None = flag(None, "pixels of an image's side", type=image_size)  # None: what the last scale covers
     vae_stride: int = flag(16, "pixels of a latent's side", low=1)
     vae_embed_dim: int = flag(32, "channels of a latent", low=1)
     class_num: int = flag(1000, "number of classes (read from the data when training)", low=1)
@@ -54,6 +55,7 @@ class VARConfig:
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         check_sides("patch_nums", self.patch_nums)
+        check_square(self.img_size, "a VAR")
         if self.img_size is None:
             object.__setattr__(self, "img_size", self.grid * self.vae_stride)
         if self.img_size != self.grid * self.vae_stride:

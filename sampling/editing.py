@@ -15,6 +15,7 @@ from models.kv_cache import check_prefix
 from sampling.trace import GREY
 from util.images.datasets import read_rgb
 from util.images.pictures import make_grid
+from util.sizes import Size, grid_of, sides
 
 MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
 WHITE = 128  # least grey level of a pixel to generate
@@ -22,7 +23,7 @@ WHITE = 128  # least grey level of a pixel to generate
 
 @dataclass(frozen=True)
 class Edit:
-    """source uint8 (H, W, C); unknown (g, g) bool, the tokens to generate as a grid."""
+    """source uint8 (H, W, C); unknown (h, w) bool, the tokens to generate as a grid."""
 
     source: np.ndarray
     unknown: np.ndarray
@@ -85,8 +86,16 @@ def editing_defaults(edit_image: str | None, edit_mask: str | None, given: dict,
     return dict(metrics="none", num_images=num_labels)
 
 
-def read_edit(image: str, mask: str, *, img_size: int, channels: int, cell: int) -> Edit:
-    """The edit of two picture files, for a model of img_size pixels whose tokens have sides of cell pixels.
+def open_edit(edit_image: str | None, edit_mask: str | None, model_config, channels: int, dry: bool) -> Edit | None:
+    """What the two flags name to edit, for a model; None without them, and with dry where a picture is missing."""
+    if edit_image is None or (dry and not (Path(edit_image).is_file() and Path(edit_mask).is_file())):
+        return None
+    cell = sides(model_config.img_size)[0] // model_config.grid
+    return read_edit(edit_image, edit_mask, img_size=model_config.img_size, channels=channels, cell=cell)
+
+
+def read_edit(image: str, mask: str, *, img_size: Size, channels: int, cell: int) -> Edit:
+    """The edit of two picture files, for a model of images of this size whose tokens have sides of cell pixels.
 
     Pictures of any mode are converted to the channels (1 or 3). ValueError: a file that is no picture or of another
     size, a mask without a white pixel.
@@ -95,19 +104,19 @@ def read_edit(image: str, mask: str, *, img_size: int, channels: int, cell: int)
     white = _read("edit_mask", mask, "L", img_size)[:, :, 0] >= WHITE
     if not white.any():
         raise ValueError(f"--edit_mask {mask} has no pixel of at least {WHITE} (white): there is nothing to generate")
-    g = img_size // cell
-    return Edit(source, white.reshape(g, cell, g, cell).any(axis=(1, 3)))
+    h, w = grid_of(img_size, cell)
+    return Edit(source, white.reshape(h, cell, w, cell).any(axis=(1, 3)))
 
 
-def _read(flag: str, path: str, mode: str, size: int) -> np.ndarray:
-    """uint8 (size, size, C) of a picture file."""
+def _read(flag: str, path: str, mode: str, img_size: Size) -> np.ndarray:
+    """uint8 (H, W, C) of a picture file of this size."""
     if not Path(path).is_file():
         raise ValueError(f"--{flag}: there is no file {path}")
-    return read_picture(f"--{flag} {path}", path, mode, size)
+    return read_picture(f"--{flag} {path}", path, mode, img_size)
 
 
-def read_picture(name: str, file, mode: str, size: int) -> np.ndarray:
-    """uint8 (size, size, C) of a picture, a path or an open file; name: what an error calls it.
+def read_picture(name: str, file, mode: str, img_size: Size) -> np.ndarray:
+    """uint8 (H, W, C) of a picture of this size, a path or an open file; name: what an error calls it.
 
     mode: one of MODES. One that is no picture or has another size raises ValueError.
     """
@@ -115,8 +124,9 @@ def read_picture(name: str, file, mode: str, size: int) -> np.ndarray:
         picture = read_rgb(file).convert(mode)
     except Exception as error:  # PIL raises almost any type for damaged files
         raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from None
-    if picture.size != (size, size):
-        width, height = picture.size
-        raise ValueError(f"{name} has {width}x{height} pixels, the model makes pictures of {size}x{size}")
+    height, width = sides(img_size)
+    if picture.size != (width, height):
+        has = "{}x{}".format(*picture.size)
+        raise ValueError(f"{name} has {has} pixels (width x height), the model makes {width}x{height}")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from heads.policy import FLAGS, PolicyHeads
 from models.coding import encode, render
+from models.families import takes_any_size
 from models.text import reads_text
 from sampling.adaptive import Spread, without_adaptive
 from sampling.guards import complain, draw_finite, is_plain
@@ -73,6 +74,18 @@ def claim_folder(folder: Path, parts: Parts, rows: list[dict] = ()) -> Path:
         return own_folder(folder, parts, rows)
 
 
+def size_of_images(model) -> dict:
+    """What a run says of the size of its images: {img_size} of a model for any, {} of one that has a single one."""
+    return dict(img_size=model.config.img_size) if takes_any_size(model.config) else {}
+
+
+def identity(parts: Parts, edit=None) -> dict:
+    """What tells the images of a run apart beside settings and weights: an edit, a prefix, prompts, their size."""
+    result = (edit.hashes if edit else {}) | (parts.prefix.hashes if parts.prefix else {})
+    result |= dict(prompts=parts.model.prompts.content) if reads_text(parts.model) else {}
+    return result | size_of_images(parts.model)
+
+
 @torch.no_grad()
 def sample_images(
     parts: Parts, sampling: SampleConfig, labels, seed: int, folder: Path, *, batch_size: int, num_traced=0, edit=None
@@ -93,9 +106,7 @@ def sample_images(
     """
     settings = dict(asdict(sampling), seed=seed, labels=labels, batch_size=batch_size)
     settings |= dict(dtype=str(parts.dtype), device=parts.device.type, weights=parts.weights_hash())
-    settings |= dict(tokenizer=parts.tokenizer.describe(), **(edit.hashes if edit else {}))
-    settings |= dict(prompts=parts.model.prompts.content) if reads_text(parts.model) else {}
-    settings |= parts.prefix.hashes if parts.prefix is not None else {}
+    settings |= dict(tokenizer=parts.tokenizer.describe(), **identity(parts, edit))
     settings["checkpoint"] = parts.checkpoint
     run = SamplingRun(parts, sampling, labels, seed, folder, edit)
     if dist.is_main():

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
+from heads.orders import check_square
 from heads.policy import FLAGS, INFER_MODES, build_rules, choices, moved_rule, rule_names
-from heads.rules import Rules
+from heads.rules import Rules, has_square_images
 from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
 from models.token_head import check_no_profile
@@ -90,9 +91,17 @@ class SampleConfig(RuleOptions):
         if self.smooth and model.fixed_rules.get("group") != "scale":
             raise ValueError("--smooth has no meaning for this model: it mixes the codes of models that draw scales")
         rules.check(model)
+        if not has_square_images(model.config):
+            self.check_shape()
         model.token_head.sampler(num_steps=self.num_sampling_steps, **self.token_head_options())
         if not model.token_head.has_steps:
             check_no_profile(rules.profile(None))
+
+    def check_shape(self) -> None:
+        """Raise ValueError for orders that images which are not square do not have."""
+        order = self.resolved().order
+        learned = order == "learned"
+        check_square(self.order_base if learned else order, "order_base" if learned else "order")
 
     def token_head_options(self) -> dict:
         """The settings that `TokenHead.sampler` takes, beside the number of steps and what is the tokenizer's."""

@@ -102,17 +102,17 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
             trace = {key: file[key] for key in KEYS}
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
         raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
-    if trace["order_step"].ndim != 2 or math.isqrt(trace["order_step"].shape[1]) ** 2 != trace["order_step"].shape[1]:
+    order, frames = trace["order_step"], trace["frames"]
+    if order.ndim != 2 or frames.ndim != 5 or token_grid(order.shape[1], *frames.shape[2:4]) is None:
         raise ValueError(
             f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
         )
     return trace
 
 
-def as_grid(values: np.ndarray) -> np.ndarray:
-    """(L,) as the square (side, side) of the token grid."""
-    side = math.isqrt(len(values))
-    return values.reshape(side, side)
+def as_grid(values: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """(L,) as the grid (h, w) of the tokens of frames (K, H, W, C)."""
+    return values.reshape(token_grid(len(values), *frames.shape[1:3]))
 
 
 def picture(frame: np.ndarray) -> np.ndarray:
@@ -122,9 +122,11 @@ def picture(frame: np.ndarray) -> np.ndarray:
 
 def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     """The GIF of image i: image and mask side by side, a frame a step, a pause at the end."""
-    order, frames = as_grid(trace["order_step"][i]), trace["frames"][i]
+    frames = trace["frames"][i]
+    order = as_grid(trace["order_step"][i], frames)
     height, width = frames.shape[1:3]
-    size = (width * math.ceil(GIF_SIDE / width), height * math.ceil(GIF_SIDE / height))
+    zoom = math.ceil(GIF_SIDE / min(height, width))
+    size = (width * zoom, height * zoom)
     sheets = []
     for step in range(order.max() + 1):
         mask = np.full((*order.shape, 3), UNKNOWN, np.uint8)
@@ -140,8 +142,16 @@ def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
 
 
 def over_pixels(cells: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Values (n, L) of the tokens of a square grid as (n, H, W, 1), for images of shape (n, H, W, C)."""
+    """Values (n, L) of the tokens of a grid as (n, H, W, 1), for images of shape (n, H, W, C)."""
     n, height, width, _ = shape
-    side = math.isqrt(cells.shape[1])
-    grid = cells.reshape(n, side, 1, side, 1)
-    return np.broadcast_to(grid, (n, side, height // side, side, width // side)).reshape(n, height, width, 1)
+    h, w = token_grid(cells.shape[1], height, width)
+    grid = cells.reshape(n, h, 1, w, 1)
+    return np.broadcast_to(grid, (n, h, height // h, w, width // w)).reshape(n, height, width, 1)
+
+
+def token_grid(length: int, height: int, width: int) -> tuple[int, int] | None:
+    """(h, w) of so many square tokens that fill an image of (height, width) pixels; None where none do."""
+    side = math.isqrt(height * width // length) if length else 0
+    if not side or side**2 * length != height * width or height % side or width % side:
+        return None
+    return height // side, width // side

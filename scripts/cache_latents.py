@@ -21,17 +21,19 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from training.build import build_images, make_tokenizer
+from training.build import build_images, check_cells, make_tokenizer
 from training.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, resolve
 from util import dist
 from util.args import flag, make_parser, pick
 from util.door import run_main
 from util.evaluation.protocol import content_hash, reference_hash
+from util.images.buckets import begin_buckets, names_of_parts, open_cache, part_folder
 from util.images.datasets import DATASETS, labels_of
 from util.images.folders import check_output_folder
 from util.images.latent_files import WRITERS, begin, check_is_free, image_names, older_reading, write_json
 from util.images.latents import VERSION, open_latents
 from util.images.reading import Reading
+from util.sizes import Size, bucket_sizes, grid_of, image_size
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,13 @@ class CacheArgs(Reading):
     verify: bool = flag(False, "only read the whole cache and check it")
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
-    img_size: int = flag(256, "pixels of an image's side", low=1)
+    img_size: Size = flag(256, "pixels of an image's side, or HxW, height x width", type=image_size, metavar="SIZE")
+    buckets: str | None = flag(
+        None,
+        "of ids: sizes of the images, HxW or ratios W:H with about the pixels of --img_size (default: --img_size)",
+        type=bucket_sizes,
+        metavar="SIZE,...",
+    )
     tokenizer: str | None = flag(None, "what turns images into latents (default: kl16 for imagefolder)")
     vae_path: str | None = flag(None, "weights of the autoencoder")
     vae_stride: int | None = flag(None, "pixels of a latent's side (default: the tokenizer's)", low=1)
@@ -129,7 +137,7 @@ def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device, dty
 
 
 def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str], writer) -> None:
-    """Write index.json, open the cache as training will, and print what it holds."""
+    """Write index.json, open the cache as training will, and say what it holds."""
     broken = dataset.broken.tolist()
     kept = [i for i in range(len(dataset)) if not broken[i]]
     labels = labels_of(dataset)
@@ -150,7 +158,6 @@ def finish(folder: Path, settings: dict, about: dict, dataset, names: list[str],
     left_out = f", {len(index['broken'])} that could not be read are left out" if index["broken"] else ""
     tokens = "ids" if latents.codebook_size else "latents"
     print(f"{tokens} of {len(latents)} images in {latents.num_classes} classes{left_out}: {folder}")
-    print(f"train on them with --use_cached --cached_path {folder}")
 
 
 def resolve_cache(given: dict) -> tuple[CacheArgs, RunConfig]:
@@ -170,17 +177,35 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
     folder = Path(args.cached_path)
     dataset = build_images(data, args.img_size)
     tokenizer = make_tokenizer(tokenizer, model, dataset.channels, any_tokens=True).to(device).eval()
-    if args.img_size % tokenizer.stride:
-        raise ValueError(f"--img_size {args.img_size} must be a multiple of the tokenizer's {tokenizer.stride}")
-    side = args.img_size // tokenizer.stride
+    check_cells(dataset, tokenizer)
     dtype = choose_dtype(args, tokenizer)
-    ids_shape = list(tokenizer.ids_shape(args.img_size))
+    if not is_discrete(dtype) and args.buckets:
+        raise ValueError(f"--buckets {args.buckets} needs --tokens discrete: models of latents take one size only")
+    parts = [(folder, dataset, image_names(dataset))]
+    if args.buckets:
+        with dist.main_first():
+            begin_buckets(folder, dataset.sizes)
+        places = [part_folder(folder, size) for size in dataset.sizes]
+        parts = zip(places, dataset.parts, names_of_parts(dataset, parts[0][2]))
+    for place, images, names in parts:
+        cache_images(args, data, tokenizer, place, images, names, dtype)
+    if dist.is_main():
+        print(f"train on them with --use_cached --cached_path {folder}")
+    return 0
+
+
+def cache_images(args: CacheArgs, data: DataConfig, tokenizer, folder: Path, dataset, names, dtype: str) -> None:
+    """Make the cache of images of one size with these names, or its missing units, as numbers of this dtype."""
+    device, size = dist.pick_device(args.device), dataset.img_size
+    grid = grid_of(size, tokenizer.stride)
+    if grid is None:
+        raise ValueError(f"--img_size {size} must be a multiple of the tokenizer's {tokenizer.stride}")
     settings = dict(
         version=VERSION,
         format=args.format,
         dtype=dtype,
-        img_size=args.img_size,
-        shape=ids_shape if is_discrete(dtype) else [tokenizer.moment_channels, side, side],
+        img_size=size,
+        shape=list(tokenizer.ids_shape(size)) if is_discrete(dtype) else [tokenizer.moment_channels, *grid],
         codebook_size=tokenizer.codebook_size if is_discrete(dtype) else 0,
         fingerprint=tokenizer.fingerprint,
         reading=asdict(data.reading) if data.data == "imagefolder" else None,
@@ -191,7 +216,6 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
         shard_size=args.shard_size if args.format == "packed" else None,
     )
     about = dict(tokenizer=args.tokenizer, channels=dataset.channels, flip=dataset.flip)
-    names = image_names(dataset)
     writer = WRITERS[args.format](folder, settings, names)
     with dist.main_first():
         begin(folder, settings)
@@ -207,7 +231,6 @@ def run(args: CacheArgs, data: DataConfig, tokenizer: TokenizerConfig, model: Mo
     if dist.is_main():
         finish(folder, settings, about, dataset, names, writer)
     dist.barrier()
-    return 0
 
 
 def missing_units(folder: Path, dataset, writer, batch_size: int, device) -> list[range]:
@@ -240,15 +263,17 @@ def main(argv=None) -> int:
     if args.cached_path and not args.verify:
         data = config.data
         check_output_folder("cached_path", args.cached_path, data.data, data.place, args.split_dir, is_cache=True)
-        check_is_free(Path(args.cached_path))
+        if not args.buckets:
+            check_is_free(Path(args.cached_path))
     if args.dry_run:
         print(json.dumps(asdict(args), indent=2))
         return 0
     if not args.cached_path:
         raise ValueError("--cached_path DIR is needed, the folder for the latents")
     if args.verify:
-        latents = open_latents(args.cached_path)
-        latents.verify()
+        latents = open_cache(args.cached_path)
+        for part in getattr(latents, "parts", (latents,)):
+            part.verify()
         print(f"{len(latents)} images in {latents.num_classes} classes, all files are whole: {latents.folder}")
         return 0
     try:

@@ -35,6 +35,8 @@ def load(place: str, name: str, device, dtype) -> Loaded:
     """A checkpoint, under this name."""
     content = load_checkpoint(place)
     model, tokenizer, config = load_model(content, place=place)
+    if config.get("text") is not None:
+        raise ValueError(f"--checkpoint {place} is a model of text: the inspector shows models of classes")
     heads = load_heads(content)
     for part in filter(None, (model, tokenizer, heads)):
         part.to(device)

@@ -43,7 +43,7 @@ def parse_images(text: str | None, count: int) -> list[int]:
 
 
 def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False) -> None:
-    """A heat map of values (side, side), which may be masked, with its colour bar; numbers: write them into the map."""
+    """A heat map of values (h, w), which may be masked, with its colour bar; numbers: write them into the map."""
     low, high = float(values.min()), float(values.max())
     constant = high - low < 1e-6
     if constant:  # a colour map needs a range
@@ -60,7 +60,7 @@ def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False)
     axis.set_xticks([])
     axis.set_yticks([])
     if numbers:
-        size = min(9, 110 / len(values) / max(2, len(f"{values.max()}")) * 1.6)
+        size = min(9, 110 / max(values.shape) / max(2, len(f"{values.max()}")) * 1.6)
         for (y, x), value in np.ma.ndenumerate(values):
             color = "black" if image.norm(value) > 0.55 else "white"
             axis.text(x, y, str(value), ha="center", va="center", fontsize=size, color=color)
@@ -130,7 +130,7 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    order = np.ma.masked_less(as_grid(trace["order_step"][i]) + 1, 1)
+    order = np.ma.masked_less(as_grid(trace["order_step"][i], trace["frames"][i]) + 1, 1)
     taken = int(order.max())  # steps until the image was complete
     shown = np.unique(np.linspace(0, taken - 1, min(taken, FILM_MAX)).round().astype(int))
     rows = math.ceil(len(shown) / FILM_ROW)
@@ -139,10 +139,10 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     top, film = figure.subfigures(2, 1, height_ratios=[3.7, 1.75 * rows])
     maps = top.subplots(1, 4)
     top.suptitle(f"image {i}, label {trace['labels'][i]}: complete after {taken} steps", fontsize=12)
-    draw_map(top, maps[0], order, "step at which a token came", "viridis", numbers=len(order) <= 16)
+    draw_map(top, maps[0], order, "step at which a token came", "viridis", numbers=max(order.shape) <= 16)
     draw_bars(maps[1], trace["group_size"][i][:taken])
     maps[1].set_box_aspect(1)
-    tau, cfg = (np.ma.array(as_grid(trace[key][i]), mask=order.mask) for key in ("tau", "cfg"))
+    tau, cfg = (np.ma.array(as_grid(trace[key][i], trace["frames"][i]), mask=order.mask) for key in ("tau", "cfg"))
     draw_map(top, maps[2], tau, "temperature τ", "magma")
     draw_map(top, maps[3], cfg, "guidance scale w", "cividis")
     panels = film.subplots(rows, FILM_ROW, squeeze=False).ravel()

@@ -21,6 +21,7 @@ from scripts import (
     bench_training,
     cache_latents,
     cache_text,
+    demo_shapes,
     demo_text,
     export_weights,
     make_fid_stats,
@@ -33,6 +34,7 @@ from scripts import (
 from tests.test_cli import refused
 from training.config import flag_classes
 from util.args import make_parser
+from util.sizes import image_size
 
 # program -> the dataclasses that its flags are made from
 CONFIGS = {
@@ -46,6 +48,7 @@ CONFIGS = {
     bench_training: [bench_training.BenchTrainingArgs],
     cache_latents: [cache_latents.CacheArgs],
     cache_text: [cache_text.CacheTextArgs],
+    demo_shapes: [demo_shapes.ShapesArgs],
     demo_text: [demo_text.DemoArgs],
     export_weights: [export_weights.ExportArgs],
     make_fid_stats: [make_fid_stats.StatsArgs],
@@ -80,6 +83,9 @@ def wrong_values(field, kind) -> list[tuple[str, list[str]]]:
     if kind is str:
         return [("", [])]
     bounds = [f"at {word} {meta[end]}" for word, end in (("least", "low"), ("most", "high")) if meta[end] is not None]
+    if meta["type"] is image_size:
+        texts = ("", "x", "0", "-8", "1.5", "1e2", "8x", "x8", "0x8", "8x8x8", "8X16", "8,16", "8 x 16", "nan")
+        return [(f"={text}", [f"'{text}'", "256x384"]) for text in texts]
     if meta["type"] is not None:  # a function that says itself what is valid
         return [
             (f"={text}", [f"'{text}'", "between 1 and 1000"])

@@ -24,6 +24,7 @@ from scripts import (
     bench_training,
     cache_latents,
     cache_text,
+    demo_shapes,
     demo_text,
     download_weights,
     export_weights,
@@ -83,6 +84,9 @@ TRAINING = [
     ("--vae_embed_dim 3", "--vae_embed_dim 3", "has 1"),
     ("--class_num 12", "--class_num 12", "10 classes"),
     ("--img_size 9", "9", "8"),
+    ("--img_size 8x16", "--img_size 8x16", "--model mar_tiny", "square"),
+    ("--buckets 8,8x16", "--buckets 8,8x16", "--model mar_tiny", "square"),
+    *((f"--buckets {text}", "--buckets", f"'{text}'") for text in ("8", "8,8", "8,x", "8,1:0", "8,", "8x16x8,8")),
     ("--patch_size 3", "3", "multiple"),
     ("--batch_size 5000", "--batch_size", "5000", "1797"),
     ("--accum_iter 1000", "--batch_size", "1797"),
@@ -219,6 +223,7 @@ SAMPLING = [
     ("--judge {tmp}/missing", "{tmp}/missing", "--judge"),
     ("--fid_stats {stats} --metrics prc", "prc", "--fid_stats"),
     ("--eval_split val", "'val'", "'train'"),
+    ("--img_size 8x16", "--img_size 8x16", "which has 8"),
     ("--model mar_base", "--model mar_base", "encoder_depth 2"),
     ("--diffloss_w 32", "--diffloss_w 32", "16"),
     ("--diffloss_d 2", "--diffloss_d 2", "1"),
@@ -244,6 +249,12 @@ CACHING = [
     ("--tokenizer nope", "'nope'", "pixel, kl16, vq16"),
     ("--tokenizer kl16 --vae_path {tmp}/missing", "{tmp}/missing", "--vae_path"),
     ("--img_size 9", "9", "8"),
+    ("--data canvases --img_size 8x8x8", "'8x8x8'", "256x384"),
+    ("--data canvases --img_size 9x16", "9x16", "8, 8x16, 16x8"),
+    ("--data canvases --buckets 8,9x16", "9x16", "8, 8x16, 16x8"),
+    ("--data canvases --buckets 8,8x16", "--buckets 8,8x16", "--tokens discrete"),
+    ("--buckets 8,1:1", "--buckets 1:1", "16x16"),
+    ("--data imagefolder --data_path {one} --buckets 8,8x16", "8x16", "leave it out"),
     ("--vae_stride 2", "--vae_stride 2", "has 1"),
     ("--vae_embed_dim 3", "--vae_embed_dim 3", "has 1"),
     ("--data_path {empty}", "--data_path {empty}", "digits"),
@@ -270,6 +281,11 @@ DEMO = [
     ("--output_dir /proc/x", "--output_dir /proc/x"),
     ("--samples {tmp}/missing", "--samples", "{tmp}/missing"),
     ("--samples {empty}", "{empty}", "samples.npz"),
+]
+SHAPES = [
+    ("--output_dir {file}", "--output_dir {file}", "not a folder"),
+    ("--output_dir /proc/x", "--output_dir /proc/x"),
+    ("--output_dir {empty} --tokenizer nope", "--output_dir {empty}", "samples_8x8", "one setting"),
 ]
 STATISTICS = [
     *READING,
@@ -448,6 +464,7 @@ CATALOGUE = {
     sample: (DRAW, SAMPLING),
     cache_latents: (f"{DIGITS} --num_workers 0 --cached_path {{out}}".split(), CACHING),
     cache_text: ("--data digits --text_encoder {empty} --device cpu --cached_text {out}".split(), TEXTS),
+    demo_shapes: ("--output_dir {out}".split(), SHAPES),
     demo_text: ("--output_dir {out}".split(), DEMO),
     make_fid_stats: (f"{STATS} --out {{out}}.npz".split(), STATISTICS),
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
@@ -494,6 +511,7 @@ def places(good, tmp_path):
     for name, width in (("stats", 64), ("wide", 99)):
         save_fid_stats(paths[name], FIDStats(np.zeros(width), np.eye(width)))
     arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    arrays["frames"] = np.zeros((1, 4, 2, 2, 1))
     with open(paths["trace"], "wb") as file:
         np.savez(file, **arrays)
     row = dict(settings=dict(seed=0, cfg=1.0), metrics=dict(fid=1.0), weights="a", reference="b", images_per_second=1.0)

@@ -14,9 +14,10 @@ from PIL import Image
 
 import sample
 from sampling.inspector.branching import branch, matched
+from sampling.inspector.export import FORMATS
 from sampling.inspector.recording import hand_made_rules, record
 from sampling.inspector.spec import read_spec
-from sampling.inspector.view import page_of
+from sampling.inspector.view import beginning, events_of_trace, page_of, small
 from sampling.inspector.work import Busy, Worker
 from sampling.run import SamplingRun
 from sampling.trace import load_trace
@@ -24,10 +25,11 @@ from scripts import inspector
 from tests.helpers import untrained
 from tests.helpers_inspector import Client, end_of, serving, steps_of, tiny_gallery
 from util.images.pictures import read_png
+from util.sizes import shape_of
 
-FAMILIES = ("mar", "ids", "mar_ar", "causal_gpt", "var")
-QUICK = (*FAMILIES[:3], pytest.param("causal_gpt", marks=pytest.mark.slow), "var")
-FREE = ("mar", "ids")  # those whose groups are free
+FAMILIES = ("mar", "ids", "mar_ar", "causal_gpt", "var", "wide")
+QUICK = (*FAMILIES[:3], pytest.param("causal_gpt", marks=pytest.mark.slow), "var", "wide")
+FREE = ("mar", "ids", "wide")  # those whose groups are free
 
 
 @pytest.fixture(scope="module")
@@ -174,9 +176,9 @@ def test_painted_tokens_come_at_their_step(family, gallery):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_region_is_made_again_and_the_rest_stays(family, gallery):
-    side = gallery[family].model.config.grid
+    h, w = shape_of(gallery[family].model.config)
     _, plain = made(gallery, family)
-    region = [side * side - 2, side * side - 1]
+    region = [h * w - 2, h * w - 1]
     _, again = made(gallery, family, redo=[{"region": region, "seed": 9}])
     new = again.order_step > plain.steps[-1]
     assert new.any(axis=1).all() and (family == "var" or new.sum() == 4)
@@ -190,6 +192,22 @@ def test_an_upload_is_kept_where_it_is_not_painted(gallery):
     _, recording = made(gallery, edit=edit)
     assert (recording.images[:, :4] == 200).all() and not (recording.images[:, 4:] == 200).all()
     assert (recording.order_step[:, :32] == -1).all() and (recording.order_step[:, 32:] >= 0).all()
+
+
+def test_images_that_are_not_square_keep_their_shape(gallery, client, tmp_path):
+    edit = {"image": picture((16, 8)), "region": list(range(8, 32))}
+    spec, recording = made(gallery, "wide", edit=edit)
+    assert recording.images.shape == (2, 8, 16, 1) and (recording.images[:, :2] == 200).all()
+    assert (recording.order_step[:, :8] == -1).all() and (recording.order_step[:, 8:] >= 0).all()
+    (tmp_path / "trace.npz").write_bytes(FORMATS["npz"][0](spec, recording))
+    trace = load_trace(tmp_path / "trace.npz")
+    for begin in (events_of_trace(trace)[0]["begin"], beginning(spec)["begin"]):
+        assert begin["layout"] == [{"rows": 4, "columns": 8, "start": 0}] and begin["img_size"] == "8x16"
+    gif = Image.open(io.BytesIO(FORMATS["gif"][0](spec, recording)))
+    assert gif.size == (2 * 512 + 8, 256)
+    assert small(np.zeros((2, 128, 256, 3), np.uint8)).shape == (2, 32, 64, 3)
+    assert "--order halton is of square" in client.error("run", request("wide", settings={"order": "halton"}))
+    assert "has 8x8 pixels" in client.error("run", request("wide", edit={"image": picture(), "region": [1]}))
 
 
 # -------------------------------------------------------------------------------------------- branches, evaluations
@@ -231,7 +249,8 @@ def test_a_run_is_told_step_by_step(family, client, gallery):
     assert end_of(events)["hash"] == end_of(client.run(**request(family)))["hash"]
     _, recording = made(gallery, family)
     sheet = Image.open(io.BytesIO(base64.b64decode(end_of(events)["images"]["url"].partition(",")[2])))
-    assert np.array_equal(np.asarray(sheet)[:, :8], recording.images[0].squeeze(-1))
+    height, width = recording.images.shape[1:3]
+    assert np.array_equal(np.asarray(sheet)[:height, :width], recording.images[0].squeeze(-1))
 
 
 def test_another_server_makes_the_same_image(client, gallery):

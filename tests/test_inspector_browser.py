@@ -256,6 +256,54 @@ def test_other_families_are_shown(page, gallery, family):
     assert "log p" in text(page, "token") and ("scale" in text(page, "readout")) == (family == "var")
 
 
+def test_images_that_are_not_square_keep_their_shape(page, gallery):
+    asked = dict(checkpoint="wide", settings=SETTINGS)
+    page.show(**asked, labels=[1, 2])
+    height, width = shown(page).shape
+    assert (height, width) == (8, 32)  # two side by side
+    for place, size in (("#picture", [320, 160]), ("#maps canvas", [160, 80]), ("#strip canvas", [44, 22])):
+        assert page.js(f"(c => [c.width, c.height])(document.querySelector('{place}'))") == size
+    for place in ("#picture", "#maps canvas"):  # the room for it in the page
+        box = f"document.querySelector('{place}').getBoundingClientRect()"
+        width, height = page.js(f"(r => [r.width, r.height])({box})")
+        assert width == pytest.approx(2 * height, abs=0.1)
+    for place in ("#picture", "#maps canvas"):
+        page.drag(place, (0.7, 0.9))
+        assert page.js("state.token") == 3 * 8 + 5 and "row 4, column 6" in text(page, "token")
+    page.js("$('picture').focus()")
+    page.press("ArrowDown")  # there is no row below
+    page.press("ArrowRight")
+    assert "row 4, column 7" in text(page, "token")
+    page.js("document.querySelector('input[value=paint]').click()")
+    page.drag("#picture", (0.99, 0.99))
+    click(page, "paint-redo")
+    done(page, 2)
+    images = images_of(gallery, **asked, labels=[1, 2], redo=[{"region": [31], "seed": 1}])
+    assert np.array_equal(shown(page), np.concatenate([*images[..., 0]], axis=1))
+    page.show("batch", **asked, labels=[1, 2])
+    assert page.js("$('batch-strip').height") > 32
+
+
+def test_paint_that_another_model_has_no_token_for_is_gone(page):
+    page.show()
+    page.js("document.querySelector('input[value=paint]').click()")
+    for place in ((0.01, 0.01), (0.99, 0.99)):
+        page.drag("#picture", place)
+    assert page.js("[...state.painted]") == [0, 63]
+    set_value(page, "a-checkpoint", "wide")
+    click(page, "generate")
+    done(page, 2)
+    assert text(page, "error") == "" and page.js("[...state.painted]") == [0]
+
+
+def test_pictures_of_two_shapes_have_no_difference(page):
+    page.show("compare", checkpoint="wide")
+    set_value(page, "b-checkpoint", "mar")
+    click(page, "generate")
+    done(page, 2)
+    assert "different sizes" in text(page, "compare-difference-text")
+
+
 def test_bad_requests_are_one_line_in_the_page(page):
     page.open(page.root)
     cases = {"a-classes": ("7", "from -1 to 2"), "a-num_iter": ("0", "at least 1"), "a-schedule": ("/x", "no files")}

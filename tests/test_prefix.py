@@ -102,6 +102,7 @@ def test_shares_0_and_1_are_the_two_models(runs, tmp_path):
         ("--prefix_from {runs}/none", "no checkpoint at {runs}/none"),
         ("--prefix_from {runs}/maskgil", "must be a causal model of ids, row by row"),
         ("--prefix_from {runs}/other", "has ids of "),
+        ("--prefix_from {runs}/gpt --img_size 8x16", "makes images of 8 pixels, the model 8x16"),
         ("--prefix_from {runs}/gpt --edit_image a --edit_mask b", "--prefix_from and --edit_image both say"),
         ("--prefix_from {runs}/gpt --checkpoint {runs}/gpt", "has no meaning for this model"),
         ("--prefix_from {runs}/gpt --checkpoint {pixels}", "has no meaning for this model"),

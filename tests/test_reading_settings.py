@@ -207,7 +207,7 @@ def test_flags_that_a_cache_contradicts_are_refused(pictures, tmp_path, capsys):
     line = refused(main_mar.main, capsys, *SMALL, *TRAIN, *flags, "--background", "red")
     assert f"{made} were made with --background white, not red" in line and not (tmp_path / "out").exists()
     given = resolve({"use_cached": True, "cached_path": str(made), "flip": False})
-    assert not as_cached(given.data, open_latents(made)).flip
+    assert not as_cached(given.data, open_latents(made), 8).flip
 
 
 def test_a_damaged_note_about_reading_is_one_line(pictures, tmp_path, capsys):

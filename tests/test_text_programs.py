@@ -12,7 +12,7 @@ import main_mar
 import sample
 from models.loading import load_model
 from models.text_encoder import TextEncoder, load_text_encoder
-from scripts import cache_text, demo_text
+from scripts import cache_text, demo_text, inspector
 from tests.helpers import image_folder, untrained
 from tests.helpers_ids import add_tokenizers
 from tests.helpers_text import NUM_TOKENS, WIDTH, digit_captions, shrink_text, tiny_encoder
@@ -310,3 +310,8 @@ def test_text_trains_and_samples_on_a_gpu(places, tmp_path):
     assert main_mar.main([*TRAIN, *words, "--device", "cuda", "--dtype", "bf16"]) == 0
     row, images = sampled(tmp_path / "run", tmp_path / "out", "--prompts", places["prompts"], "--device", "cuda")
     assert len(images) == 3
+
+
+def test_the_inspector_refuses_a_model_of_text(run, capsys):
+    line = refused(inspector.main, ["--checkpoint", str(run), "--device", "cpu"], capsys)
+    assert f"--checkpoint {run} is a model of text: the inspector shows models of classes" in line

@@ -5,44 +5,56 @@ from dataclasses import asdict, fields, replace
 import torch
 from torch import nn
 
-from models.families import tokens_of
+from heads.orders import check_square
+from models.families import takes_any_size, tokens_of
 from models.loading import check_latents, check_tokens, stored_model_config
 from models.tokenizers import Tokenizer, tokenizer_of
-from training.config import DataConfig, ModelConfig, TokenizerConfig, TrainConfig
+from training.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig, TrainConfig
 from training.optim import EMA
 from training.state import TrainState
 from util import dist
 from util.evaluation.protocol import EvalConfig, build_reference
+from util.images.buckets import build_buckets, open_cache
 from util.images.datasets import build_dataset
 from util.images.latent_files import image_names
-from util.images.latents import Latents, open_latents
 from util.images.reading import Reading
 from util.images.text_cache import CachedTexts, captions_for
+from util.sizes import Size, grid_of, sizes_of
 
 
-def build_data(data: DataConfig, img_size: int):
+def build_data(data: DataConfig, img_size: Size):
     """What training reads: images, or with --use_cached their latents."""
     if not data.use_cached:
         return build_images(data, img_size)
-    latents = open_latents(data.cached_path, img_size)
+    latents = open_cache(data.cached_path, img_size)
     if latents.fingerprint is None and dist.is_main():
         print(f"{latents.folder} does not say which tokenizer made its latents: only their shape is checked")
     latents.flip = latents.flip and data.flip
     return latents
 
 
-def build_images(data: DataConfig, img_size: int):
+def build_images(data: DataConfig, img_size: Size):
     """The data set, downloaded by the first process where it has to be, which says what it recognised in a folder."""
+    where = dict(data_path=data.place, reading=data.reading)
     with dist.main_first():
-        images = build_dataset(data.data, data_path=data.place, img_size=img_size, reading=data.reading)
+        if data.buckets is None:
+            images = build_dataset(data.data, img_size=img_size, **where)
+        else:
+            images = build_buckets(data.data, sizes_of(data.buckets, img_size), **where)
     if dist.is_main() and getattr(images, "layout", ""):
         print(images.layout)
     return images
 
 
-def as_cached(data: DataConfig, latents) -> DataConfig:
-    """The settings with those by which the images of cached latents were read; flags that say otherwise: ValueError."""
-    if not data.use_cached or latents.reading is None:
+def as_cached(data: DataConfig, latents, img_size: Size) -> DataConfig:
+    """The settings with those by which the images of cached latents were read; flags that say otherwise: ValueError.
+
+    And with the sizes of a cache of several; ratios in --buckets are of images of img_size.
+    """
+    if not data.use_cached:
+        return data
+    data = replace(data, buckets=_stored_buckets(data, latents, img_size))
+    if latents.reading is None:
         return data
     stored = asdict(latents.reading)
     for field in fields(Reading):
@@ -56,14 +68,51 @@ def as_cached(data: DataConfig, latents) -> DataConfig:
     return replace(data, **stored | dict(split_dir=split_dir, flip=data.flip and stored["flip"]))
 
 
-def real_images(data: DataConfig, img_size: int, dataset):
+def _stored_buckets(data: DataConfig, latents, img_size: Size) -> str | None:
+    """The sizes of cached latents as --buckets says them, None for one; a flag that says otherwise: ValueError."""
+    sizes = latents.sizes if len(latents.counts) > 1 else ()
+    stored = ",".join(map(str, sizes)) or None
+    if data.buckets is not None and sizes_of(data.buckets, img_size) != sizes:
+        held = f"the sizes {stored}" if stored else "one size"
+        raise ValueError(
+            f"--buckets {data.buckets} does not fit --cached_path {data.cached_path}, which has {held}: leave the flag "
+            "out, or make another cache"
+        )
+    return stored
+
+
+def check_sizes(config: RunConfig) -> None:
+    """Raise ValueError for sizes of images that the model, the objective or the rules cannot have."""
+    model, buckets, size = config.model, config.data.buckets, config.model.img_size
+    shaped = f"--buckets {buckets}" if buckets else f"--img_size {size}"
+    if not buckets and not isinstance(size, str):
+        return
+    if not takes_any_size(model.family.config):
+        raise ValueError(f"{shaped} does not fit --model {model.model}, whose images are square and of one size")
+    if config.train.objective != "token":
+        raise ValueError(f"{shaped} needs --objective token: {config.train.objective} is for squares of one size")
+    if "order" in config.heads.learn.split(","):
+        check_square(config.sampling.order_base, "order_base")
+    if config.masks.train_masks != "random":
+        config.sampling.check_shape()
+
+
+def check_cells(dataset, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a size of several that whole latents do not fill."""
+    for size in dataset.sizes if len(dataset.counts) > 1 else ():
+        if grid_of(size, tokenizer.stride) is None:
+            raise ValueError(f"--buckets: the sides of {size} must be multiples of the tokenizer's {tokenizer.stride}")
+
+
+def real_images(data: DataConfig, img_size: Size, dataset):
     """The images that a run is trained on, none mirrored, whether it reads them or their latents."""
     return (build_images(data, img_size) if data.use_cached else dataset).as_reference()
 
 
-def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: int, dataset):
+def find_reference(evaluation: EvalConfig, data: DataConfig, img_size: Size, dataset):
     """What the metrics compare with: the data set in use, unless it is latents or the flags name something else."""
     images_in_use = evaluation.fid_stats is None and evaluation.eval_split == "train" and not data.use_cached
+    images_in_use = images_in_use and len(dataset.counts) == 1  # of the size that is sampled
     if evaluation.metric_names and images_in_use:
         return dataset.as_reference()
     reference = build_reference(evaluation, data.data, data.place, img_size, data.reading)
@@ -91,7 +140,7 @@ def with_text(config: ModelConfig, texts: CachedTexts, content: dict | None) -> 
 
 def give_captions(state: TrainState, texts: CachedTexts, dataset) -> None:
     """Let a state whose model has these texts as prompts train on the captions of a data set's images."""
-    names = dataset.names if isinstance(dataset, Latents) else image_names(dataset)
+    names = dataset.names if hasattr(dataset, "names") else image_names(dataset)
     state.captions = captions_for(texts, dataset, names)
     state.stored["config"]["text"] = texts.describe()
 

@@ -25,6 +25,7 @@ from util.evaluation.protocol import EvalConfig
 from util.images.datasets import DATASETS
 from util.images.reading import Reading
 from util.rng import DEFAULT_SEED
+from util.sizes import Size, bucket_sizes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class DataConfig(Reading):
 
     data: str | None = flag(None, "data set (default: digits, or imagefolder with --data_path)", choices=DATASETS)
     data_path: str | None = flag(None, "folder of the data: DIR/train/<class>/* for imagefolder")
+    buckets: str | None = flag(
+        None,
+        "sizes of the images, HxW or ratios W:H with about the pixels of --img_size, a batch being of one of them "
+        "(default: --img_size)",
+        type=bucket_sizes,
+        metavar="SIZE,...",
+    )
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
     cached_text: str = flag("", "folder of the features of captions (scripts/cache_text.py), for a model of text")
@@ -95,8 +103,8 @@ class ModelConfig:
         return rules_of(self.family_name, self.settings)
 
     @property
-    def img_size(self) -> int:
-        """Pixels of an image's side."""
+    def img_size(self) -> Size:
+        """Of an image, see util/sizes.py."""
         return self.settings["img_size"]
 
     def build(self, **known):

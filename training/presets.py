@@ -27,18 +27,19 @@ _VAR_IMAGENET = dict(  # on 8 processes
     _VAR, data="imagefolder", vae_path=VAE_PATH, img_size=256, batch_size=96, blr=1e-4, init_adaln_gamma=1e-3, wpe=0.1,
     eval_bsz=64, cfg=2.5, top_k=900, top_p=0.96,
 )  # fmt: skip
+_DIGITS = dict(
+    _PIXELS, img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3, diffloss_w=64,
+    diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=300, features="digits",
+)  # fmt: skip
 PRESETS = {
-    "digits": dict(
-        _PIXELS, data="digits", img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3, diffloss_w=64,
-        diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=300,
-        features="digits",
-    ),
+    "digits": dict(_DIGITS, data="digits"),
     "mnist": dict(_GREY_28, data="mnist"),
     "fashion_mnist": dict(_GREY_28, data="fashion_mnist"),
     "cifar10": dict(
         _PIXELS, data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192,
         batch_size=32, diffusion_batch_mul=1, epochs=100, warmup_epochs=2, num_images=10000,
     ),
+    "canvases": dict(_DIGITS, data="canvases"),
     "var_digits": dict(
         _VAR, data="digits", model="var_tiny", img_size=8, batch_size=32, blr=8e-2, epochs=12, warmup_epochs=0.5,
         wpe=0.05, init_adaln_gamma=1e-2, num_workers=0, eval_freq=20, save_last_freq=4, cfg=1.5, num_images=1800,

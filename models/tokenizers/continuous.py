@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from util.checkpoint import weights_hash
+from util.sizes import Size, sides
 
 
 class Tokenizer(nn.Module):
@@ -105,13 +106,12 @@ class Tokenizer(nn.Module):
         return tokens
 
     def unknown_tokens(self, unknown: torch.Tensor) -> torch.Tensor:
-        """Of the tokens (L,) bool those to make anew where unknown (g, g) bool, a cell for each of a grid, says so."""
+        """Of the tokens (L,) bool those to make anew where unknown (h, w) bool, a cell for each of a grid, says so."""
         return unknown.flatten()
 
-    def ids_shape(self, img_size: int) -> tuple[int, ...]:
-        """The shape of the ids of an image of img_size pixels a side."""
-        side = img_size // self.stride
-        return (side, side)
+    def ids_shape(self, img_size: Size) -> tuple[int, ...]:
+        """The shape of the ids of an image of this size."""
+        return tuple(side // self.stride for side in sides(img_size))
 
     def _check_codebook(self) -> None:
         if not self.codebook_size:

@@ -23,6 +23,7 @@ from sampling.run import Parts
 from sampling.settings import SampleConfig
 from util import dist
 from util.args import defaults, pick, read_texts
+from util.sizes import shape_of
 
 MOST_IMAGES, MOST_CHANGES, MOST_REDOS, MOST_DRAWS = 64, 256, 16, 16
 MOST_STEPS = 4096  # autoregressive ones, and those of the token head, of a request
@@ -206,19 +207,17 @@ def _change(item: dict, sampling: SampleConfig, loaded: Loaded) -> Change:
 
 
 def _grid(item: dict, name: str, loaded: Loaded) -> np.ndarray:
-    """(g, g) bool of cells of the token grid, at least one, which the model can make anew."""
-    side = loaded.model.config.grid
-    cells = np.zeros(side * side, dtype=bool)
-    cells[list(positions_of(item, name, side * side))] = True
-    if not cells.any():
+    """(h, w) bool of cells of the token grid, at least one, which the model can make anew."""
+    grid = np.zeros(shape_of(loaded.model.config), dtype=bool)
+    grid.reshape(-1)[list(positions_of(item, name, grid.size))] = True
+    if not grid.any():
         raise ValueError(f"{name} has no cell: paint at least one token to make")
-    grid = cells.reshape(side, side)
-    Edit(np.zeros((side, side, 1), np.uint8), grid).check(loaded.model.fixed_rules)
+    Edit(np.zeros((*grid.shape, 1), np.uint8), grid).check(loaded.model.fixed_rules)
     return grid
 
 
 def tokens_of(loaded: Loaded, grid: np.ndarray) -> np.ndarray:
-    """(L,) bool: the tokens to make where cells (g, g) bool are to be made."""
+    """(L,) bool: the tokens to make where cells (h, w) bool are to be made."""
     import torch
 
     return loaded.parts.tokenizer.unknown_tokens(torch.from_numpy(grid)).numpy()

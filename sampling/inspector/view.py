@@ -13,6 +13,8 @@ from PIL import Image
 
 from sampling.inspector.recording import Recording
 from sampling.inspector.spec import Loaded, Spec
+from sampling.trace import token_grid
+from util.sizes import shape_of, size_of
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("core", "picture", "maps", "curves", "watch", "steer", "branch", "compare", "batch", "share", "main")
@@ -43,11 +45,13 @@ def sheet(images: np.ndarray) -> dict:
 
 def small(images: np.ndarray) -> np.ndarray:
     """The same pictures (B, H, W, C) with sides of THUMBNAIL pixels at most, where there are several."""
-    if len(images) == 1 or images.shape[1] <= THUMBNAIL:
+    longer = max(images.shape[1:3])
+    if len(images) == 1 or longer <= THUMBNAIL:
         return images
+    height, width = (max(1, round(side * THUMBNAIL / longer)) for side in images.shape[1:3])
     pictures = [Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in images]
-    pictures = [np.asarray(picture.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)) for picture in pictures]
-    return np.stack(pictures).reshape(len(images), THUMBNAIL, THUMBNAIL, images.shape[-1])
+    pictures = [np.asarray(picture.resize((width, height), Image.Resampling.BOX)) for picture in pictures]
+    return np.stack(pictures).reshape(len(images), height, width, images.shape[-1])
 
 
 def encoded(event: dict) -> bytes:
@@ -57,10 +61,16 @@ def encoded(event: dict) -> bytes:
 
 
 def layout(loaded: Loaded) -> list[dict]:
-    """The grids that the tokens of an image stand in: their sides, and the position of the first token of each."""
-    sides = loaded.parts.tokenizer.scales or (loaded.model.config.grid,)
-    starts = np.cumsum([0, *(side * side for side in sides)]).tolist()
-    return [{"side": side, "start": start} for side, start in zip(sides, starts)]
+    """The grids that the tokens of an image stand in: rows, columns, and the position of the first token of each."""
+    scales = loaded.parts.tokenizer.scales
+    shapes = [(side, side) for side in scales] if scales else [shape_of(loaded.model.config)]
+    starts = np.cumsum([0, *(rows * columns for rows, columns in shapes)]).tolist()
+    return [grid_at(shape, start) for shape, start in zip(shapes, starts)]
+
+
+def grid_at(shape: tuple[int, int], start: int) -> dict:
+    """A grid of this shape (rows, columns) as a page knows it; start: the position of its first token."""
+    return {"rows": shape[0], "columns": shape[1], "start": start}
 
 
 def described(loaded: Loaded) -> dict:
@@ -77,7 +87,6 @@ def described(loaded: Loaded) -> dict:
         "has_steps": loaded.model.token_head.has_steps,
         "img_size": config.img_size,
         "channels": loaded.parts.tokenizer.image_channels,
-        "grid": config.grid,
         "layout": layout(loaded),
         "settings": asdict(base),
     }
@@ -99,13 +108,13 @@ def ending(recording: Recording) -> dict:
 def events_of_trace(trace: dict[str, np.ndarray]) -> list[dict]:
     """The events of a stored trace (`sampling.trace.load_trace`), which knows no seconds and no ranks."""
     order_step, frames = trace["order_step"], trace["frames"]
-    count, length = order_step.shape
-    side, steps = math.isqrt(length), int(order_step.max()) + 1
+    (count, length), (height, width, channels) = order_step.shape, frames.shape[2:]
+    steps = int(order_step.max()) + 1
     labels = trace["labels"].tolist()
     names = ["any" if label < 0 else str(label) for label in labels]
     about = dict(name="a stored trace", family="", fixed={}, classes=[], learned=[], settings={}, labels=labels)
-    about |= dict(names=names, img_size=frames.shape[2], channels=frames.shape[-1], grid=side, seed=None, command=None)
-    about |= dict(layout=[{"side": side, "start": 0}], discrete=False, has_steps=False, path="")
+    about |= dict(names=names, img_size=size_of(height, width), channels=channels, seed=None, command=None)
+    about |= dict(layout=[grid_at(token_grid(length, height, width), 0)], discrete=False, has_steps=False, path="")
     events = [{"begin": about}]
     for step in range(steps):
         images = []

@@ -4,7 +4,7 @@ Legend: b images, L tokens an image, N token rows in all, m draws of the token h
 unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import nn
 from heads.policy import PolicyHeads, base_scores, column, hand_made, moved_rule
 from heads.rules import whole_group
 from heads.schedules import A_STEP, RuleOptions, check_num_iter
+from models.families import takes_any_size
 from models.text import Text, condition_of, is_known, reads_text
 from training.objectives.draws import Draws, DrawSettings, RowsOf, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
@@ -99,6 +100,7 @@ class Batch:
     draws: Draws
     inputs: torch.Tensor | None = None  # what the model reads of the tokens, where it is not the tokens
     weights: torch.Tensor | None = None  # (L,) of the tokens' losses; None: 1
+    shape: dict = field(default_factory=dict)  # {grid: (h, w)} of images of any size, for `Backbone.encode_decode`
 
     @property
     def seen(self) -> torch.Tensor:
@@ -224,7 +226,11 @@ class TokenObjective(nn.Module):
     def prepare(self, state, batch, labels, indices) -> Batch:
         """Images or moments (b, …) with labels and indices (b,) as a Batch; state: a `training.state.TrainState`."""
         preparation, samples = self.preparation, indices.tolist()
-        draws = training_draws(preparation.seed, state.step, samples, self.model.token_head, preparation.draws)
+        settings, shape = preparation.draws, {}
+        if takes_any_size(self.model.config):
+            h, w = grid_of_batch(batch, state.tokenizer)
+            settings, shape = replace(settings, seq_len=h * w), dict(grid=(h, w))
+        draws = training_draws(preparation.seed, state.step, samples, self.model.token_head, settings)
         if draws.policy is not None:
             resting = state.step < preparation.heads_from * state.steps_per_epoch
             draws = replace(draws, policy=replace(draws.policy, heads_rest=resting))
@@ -239,11 +245,11 @@ class TokenObjective(nn.Module):
         if preparation.visits is not None:
             self.eval()  # no dropout in the scores
             with autocast(state.device, state.dtype):
-                score = partial(self._score, tokens, labels)
+                score = partial(self._score, tokens, labels, shape)
                 draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
         condition = condition_of(self.model, labels, state.device)
-        return self._staged(Batch(tokens, condition, draws.to(state.device), inputs), state)
+        return self._staged(Batch(tokens, condition, draws.to(state.device), inputs, shape=shape), state)
 
     def _staged(self, batch: Batch, state) -> Batch:
         """The batch, of a progressive run with the scales that it has reached."""
@@ -258,13 +264,14 @@ class TokenObjective(nn.Module):
         inputs = batch.inputs[:, : num - sides[0] ** 2]
         return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights)
 
-    def _score(self, tokens, labels, mask, num_visible):
+    def _score(self, tokens, labels, shape: dict, mask, num_visible):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
         if any(num_visible) or reads_text(self.model):
-            return self.model.encode_decode(tokens, mask, condition_of(self.model, labels, mask.device), num_visible)
+            condition = condition_of(self.model, labels, mask.device)
+            return self.model.encode_decode(tokens, mask, condition, num_visible, **shape)
         classes, which = (send(x, mask.device) for x in labels.unique(return_inverse=True))
         one = slice(len(classes))
-        return self.model.encode_decode(tokens[one], mask[one], classes, num_visible[one])[which]
+        return self.model.encode_decode(tokens[one], mask[one], classes, num_visible[one], **shape)[which]
 
     def forward(self, batch: Batch, num_targets) -> dict[str, torch.Tensor]:
         """Sums over the target tokens of the batch divided by num_targets, the number they are a mean over.
@@ -274,7 +281,9 @@ class TokenObjective(nn.Module):
         they say.
         """
         draws, head = batch.draws, self.model.token_head
-        z = self.model.encode_decode(batch.seen, draws.mask, batch.labels, draws.num_visible, draws.orders)
+        z = self.model.encode_decode(
+            batch.seen, draws.mask, batch.labels, draws.num_visible, draws.orders, **batch.shape
+        )
         plan = None
         if self.heads is not None and not draws.policy.heads_rest:
             plan = HeadPlan(self.heads, self.losses, self.options, draws, z)
@@ -317,7 +326,7 @@ class TokenObjective(nn.Module):
         """Misfit of the predictions guided by the scales w (b, 1) or (b, L): its gradient reaches w only."""
         draws, head = batch.draws, self.model.token_head
         with torch.no_grad():  # the one extra pass, and only where guidance is learned
-            z = self.model.encode_decode(batch.seen, draws.mask, None, draws.num_visible, draws.orders)
+            z = self.model.encode_decode(batch.seen, draws.mask, None, draws.num_visible, draws.orders, **batch.shape)
             uncond = head.predict(target, rows(z), rows.draws, tau)
         cond = type(prediction)(*(value.detach() for value in prediction))
         fit = head.fit(head.guided(cond, uncond, rows.spread(w)), target, rows.draws)
@@ -337,6 +346,12 @@ def check_fixed_groups(model, heads: PolicyHeads | None, settings: ObjectiveSett
             f"--train_masks {settings.masks.train_masks} must be random: this model draws {drawn}, and learns "
             "all tokens of an image in one pass"
         )
+
+
+def grid_of_batch(batch, tokenizer) -> tuple[int, int]:
+    """(h, w) of the tokens of images uint8 (b, c, H, W), or of cached ids (b, 2, h, w)."""
+    stride = tokenizer.stride if batch.dtype == torch.uint8 else 1
+    return batch.shape[2] // stride, batch.shape[3] // stride
 
 
 def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:

@@ -28,6 +28,7 @@ from util.evaluation.classifiers import (
     DigitClassifier,
     load_classifier,
 )
+from util.sizes import Size, sides
 
 DINOV2_MODEL = "vit_small_patch14_dinov2"
 # shapes of some weights of OpenAI's ViT-B/32, which the features "clip" come from
@@ -263,7 +264,7 @@ def _find_weights(name: str, weights, source: str | Path) -> Path:
     return path
 
 
-def check_features(name: str, weights=None, img_size: int | None = None) -> str:
+def check_features(name: str, weights=None, img_size: Size | None = None) -> str:
     """Make sure, before any sampling, that these features can be computed; returns the path of their weights.
 
     Arguments and errors as in `build_extractor`. img_size: pixels of the images; of a committed classifier, which does
@@ -271,7 +272,7 @@ def check_features(name: str, weights=None, img_size: int | None = None) -> str:
     """
     extractor, path = build_extractor(name, weights)
     if img_size is not None and FEATURES[name].committed:
-        extractor(torch.zeros(1, 3, img_size, img_size, dtype=torch.uint8))
+        extractor(torch.zeros(1, 3, *sides(img_size), dtype=torch.uint8))
     return str(path)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from util.checkpoint import atomic_file
 from util.evaluation.features import FEATURES, RGBImages, feature_batches
+from util.sizes import Size
 
 
 class Moments:
@@ -47,12 +48,12 @@ class FIDStats:
     sigma: np.ndarray
     num_images: int | None = None
     features: str | None = None
-    img_size: int | None = None
+    img_size: Size | None = None
     split: str | None = None
     source: str = "the statistics"  # for messages
 
-    def check(self, features: str, img_size: int | None = None) -> None:
-        """Raise ValueError unless images of img_size pixels can be compared with these statistics by these features."""
+    def check(self, features: str, img_size: Size | None = None) -> None:
+        """Raise ValueError unless images of this size can be compared with these statistics by these features."""
         if self.features not in (None, features):
             raise ValueError(f"{self.source} holds statistics of {self.features} features, not of {features}")
         if len(self.mu) != (dim := FEATURES[features].dim):

@@ -15,6 +15,7 @@ from util.evaluation.fid_stats import FIDStats, load_fid_stats
 from util.evaluation.metrics import METRICS, check_classes, compute_metrics, digit_metrics, possible_metrics
 from util.images.datasets import build_dataset, labels_of
 from util.images.reading import DEFAULT, MARS_WAY, Reading
+from util.sizes import Size
 
 READ = 2**26  # bytes of a folder's files that are compared
 
@@ -52,7 +53,7 @@ class EvalConfig:
         """With the metrics named that a default leaves open."""
         return replace(self, metrics=",".join(self.metric_names) or "none")
 
-    def check(self, reference, img_size: int | None = None) -> None:
+    def check(self, reference, img_size: Size | None = None) -> None:
         """Raise ValueError, before anything is sampled, where the metrics could not be computed afterwards.
 
         reference: as from `build_reference`. img_size: pixels of the images that will be sampled.
@@ -76,7 +77,7 @@ class EvalConfig:
                 raise ValueError(f"--judge {self.judge}: {error}") from None
 
 
-def build_reference(config: EvalConfig, name: str, data_path, img_size: int, reading: Reading = DEFAULT):
+def build_reference(config: EvalConfig, name: str, data_path, img_size: Size, reading: Reading = DEFAULT):
     """What the metrics compare with: FIDStats with --fid_stats, else the data set `name` in the split --eval_split.
 
     None without metrics. What cannot be read raises ValueError.

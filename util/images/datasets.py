@@ -1,9 +1,10 @@
 """Image datasets and the order in which training visits them.
 
 Every dataset gives ``ds[i] -> (image uint8 (C, H, W), label int, i int)`` and carries ``classes``, ``num_classes``,
-``channels``, ``img_size``, ``flip`` (may an image be mirrored?), ``broken`` and ``num_broken``. Only the permutation of
-`EpochSampler` and what stands in for broken files are random: the training loop flips images itself, from per-sample
-seeds. Files are found by util/images/folders.py and read by util/images/reading.py.
+``channels``, ``img_size`` (see util/sizes.py), ``flip`` (may an image be mirrored?), ``broken``, ``num_broken`` and
+``counts``, how many images in a row have one size (util/images/buckets.py has data sets of several). Only the
+permutation of `EpochSampler` and what stands in for broken files are random: the training loop flips images itself,
+from per-sample seeds. Files are found by util/images/folders.py and read by util/images/reading.py.
 """
 
 import copy
@@ -24,16 +25,19 @@ from tqdm import tqdm
 from util.args import flag
 from util.images.folders import find_images, shown, training_folder
 from util.images.reading import DEFAULT, Reading, center_crop, find_ranges, read_rgb
+from util.sizes import Size, sides, size_of
 
 MEMORY_LIMIT = 2**31  # bytes of pixels that `in_memory` holds
 MUCH_BROKEN = 0.01  # share of unreadable files that is warned about
+CANVASES = {8: None, "8x16": 3, "16x8": 2}  # size -> axis (of images) along which two digits follow each other
 FEW = 16  # draws before all images of a class are shuffled
 
 
 class ImageDataset(Dataset):
     """What all datasets share; sub-classes read image `i` in `__getitem__`."""
 
-    def __init__(self, num_images: int, classes: list[str], channels: int, img_size: int, flip: bool):
+    def __init__(self, num_images: int, classes: list[str], channels: int, img_size: Size, flip: bool):
+        self.counts = (num_images,)
         self.classes = list(classes)
         self.num_classes = len(classes)  # 1 for unconditional data
         self.channels = channels
@@ -69,10 +73,10 @@ class ImageDataset(Dataset):
 
 
 class MemoryDataset(ImageDataset):
-    """Images held as one uint8 tensor (N, C, H, H), labels as N ints."""
+    """Images held as one uint8 tensor (N, C, H, W), labels as N ints."""
 
     def __init__(self, images: torch.Tensor, labels, classes: list[str], flip: bool):
-        super().__init__(len(images), classes, images.shape[1], images.shape[2], flip)
+        super().__init__(len(images), classes, images.shape[1], size_of(*images.shape[2:]), flip)
         self.images = images.contiguous()
         self.labels = torch.as_tensor(labels, dtype=torch.long)
         assert images.dtype == torch.uint8 and len(self.labels) == len(images)
@@ -83,14 +87,14 @@ class MemoryDataset(ImageDataset):
 
 
 class FolderDataset(ImageDataset):
-    """Image files, read as RGB and center-cropped to (3, img_size, img_size).
+    """Image files, read as RGB and center-cropped to (3, H, W), the sides of img_size.
 
     A file that cannot be read is named in one warning, and a readable one of its class stands in for it: drawn from
     (seed, epoch, index) alone, see `set_epoch`. Of a class without any, one of the other classes, with its own label.
     No readable file at all: ValueError.
     """
 
-    def __init__(self, folder: Path, samples: list, classes: list[str], img_size: int, reading: Reading = DEFAULT):
+    def __init__(self, folder: Path, samples: list, classes: list[str], img_size: Size, reading: Reading = DEFAULT):
         super().__init__(len(samples), classes, 3, img_size, reading.flip)
         self.folder = folder
         self.samples = samples  # (path, label) of each
@@ -146,10 +150,11 @@ def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
 
     num_workers: processes that read. Shows a progress bar.
     """
-    size = images.channels * images.img_size**2 * len(images)
+    height, width = sides(images.img_size)
+    size = images.channels * height * width * len(images)
     if isinstance(images, MemoryDataset) or size > MEMORY_LIMIT:
         return images
-    pixels = torch.empty(len(images), images.channels, images.img_size, images.img_size, dtype=torch.uint8)
+    pixels = torch.empty(len(images), images.channels, height, width, dtype=torch.uint8)
     labels = torch.empty(len(images), dtype=torch.long)
     with tqdm(total=len(images), unit="image", desc="reading", leave=False) as progress:
         for batch, batch_labels, indices in DataLoader(images, batch_size=64, num_workers=num_workers):
@@ -170,6 +175,27 @@ def build_digits(*, data_path=None, img_size=None, split="train", download=True,
     digits = load_digits()
     images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     return MemoryDataset(images, digits.target, [str(name) for name in digits.target_names], flip=False)
+
+
+def build_canvases(*, data_path=None, img_size=None, split="train", download=True, reading=None) -> MemoryDataset:
+    """Canvases of digits: 1,797 (1, 8, 8) of one, or (1, 8, 16) of two side by side, or (1, 16, 8) one above the other.
+
+    A canvas of two counts on: its class is the first digit, the second one is a scan of the next, 0 after 9. Each scan
+    comes first on one canvas of a size. Other sizes, and what `build_digits` refuses, raise ValueError.
+    """
+    size = 8 if img_size is None else img_size
+    if size not in CANVASES:
+        raise ValueError(f"img_size is {size}, but canvases have {', '.join(map(str, CANVASES))}")
+    digits = build_digits(data_path=data_path, split=split)
+    if size == 8:
+        return digits
+    places, rng = {d: (digits.labels == d).nonzero()[:, 0].numpy() for d in range(10)}, np.random.default_rng(0)
+    second = np.empty(len(digits), dtype=np.int64)
+    for digit, own in places.items():
+        following = rng.permutation(places[(digit + 1) % 10])
+        second[own] = np.resize(following, len(own))
+    pair = (digits.images, digits.images[torch.from_numpy(second)])
+    return MemoryDataset(torch.cat(pair, dim=CANVASES[size]), digits.labels, digits.classes, flip=False)
 
 
 class Source(NamedTuple):
@@ -210,7 +236,7 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
     warning and are no class. ValueError: no such folder, no image, no readable image, splits in the place of classes.
     """
     img_size = 256 if img_size is None else img_size
-    if img_size < 1:
+    if min(sides(img_size)) < 1:
         raise ValueError(f"img_size is {img_size}, expected at least 1")
     if not data_path:
         raise ValueError("imagefolder needs data_path: a folder with train/<class>/*, <class>/* or plain images")
@@ -227,6 +253,7 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
 
 DATASETS = {
     "digits": build_digits,
+    "canvases": build_canvases,
     "cifar10": partial(build_torchvision, Source("CIFAR10", 32, True, "cifar-10-batches-py/*")),
     "mnist": partial(build_torchvision, Source("MNIST", 28, False, "MNIST/raw/*-ubyte")),
     "fashion_mnist": partial(build_torchvision, Source("FashionMNIST", 28, True, "FashionMNIST/raw/*-ubyte")),
@@ -272,16 +299,22 @@ class EpochSampler(Sampler):
 
     The permutation depends on (seed, epoch) only, so that runs resume and one process with the same global batch sees
     the same batches. An incomplete last batch is dropped; fewer samples than one global batch: ValueError.
+
+    counts: of samples of several sizes, one size after the other, how many each has. A global batch is then of one
+    size, filled with those of it in the order of the permutation; the batches of all sizes come in a random order,
+    which depends on (seed, epoch) too. Each size drops its own incomplete batch, and needs at least one.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, counts=None):
         assert 0 <= rank < world_size
         if batch_size < 1 or seed < 0:
             raise ValueError(f"batch_size is {batch_size} and seed {seed}, expected at least 1 and 0")
         self.global_batch = batch_size * world_size
-        if num_samples < self.global_batch:
+        self.counts = (num_samples,) if counts is None else tuple(counts)
+        assert sum(self.counts) == num_samples
+        if (least := min(self.counts)) < self.global_batch:
             need = f"{self.global_batch} ({batch_size} x {world_size} processes)"
-            raise ValueError(f"{num_samples} images do not fill one global batch of {need}: lower --batch_size")
+            raise ValueError(f"{least} images do not fill one global batch of {need}: lower --batch_size")
         self.num_samples, self.batch_size, self.seed, self.rank = num_samples, batch_size, seed, rank
         self.set_epoch(0)
 
@@ -292,16 +325,28 @@ class EpochSampler(Sampler):
         self.epoch, self.start_batch = epoch, start_batch
 
     def __len__(self) -> int:
-        return self.num_samples // self.global_batch
+        return num_batches(self.counts, self.global_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_samples)
-        for batch in range(self.start_batch, len(self)):
-            start = batch * self.global_batch + self.rank * self.batch_size
-            yield order[start : start + self.batch_size].tolist()
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order, batches, end = rng.permutation(self.num_samples), [], 0
+        for count in self.counts:
+            start, end = end, end + count
+            own = order[(start <= order) & (order < end)]
+            batches += own[: count // self.global_batch * self.global_batch].reshape(-1, self.global_batch).tolist()
+        if len(self.counts) > 1:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        first = self.rank * self.batch_size
+        for batch in batches[self.start_batch :]:
+            yield batch[first : first + self.batch_size]
 
 
-def _check_native_size(name: str, img_size: int | None, native: int) -> None:
+def num_batches(counts: tuple[int, ...], batch_size: int) -> int:
+    """Whole batches of one size each in an epoch of so many images of each size."""
+    return sum(count // batch_size for count in counts)
+
+
+def _check_native_size(name: str, img_size: Size | None, native: int) -> None:
     if img_size not in (None, native):
         raise ValueError(f"img_size is {img_size}, but {name} images are {native} pixels wide: use {native}")
 

@@ -23,6 +23,8 @@ from util.images.reading import MARS_WAY
 
 def image_names(dataset: ImageDataset) -> list[str]:
     """A different name for each image: its path below the data set's folder, else <class>/<number>."""
+    if isinstance(getattr(dataset, "parts", [None])[0], FolderDataset):  # of several sizes
+        return [name for part in dataset.parts for name in image_names(part)]
     if isinstance(dataset, FolderDataset):
         prefix = len(os.path.join(dataset.folder, ""))
         return [_short(path[prefix:].replace(os.sep, "/")) for path, _ in dataset.samples]

@@ -29,6 +29,7 @@ from util.args import check_values
 from util.images.datasets import FolderDataset, ImageDataset
 from util.images.folders import walk
 from util.images.reading import Reading, stored_reading
+from util.sizes import Size, sides
 
 VERSION = 1
 AGAIN = "run scripts/cache_latents.py again to make it anew"
@@ -122,8 +123,8 @@ class Latents:
                 f"the tokenizer {name} has {tokenizer.codebook_size}: give the --tokenizer that made them, or make "
                 "another cache with scripts/cache_latents.py"
             )
-        side = self.img_size // tokenizer.stride
-        expected = tokenizer.ids_shape(self.img_size) if discrete else (tokenizer.moment_channels, side, side)
+        grid = (side // tokenizer.stride for side in sides(self.img_size))
+        expected = tokenizer.ids_shape(self.img_size) if discrete else (tokenizer.moment_channels, *grid)
         if tuple(self.shape) != expected:
             raise ValueError(
                 f"the latents in {self.folder} have the shape {tuple(self.shape)}, those of the tokenizer {name} at "
@@ -206,7 +207,7 @@ class NpzLatents(Latents, FolderDataset):
     that the index does not know, raise ValueError.
     """
 
-    def __init__(self, folder: Path, index: dict | None, img_size: int | None = None):
+    def __init__(self, folder: Path, index: dict | None, img_size: Size | None = None):
         stored = find_npz(folder)
         if index is None:
             classes = sorted({name.split("/")[0] for name in stored if "/" in name})
@@ -260,7 +261,7 @@ def find_npz(folder: Path, system: bool = False) -> list[str]:
 FORMATS = {"packed": PackedLatents, "npz": NpzLatents}
 
 
-def open_latents(folder, img_size: int | None = None) -> PackedLatents | NpzLatents:
+def open_latents(folder, img_size: Size | None = None) -> PackedLatents | NpzLatents:
     """The data set of a cache in any of the formats, of images of img_size pixels.
 
     A folder without a cache, an unfinished or damaged cache, or one of another image size raises ValueError.

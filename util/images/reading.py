@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageColor
 
 from util.args import flag, parse_range, pick
+from util.sizes import Size, sides
 
 # Pillow knows their names, but reads them not at all (a library of its own is missing) or through another program
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}
@@ -28,6 +29,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF orientation -> what undoes it
+LYING = (5, 6, 7, 8)  # those that exchange height and width
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,13 @@ def read_rgb(path: str, reading: Reading = DEFAULT, ranges: dict | None = None) 
                 image = Image.alpha_composite(Image.new("RGBA", image.size, colour), image)
         image = image.convert("RGB")
         return image if turn is None else image.transpose(turn)
+
+
+def picture_sides(path: str, reading: Reading = DEFAULT) -> tuple[int, int]:
+    """(height, width) of a picture as `read_rgb` would give it, from its header. Raises what PIL raises."""
+    with _open(path) as image:
+        turned = reading.exif and _orientation(image) in LYING
+        return image.size if turned else image.size[::-1]
 
 
 def _open(path: str) -> Image.Image:
@@ -269,14 +278,15 @@ def find_ranges(paths: list[str], reading: Reading, folder: str) -> dict[str, tu
 # -------------------------------------------------------------------------------------------------------- cropping
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the shorter side of an image to `size` pixels and cut out the central (size, size) square (ADM)."""
-    while min(image.size) >= 2 * size:  # box filters halve it first: bicubic alone would leave aliasing
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """Scale an image until it just covers a size, and cut out its centre of that size (of squares as ADM does)."""
+    high, wide = sides(size)
+    while image.width >= 2 * wide and image.height >= 2 * high:  # box filters halve it: bicubic would leave aliasing
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(wide / image.width, high / image.height)
     width, height = round(image.width * scale), round(image.height * scale)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = (width - wide) // 2, (height - high) // 2
     # Only the cropped part of the (width, height) image is computed: of a 1 x 10,000 strip the whole has gigabytes.
     sx, sy = image.width / width, image.height / height
-    box = (left * sx, top * sy, min((left + size) * sx, image.width), min((top + size) * sy, image.height))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    box = (left * sx, top * sy, min((left + wide) * sx, image.width), min((top + high) * sy, image.height))
+    return image.resize((wide, high), Image.Resampling.BICUBIC, box=box)

@@ -35,10 +35,10 @@ function drawStripOf(run) {
     const sheet = sheetOf(run, step), x = names + step * (side + 1);
     context.fillText(step + 1, x + 2, 11);
     if (!sheet) return;
-    const { width, height } = sizeOf(sheet, count);
+    const { width, height } = sizeOf(sheet, count), scale = side / Math.max(width, height);
     for (let i = 0; i < count; i++) {
       const from = [(i % sheet.columns) * width, Math.floor(i / sheet.columns) * height, width, height];
-      context.drawImage(sheet.image, ...from, x, 16 + i * (side + 1), side, side);
+      context.drawImage(sheet.image, ...from, x, 16 + i * (side + 1), width * scale, height * scale);
     }
   });
   run.begin.names.forEach((name, i) => {

@@ -22,7 +22,7 @@ function pixels(canvas) {
 // |A − B| of what the two canvases show, four times as bright; the mean difference in grey levels.
 function drawDifference() {
   const a = $("compare-a"), b = $("compare-b"), canvas = $("compare-difference");
-  if (a.width !== b.width) {
+  if (a.width !== b.width || a.height !== b.height) {
     $("compare-difference-text").textContent = "the two have pictures of different sizes";
     return;
   }
@@ -34,7 +34,7 @@ function drawDifference() {
     sum += difference;
     one.data[i] = Math.min(255, 4 * difference);
   }
-  canvas.width = canvas.height = a.width;
+  resize(canvas, a.width, a.height);
   canvas.getContext("2d").putImageData(one, 0, 0);
   $("compare-difference-text").textContent = "difference, four times as bright; mean " + number(sum / (one.data.length * 0.75)) + " grey levels";
 }

@@ -142,5 +142,5 @@ function tokensOf(run, image) {
 }
 
 function lengthOf(run) {
-  return run.begin.layout.reduce((sum, grid) => sum + grid.side * grid.side, 0);
+  return run.begin.layout.reduce((sum, grid) => sum + grid.rows * grid.columns, 0);
 }

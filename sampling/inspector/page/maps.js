@@ -25,18 +25,18 @@ function meaningOf(name, begin) {
   return begin.discrete ? "log p of the id that was drawn" : "standard deviation over further draws of the token; 0 is sure";
 }
 
-// Where the grids of several scales stand in a map: boxes of one size, row by row.
-function cellInMap(layout, position, side) {
-  const index = layout.findIndex((grid) => position >= grid.start && position < grid.start + grid.side * grid.side);
-  const columns = Math.ceil(Math.sqrt(layout.length)), box = side / columns, grid = layout[index];
-  const inner = layout.length > 1 ? box * 0.92 : box, place = position - grid.start, cell = inner / grid.side;
-  const x = (index % columns) * box, y = Math.floor(index / columns) * box;
-  return { x: x + (place % grid.side) * cell, y: y + Math.floor(place / grid.side) * cell, w: cell, h: cell };
+// Where the grids of several scales stand in a map of this size: boxes of one size, row by row.
+function cellInMap(layout, position, width, height) {
+  const grid = gridOf(layout, position), index = layout.indexOf(grid), { row, column } = placeIn(grid, position);
+  const boxes = Math.ceil(Math.sqrt(layout.length)), filled = (layout.length > 1 ? 0.92 : 1) / boxes;
+  const w = (width * filled) / grid.columns, h = (height * filled) / grid.rows;
+  const x = ((index % boxes) * width) / boxes, y = (Math.floor(index / boxes) * height) / boxes;
+  return { x: x + column * w, y: y + row * h, w, h };
 }
 
 function positionInMap(layout, length, x, y) {
   for (let position = 0; position < length; position++) {
-    const cell = cellInMap(layout, position, 1);
+    const cell = cellInMap(layout, position, 1, 1);
     if (x >= cell.x && x < cell.x + cell.w && y >= cell.y && y < cell.y + cell.h) return position;
   }
   return null;
@@ -68,30 +68,33 @@ function buildMaps() {
 function drawMaps() {
   const run = state.runs.a;
   if (!run || !run.begin) return;
-  const tokens = tokensOf(run, state.image), layout = run.begin.layout;
+  const tokens = tokensOf(run, state.image), layout = run.begin.layout, finest = layout[layout.length - 1];
+  const width = 160, height = Math.round((width * finest.rows) / finest.columns);
+  const cellOf = (position) => cellInMap(layout, position, width, height);
   for (const [name, title] of MAPS) {
     const { canvas, low, high, text, figure } = mapCanvases[name];
     const values = [...tokens].map(([position, token]) => [position, token[name], token.index]).filter(([, v]) => v !== null && v !== undefined);
     figure.hidden = !values.length && !["step", "tau", "cfg"].includes(name);
     figure.title = meaningOf(name, run.begin);
-    const context = canvas.getContext("2d"), side = canvas.width;
-    context.clearRect(0, 0, side, side);
+    resize(canvas, width, height);
+    const context = canvas.getContext("2d");
+    context.clearRect(0, 0, width, height);
     const numbers = values.map(([, value]) => value + (name === "step" ? 1 : 0));
     const least = Math.min(...numbers), most = Math.max(...numbers), constant = most - least < 1e-4 * Math.max(1, Math.abs(most));
     for (const [position, value, index] of values) {
-      const shown = value + (name === "step" ? 1 : 0), cell = cellInMap(layout, position, side);
+      const shown = value + (name === "step" ? 1 : 0), cell = cellOf(position);
       context.globalAlpha = index > state.step ? 0.25 : 1;
       context.fillStyle = css(colour(constant ? 0.5 : (shown - least) / (most - least)));
       context.fillRect(cell.x, cell.y, cell.w + 0.5, cell.h + 0.5);
     }
     context.globalAlpha = 1;
-    if (name === "step" && run.steps.length === tokens.size) drawPath(context, layout, tokens, side);
+    if (name === "step" && run.steps.length === tokens.size) drawPath(context, cellOf, tokens);
     context.strokeStyle = "#f5821f";
     context.lineWidth = 1.5;
-    for (const [position, token] of tokens) if (token.index === state.step) strokeCell(context, cellInMap(layout, position, side));
+    for (const [position, token] of tokens) if (token.index === state.step) strokeCell(context, cellOf(position));
     context.strokeStyle = "#1f8fff";
     context.lineWidth = 3;
-    for (const position of [state.hover, state.token]) if (position !== null) strokeCell(context, cellInMap(layout, position, side));
+    for (const position of [state.hover, state.token]) if (position !== null) strokeCell(context, cellOf(position));
     text.textContent = titleOf(name, title, run.begin) + (numbers.length && constant ? ": " + number(least) + " for all" : "");
     low.textContent = numbers.length ? number(least) : "";
     high.textContent = numbers.length ? number(most) : "";
@@ -103,25 +106,25 @@ function strokeCell(context, cell) {
 }
 
 // The order of a model that draws one token a step, as a line through them.
-function drawPath(context, layout, tokens, side) {
+function drawPath(context, cellOf, tokens) {
   const ordered = [...tokens].filter(([, token]) => token.index <= state.step).sort((a, b) => a[1].index - b[1].index);
   context.strokeStyle = "rgba(255, 255, 255, 0.8)";
   context.lineWidth = 1;
   context.beginPath();
   for (const [position] of ordered) {
-    const cell = cellInMap(layout, position, side);
+    const cell = cellOf(position);
     context.lineTo(cell.x + cell.w / 2, cell.y + cell.h / 2);
   }
   context.stroke();
 }
 
 function neighboursKnown(run, tokens, position) {
-  const grid = gridOf(run.begin.layout, position), own = tokens.get(position), place = position - grid.start;
-  const row = Math.floor(place / grid.side), column = place % grid.side, known = [];
+  const grid = gridOf(run.begin.layout, position), own = tokens.get(position), known = [];
+  const { row, column } = placeIn(grid, position);
   for (const [name, down, right] of [["above", -1, 0], ["left", 0, -1], ["right", 0, 1], ["below", 1, 0]]) {
     const r = row + down, c = column + right;
-    if (r < 0 || c < 0 || r >= grid.side || c >= grid.side) continue;
-    const other = tokens.get(grid.start + r * grid.side + c);
+    if (r < 0 || c < 0 || r >= grid.rows || c >= grid.columns) continue;
+    const other = tokens.get(positionIn(grid, r, c));
     if (!other || (own && other.index < own.index)) known.push(name);
   }
   return known.length ? known.join(", ") : "none";
@@ -130,10 +133,10 @@ function neighboursKnown(run, tokens, position) {
 function showToken() {
   const run = state.runs.a, position = state.hover === null ? state.token : state.hover;
   if (!run || !run.begin || position === null) return;
-  const grid = gridOf(run.begin.layout, position), place = position - grid.start;
+  const grid = gridOf(run.begin.layout, position), { row, column } = placeIn(grid, position);
   const tokens = tokensOf(run, state.image), token = tokens.get(position);
-  const where = "row " + (Math.floor(place / grid.side) + 1) + ", column " + ((place % grid.side) + 1);
-  const scale = run.begin.layout.length > 1 ? ["scale", grid.side + "×" + grid.side] : null;
+  const where = "row " + (row + 1) + ", column " + (column + 1);
+  const scale = run.begin.layout.length > 1 ? ["scale", shapeOf(grid)] : null;
   const rows = [["token", position], ["place", where], scale];
   if (!token) rows.push(["step", run.end ? "known from the start" : "not drawn yet"]);
   else {

@@ -7,7 +7,8 @@ function pointedAt(event) {
   const run = state.runs.a, canvas = $("picture"), box = canvas.getBoundingClientRect();
   if (!run || !run.begin) return null;
   const layout = run.begin.layout, grid = painting() || layout.length === 1 ? layout[layout.length - 1] : layout[Math.min(state.step, layout.length - 1)];
-  return positionAt(layout, grid, (event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+  const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+  return positionIn(grid, Math.floor(y * grid.rows), Math.floor(x * grid.columns));
 }
 
 function paint(position, on) {
@@ -37,14 +38,11 @@ function wirePicture() {
   canvas.addEventListener("keydown", (event) => {
     const run = state.runs.a;
     if (!run || !run.begin) return;
-    const finest = run.begin.layout[run.begin.layout.length - 1], side = finest.side;
-    const place = state.token === null ? 0 : Math.max(0, state.token - finest.start);
-    const row = Math.floor(place / side), column = place % side;
+    const finest = run.begin.layout[run.begin.layout.length - 1];
+    const { row, column } = placeIn(finest, state.token === null ? finest.start : Math.max(finest.start, state.token));
     const moves = { ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1], ArrowUp: [row - 1, column], ArrowDown: [row + 1, column] };
-    if (event.key in moves) {
-      const [r, c] = moves[event.key].map((v) => Math.min(side - 1, Math.max(0, v)));
-      selectToken(finest.start + (state.token === null ? 0 : r * side + c));
-    } else if ((event.key === "Enter" || event.key === " ") && state.token !== null && painting()) paint(state.token, !state.painted.has(state.token));
+    if (event.key in moves) selectToken(state.token === null ? finest.start : positionIn(finest, ...moves[event.key]));
+    else if ((event.key === "Enter" || event.key === " ") && state.token !== null && painting()) paint(state.token, !state.painted.has(state.token));
     else return;
     event.preventDefault();
   });

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 
 from models.kv_cache import check_prefix
 from sampling.trace import GREY
 from util.images.datasets import read_rgb
 from util.images.pictures import make_grid
+from util.images.reading import open_picture
 
 MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
 WHITE = 128  # least grey level of a pixel to generate
@@ -106,17 +108,28 @@ def _read(flag: str, path: str, mode: str, size: int) -> np.ndarray:
     return read_picture(f"--{flag} {path}", path, mode, size)
 
 
+def _size_of(file) -> tuple[int, int]:
+    """Width and height as a picture's head says them: nothing is unpacked, however many pixels there are."""
+    with open_picture(file) as picture:
+        size = picture.size
+    if hasattr(file, "seek"):
+        file.seek(0)
+    return size
+
+
 def read_picture(name: str, file, mode: str, size: int) -> np.ndarray:
     """uint8 (size, size, C) of a picture, a path or an open file; name: what an error calls it.
 
     mode: one of MODES. One that is no picture or has another size raises ValueError.
     """
     try:
-        picture = read_rgb(file).convert(mode)
+        width, height = _size_of(file)
+        picture = read_rgb(file).convert(mode) if (width, height) == (size, size) else None
+    except UnidentifiedImageError:  # whose text names the object that an open file is
+        raise ValueError(f"{name} cannot be read as a picture: its format is not known") from None
     except Exception as error:  # PIL raises almost any type for damaged files
         raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from None
-    if picture.size != (size, size):
-        width, height = picture.size
+    if picture is None:
         raise ValueError(f"{name} has {width}x{height} pixels, the model makes pictures of {size}x{size}")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

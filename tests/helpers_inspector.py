@@ -18,6 +18,7 @@ from scripts.inspector import setting_choices
 from tests.helpers import named_weights, on_cpu, tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_ids import GreyIds, tiny_ids
+from tests.helpers_maskgil import tiny_maskgil
 from tests.helpers_var import fill_by_name
 
 SCALES = (1, 2, 4)
@@ -37,12 +38,15 @@ def tiny_gallery() -> dict[str, Loaded]:
     """A model of each family, by name."""
     mar = tiny_mar()
     heads = named_weights(PolicyHeads(mar.width), scale=0.5).eval()
+    maskgil = tiny_maskgil()
+    confident = named_weights(PolicyHeads(maskgil.width), scale=0.5).eval()
     parts = {
         "mar": on_cpu(mar, build_tokenizer("pixel", channels=1), heads),
         "ids": on_cpu(tiny_ids(), GreyIds()),
         "mar_ar": on_cpu(tiny_ar(), GreyIds()),
         "causal_gpt": on_cpu(tiny_gpt(img_size=8), GreyIds()),
         "var": on_cpu(*tiny_var()),
+        "maskgil": on_cpu(maskgil, GreyIds(), confident),
     }
     classes = {name: [f"class {i}" for i in range(each.model.config.class_num)] for name, each in parts.items()}
     return {name: Loaded(name, f"runs/{name}", each, classes[name], BASE) for name, each in parts.items()}

@@ -25,9 +25,9 @@ from tests.helpers import untrained
 from tests.helpers_inspector import Client, end_of, serving, steps_of, tiny_gallery
 from util.images.pictures import read_png
 
-FAMILIES = ("mar", "ids", "mar_ar", "causal_gpt", "var")
-QUICK = (*FAMILIES[:3], pytest.param("causal_gpt", marks=pytest.mark.slow), "var")
-FREE = ("mar", "ids")  # those whose groups are free
+FAMILIES = ("mar", "ids", "mar_ar", "causal_gpt", "var", "maskgil")
+QUICK = (*FAMILIES[:3], pytest.param("causal_gpt", marks=pytest.mark.slow), "var", "maskgil")
+FREE = ("mar", "ids", "maskgil")  # those whose groups are free
 
 
 @pytest.fixture(scope="module")

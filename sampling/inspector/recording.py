@@ -148,11 +148,9 @@ class Watch:
             positions = selected[row].nonzero().flatten().tolist()
             item = {"image": image, "unknown": int(state.num_unknown[row]), "positions": positions}
             for name in MAPS:
-                item[name] = [
-                    None if math.isnan(v) else round(v, 5) for v in self.maps[name][image, positions].tolist()
-                ]
+                item[name] = list(map(finite, self.maps[name][image, positions].tolist()))
             base = {"tau": hand_made.tau, "cfg": hand_made.cfg}
-            item["base"] = {name: round(float(value[row].mean()), 5) for name, value in base.items()}
+            item["base"] = {name: finite(float(value[row].mean())) for name, value in base.items()}
             item["base"]["group"] = int(group[row])
             result.append(item)
         return result
@@ -193,6 +191,11 @@ class Watch:
         return picture
 
 
+def finite(value: float) -> float | None:
+    """Rounded for a page; None for what JSON has no number for."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
 def _some(guided, rows):
     """`guided` as the sampler takes it: None where that is all rows, or none."""
     return None if len(guided) in (0, len(rows)) else guided
@@ -204,13 +207,13 @@ def record(spec: Spec, emit: Callable, frames: bool = True) -> Recording:
 
     What was steered by the last step holds for these regions from their first.
     """
-    run = SamplingRun(spec.loaded.parts, spec.sampling, spec.labels, spec.seed, None, spec.edit)
+    run = SamplingRun(spec.parts(), spec.sampling, spec.labels, spec.seed, None, spec.edit)
     watch = sample(spec, run, emit, frames=frames)
     recording = kept(run, watch, watch.images)
     later = sorted(spec.changes, key=lambda change: change.step)
     spec = replace(spec, changes=tuple(replace(change, step=0, next=()) for change in later))
     for redo in spec.redo:
-        run = SamplingRun(spec.loaded.parts, spec.sampling, spec.labels, redo.seed, None, None)
+        run = SamplingRun(spec.parts(), spec.sampling, spec.labels, redo.seed, None, None)
         count = len(spec.labels)
         mask = torch.from_numpy(redo.unknown)[None]
         run.known = dict(tokens=recording.tokens[-1], mask=mask.expand(count, -1))

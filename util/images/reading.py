@@ -120,7 +120,7 @@ def read_rgb(path: str, reading: Reading = DEFAULT, ranges: dict | None = None) 
     ValueError on values that make no sense and on a decompression bomb (above 179 million pixels, twice
     Image.MAX_IMAGE_PIXELS).
     """
-    with _open(path) as image:
+    with open_picture(path) as image:
         deep = _deep_values(image, path, reading)
         image.load()
         turn = TURNS.get(_orientation(image)) if reading.exif else None
@@ -136,9 +136,10 @@ def read_rgb(path: str, reading: Reading = DEFAULT, ranges: dict | None = None) 
         return image if turn is None else image.transpose(turn)
 
 
-def _open(path: str) -> Image.Image:
+def open_picture(path: str) -> Image.Image:
+    """A picture of which only the head is read yet; ValueError for a decompression bomb."""
     try:
-        return Image.open(path)  # reads the header only
+        return Image.open(path)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error).rstrip(".")) from None
 
@@ -245,7 +246,7 @@ def find_ranges(paths: list[str], reading: Reading, folder: str) -> dict[str, tu
     extremes = {}
     for i in range(0, len(paths), max(1, len(paths) // SAMPLED)):
         try:
-            with _open(paths[i]) as image:
+            with open_picture(paths[i]) as image:
                 values = _deep_values(image, paths[i], reading)
         except Exception:  # named when it is read
             continue

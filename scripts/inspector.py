@@ -147,7 +147,10 @@ def main(argv=None) -> int:
     dtype = dist.pick_dtype(args.dtype, device)
     share_cores()
     names, options = names_of(args.checkpoint), (pick(LoadArgs, vars(args)), args.text_encoder)
-    serve(args, {name: load(place, name, device, dtype, *options) for name, place in zip(names, args.checkpoint)})
+    gallery = {name: load(place, name, device, dtype, *options) for name, place in zip(names, args.checkpoint)}
+    if args.text_encoder is not None and not any(loaded.encoder for loaded in gallery.values()):
+        raise ValueError(f"--text_encoder {args.text_encoder} has no meaning: no --checkpoint is of text")
+    serve(args, gallery)
     return 0
 
 

@@ -108,7 +108,7 @@ class Watch:
         self.drawing += seconds
         row_of = {image: row for row, image in enumerate(self.state.images.tolist())}
         image, position = rows.T
-        row = torch.tensor([row_of[i] for i in image.tolist()])
+        row = torch.tensor([row_of[i] for i in image.tolist()], dtype=torch.long)  # there may be none
         drawn_with = {"tau": plan.tau[row, position], "cfg": plan.cfg[row, position]}
         drawn_with["rank"] = self.ranks()[row, position]
         sure = self.sureness(plan, rows, row, tokens)
@@ -161,7 +161,7 @@ class Watch:
         tau, cfg = plan.tau[row, rows[:, 1]], plan.cfg[row, rows[:, 1]]
         if self.discrete:
             places = {pair: i for i, pair in enumerate(map(tuple, asked.tolist()))}
-            kept = torch.tensor([places[pair] for pair in map(tuple, rows.tolist())])
+            kept = torch.tensor([places[pair] for pair in map(tuple, rows.tolist())], dtype=torch.long)
             all_tau, all_cfg = torch.ones(len(asked)), torch.ones(len(asked))
             all_tau[kept], all_cfg[kept] = tau.cpu(), cfg.cpu()
             ids = torch.zeros(len(asked), dtype=torch.long)  # of what was not kept any id does

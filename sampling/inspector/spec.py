@@ -27,6 +27,7 @@ from util.args import defaults, pick, read_texts
 from util.images.captions import clean
 
 MOST_IMAGES, MOST_CHANGES, MOST_REDOS, MOST_DRAWS = 64, 256, 16, 16
+MOST_SEED = 2**53 - 1  # the largest whole number that a page has
 MOST_STEPS = 4096  # autoregressive ones, and those of the token head, of a request
 MOST_CHARACTERS = 1000  # of a prompt
 
@@ -167,7 +168,7 @@ def read_spec(request, gallery: dict[str, Loaded]) -> Spec:
         sampling=sampling,
         conditions=conditions,
         labels=_labels(request.get("labels", [0]), len(conditions)),
-        seed=whole(request, "seed", 1, 0, 2**63 - 1),
+        seed=whole(request, "seed", 1, 0, MOST_SEED),
         changes=tuple(_change(item, sampling, loaded, len(conditions)) for item in changes),
         redo=tuple(_redo(item, loaded) for item in _list(request, "redo", MOST_REDOS)),
         sure=whole(request, "sure", 0, 0, MOST_DRAWS),
@@ -276,7 +277,7 @@ def tokens_of(loaded: Loaded, grid: np.ndarray) -> np.ndarray:
 
 def _redo(item: dict, loaded: Loaded) -> Redo:
     _check_keys(item, ("region", "seed"), "redo")
-    return Redo(tokens_of(loaded, _grid(item, "region", loaded)), whole(item, "seed", 1, 0, 2**63 - 1))
+    return Redo(tokens_of(loaded, _grid(item, "region", loaded)), whole(item, "seed", 1, 0, MOST_SEED))
 
 
 def _edit(item, loaded: Loaded) -> Edit | None:

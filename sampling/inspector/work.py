@@ -103,7 +103,7 @@ class Worker:
             if self.current is not None:
                 self.current.cancelled.set()
             self.changed.notify()
-        self.thread.join(timeout=10)
+        self.thread.join(timeout=3)  # a step of a large model takes longer, and is not waited for
 
     def _work(self):
         while (job := self._next()) is not None:

@@ -21,9 +21,9 @@ import torch
 from engine_mar import evaluate
 from heads.policy import load_heads
 from heads.schedules import needed_steps
-from models.families import SIZES, takes_any_size
+from models.families import takes_any_size
 from models.int8 import fast_dtype, quantize
-from models.loading import find_places, load_model, looked_for
+from models.loading import LoadArgs, find_places, looked_for
 from models.text import reads_text
 from sampling.editing import Edit, editing_defaults, open_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
@@ -43,7 +43,6 @@ from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
 from util.images.reading import Reading, stored_reading
 from util.rng import DEFAULT_SEED, seed_of
-from util.sizes import Size, image_size
 
 __all__ = ["load_samples", "main"]  # the samples of a setting's folder: images and labels
 
@@ -51,7 +50,7 @@ GRID_ROWS, EDIT_COLUMNS = 5, 8
 
 
 @dataclass(frozen=True)
-class SampleArgs:
+class SampleArgs(LoadArgs):
     """Which checkpoint, which classes, where to."""
 
     checkpoint: str | None = flag(None, "folder or file of the checkpoint")
@@ -67,7 +66,6 @@ class SampleArgs:
     prefix_share: float | None = flag(
         None, f"share of the tokens that it draws, raised to whole rows (default: {DEFAULT_SHARE})", low=0, high=1
     )
-    no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
     fast: bool = flag(
         False,
         " ".join(f"--{k} {v}" for k, v in FAST.items())
@@ -75,16 +73,6 @@ class SampleArgs:
     )
     seed: int = flag(DEFAULT_SEED, "image i depends on (seed, i) only", low=0, high=2**63 - 1)
     data_path: str | None = flag(None, "folder of the reference images (default: the training data)")
-    model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
-    img_size: Size | None = flag(
-        None,
-        "pixels of a side, or HxW: of a model for any size (default: as trained), of a published checkpoint (256)",
-        type=image_size,
-        metavar="SIZE",
-    )
-    diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
-    diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
-    vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
     edit_image: str | None = flag(
         None, "picture to keep a part of; makes one for each label unless --num_images is given"
     )
@@ -257,9 +245,8 @@ def open_reference(evaluation: EvalConfig, config: dict, args: SampleArgs, sourc
 
 def run(args: SampleArgs, given: dict) -> int:
     """Sample and measure all settings, one after the other; all of them are checked before the first is sampled."""
-    sizes = {k: getattr(args, k) for k in ("model", "img_size", "diffloss_d", "diffloss_w", "vae_path")}
     content = load_checkpoint(args.checkpoint)
-    model, tokenizer, config = load_model(content, ema=not args.no_ema, place=args.checkpoint, **sizes)
+    model, tokenizer, config = args.load(content, args.checkpoint)
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     check_asked(config, args.prompts, args.text_encoder, args.class_labels)

@@ -1,18 +1,41 @@
 """From a checkpoint to a model that samples, ours or a published one."""
 
 import os
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from models.families import FAMILIES, SIZES, family_of, takes_any_size, tokens_of
 from models.token_head import LOSSES
 from models.tokenizers import tokenizer_of
-from util.args import check_values, pick
+from util.args import check_values, flag, pick
 from util.checkpoint import find_stored, load_checkpoint, load_weights
 from util.foreign import some_weights, type_of
 from util.images.reading import Reading
+from util.sizes import Size, image_size
 
 # what a checkpoint of a model of text has in config["text"]
 TEXT = dict(encoder=str, fingerprint=str, width=int, num_tokens=int)
+
+
+@dataclass(frozen=True)
+class LoadArgs:
+    """Which weights of a checkpoint, and what a published file does not say of itself."""
+
+    no_ema: bool = flag(False, "the raw weights instead of the averaged ones")
+    model: str | None = flag(None, "model size, for a published checkpoint, which does not carry it", choices=SIZES)
+    img_size: Size | None = flag(
+        None,
+        "pixels of a side, or HxW: of a model for any size (default: as trained), of a published checkpoint (256)",
+        type=image_size,
+        metavar="SIZE",
+    )
+    diffloss_d: int | None = flag(None, "blocks of the diffusion MLP, for a published checkpoint", low=1)
+    diffloss_w: int | None = flag(None, "width of the diffusion MLP, for a published checkpoint", low=1)
+    vae_path: str | None = flag(None, "weights of the autoencoder (default: the checkpoint's)")
+
+    def load(self, content: dict, place):
+        """`load_model` of a content from this place."""
+        given = {f.name: getattr(self, f.name) for f in fields(LoadArgs) if f.name != "no_ema"}
+        return load_model(content, ema=not self.no_ema, place=place, **given)
 
 
 def load_mar(checkpoint, **options):

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 
 from models.kv_cache import check_prefix
 from sampling.trace import GREY
 from util.images.datasets import read_rgb
 from util.images.pictures import make_grid
+from util.images.reading import open_picture
 from util.sizes import Size, grid_of, sides
 
 MODES = {1: "L", 3: "RGB"}  # channels -> PIL's name
@@ -115,18 +117,32 @@ def _read(flag: str, path: str, mode: str, img_size: Size) -> np.ndarray:
     return read_picture(f"--{flag} {path}", path, mode, img_size)
 
 
+def _size_of(file) -> tuple[int, int]:
+    """Width and height as a picture's head says them: nothing is unpacked, however many pixels there are."""
+    with open_picture(file) as picture:
+        size = picture.size
+    if hasattr(file, "seek"):
+        file.seek(0)
+    return size
+
+
 def read_picture(name: str, file, mode: str, img_size: Size) -> np.ndarray:
     """uint8 (H, W, C) of a picture of this size, a path or an open file; name: what an error calls it.
 
     mode: one of MODES. One that is no picture or has another size raises ValueError.
     """
+    height, width = sides(img_size)
     try:
-        picture = read_rgb(file).convert(mode)
+        shape = _size_of(file)
+        if shape in ((width, height), (height, width)):  # which its notes may turn
+            picture = read_rgb(file).convert(mode)
+            shape = picture.size
+    except UnidentifiedImageError:  # whose text names the object that an open file is
+        raise ValueError(f"{name} cannot be read as a picture: its format is not known") from None
     except Exception as error:  # PIL raises almost any type for damaged files
         raise ValueError(f"{name} cannot be read as a picture: {error or type(error).__name__}") from None
-    height, width = sides(img_size)
-    if picture.size != (width, height):
-        has = "{}x{}".format(*picture.size)
+    if shape != (width, height):
+        has = "{}x{}".format(*shape)
         raise ValueError(f"{name} has {has} pixels (width x height), the model makes {width}x{height}")
     pixels = np.array(picture)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -1,10 +1,11 @@
 """The prompts of sample.py: a text, a file with one a line, or features that scripts/cache_text.py has made."""
 
 import json
+import os
 from pathlib import Path
 
 from models.text import Prompts
-from models.text_encoder import load_text_encoder
+from models.text_encoder import TextEncoder, load_text_encoder
 from util.images.captions import clean, read_lines
 from util.images.text_cache import CachedTexts, open_texts
 
@@ -40,15 +41,29 @@ def open_prompts(source: str, text_encoder: str | None, config: dict, dry: bool 
     ValueError.
     """
     text = config["text"]
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # not Path's, which fails at a text longer than a file's name
         texts = open_texts(source, "prompts")
         _check_encoder(texts, f"--prompts {source}", text)
         return prompts_of(texts)
     captions = _captions(source, dry)
     if dry:
         return Prompts(captions, [], text["num_tokens"], text["width"])
+    return encoded(captions, open_encoder(text_encoder, config))
+
+
+def open_encoder(text_encoder: str | None, config: dict) -> TextEncoder:
+    """The encoder of the model of a checkpoint with this config, from the folder of the flag, or that which it names.
+
+    One that the model was not trained with raises ValueError.
+    """
+    text = config["text"]
     encoder = load_text_encoder(text_encoder or text["encoder"], text["num_tokens"])
     _check_encoder(encoder, f"--text_encoder {encoder.path}", text)
+    return encoder
+
+
+def encoded(captions: list[str], encoder: TextEncoder) -> Prompts:
+    """Captions with the features that the encoder makes of them."""
     return Prompts(captions, encoder.encode(captions, quiet=True), encoder.num_tokens, encoder.width)
 
 
@@ -58,7 +73,7 @@ def prompts_of(texts: CachedTexts) -> Prompts:
 
 
 def _captions(source: str, dry: bool) -> list[str]:
-    if Path(source).is_file():
+    if os.path.isfile(source):
         return read_lines("prompts", Path(source))
     if Path(source).suffix in TABLES and not dry:
         raise ValueError(f"--prompts: there is no file {source}")

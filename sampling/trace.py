@@ -1,7 +1,6 @@
 """Traces of sampling: step, temperature and guidance scale of each token, and the picture after each step; as a GIF."""
 
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -87,10 +86,31 @@ def save_trace(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def num_traced(path: Path) -> int:
     """Number of images in the trace file; 0 for no file or a broken one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return len(file["labels"])
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        return len(_arrays(path, ("labels",))["labels"])
+    except Exception:
         return 0
+
+
+def _arrays(path: Path, names) -> dict[str, np.ndarray]:
+    """The arrays of these names; of another file numpy raises exceptions of almost any type."""
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in names}
+
+
+def _is_trace(trace: dict[str, np.ndarray]) -> bool:
+    """Have the arrays the shapes, types and ranges of a `Trace`'s?"""
+    order_step, frames = trace["order_step"], trace["frames"]
+    if order_step.ndim != 2 or frames.ndim != 5 or frames.dtype != np.uint8 or frames.shape[-1] not in (1, 3):
+        return False
+    (count, length), steps = order_step.shape, frames.shape[1]
+    shapes = dict(tau=(count, length), cfg=(count, length), group_size=(count, steps), labels=(count,))
+    if len(frames) != count or any(trace[name].shape != shape for name, shape in shapes.items()):
+        return False
+    whole = all(trace[name].dtype.kind == "i" for name in ("order_step", "group_size", "labels"))
+    finite = all(trace[name].dtype.kind == "f" and np.isfinite(trace[name]).all() for name in ("tau", "cfg"))
+    if not (whole and finite and frames.size and order_step.size):
+        return False
+    return bool(order_step.min() >= -1 and 0 <= order_step.max() < steps)
 
 
 def load_trace(path: Path) -> dict[str, np.ndarray]:
@@ -98,12 +118,12 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            trace = {key: file[key] for key in KEYS}
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        raise ValueError(f"{path} is not a trace written by sample.py --save_trace") from None
-    order, frames = trace["order_step"], trace["frames"]
-    if order.ndim != 2 or frames.ndim != 5 or token_grid(order.shape[1], *frames.shape[2:4]) is None:
+        trace = _arrays(path, KEYS)
+    except Exception:
+        trace = None
+    if trace is None or not _is_trace(trace):
+        raise ValueError(f"{path} is not a trace written by sample.py --save_trace")
+    if token_grid(trace["order_step"].shape[1], *trace["frames"].shape[2:4]) is None:
         raise ValueError(
             f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
         )

@@ -1,17 +1,24 @@
 """What the tests of the inspector share: tiny models of all families, a server in a thread, and its client."""
 
+import base64
 import http.client
+import io
 import json
 import threading
 from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
 
 from heads.policy import PolicyHeads
 from models.tokenizers import build_tokenizer
 from models.tokenizers.multiscale import MultiScaleTokenizer
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from models.var import VAR, VARConfig
+from sampling.inspector.recording import record
 from sampling.inspector.server import Inspector
-from sampling.inspector.spec import Loaded
+from sampling.inspector.spec import Loaded, read_spec
 from sampling.inspector.view import described
 from sampling.settings import SampleConfig
 from scripts.inspector import setting_choices
@@ -19,8 +26,12 @@ from tests.helpers import named_weights, on_cpu, tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_ids import GreyIds, tiny_ids
 from tests.helpers_maskgil import tiny_maskgil
+from tests.helpers_text import NUM_TOKENS, WIDTH, tiny_t2i
 from tests.helpers_var import fill_by_name
 
+FAMILIES = ("mar", "ids", "mar_ar", "causal_gpt", "var", "maskgil", "wide")
+QUICK = (*FAMILIES[:3], pytest.param("causal_gpt", marks=pytest.mark.slow), "var", "maskgil", "wide")
+FREE = ("mar", "ids", "maskgil", "wide")  # those whose groups are free
 SCALES = (1, 2, 4)
 BASE = SampleConfig(num_sampling_steps=3)
 
@@ -34,20 +45,37 @@ def tiny_var() -> tuple[VAR, MultiScaleTokenizer]:
     return fill_by_name(VAR(config)).eval(), tokenizer
 
 
+class Letters:
+    """A text encoder whose features of a word are its letters."""
+
+    num_tokens, width = NUM_TOKENS, WIDTH
+
+    def encode(self, captions, quiet=False) -> list[np.ndarray]:
+        """Features (n, C) float16 of each caption."""
+        words = [caption.split()[: self.num_tokens] for caption in captions]
+        return [np.array([[ord(letter) % 7 for letter in f"{w:8.8}"] for w in row], np.float16) for row in words]
+
+
 def tiny_gallery() -> dict[str, Loaded]:
-    """A model of each family, by name; "wide": a MaskGIL whose images are 8×16."""
+    """A model of each family, by name; "wide": a MaskGIL whose images are 8×16; "text": a model of text."""
     mar = tiny_mar()
     heads = named_weights(PolicyHeads(mar.width), scale=0.5).eval()
+    maskgil = tiny_maskgil()
+    confident = named_weights(PolicyHeads(maskgil.width), scale=0.5).eval()
     parts = {
         "mar": on_cpu(mar, build_tokenizer("pixel", channels=1), heads),
         "ids": on_cpu(tiny_ids(), GreyIds()),
         "mar_ar": on_cpu(tiny_ar(), GreyIds()),
         "causal_gpt": on_cpu(tiny_gpt(img_size=8), GreyIds()),
         "var": on_cpu(*tiny_var()),
+        "maskgil": on_cpu(maskgil, GreyIds(), confident),
         "wide": on_cpu(tiny_maskgil(img_size="8x16"), GreyIds()),
     }
     classes = {name: [f"class {i}" for i in range(each.model.config.class_num)] for name, each in parts.items()}
-    return {name: Loaded(name, f"runs/{name}", each, classes[name], BASE) for name, each in parts.items()}
+    gallery = {name: Loaded(name, f"runs/{name}", each, classes[name], BASE) for name, each in parts.items()}
+    of_text = on_cpu(tiny_t2i(), GreyIds())
+    of_text.model.prompts = None
+    return gallery | {"text": Loaded("text", "runs/text", of_text, [], BASE, Letters())}
 
 
 @contextmanager
@@ -112,3 +140,22 @@ def end_of(events: list[dict]) -> dict:
     """What a run's last event says."""
     assert "end" in events[-1], events[-1]
     return events[-1]["end"]
+
+
+def request(family="mar", **more) -> dict:
+    """Two small images of a family's model."""
+    settings = {"cfg": "2", **({"num_iter": "4"} if family in FREE else {}), **more.pop("settings", {})}
+    return {"checkpoint": family, "settings": settings, "labels": [1, 2], "seed": 5, **more}
+
+
+def made(gallery, family="mar", **more):
+    """(Spec, Recording) of a request."""
+    spec = read_spec(request(family, **more), gallery)
+    return spec, record(spec, lambda event: None)
+
+
+def picture(shape=(8, 8), value=200) -> str:
+    """A grey picture as a request has it."""
+    file = io.BytesIO()
+    Image.new("L", shape, value).save(file, format="png")
+    return base64.b64encode(file.getvalue()).decode()

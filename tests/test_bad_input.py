@@ -14,7 +14,6 @@ from PIL import Image
 
 import main_mar
 import sample
-from sampling.trace import KEYS
 from scripts import (
     ablate_norms,
     bench,
@@ -448,6 +447,10 @@ INSPECTOR = [
     ("--host 256.0.0.1", "--host 256.0.0.1"),
     ("--device nope", "'nope'"),
     ("--dtype int8", "--dtype", "'int8'"),
+    ("--model nope", "--model", "'nope'"),
+    ("--img_size 0", "--img_size", "'0'"),
+    ("--diffloss_d x", "--diffloss_d", "'x'"),
+    ("--diffloss_w 0", "--diffloss_w", "'0'"),
     ("--export {out}", "--export", "--trace"),
     ("--trace {file} --export {out}", "{file}", "--save_trace"),
     ("--trace {tmp}/missing", "{tmp}/missing", "--save_trace"),
@@ -510,8 +513,8 @@ def places(good, tmp_path):
     (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
     for name, width in (("stats", 64), ("wide", 99)):
         save_fid_stats(paths[name], FIDStats(np.zeros(width), np.eye(width)))
-    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
-    arrays["frames"] = np.zeros((1, 4, 2, 2, 1))
+    arrays = dict(order_step=np.zeros((1, 4), int), tau=np.ones((1, 4)), cfg=np.ones((1, 4)), labels=np.zeros(1, int))
+    arrays |= dict(group_size=np.full((1, 1), 4), frames=np.zeros((1, 1, 4, 4, 1), np.uint8))
     with open(paths["trace"], "wb") as file:
         np.savez(file, **arrays)
     row = dict(settings=dict(seed=0, cfg=1.0), metrics=dict(fid=1.0), weights="a", reference="b", images_per_second=1.0)

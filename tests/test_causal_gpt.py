@@ -14,13 +14,17 @@ import sample
 from heads.policy import build_rules
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.kv_cache import KeyValueCache
-from models.loading import load_model, stored_model_config
+from models.loading import LoadArgs, load_model, stored_model_config
 from models.tokenizers.vq import VQConfig, VQModel
+from sampling.inspector.recording import record
+from sampling.inspector.spec import read_spec
 from sampling.loop import generate
+from scripts import inspector
 from tests import helpers_ids
 from tests.helpers import named_weights
 from tests.parity import generate_ids_causal
 from tests.test_cli import refused
+from util.images.pictures import read_png
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = np.load(FIXTURES / "llamagen_ar_reference.npz")
@@ -184,6 +188,22 @@ def test_published_files_load_at_any_size_of_image_and_sample(published, wrapped
     assert json.loads(row)["settings"]["num_iter"] == 9
     line = refused(sample.main, [*words, "--diffloss_d", "3"], capsys)
     assert line == "error: --diffloss_d 3 has no meaning for --model causal_gpt_tiny"
+
+
+def test_the_inspector_shows_published_files_with_the_flags_of_sample_py(published, tmp_path):
+    """And the command that it shows makes the same image."""
+    _, path = published(True)
+    cpu, weights = torch.device("cpu"), LoadArgs(no_ema=True, model="causal_gpt_tiny", img_size=48)
+    loaded = inspector.load(str(path), "it", cpu, torch.float32, weights)
+    spec = read_spec({"settings": {"cfg": "2"}, "labels": [2], "seed": 3}, {"it": loaded})
+    words = spec.command().split()[2:]
+    assert words[2:7] == ["--no_ema", "--model", "causal_gpt_tiny", "--img_size", "48"]
+    words[words.index("OUT")] = str(tmp_path / "out")
+    assert sample.main(words) == 0
+    (image,) = (tmp_path / "out").glob("*/0.png")
+    assert np.array_equal(read_png(image), record(spec, lambda event: None).images[0])
+    with pytest.raises(ValueError, match="does not say what it holds: give --model"):
+        inspector.load(str(path), "it", cpu, torch.float32)
 
 
 def test_files_that_are_no_class_model_of_llamagens_are_one_line(published):

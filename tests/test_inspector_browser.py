@@ -1,10 +1,5 @@
 """The inspector in a real browser, Debian's Chromium; skipped where there is none."""
 
-import base64
-import io
-import json
-from urllib.parse import quote, unquote
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,84 +7,21 @@ from PIL import Image
 from sampling.inspector.recording import record
 from sampling.inspector.spec import read_spec
 from sampling.inspector.view import beginning, ending, page_of
-from scripts.inspector_screenshots import CHROMIUM, Browser
-from tests.helpers_inspector import serving, tiny_gallery
+from tests.helpers_browser import (
+    FIXTURES,
+    NEEDS_CHROMIUM,
+    SETTINGS,
+    click,
+    done,
+    images_of,
+    set_value,
+    shown,
+    text,
+    value,
+)
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-SETTINGS = {"num_iter": "4", "cfg": "2"}
-
-
-@pytest.fixture(scope="module")
-def gallery():
-    return tiny_gallery()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    browser.size(1280, 900)
-    yield browser
-    browser.close()
-
-
-@pytest.fixture(scope="module")
-def server(gallery):
-    with serving(gallery) as server:
-        yield server
-
-
-@pytest.fixture
-def page(browser, server):
-    """The browser, and a function that opens what a page's address says; nothing may fail in the page's script."""
-    browser.errors.clear()
-    root = f"http://127.0.0.1:{server.server_address[1]}/"
-
-    def show(view="watch", **more):
-        what = {"view": view, "a": {"checkpoint": "mar", "settings": SETTINGS, "labels": [1], "seed": 5, **more}}
-        browser.open(f"{root}#{quote(json.dumps(what))}")
-        done(browser)
-        assert text(browser, "error") == ""
-
-    browser.show, browser.root = show, root
-    yield browser
-    assert browser.errors == []
-
-
-def done(browser, times: int = 1) -> None:
-    """Until so many things have ended in the page."""
-    browser.wait(f"Number(document.body.dataset.done || 0) >= {times} && !state.busy")
-
-
-def text(browser, place: str) -> str:
-    """The text of the element of this id."""
-    return browser.js(f"$('{place}').textContent")
-
-
-def value(browser, place: str) -> str:
-    """The value of the field of this id."""
-    return browser.js(f"$('{place}').value")
-
-
-def click(browser, place: str) -> None:
-    """Press the button of this id."""
-    browser.js(f"$('{place}').click()")
-
-
-def set_value(browser, place: str, new, event: str = "change") -> None:
-    """Give the field of this id a value, as its user would."""
-    browser.js(f"$('{place}').value = {json.dumps(new)}; $('{place}').dispatchEvent(new Event('{event}'))")
-
-
-def images_of(gallery, view: str = "a", **request) -> np.ndarray:
-    """What the loop makes of a request."""
-    spec = read_spec({"checkpoint": "mar", "settings": SETTINGS, "labels": [1], "seed": 5, **request}, gallery)
-    return record(spec, lambda event: None, frames=False).images
-
-
-def shown(browser, run: str = "a") -> np.ndarray:
-    """The finished picture (H, W) of a run in the page, its pixels as the server sent them."""
-    url = browser.js(f"state.runs.{run}.end.images.url")
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+pytestmark = NEEDS_CHROMIUM
+browser, gallery, server, page = FIXTURES
 
 
 def test_generate_and_scrub(page, gallery):
@@ -231,19 +163,6 @@ def test_a_batch_shows_whether_rules_are_a_schedule(page):
     )
 
 
-def test_share(page, gallery):
-    """The address alone gives the same image, in a page that knows nothing else."""
-    page.show(steer=[{"step": 1, "cfg": 3.0}])
-    first, address = text(page, "hash"), value(page, "address")
-    assert json.loads(unquote(address.partition("#")[2]))["a"]["steer"] == [{"step": 1, "cfg": 3.0}]
-    page.open(address)
-    done(page)
-    assert text(page, "hash") == first != "–"
-    assert np.array_equal(shown(page), images_of(gallery, steer=[{"step": 1, "cfg": 3.0}])[0, :, :, 0])
-    command = value(page, "command")
-    assert command.startswith("python sample.py --checkpoint runs/mar") and "--cfg=2" in command
-
-
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("mar_ar", "causal_gpt")]
 
 
@@ -304,6 +223,20 @@ def test_pictures_of_two_shapes_have_no_difference(page):
     assert "different sizes" in text(page, "compare-difference-text")
 
 
+def test_keys_work_where_the_last_click_was(page):
+    page.show()
+    page.js("$('generate').focus()")
+    page.press("Home")
+    assert "step 1 of 4" in text(page, "readout")
+    page.press("ArrowRight")
+    assert "step 2 of 4" in text(page, "readout")
+    page.js("$('tab-watch').focus()")
+    page.press("ArrowRight")
+    assert page.js("state.view === 'compare' && document.activeElement.id === 'tab-compare'")
+    page.press("ArrowLeft")
+    assert page.js("state.view") == "watch" and "step 2 of 4" in text(page, "readout")
+
+
 def test_bad_requests_are_one_line_in_the_page(page):
     page.open(page.root)
     cases = {"a-classes": ("7", "from -1 to 2"), "a-num_iter": ("0", "at least 1"), "a-schedule": ("/x", "no files")}
@@ -339,13 +272,22 @@ def test_it_fits_a_narrow_window_and_the_dark(page):
 
 def test_nothing_jumps_when_an_image_comes(page):
     page.open(page.root)
-    places = "['picture', 'scrubber', 'maps', 'token', 'steer'].map((id) => $(id).getBoundingClientRect().top)"
+    places = (
+        "['picture', 'scrubber', 'maps', 'token', 'curves', 'steer'].map((id) => $(id).getBoundingClientRect().top)"
+    )
     set_value(page, "a-num_iter", "4")
     click(page, "generate")
     page.wait("state.runs.a && state.runs.a.steps.length")
     before = page.js(places)
     done(page)
     assert page.js(places) == before
+    for width in (1280, 700, 360):
+        page.size(width, 900)
+        before = page.js(places)
+        for position in (0, 27, 63):
+            page.js(f"selectToken({position})")
+            assert page.js(places) == before, width
+    page.size(1280, 900)
 
 
 def test_an_exported_page_shows_its_run_without_a_server(page, gallery, tmp_path):

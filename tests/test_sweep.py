@@ -10,6 +10,7 @@ import main_mar
 import sample
 from diffusion.solvers import SOLVERS
 from heads.policy import PolicyHeads
+from models import loading
 from sampling.grid import SWEEPS, span
 from sampling.settings import SampleConfig
 from tests.helpers import named_weights
@@ -38,8 +39,8 @@ def test_the_grid_is_the_product_in_the_order_of_the_flags():
 def test_a_sweep_is_its_settings_one_by_one(checkpoint, tmp_path, monkeypatch, capsys):
     """One line, one folder, bitwise the same pictures; the checkpoint is read once; a larger grid adds what is new."""
     loads = []
-    load = sample.load_model
-    monkeypatch.setattr(sample, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
+    load = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *a, **k: loads.append(a) or load(*a, **k))
     grid = "--cfg 1,2 --num_iter 2,3 --seed 0,1".split()
     assert draw(checkpoint, tmp_path / "swept", *SMALL, *grid) == 0
     assert len(loads) == 1

@@ -1,6 +1,7 @@
 """Text through the programs: caches of features, training, sampling of prompts, and what is refused."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import main_mar
 import sample
 from models.loading import load_model
 from models.text_encoder import TextEncoder, load_text_encoder
+from sampling.inspector.recording import record
+from sampling.inspector.spec import read_spec
 from scripts import cache_text, demo_text, inspector
 from tests.helpers import image_folder, untrained
 from tests.helpers_ids import add_tokenizers
@@ -23,6 +26,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.images.captions import captions_of_images
 from util.images.datasets import build_dataset
 from util.images.latent_files import image_names
+from util.images.pictures import read_png
 from util.images.text_cache import open_texts
 
 TRAIN = [word.replace("maskgil_tiny", "maskgil_t2i_tiny") for word in TRAIN_CLASSES]
@@ -211,6 +215,25 @@ def test_prompts_that_cannot_be_are_refused(words, message, run, places, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_the_inspector_takes_prompts(run, places, tmp_path, capsys):
+    """And the command that it shows makes the same image; a prompt may be longer than a file's name."""
+    cpu = torch.device("cpu")
+    loaded = inspector.load(str(run), "text", cpu, torch.float32, text_encoder=places["encoder"])
+    settings, prompt = {"cfg": "2", "num_iter": "3"}, f"A  seven{' and a digit' * 30}"
+    spec = read_spec({"settings": settings, "prompts": [prompt], "labels": [0, 0], "seed": 3}, {"text": loaded})
+    words = shlex.split(spec.command())[2:]
+    assert ["--text_encoder", places["encoder"]] == words[2:4]
+    words[words.index("OUT")] = str(tmp_path / "out")
+    assert sample.main(words) == 0
+    for i, image in enumerate(record(spec, lambda event: None).images):
+        (path,) = (tmp_path / "out").glob(f"*/{i}.png")
+        assert np.array_equal(read_png(path), image)
+    with pytest.raises(ValueError, match="the model takes 8"):
+        inspector.load(str(run), "text", cpu, torch.float32, text_encoder=places["wide"])
+    line = refused(inspector.main, ["--checkpoint", str(untrained(tmp_path / "run")), "--text_encoder", "x"], capsys)
+    assert line == "error: --text_encoder x has no meaning: no --checkpoint is of text"
+
+
 def test_a_checkpoint_whose_encoder_is_gone_says_so(run, places, tmp_path, capsys):
     content = load_checkpoint(run)
     content["config"]["text"]["encoder"] = "gone"
@@ -310,8 +333,3 @@ def test_text_trains_and_samples_on_a_gpu(places, tmp_path):
     assert main_mar.main([*TRAIN, *words, "--device", "cuda", "--dtype", "bf16"]) == 0
     row, images = sampled(tmp_path / "run", tmp_path / "out", "--prompts", places["prompts"], "--device", "cuda")
     assert len(images) == 3
-
-
-def test_the_inspector_refuses_a_model_of_text(run, capsys):
-    line = refused(inspector.main, ["--checkpoint", str(run), "--device", "cpu"], capsys)
-    assert f"--checkpoint {run} is a model of text: the inspector shows models of classes" in line

@@ -39,7 +39,7 @@ def branch(spec: Spec, recording: Recording, image: int, step: int, count: int, 
     seed = seed_of("branch", spec.seed, image, step)
     scales = spec.loaded.model.fixed_rules.get("group") == "scale"
     sampling = spec.sampling if scales else replace(spec.sampling, num_iter=max(num_iter - step, 1))
-    run = SamplingRun(spec.loaded.parts, sampling, [label] * count, seed, None, spec.edit)
+    run = SamplingRun(spec.parts(), sampling, [label] * count, seed, None, spec.edit)
     unknown = recording.unknown & (recording.order_step[image] >= step)
     taken = [i for i, taken in enumerate(recording.steps) if taken < step]
     if not unknown.any():
@@ -60,7 +60,8 @@ def branches_of(images: np.ndarray) -> Branches:
 def matched(spec: Spec, target: dict, emit: Callable) -> tuple[Spec, dict]:
     """The request with autoregressive and diffusion steps whose evaluations of an image are nearest to the target.
 
-    target: {"mar", "mlp"}, as `Recording.evals`; also returns those that it comes to. emit(event) at every try.
+    target: {"mar", "mlp"}, as `Recording.evals`; also returns those that it comes to. emit(event), which may raise, at
+    every step and try.
     """
     fixed = spec.loaded.model.fixed_rules
     if fixed.get("group"):
@@ -73,7 +74,8 @@ def matched(spec: Spec, target: dict, emit: Callable) -> tuple[Spec, dict]:
         if key not in tried:
             changed = {**spec.texts, **{name: str(value) for name, value in texts.items()}}
             sampling = spec.loaded.setting(changed)
-            tried[key] = record(replace(one, sampling=sampling, changes=()), lambda event: None, frames=False).evals
+            trial = replace(one, sampling=sampling, changes=())
+            tried[key] = record(trial, lambda event: emit({"progress": True}), frames=False).evals
             emit({"tried": texts, "evals": tried[key]})
         return tried[key]
 

@@ -41,8 +41,7 @@ def as_png(spec: Spec, recording: Recording) -> bytes:
     images = recording.images
     if len(images) == 1:
         return png(images[0])
-    names = ["any" if label < 0 else spec.loaded.classes[label] for label in spec.labels]
-    return png(make_grid(images, names, math.ceil(math.sqrt(len(images)))))
+    return png(make_grid(images, spec.names, math.ceil(math.sqrt(len(images)))))
 
 
 def as_gif(spec: Spec, recording: Recording) -> bytes:

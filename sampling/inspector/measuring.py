@@ -1,5 +1,6 @@
 """Metrics of a request: sample.py itself, in a process of its own, which ends when nobody waits for its figures."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -7,6 +8,8 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from sampling.inspector.spec import Spec
 from sampling.inspector.work import Busy
@@ -28,6 +31,8 @@ class Measuring:
         """Sample and measure as sample.py does; emit(event), which may raise, says how far it is, then the figures."""
         if spec.changes or spec.redo or spec.edit:
             raise ValueError("steered and edited images are not measured: sample.py has no flags for them")
+        if spec.loaded.encoder is not None:
+            raise ValueError("images of prompts are not measured: there are no others to compare them with")
         if not self.one.acquire(blocking=False):
             raise Busy("something is being measured already: cancel it, or wait for it")
         try:
@@ -40,6 +45,7 @@ class Measuring:
         command = [sys.executable, str(PROGRAM), *spec.flags(str(folder)), "--num_images", str(num_images)]
         with open(folder / "errors", "w+") as errors:
             options = dict(stdout=subprocess.DEVNULL, stderr=errors, stdin=subprocess.DEVNULL)
+            options["env"] = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # see `share_cores`
             self.process = subprocess.Popen(command, **options)
             try:
                 while self.process.poll() is None:
@@ -59,5 +65,5 @@ class Measuring:
     def stop(self) -> None:
         """End the process, if one runs."""
         if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
+            self.process.kill()  # what it has made goes with its folder
             self.process.wait(timeout=10)

@@ -108,7 +108,7 @@ class Watch:
         self.drawing += seconds
         row_of = {image: row for row, image in enumerate(self.state.images.tolist())}
         image, position = rows.T
-        row = torch.tensor([row_of[i] for i in image.tolist()])
+        row = torch.tensor([row_of[i] for i in image.tolist()], dtype=torch.long)  # there may be none
         drawn_with = {"tau": plan.tau[row, position], "cfg": plan.cfg[row, position]}
         drawn_with["rank"] = self.ranks()[row, position]
         sure = self.sureness(plan, rows, row, tokens)
@@ -148,11 +148,9 @@ class Watch:
             positions = selected[row].nonzero().flatten().tolist()
             item = {"image": image, "unknown": int(state.num_unknown[row]), "positions": positions}
             for name in MAPS:
-                item[name] = [
-                    None if math.isnan(v) else round(v, 5) for v in self.maps[name][image, positions].tolist()
-                ]
+                item[name] = list(map(finite, self.maps[name][image, positions].tolist()))
             base = {"tau": hand_made.tau, "cfg": hand_made.cfg}
-            item["base"] = {name: round(float(value[row].mean()), 5) for name, value in base.items()}
+            item["base"] = {name: finite(float(value[row].mean())) for name, value in base.items()}
             item["base"]["group"] = int(group[row])
             result.append(item)
         return result
@@ -163,7 +161,7 @@ class Watch:
         tau, cfg = plan.tau[row, rows[:, 1]], plan.cfg[row, rows[:, 1]]
         if self.discrete:
             places = {pair: i for i, pair in enumerate(map(tuple, asked.tolist()))}
-            kept = torch.tensor([places[pair] for pair in map(tuple, rows.tolist())])
+            kept = torch.tensor([places[pair] for pair in map(tuple, rows.tolist())], dtype=torch.long)
             all_tau, all_cfg = torch.ones(len(asked)), torch.ones(len(asked))
             all_tau[kept], all_cfg[kept] = tau.cpu(), cfg.cpu()
             ids = torch.zeros(len(asked), dtype=torch.long)  # of what was not kept any id does
@@ -193,6 +191,11 @@ class Watch:
         return picture
 
 
+def finite(value: float) -> float | None:
+    """Rounded for a page; None for what JSON has no number for."""
+    return round(value, 5) if math.isfinite(value) else None
+
+
 def _some(guided, rows):
     """`guided` as the sampler takes it: None where that is all rows, or none."""
     return None if len(guided) in (0, len(rows)) else guided
@@ -204,13 +207,13 @@ def record(spec: Spec, emit: Callable, frames: bool = True) -> Recording:
 
     What was steered by the last step holds for these regions from their first.
     """
-    run = SamplingRun(spec.loaded.parts, spec.sampling, spec.labels, spec.seed, None, spec.edit)
+    run = SamplingRun(spec.parts(), spec.sampling, spec.labels, spec.seed, None, spec.edit)
     watch = sample(spec, run, emit, frames=frames)
     recording = kept(run, watch, watch.images)
     later = sorted(spec.changes, key=lambda change: change.step)
     spec = replace(spec, changes=tuple(replace(change, step=0, next=()) for change in later))
     for redo in spec.redo:
-        run = SamplingRun(spec.loaded.parts, spec.sampling, spec.labels, redo.seed, None, None)
+        run = SamplingRun(spec.parts(), spec.sampling, spec.labels, redo.seed, None, None)
         count = len(spec.labels)
         mask = torch.from_numpy(redo.unknown)[None]
         run.known = dict(tokens=recording.tokens[-1], mask=mask.expand(count, -1))

@@ -13,6 +13,7 @@ line of those that had begun.
 import hmac
 import json
 import queue
+import re
 import select
 import socket
 import sys
@@ -20,18 +21,20 @@ import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from sampling.inspector import view
 from sampling.inspector.branching import branch, matched
 from sampling.inspector.export import FORMATS
 from sampling.inspector.measuring import LEAST, MOST, Measuring
 from sampling.inspector.recording import Recording, record
-from sampling.inspector.spec import MOST_IMAGES, Loaded, Spec, positions_of, read_spec, whole
+from sampling.inspector.spec import MOST_IMAGES, Loaded, Spec, number, positions_of, read_spec, whole
 from sampling.inspector.work import Busy, Job, Recent, Worker, line_of
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?")  # at any port: a tunnel may begin at another one
 MOST_BYTES = 8 * 2**20  # of a request
+MOST_EVALS = 1e12  # of an image, that settings are looked for
 MOST_WAITING = 8  # jobs, beside the one that is worked on
 MOST_CONNECTIONS = 64
 SECONDS = 30  # that a client may take to send its request, or to take an answer
@@ -80,8 +83,9 @@ class Questions:
 
     def match(self, request: dict) -> Callable:
         """Find steps with the same evaluations."""
-        spec, target = read_spec(_part(request, "spec"), self.gallery), _part(request, "target")
-        if not all(isinstance(target.get(name), int | float) for name in ("mar", "mlp")):
+        spec, wanted = read_spec(_part(request, "spec"), self.gallery), _part(request, "target")
+        target = {name: number(wanted, name, MOST_EVALS) for name in ("mar", "mlp")}
+        if None in target.values():
             raise ValueError("target must be a JSON object with the numbers mar and mlp")
 
         def work(emit):
@@ -111,6 +115,17 @@ def _part(request: dict, name: str) -> dict:
     return request[name]
 
 
+def object_of(body: bytes) -> dict:
+    """The JSON object of a request; ValueError for anything else."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError("the request is no JSON") from None
+    if not isinstance(request, dict):
+        raise ValueError("a request must be a JSON object")
+    return request
+
+
 class Inspector(ThreadingHTTPServer):
     """Serves one page and its questions at (host, port) until it is shut down.
 
@@ -126,8 +141,6 @@ class Inspector(ThreadingHTTPServer):
         self.page = view.page(content).encode()
         self.room = threading.BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__((host, port), Handler)  # which calls server_close where it cannot listen
-        port = self.server_address[1]
-        self.hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")} if token is None else None
 
     def process_request_thread(self, request, client_address):
         """Answer one connection; one too many is closed."""
@@ -163,10 +176,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         """The page."""
-        place = urlsplit(self.path)
-        if place.path != "/":
+        place, _, query = self.path.partition("?")
+        if place != "/":
             return self.fail(HTTPStatus.NOT_FOUND, "there is only one page, /")
-        given = parse_qs(place.query).get("token", [""])[0]
+        given = parse_qs(query).get("token", [""])[0]
         if self.is_allowed(given, from_page=False):
             self.answer(HTTPStatus.OK, "text/html; charset=utf-8", self.server.page)
 
@@ -181,12 +194,7 @@ class Handler(BaseHTTPRequestHandler):
         if name not in ("run", "branch", "match", "measure", "export"):
             return self.fail(HTTPStatus.NOT_FOUND, f"there is no question {name[:40]!r}")
         try:
-            request = json.loads(body)
-            if not isinstance(request, dict):
-                raise ValueError("a request must be a JSON object")
-            work = getattr(self.server.questions, name)(request)
-        except (json.JSONDecodeError, RecursionError, UnicodeDecodeError):
-            return self.fail(HTTPStatus.BAD_REQUEST, "the request is no JSON")
+            work = getattr(self.server.questions, name)(object_of(body))
         except Exception as error:
             return self.fail(HTTPStatus.BAD_REQUEST, line_of(error))
         try:
@@ -209,7 +217,7 @@ class Handler(BaseHTTPRequestHandler):
     def is_allowed(self, token: str, from_page: bool) -> bool:
         """Is the request from our page (from_page: must it be), and has it the token? If not it is answered."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        if self.server.hosts is not None and host not in self.server.hosts:
+        if self.server.token is None and not OWN_HOST.fullmatch(host):
             return self.fail(HTTPStatus.FORBIDDEN, "this server answers under its own address only")
         other = origin is not None and origin != f"http://{host}"
         if from_page and (other or self.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none")):
@@ -220,8 +228,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes | None:
         """The request's content; None where it was refused."""
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or self.headers.get("Content-Type", "").split(";")[0] != "application/json":
+        length, content_type = self.headers.get("Content-Length", ""), self.headers.get("Content-Type", "")
+        if not re.fullmatch("[0-9]{1,18}", length) or content_type.split(";")[0] != "application/json":
             return self.fail(HTTPStatus.BAD_REQUEST, "a question is JSON of a stated length") or None
         if int(length) > MOST_BYTES:
             for _ in range(min(int(length), 16 * MOST_BYTES) // 2**16):  # a browser reads an answer after it has sent

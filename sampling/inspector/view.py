@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def described(loaded: Loaded) -> dict:
         "family": type(loaded.model).__name__,
         "fixed": loaded.model.fixed_rules,
         "classes": loaded.classes,
+        "text": loaded.encoder is not None,
         "learned": list(loaded.heads.learn) if loaded.heads is not None else [],
         "discrete": loaded.model.token_head.discrete,
         "has_steps": loaded.model.token_head.has_steps,
@@ -95,8 +97,8 @@ def described(loaded: Loaded) -> dict:
 def beginning(spec: Spec) -> dict:
     """The first event of a run."""
     about = described(spec.loaded) | {"settings": asdict(spec.sampling)}
-    names = ["any" if label < 0 else spec.loaded.classes[label] for label in spec.labels]
-    return {"begin": about | {"labels": spec.labels, "names": names, "seed": spec.seed, "command": spec.command()}}
+    about |= {"labels": spec.labels, "names": spec.names, "seed": spec.seed, "command": spec.command()}
+    return {"begin": about | {"classes": list(spec.conditions)}}
 
 
 def ending(recording: Recording) -> dict:
@@ -114,7 +116,8 @@ def events_of_trace(trace: dict[str, np.ndarray]) -> list[dict]:
     names = ["any" if label < 0 else str(label) for label in labels]
     about = dict(name="a stored trace", family="", fixed={}, classes=[], learned=[], settings={}, labels=labels)
     about |= dict(names=names, img_size=size_of(height, width), channels=channels, seed=None, command=None)
-    about |= dict(layout=[grid_at(token_grid(length, height, width), 0)], discrete=False, has_steps=False, path="")
+    about |= dict(layout=[grid_at(token_grid(length, height, width), 0)], discrete=False, has_steps=False)
+    about |= dict(path="", text=False)
     events = [{"begin": about}]
     for step in range(steps):
         images = []
@@ -131,7 +134,7 @@ def events_of_trace(trace: dict[str, np.ndarray]) -> list[dict]:
 
 def script() -> str:
     """The page's script, all files of it."""
-    return "\n".join((PAGE / f"{name}.js").read_text() for name in SCRIPTS)
+    return "\n".join((PAGE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
 
 
 def page(content: dict) -> str:
@@ -143,12 +146,11 @@ def page(content: dict) -> str:
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     policy = f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:; "
     policy += "connect-src 'self'; form-action 'none'; base-uri 'none'"
-    text = (PAGE / "index.html").read_text()
     known = json.dumps(content).replace("<", "\\u003c")
-    parts = {"{{policy}}": policy, "{{style}}": (PAGE / "style.css").read_text(), "{{content}}": known}
-    for mark, part in (parts | {"{{script}}": code}).items():
-        text = text.replace(mark, part)
-    return text
+    parts = dict(policy=policy, style=(PAGE / "style.css").read_text(encoding="utf-8"), content=known, script=code)
+    # all marks at once, since a part may have the text of a mark in it, such as a checkpoint's name
+    text = (PAGE / "index.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], text)
 
 
 def json_events(events: list[dict]) -> list[dict]:

@@ -3,16 +3,29 @@
 A job's events go to whoever asked for it; it ends when that one has left.
 """
 
+import os
 import queue
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import suppress
+
+import torch
 
 from util.door import explain
 
+MOST_CHARACTERS = 300  # of an error's line
 MOST_BYTES = 512 * 2**20  # of recordings that are kept
+
+
+def share_cores() -> None:
+    """Half of the cores for what draws, at least one; the other half is a measurement's, the page's and the browser's.
+
+    Threads of torch that have no core of their own wait for each other: on two busy cores a step of the digits' model
+    takes 40 ms of one thread and over a second of two.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores // 2)))
 
 
 class Cancelled(Exception):
@@ -54,41 +67,54 @@ def line_of(error: Exception) -> str:
     if line is None:
         traceback.print_exception(error)
         line = f"internal error, not your input: {type(error).__name__}"
-    return " ".join(line.split())
+    line = " ".join(line.split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}…"  # of a long name, say
 
 
 class Worker:
-    """A thread that does one job after the other; at most `most` wait."""
+    """A thread that does one job after the other; at most `most` wait. One whose client has left does not count."""
 
     def __init__(self, most: int):
-        self.jobs, self.current = queue.Queue(maxsize=most), None
+        self.most, self.waiting, self.current, self.ends = most, [], None, False
+        self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
     def submit(self, work: Callable) -> Job:
         """The job that was put at the end of the queue; Busy where that is full."""
         job = Job(work)
-        job.emit({"waiting": self.jobs.qsize() + 1})
-        try:
-            self.jobs.put_nowait(job)
-        except queue.Full:
-            raise Busy(f"{self.jobs.maxsize} requests wait already: try again later") from None
+        with self.changed:
+            if self.ends:
+                raise Busy("the server is being stopped")
+            self.waiting = [other for other in self.waiting if not other.cancelled.is_set()]
+            if len(self.waiting) >= self.most:
+                raise Busy(f"{self.most} requests wait already: try again later")
+            job.emit({"waiting": len(self.waiting) + 1})
+            self.waiting.append(job)
+            self.changed.notify()
         return job
 
     def stop(self) -> None:
         """Drop what waits, and end the thread after the step that it is at."""
-        with suppress(queue.Empty):
-            while True:
-                self.jobs.get_nowait().cancelled.set()
-        self.jobs.put(None)
-        if self.current is not None:
-            self.current.cancelled.set()
-        self.thread.join(timeout=10)
+        with self.changed:
+            for job in self.waiting:
+                job.events.put(None)
+            self.waiting, self.ends = [], True
+            if self.current is not None:
+                self.current.cancelled.set()
+            self.changed.notify()
+        self.thread.join(timeout=3)  # a step of a large model takes longer, and is not waited for
 
     def _work(self):
-        while (job := self.jobs.get()) is not None:
-            self.current = job
+        while (job := self._next()) is not None:
             job.run()
+
+    def _next(self) -> Job | None:
+        """Wait for a job; None where there will be none."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting or self.ends)
+            self.current = None if self.ends else self.waiting.pop(0)
+            return self.current
 
 
 class Recent:

@@ -122,7 +122,7 @@ def read_rgb(path: str, reading: Reading = DEFAULT, ranges: dict | None = None) 
     ValueError on values that make no sense and on a decompression bomb (above 179 million pixels, twice
     Image.MAX_IMAGE_PIXELS).
     """
-    with _open(path) as image:
+    with open_picture(path) as image:
         deep = _deep_values(image, path, reading)
         image.load()
         turn = TURNS.get(_orientation(image)) if reading.exif else None
@@ -140,14 +140,15 @@ def read_rgb(path: str, reading: Reading = DEFAULT, ranges: dict | None = None) 
 
 def picture_sides(path: str, reading: Reading = DEFAULT) -> tuple[int, int]:
     """(height, width) of a picture as `read_rgb` would give it, from its header. Raises what PIL raises."""
-    with _open(path) as image:
+    with open_picture(path) as image:
         turned = reading.exif and _orientation(image) in LYING
         return image.size if turned else image.size[::-1]
 
 
-def _open(path: str) -> Image.Image:
+def open_picture(path: str) -> Image.Image:
+    """A picture of which only the head is read yet; ValueError for a decompression bomb."""
     try:
-        return Image.open(path)  # reads the header only
+        return Image.open(path)
     except Image.DecompressionBombError as error:
         raise ValueError(str(error).rstrip(".")) from None
 
@@ -254,7 +255,7 @@ def find_ranges(paths: list[str], reading: Reading, folder: str) -> dict[str, tu
     extremes = {}
     for i in range(0, len(paths), max(1, len(paths) // SAMPLED)):
         try:
-            with _open(paths[i]) as image:
+            with open_picture(paths[i]) as image:
                 values = _deep_values(image, paths[i], reading)
         except Exception:  # named when it is read
             continue

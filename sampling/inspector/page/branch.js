@@ -1,11 +1,14 @@
 // Branches: when is the image decided?
 
-const spreads = new Map(); // step -> mean spread of the branches from there
+const spreads = new Map(); // step -> mean spread of the branches from there, of this run and image
+let spreadsOf = [];
 
 function branchFrom(steps) {
   const run = state.runs.a;
   if (!run || !run.end) return showError("generate an image first");
-  const count = wholeOrText($("branch-count").value), { redo, ...spec } = specOf("a");
+  const count = wholeOrText($("branch-count").value), { redo, ...spec } = run.spec;
+  if (spreadsOf[0] !== run || spreadsOf[1] !== state.image) spreads.clear();
+  spreadsOf = [run, state.image];
   return busily("Branching.", async (signal) => {
     let made = 0;
     await ask("branch", { spec, image: state.image, steps, count }, async (event) => {

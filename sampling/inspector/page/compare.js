@@ -95,7 +95,7 @@ async function measureBoth() {
   const num_images = wholeOrText($("measure-count").value);
   try {
     for (const name of ["a", "b"]) {
-      await ask("measure", { spec: specOf(name), num_images }, (event) => {
+      await ask("measure", { spec: specShown(name), num_images }, (event) => {
         if (event.of) $("status").textContent = name.toUpperCase() + ": " + event.made + " of " + event.of + " images to measure.";
         if (event.measured) measured[name] = event.measured;
       }, measuring.signal);

@@ -92,6 +92,9 @@ async function busily(what, work) {
   }
 }
 
+// What the run that is shown was asked for, whatever the form says by now.
+const specShown = (which) => (state.runs[which] && state.runs[which].spec) || specOf(which);
+
 function loadImage(url) {
   return new Promise((resolve, reject) => {
     const image = new Image();

@@ -7,25 +7,35 @@ function showView(view) {
     $("tab-" + name).setAttribute("aria-selected", String(name === view));
   }
   $("form-b").hidden = view !== "compare";
+  if (live) showDefaults("a"); // whether there are prompts depends on which checkpoints are shown
   if (view === "batch") {
     if (live && Number($("a-images").value) < 2 && !location.hash.includes("batch")) {
       $("a-images").value = 20;
-      $("a-classes").value = about($("a-checkpoint").value).classes.map((_, i) => i).slice(0, 10).join(",");
+      if (!ofText("a")) $("a-classes").value = about($("a-checkpoint").value).classes.map((_, i) => i).slice(0, 10).join(",");
     }
     showBatch();
   }
 }
 
-function generate() {
+function generate(step) {
   pause();
-  return state.view === "compare" ? generateCompare() : generateWatch();
+  return state.view === "compare" ? generateCompare() : generateWatch(Number.isInteger(step) ? step : null);
 }
 
 function start() {
   buildMaps();
   wireWatch();
   wirePicture();
-  for (const name of ["watch", "compare", "batch"]) $("tab-" + name).addEventListener("click", () => showView(name));
+  const tabs = ["watch", "compare", "batch"];
+  tabs.forEach((name, i) => {
+    $("tab-" + name).addEventListener("click", () => showView(name));
+    $("tab-" + name).addEventListener("keydown", (event) => {
+      const other = { ArrowLeft: tabs[i - 1], ArrowRight: tabs[i + 1] }[event.key];
+      if (!other || !$("tab-" + other).offsetParent) return;
+      $("tab-" + other).focus();
+      showView(other);
+    });
+  });
   if (live) {
     buildForm("a");
     buildForm("b");
@@ -38,7 +48,8 @@ function start() {
       generate();
     });
     $("cancel").addEventListener("click", () => state.busy && state.busy.abort());
-    if (readAddress()) return generate();
+    const said = readAddress();
+    if (said) return generate(said.step);
   } else document.body.classList.add("static");
   if (content.events) return showStored();
 }

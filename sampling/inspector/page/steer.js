@@ -89,14 +89,14 @@ function describe(change, classes) {
   const parts = [];
   if (change.tau !== undefined) parts.push("τ " + number(change.tau));
   if (change.cfg !== undefined) parts.push("w " + number(change.cfg));
-  if (change.label !== undefined) parts.push("class " + (change.label < 0 ? "any" : classes[change.label]));
+  if (change.label !== undefined) parts.push((ofText("a") ? "prompt " : "class ") + (change.label < 0 ? "any" : classes[change.label]));
   const from = parts.length ? "from step " + (change.step + 1) + ": " + parts.join(", ") : "";
   const next = change.next ? change.next.length + " painted tokens at step " + (change.step + 1) : "";
   return [from, next].filter(Boolean).join("; ");
 }
 
 function showChanges() {
-  const classes = about($("a-checkpoint").value).classes;
+  const classes = conditions();
   const removable = (text, remove) => {
     const button = element("button", { type: "button", textContent: "undo", "aria-label": "Undo: " + text });
     button.addEventListener("click", () => {
@@ -135,9 +135,12 @@ async function readUpload() {
   state.upload = btoa(text);
 }
 
+// What labels number: classes, or prompts.
+const conditions = () => (ofText("a") ? promptsOf() : about($("a-checkpoint").value).classes);
+
 function fillClasses() {
-  const classes = about($("a-checkpoint").value).classes;
-  const options = classes.map((name, i) => element("option", { value: i, textContent: i + (name === String(i) ? "" : " " + name) }));
+  $("steer-label-name").textContent = ofText("a") ? "prompt" : "class";
+  const options = conditions().map((name, i) => element("option", { value: i, textContent: i + (name === String(i) ? "" : " " + name) }));
   $("steer-label").replaceChildren(element("option", { value: "", textContent: "as asked for" }), element("option", { value: -1, textContent: "any" }), ...options);
 }
 
@@ -170,6 +173,6 @@ function wireSteer() {
     showChanges();
     generateWatch();
   });
-  $("a-checkpoint").addEventListener("change", fillClasses);
+  for (const name of ["a-checkpoint", "a-prompts"]) $(name).addEventListener("change", fillClasses);
   fillClasses();
 }

@@ -17,7 +17,8 @@ function buildForm(which) {
   place.append(element("h2", { textContent: first ? "Settings" : "Settings of B" }), field(which, "checkpoint", select));
   if (first) {
     place.append(field("a", "classes", element("input", { value: "0" }), "class numbers with commas between, −1: without class"));
-    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, value: 1 }), "how many, the classes in turn"));
+    place.append(field("a", "prompts", element("textarea", { rows: 3 }), "one a line"));
+    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, value: 1 }), "how many, the classes or prompts in turn"));
     place.append(field("a", "seed", element("input", { type: "number", min: 0, value: 1 }), "image i depends on (seed, i) only"));
   }
   const more = element("details", {}, element("summary", { textContent: "All settings" }));
@@ -37,8 +38,16 @@ function buildForm(which) {
   showDefaults(which);
 }
 
+const ofText = (which) => about($(which + "-checkpoint").value).text;
+const promptsOf = () => $("a-prompts").value.split("\n").map((line) => line.trim()).filter((line, i, all) => line || all.length === 1);
+
 function showDefaults(which) {
   const one = about($(which + "-checkpoint").value);
+  if ($("b-checkpoint")) { // both forms are built
+    const both = state.view === "compare" ? ["a", "b"] : ["a"];
+    $("a-prompts").parentElement.hidden = !both.some(ofText);
+    $("a-classes").parentElement.hidden = both.every(ofText);
+  }
   for (const setting of content.settings) {
     const input = $(which + "-" + setting.name), value = one.settings[setting.name];
     const text = value === null || value === undefined ? "its own" : String(value);
@@ -60,9 +69,11 @@ function readSettings(which) {
 
 // What is asked of the server for run A or B.
 function specOf(which) {
-  const classes = $("a-classes").value.split(",").map(wholeOrText), images = Number($("a-images").value) || 0;
+  const prompts = promptsOf(), images = Number($("a-images").value) || 0;
+  const classes = ofText(which) ? prompts.map((_, i) => i) : $("a-classes").value.split(",").map(wholeOrText);
   const labels = Array.from({ length: Math.min(Math.max(images, 0), 1000) }, (_, i) => classes[i % classes.length]);
   const spec = { ...readSettings(which), labels, seed: wholeOrText($("a-seed").value) };
+  if (ofText(which)) spec.prompts = prompts;
   const sure = wholeOrText($("a-sure").value);
   if (sure) spec.sure = sure;
   if (which === "a") {
@@ -73,34 +84,43 @@ function specOf(which) {
   return spec;
 }
 
+// Take what is asked for into the form; the line that says what it cannot take.
 function writeSpec(which, spec) {
-  if (about(spec.checkpoint).name === spec.checkpoint) $(which + "-checkpoint").value = spec.checkpoint;
-  else showError("this server has no checkpoint " + spec.checkpoint);
+  const settings = spec.settings || {}, labels = spec.labels || [0], prompts = spec.prompts || [];
+  if (about(spec.checkpoint).name !== spec.checkpoint) return "this server has no checkpoint " + spec.checkpoint;
+  $(which + "-checkpoint").value = spec.checkpoint;
+  if (which === "a" || prompts.length) $("a-prompts").value = prompts.join("\n");
   showDefaults(which);
-  for (const { name } of content.settings) $(which + "-" + name).value = (spec.settings || {})[name] || "";
-  if (which !== "a") return;
-  const labels = Array.isArray(spec.labels) ? spec.labels : [0];
+  const known = content.settings.map((setting) => setting.name);
+  for (const name of known) $(which + "-" + name).value = settings[name] || "";
+  const lost = Object.keys(settings).find((name) => !known.includes(name) || $(which + "-" + name).value !== settings[name]);
+  if (lost !== undefined) return "the address has a setting that this server does not know: " + lost + " " + settings[lost];
+  if (which !== "a") return "";
+  if (ofText("a") && labels.some((label, i) => label !== i % prompts.length)) return "the address has images that do not take the prompts in turn";
   const period = labels.findIndex((_, n) => n > 0 && labels.every((label, i) => label === labels[i % n]));
-  $("a-classes").value = labels.slice(0, period > 0 ? period : labels.length).join(",");
+  if (!ofText("a")) $("a-classes").value = labels.slice(0, period > 0 ? period : labels.length).join(",");
   $("a-images").value = labels.length;
   $("a-seed").value = spec.seed === undefined ? 1 : spec.seed;
   $("a-sure").value = spec.sure || 0;
   state.steer = spec.steer || [];
   state.redo = spec.redo || [];
   state.edit = spec.edit || null;
+  return "";
 }
 
 // Run A or B; what comes is shown while it comes.
 async function makeRun(which, signal, follow) {
+  const spec = specOf(which);
   const [run, take] = collector((run) => {
     state.runs[which] = run;
+    run.spec = spec;
     if (!run.begin) return;
     const steps = run.begin.settings.num_iter || 1, done = run.steps.length;
     $("progress").value = run.end ? 1 : Math.min(0.99, done / steps);
     if (done) $("status").textContent = (which === "b" ? "B: " : "") + "step " + done + " of " + steps + ".";
     if (follow) follow(run);
   });
-  await ask("run", specOf(which), take, signal);
+  await ask("run", spec, take, signal);
   if (!run.end) throw new Error("the server ended before the image was complete");
   return run;
 }
@@ -152,7 +172,7 @@ function showStrip() {
   const buttons = run.begin.labels.map((label, i) => {
     const canvas = element("canvas");
     drawSheet(canvas, sheet, i, count, 44);
-    const button = element("button", { type: "button", "aria-pressed": String(i === state.image), "aria-label": "Image " + (i + 1) + ", class " + run.begin.names[i] }, canvas);
+    const button = element("button", { type: "button", "aria-pressed": String(i === state.image), "aria-label": "Image " + (i + 1) + ", of " + run.begin.names[i] }, canvas);
     button.addEventListener("click", () => {
       state.image = i;
       showStrip();
@@ -197,8 +217,8 @@ function wireWatch() {
   $("scrubber").addEventListener("input", () => go(Number($("scrubber").value)));
   $("outline").addEventListener("change", drawPicture);
   document.addEventListener("keydown", (event) => {
-    const typing = event.target.closest("input, select, textarea, button, canvas, summary");
-    if (state.view !== "watch" || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    const own = "input, select, textarea, canvas, [role=tab]" + (event.key === " " ? ", button, summary" : ""); // use the key themselves
+    if (state.view !== "watch" || event.target.closest(own) || event.ctrlKey || event.metaKey || event.altKey) return;
     const steps = { ArrowLeft: state.step - 1, ArrowRight: state.step + 1, Home: 0, End: Infinity };
     if (event.key in steps) go(steps[event.key]);
     else if (event.key === " ") playOrPause();

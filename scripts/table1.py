@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from util.door import run_main
+from util.evaluation.trials import Trials, costs, metric, trials_parser
 from util.images.folders import check_output_folder
-from util.trials import Trials, costs, metric, trials_parser
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from util.args import OneLineParser
 from util.checkpoint import FILE_NAME, atomic_file, load_checkpoint
 from util.evaluation.tables import read_lines, shown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = "seconds.txt"  # of a training that was not interrupted, in its folder
 
 

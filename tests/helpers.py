@@ -13,6 +13,7 @@ import main_mar
 from models.mar import MAR, MARConfig
 from models.tokenizers import build_tokenizer
 from sampling.run import Parts
+from sampling.trace import KEYS
 from training.checkpoints import checkpoint_content
 from training.config import flag_classes, resolve
 from util import dist
@@ -84,6 +85,12 @@ def shows(line: str, text: str) -> bool:
 def images_of(*shape, dtype=np.uint8) -> np.ndarray:
     """Black images (B, H, W, C)."""
     return np.zeros(shape, dtype)
+
+
+def blank_trace() -> dict[str, np.ndarray]:
+    """The arrays of a trace of one image of 2×2 pixels, each a token."""
+    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
+    return arrays | {"frames": np.zeros((1, 4, 2, 2, 1))}
 
 
 def image_folder(root: Path, sizes: dict[str, int], seed=0) -> Path:

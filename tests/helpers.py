@@ -86,6 +86,12 @@ def images_of(*shape, dtype=np.uint8) -> np.ndarray:
     return np.zeros(shape, dtype)
 
 
+def blank_trace() -> dict[str, np.ndarray]:
+    """The arrays of a trace of one image of 2×2 pixels, each a token."""
+    arrays = dict(order_step=np.zeros((1, 4), int), tau=np.ones((1, 4)), cfg=np.ones((1, 4)), labels=np.zeros(1, int))
+    return arrays | dict(group_size=np.full((1, 1), 4), frames=np.zeros((1, 1, 2, 2, 1), np.uint8))
+
+
 def image_folder(root: Path, sizes: dict[str, int], seed=0) -> Path:
     """Two classes of so many 12 x 10 RGB images in each split."""
     draws = np.random.default_rng(seed)

@@ -38,7 +38,7 @@ from scripts import (
     train_classifier,
     train_tokenizer,
 )  # fmt: skip
-from tests.helpers import shows, untrained
+from tests.helpers import blank_trace, shows, untrained
 from tests.test_bad_flags import CONFIGS, flags_of, id_of
 from tests.test_cli import TINY, files, refused
 from util.checkpoint import FILE_NAME
@@ -513,10 +513,8 @@ def places(good, tmp_path):
     (tmp_path / "truncated").write_bytes(whole[: len(whole) // 2])
     for name, width in (("stats", 64), ("wide", 99)):
         save_fid_stats(paths[name], FIDStats(np.zeros(width), np.eye(width)))
-    arrays = dict(order_step=np.zeros((1, 4), int), tau=np.ones((1, 4)), cfg=np.ones((1, 4)), labels=np.zeros(1, int))
-    arrays |= dict(group_size=np.full((1, 1), 4), frames=np.zeros((1, 1, 4, 4, 1), np.uint8))
     with open(paths["trace"], "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **blank_trace())
     row = dict(settings=dict(seed=0, cfg=1.0), metrics=dict(fid=1.0), weights="a", reference="b", images_per_second=1.0)
     paths["results"].write_text(json.dumps(row))
     return {name: str(path) for name, path in paths.items()}

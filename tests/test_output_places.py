@@ -8,7 +8,6 @@ import pytest
 
 import main_mar
 import sample
-from sampling.trace import KEYS
 from scripts import (
     best_settings,
     cache_latents,
@@ -25,7 +24,7 @@ from scripts import (
     train_classifier,
     train_tokenizer,
 )
-from tests.helpers import untrained
+from tests.helpers import blank_trace, untrained
 from tests.helpers_latents import CACHE, SMALL, cache, content, refused
 from tests.test_reading_settings import train
 from util.images.folders import find_cache
@@ -71,8 +70,7 @@ def inputs(tmp_path_factory):
     """What stands for the capital words in WRITERS."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "results.jsonl").write_text('{"settings": {"seed": 0, "cfg": 1.0}, "metrics": {"fid": 1.0}}\n')
-    arrays = dict.fromkeys(KEYS, np.zeros((1, 4))) | {"labels": np.zeros(1, int)}
-    np.savez(root / "trace.npz", **arrays)
+    np.savez(root / "trace.npz", **blank_trace())
     good = untrained(root / "good")
     return {"GOOD": good, "RESULTS": root / "results.jsonl", "TRACE": root / "trace.npz"}
 

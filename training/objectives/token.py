@@ -245,7 +245,7 @@ class TokenObjective(nn.Module):
         if preparation.visits is not None:
             self.eval()  # no dropout in the scores
             with autocast(state.device, state.dtype):
-                score = partial(self._score, tokens, labels, shape)
+                score = partial(self._score, tokens, labels, **shape)
                 draws = preparation.visits(draws, score, state.device, state.step / state.steps_per_epoch)
             self.train()
         condition = condition_of(self.model, labels, state.device)
@@ -264,7 +264,7 @@ class TokenObjective(nn.Module):
         inputs = batch.inputs[:, : num - sides[0] ** 2]
         return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights)
 
-    def _score(self, tokens, labels, shape: dict, mask, num_visible):
+    def _score(self, tokens, labels, mask, num_visible, **shape):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
         if any(num_visible) or reads_text(self.model):
             condition = condition_of(self.model, labels, mask.device)

@@ -133,7 +133,7 @@ def test_a_signal_in_the_middle_of_an_image_ends_it(number, tmp_path, trace, cap
         while b'"begin"' not in answer.readline():
             pass
         process.send_signal(number)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=120) == 130
         assert process.stderr.read() == "interrupted\n"
     finally:
         process.kill()

@@ -40,7 +40,8 @@ class Row:
     grid: str  # comma lists for sample.py
     learn: str = ""  # heads; none: of the first table alone
     heads: str = ""  # further flags of their training
-    rules: str = ""  # the hand-made rules beside learned temperature and guidance, flags of sample.py
+    rules: str = ""  # the hand-made order and groups beside learned temperature and guidance, flags of sample.py
+    order: str = ""  # in mode both, where it is not learned
     mode: str = "baseline"  # of hand-made rules
     in_first: bool = True  # has a row in the first table
 
@@ -101,9 +102,10 @@ ROWS = [
         45,
         "--num_iter 8",
         "--group step_arccos,step_cosine --confidence_noise 2,4.5 --cfg 1,1.5,2,3 --temperature 0.9,1",
-        "order,group,tau,cfg",
-        "--order_base confidence --cfg 2 --temperature 1",
+        "group,tau,cfg",
+        "--order confidence --group_base step_arccos --cfg 2 --temperature 1",
         "--order confidence --group step_arccos",
+        order="--order confidence",
         mode="maskgil",
     ),
 ]
@@ -195,7 +197,7 @@ class Families:
 
 def modes(row: Row) -> list[tuple[str, list[str]]]:
     """(inference mode, hand-made rules as flags) of a family's heads."""
-    both = [("both", [])] if "order" in row.learn else []
+    both = [("both", row.order.split())] if "group" in row.learn else []
     return [("guidance", row.rules.split()), *both]
 
 

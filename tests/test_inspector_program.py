@@ -120,6 +120,8 @@ def test_a_signal_in_the_middle_of_an_image_ends_it(number, tmp_path, trace, cap
     place = untrained(tmp_path / "run")
     program = [sys.executable, inspector.__file__, "--checkpoint", str(place), "--port", "0", "--device", "cpu"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # tests that were started in the background ignore SIGINT, and so would their programs
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(program, **pipes, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         address = process.stdout.readline().strip()

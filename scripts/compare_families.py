@@ -1,11 +1,11 @@
-"""Two tables of docs/families.md on digits: the families at equal size and training time, and learned heads on each.
+"""Two tables on digits: the families trained and sampled beside each other, and learned heads on each.
 
     python scripts/compare_families.py --out output_dir/families
 
-Each family is trained with every seed in --seeds, for the same time to a few percent (EPOCHS of one thread), on the
-tokens that it takes: pixels in patches of 2×2, ids of one VQ tokenizer, or ids of a multi-scale one. Temperature and
-guidance are those of the smallest FID in a small grid, by the model of the first seed with seed 0; what is reported is
-sampled with the seeds of training.
+Each family's smallest model is trained with every seed in --seeds on the tokens that it takes: pixels in patches of
+2×2, ids of one VQ tokenizer, or ids of a multi-scale one. Parameters and seconds of training are columns. Temperature
+and guidance are those of the smallest FID in a small grid, by the model of the first seed with seed 0; what is reported
+is sampled with the seeds of training.
 
 Heads are trained by --objective image on each frozen model, and measured beside hand-made rules by a classifier that
 took no part: a row is compared with the hand-made rule that the judge likes best among those of no larger pixel

@@ -1,11 +1,11 @@
-"""Captures on a CPU: `PlainCalls` with what CUDA forbids while it captures, and with what a graph must not lose."""
+"""Captures on a CPU: plain calls, with what CUDA forbids while it captures, and with what a graph must not lose."""
+
+from collections.abc import Callable
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
-
-from util.graphs import PlainCalls
 
 CPU = torch.device("cpu")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
@@ -33,6 +33,25 @@ class Rules(TorchDispatchMode):
         storages = [x.untyped_storage() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
         self.made |= {storage._cdata for storage in storages} - self.outside.keys()
         return result
+
+
+class PlainCalls:
+    """In place of a `CudaGraph`: calls the function of the first call on the buffers; has one place for results."""
+
+    new_pool = staticmethod(lambda: None)
+
+    @staticmethod
+    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
+        """Call it once."""
+        function(*buffers)
+
+    def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
+        self.function, self.buffers = function, buffers
+        self.result = function(*buffers)
+
+    def replay(self) -> torch.Tensor:
+        """The result, in a place that the next replay overwrites."""
+        return self.result.copy_(self.function(*self.buffers))
 
 
 class Watched(PlainCalls):

@@ -12,14 +12,14 @@ from models.diffloss import DiffLoss
 from sampling.loop import generate
 from tests.helpers import named_weights, randn, tiny_mar
 from tests.helpers_diffusion import CHANNELS, CLIP, WIDTH
-from tests.helpers_graphs import eagerly
+from tests.helpers_graphs import PlainCalls, eagerly
 from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_diffusion_graphs import random_draw
 from tests.test_var import tiny as tiny_var
 from tests.test_var_graphs import LABELS, looks
 from util import graphs
 from util.dist import autocast
-from util.graphs import Graphs, PlainCalls, release
+from util.graphs import Graphs, release
 
 pytestmark = pytest.mark.gpu
 

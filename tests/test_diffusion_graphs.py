@@ -16,10 +16,10 @@ from tests.helpers_causal import tiny_ar
 from tests.helpers_device import DEVICE, near, pretended
 from tests.helpers_diffusion import CHANNELS, CLIP, WIDTH
 from tests.helpers_generate import LENGTH, ragged_rules, run
-from tests.helpers_graphs import CPU, eagerly
+from tests.helpers_graphs import CPU, PlainCalls, eagerly
 from util import graphs
 from util.dist import autocast
-from util.graphs import PlainCalls, bucket
+from util.graphs import bucket
 
 
 def random_draw(chance: Random, num_rows: int | None = None) -> dict:

@@ -12,10 +12,10 @@ from torch import nn
 
 from tests.helpers import randn
 from tests.helpers_diffusion import CHANNELS, CLIP, WIDTH
-from tests.helpers_graphs import CPU, Fails, eagerly
+from tests.helpers_graphs import CPU, Fails, PlainCalls, eagerly
 from util import graphs
 from util.dist import autocast
-from util.graphs import CudaGraph, Graphs, PlainCalls, bucket, release
+from util.graphs import CudaGraph, Graphs, bucket, release
 
 
 def test_buckets_are_few_and_waste_less_than_half():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.families import SIZES
 from sampling.inspector.export import as_npz
 from sampling.inspector.view import page, page_of
 from sampling.inspector.work import share_cores
@@ -96,6 +97,12 @@ def test_checkpoints_of_one_name_are_told_apart(tmp_path):
     assert inspector.names_of([str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")]) == ["x", "x 2"]
 
 
+def test_an_unknown_model_of_a_published_file_is_one_line_with_all_that_are_known(capsys):
+    """Which is longer than those of tests/test_bad_input.py may be."""
+    line = refused(inspector.main, ["--checkpoint", "x.pth", "--model", "nope"], capsys)
+    assert "--model" in line and "'nope'" in line and all(size in line for size in SIZES)
+
+
 def test_it_draws_with_half_of_the_cores(monkeypatch):
     """In all of its threads."""
     before, seen = torch.get_num_threads(), []
@@ -135,7 +142,7 @@ def test_a_signal_in_the_middle_of_an_image_ends_it(number, tmp_path, trace, cap
         while b'"begin"' not in answer.readline():
             pass
         process.send_signal(number)
-        assert process.wait(timeout=120) == 130
+        assert process.wait(timeout=30) == 130
         assert process.stderr.read() == "interrupted\n"
     finally:
         process.kill()

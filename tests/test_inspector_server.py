@@ -138,7 +138,7 @@ def test_other_questions_are_refused_in_a_line_too(client):
 
 def raw(client, text: bytes) -> bytes:
     """What the server answers to these bytes."""
-    with socket.create_connection(("127.0.0.1", client.port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", client.port), timeout=10) as connection:
         connection.sendall(text)
         connection.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: connection.recv(2**16), b""))
@@ -233,7 +233,7 @@ def test_a_full_queue_says_so():
         worker.submit(lambda emit: None)
     begin.set()
     for job in jobs:
-        while job.events.get(timeout=60) is not None:
+        while job.events.get(timeout=10) is not None:
             pass
     worker.stop()
     assert not worker.thread.is_alive()
@@ -249,7 +249,7 @@ def test_a_request_whose_client_has_left_takes_no_place_in_the_queue():
         assert gone.events.get() == {"waiting": 1}
         gone.cancelled.set()
     begin.set()
-    while first.events.get(timeout=60) is not None:
+    while first.events.get(timeout=10) is not None:
         pass
     worker.stop()
     assert not made

@@ -5,8 +5,8 @@ rows, replays, and copies the result out, so that no replay overwrites what an e
 reads, weights and tables, is as it was when captured: it must stay in its place, where it may change. Of numbers and
 shapes the capture keeps those of its first call, so whatever they depend on belongs to the key.
 
-CAPTURES says on which devices this is done. `CudaGraph` is for GPUs; `PlainCalls` keeps to the same rules without one,
-for tests on a CPU. CUDA_GRAPHS=0 in the environment switches all captures off.
+CAPTURES says on which devices this is done, and by which class: `CudaGraph` on GPUs. Tests on a CPU add one of plain
+calls, which keeps to the same rules. CUDA_GRAPHS=0 in the environment switches all captures off.
 """
 
 import contextlib
@@ -69,25 +69,6 @@ class CudaGraph:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream that functions are warmed up and captured on; one, since cuBLAS has a workspace for each."""
     return torch.cuda.Stream(device)
-
-
-class PlainCalls:
-    """In place of a `CudaGraph`: calls the function of the first call on the buffers; has one place for results."""
-
-    new_pool = staticmethod(lambda: None)
-
-    @staticmethod
-    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
-        """Call it once."""
-        function(*buffers)
-
-    def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
-        self.function, self.buffers = function, buffers
-        self.result = function(*buffers)
-
-    def replay(self) -> torch.Tensor:
-        """The result, in a place that the next replay overwrites."""
-        return self.result.copy_(self.function(*self.buffers))
 
 
 CAPTURES = {"cuda": CudaGraph}  # by type of device

@@ -66,8 +66,11 @@ def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict,
     others of the lines have.
     """
     groups = {}
+    later = {name: unset[name] for row in rows for name in row["settings"] if name in (unset or {})}
     for row, reference in zip(rows, _references(rows)):
-        settings = {k: v for k, v in {**_later_flags(rows, unset, row), **row["settings"]}.items() if k != "seed"}
+        sampled = not later.keys().isdisjoint(row["settings"])  # a line of sample.py, not of a reconstruction
+        settings = {**(later if sampled else {}), **row["settings"]}
+        settings.pop("seed", None)
         repeat = row["settings"].get("seed")
         if "run" in row:
             settings["run"] = row["run"]
@@ -83,13 +86,6 @@ def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict,
         values = {name: [numbers[name] for numbers in repeats.values() if name in numbers] for name in names}
         result.append((settings, values, len(repeats)))
     return result
-
-
-def _later_flags(rows: list[dict], unset: dict | None, row: dict) -> dict:
-    """Of unset what a line of sample.py lacks and others have."""
-    if not unset or row["settings"].keys().isdisjoint(unset):
-        return {}
-    return {name: unset[name] for other in rows for name in other["settings"] if name in unset}
 
 
 def _references(rows: list[dict]) -> list:

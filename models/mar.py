@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +18,7 @@ from models.diffloss import DiffLoss
 from models.mar_cache import FeatureCache
 from models.token_head import LOSSES, TokenHead
 from models.tokenizers.ldm import KL16_PATH
+from models.vit import Block
 from util.args import flag
 from util.sizes import Size, check_square, image_size
 
@@ -206,18 +206,8 @@ class MAR(nn.Module):
 
     def _blocks(self, depth, width, heads):
         c = self.config
-        return nn.ModuleList(
-            Block(
-                width,
-                heads,
-                c.mlp_ratio,
-                qkv_bias=True,
-                proj_drop=c.proj_dropout,
-                attn_drop=c.attn_dropout,
-                norm_layer=lambda dim, **kwargs: nn.LayerNorm(dim, eps=1e-6, **kwargs),
-            )
-            for _ in range(depth)
-        )
+        rates = dict(attn_dropout=c.attn_dropout, proj_dropout=c.proj_dropout)
+        return nn.ModuleList(Block(width, heads, c.mlp_ratio, **rates) for _ in range(depth))
 
     def _init_weights(self):
         for parameter in self.parameters(recurse=False):

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import MAR, MARConfig, compile_all
-from models.mar_cache import after_attention, before_attention
 from util.args import flag
 
 # --ar_order: the rules of sampling that such a model cannot do without; one trained in random order takes any order
@@ -145,8 +144,8 @@ class MARAR(nn.Module):
         """z (B, 1, D) of the next token of each image, from the inputs that its sequence in the cache lacks."""
         x = self._inputs(tokens, orders, labels, extension.places)
         for i, block in enumerate(self.layers):
-            looked = extension.attend(i, *before_attention(block, x).unbind(dim=2))
-            x = after_attention(block, x, looked)
+            looked = extension.attend(i, *block.before_attention(x).unbind(dim=2))
+            x = block.after_attention(x, looked)
         return self._finish(extension.last(x), orders.gather(1, extension.last_places))
 
     def compile_parts(self) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.kv_cache import put
+from models.vit import Block
 from util.dist import send
 
 
@@ -163,7 +164,7 @@ class FeatureCache:
         """
         rows = sequences[:, None]
         for block in blocks:
-            query, key, value = self._call(before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
+            query, key, value = self._call(Block.before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
                 self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
@@ -173,22 +174,11 @@ class FeatureCache:
                 key, value = ((kept[sequences] if len(sequences) < self.room else kept)[:, :-1] for kept in pair)
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            x = self._call(after_attention, block, x, looked.transpose(1, 2))
+            x = self._call(Block.after_attention, block, x, looked.transpose(1, 2))
         return x
 
     def _call(self, part, *args):
         return (_compiled(part) if self.mar.compiled else part)(*args)
-
-
-def before_attention(block, x):
-    """Queries, keys and values (B', ·, 3, H, D / H) of a block."""
-    return block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
-
-
-def after_attention(block, x, looked):
-    """The rest of a block, from what its attention found (B', ·, H, D / H)."""
-    x = x + block.attn.proj(looked.flatten(2))
-    return x + block.mlp(block.norm2(x))
 
 
 @cache

@@ -23,7 +23,7 @@ FOR_TYPES_ONLY = {"heads": {"models"}}
 ALSO = {"heads": {"models.mask_schedules"}}
 MAY_IMPORT = {room: set(ROOMS[:i]) - NOT_FROM.get(room, set()) for i, room in enumerate(ROOMS)}
 GROUND = ("util/images/", "util/evaluation/")  # stand on the files of util, which do not know them
-LAZY = {"diffusers", "transformers", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}
+LAZY = {"diffusers", "transformers", "timm", "torchvision", "torch_fidelity", "tensorboard", "sklearn", "matplotlib"}
 DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "torch_fidelity": "torch-fidelity"}
 
 
@@ -170,7 +170,7 @@ def loaded_by(program: str) -> set[str]:
 @pytest.mark.parametrize("program", ["main_mar", "sample", "engine_mar", "models.loading"])
 def test_heavy_libraries_are_imported_where_they_are_used(program):
     names = loaded_by(program)
-    assert {"util.args", "models.mar", "torch", "timm.models.vision_transformer"} <= names  # the walk went through
+    assert {"util.args", "models.mar", "torch", "models.vit"} <= names  # the walk went through
     assert not {name for name in names if LAZY & set(name.split("."))}
 
 

@@ -1,5 +1,7 @@
 """Metrics of images: pixel figures of digits, agreement with torch-fidelity, forms of input, and what is refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from tests.helpers import images_of
 from util.evaluation import metrics
-from util.evaluation.classifiers import load_classifier
-from util.evaluation.metrics import compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
+from util.evaluation.classifiers import DIGITS_WEIGHTS, load_classifier
+from util.evaluation.metrics import KEPT, compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,33 @@ def test_forms_of_input_agree(digits):
     ):
         figures = compute_metrics(images, Folder(reference), features="digits", metrics=names, batch_size=33)
         assert figures == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("names", [("fid",), ("fid", "isc", "kid", "prc")])
+def test_reference_is_read_once(digits, tmp_path, monkeypatch, names):
+    class Counted(Folder):
+        reads = 0
+
+        def __getitem__(self, i):
+            Counted.reads += 1
+            return super().__getitem__(i)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    x, reference = digits[0], Counted(digits[0][100:300])
+    other = tmp_path / "other.npz"
+    other.write_bytes(DIGITS_WEIGHTS.read_bytes())
+    figures = []
+    for images in (x[:100], x[50:150]):
+        for weights in (None, other):
+            figures.append(compute_metrics(images, reference, features="digits", weights=weights, metrics=names))
+    assert Counted.reads <= 2 * len(reference) + 8  # whole once for each file of weights; for its size image 0
+    kept = Path(KEPT[reference].name)
+    assert figures[0] == figures[1] and figures[2] == figures[3] != figures[0]
+    again = Counted(digits[0][100:300])
+    assert compute_metrics(x[50:150], again, features="digits", metrics=names) == figures[2]
+    assert list(tmp_path.iterdir()) == [other] and list(kept.iterdir())
+    del reference
+    assert not kept.exists()
 
 
 def test_quiet_no_cache_and_random_state_kept(digits, tmp_path, monkeypatch, capfd):

@@ -4,10 +4,14 @@ Shapes: n images, H x W pixels, C channels (1 or 3), d features. Images are uint
 """
 
 import math
+import os
+import tempfile
+import weakref
 from contextlib import nullcontext
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from util.evaluation.features import FEATURES, RGBImages, check_features, feature_batches
 from util.evaluation.fid_stats import FIDStats, Moments
@@ -21,6 +25,7 @@ METRICS = {
     "prc": (4, True, {"precision": "precision", "recall": "recall"}),  # 3rd nearest neighbour, not counting itself
     "sfid": (2, True, {"sfid": "spatial_frechet_distance"}),
 }
+KEPT = weakref.WeakKeyDictionary()  # reference data set -> temporary folder with the features of its images
 ON_REQUEST = {"sfid"}  # not measured unless it is named: it takes passes of its own over both sets of images
 
 
@@ -68,8 +73,9 @@ def compute_metrics(
     images, reference: uint8 (n, H, W, C), C 1 or 3, or Datasets (read from threads) of uint8 (C, H, W) tensors or of
     tuples that start with one. reference may be FIDStats, which have FID (and IS) only. metrics None: all that are
     possible (see `possible_metrics`). KID's subsets have 1000 images, or all of a smaller set; IS has 10 splits, with
-    fewer than 100 images one for each 10. Nothing is cached and the random state is kept. Other types and shapes, too
-    few images, unknown or impossible metrics and what check_features refuses raise ValueError.
+    fewer than 100 images one for each 10. A reference that is a Dataset must not change: its features are extracted
+    once and serve until it, or the process, ends. The random state is kept. Other types and shapes, too few images,
+    unknown or impossible metrics and what check_features refuses raise ValueError.
     """
     from_stats = isinstance(reference, FIDStats)
     metrics = possible_metrics(metrics, features, from_stats)
@@ -109,11 +115,28 @@ def compute_metrics(
             kid_subset_size=min(1000, n),
             batch_size=batch_size,
             cuda=cuda,
-            cache=False,
+            **_kept_features(reference, path, device),
             save_cpu_ram=True,  # no worker processes; precision/recall in blocks (50k x 50k distances are 10 GB)
             verbose=verbose,
         )
     return _with_our_names(figures, metrics)
+
+
+def _kept_features(reference: RGBImages, path, device) -> dict:
+    """torch-fidelity's options to extract the features of a data set once; arrays may change, theirs are not kept.
+
+    path: file of the extractor's weights, None for those it comes with.
+    """
+    if not isinstance(reference.images, Dataset):
+        return dict(cache=False)
+    if reference.images not in KEPT:
+        KEPT[reference.images] = tempfile.TemporaryDirectory(prefix="reference_features_")
+    extractor = "own"
+    if path is not None:
+        file = os.stat(path)
+        extractor = f"{file.st_dev}_{file.st_ino}_{file.st_size}_{file.st_mtime_ns}"
+    name = f"{extractor}_{torch.device(device).type}"
+    return dict(cache=True, cache_root=KEPT[reference.images].name, input2_cache_name=name)
 
 
 def _moments(batches) -> tuple[np.ndarray, np.ndarray]:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -215,6 +214,8 @@ def build_torchvision(
     ValueError when it can neither be read nor downloaded. CIFAR-10's files are pickles, the only ones that this
     repository loads: torchvision unpickles a file only if it has the published MD5, so its content is known.
     """
+    import torchvision
+
     name, size, flip, layout = source
     _check_native_size(name, img_size, size)
     root = Path(data_path or "./data").expanduser()

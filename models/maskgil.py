@@ -91,7 +91,7 @@ ROPES = {"2d": paper_table, "published": published_table}
 
 _B = MaskGILConfig(dim=768, n_layer=12, n_head=12)
 MASKGIL_CONFIGS = {
-    "maskgil_tiny": MaskGILConfig(dim=128, n_layer=4, n_head=4, multiple_of=32),  # for CPU
+    "maskgil_tiny": MaskGILConfig(dim=64, n_layer=4, n_head=4, multiple_of=32),  # for CPU
     "maskgil_b": _B,  # published: FID 5.64
     "maskgil_l": replace(_B, dim=1024, n_layer=24, n_head=16),  # published: FID 4.01
     "maskgil_xl": replace(_B, dim=1280, n_layer=36, n_head=20),  # published: FID 3.90

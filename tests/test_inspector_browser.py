@@ -175,6 +175,19 @@ def test_other_families_are_shown(page, gallery, family):
     assert "log p" in text(page, "token") and ("scale" in text(page, "readout")) == (family == "var")
 
 
+@pytest.mark.parametrize("mode, of_heads", [("maskgil", []), ("both", ["order head"])])
+def test_maskgil_shows_its_confidence_and_what_its_heads_decide(page, gallery, mode, of_heads):
+    settings = {"infer_mode": mode, "num_iter": "4", "cfg": "2"}
+    page.show(checkpoint="maskgil", settings=settings)
+    assert np.array_equal(shown(page), images_of(gallery, checkpoint="maskgil", settings=settings)[0, :, :, 0])
+    titles = page.js("[...document.querySelectorAll('#maps figure:not([hidden]) figcaption')].map(f => f.textContent)")
+    expected = ["step", "τ", "w", "rank of its score", "log p", *of_heads]
+    assert len(titles) == len(expected) and all(map(str.startswith, titles, expected))
+    page.drag("#maps canvas", (0.1, 0.1))
+    card = text(page, "token")
+    assert "log p" in card and ("order head–" in card) == (mode == "maskgil")
+
+
 def test_images_that_are_not_square_keep_their_shape(page, gallery):
     asked = dict(checkpoint="wide", settings=SETTINGS)
     page.show(**asked, labels=[1, 2])

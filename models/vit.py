@@ -1,7 +1,7 @@
 """The Vision Transformer's block (arXiv 2010.11929 Eq. 2 and 3), of which MAR's encoder and decoder are made.
 
-Legend: B sequences, n inputs of each, D width, H heads. Attributes have timm's names, as those of MAR's checkpoints. timm
-itself, whose block computes the same, loads torch's compiler when it is imported, which is half of a program's start.
+Legend: B sequences, n inputs of each, D width, H heads. Attributes have timm's names, as those of MAR's checkpoints.
+timm itself, whose block computes the same, loads torch's compiler when it is imported: half of a program's start.
 """
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + MLP(LN(x)): (B, n, D) to the same shape.
 
-    mlp_ratio: width of the MLP's hidden layer over D. attn_dropout: of attention weights. proj_dropout: after each linear
-    layer but that of queries, keys and values.
+    mlp_ratio: width of the MLP's hidden layer over D. attn_dropout: of attention weights. proj_dropout: after each
+    linear layer but that of queries, keys and values.
     """
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, attn_dropout: float, proj_dropout: float):

@@ -2,8 +2,9 @@
 # The first part of docs/leaderboard.md, on digits: published rules, the best of a grid, checkerboard and staged groups, a
 # searched schedule, and learned heads, at equal numbers of steps, on the reward's features and on a judge's.
 #   BASE=output_dir/quickstart HEADS=output_dir/heads OUT=output_dir/leaderboard STEPS="4 8 16" bash scripts/leaderboard.sh
-# SEEDS (1,2,3): those of the images, and of the heads, which scripts/train_heads.sh trains in HEADS/seedN where they are
-# missing and whose images have the seed of their training. SCHEDULE=FILE is a searched schedule (made if not given).
+# SEEDS (1,2,3): those of the images, and of the heads, which scripts/train_heads.sh trains in HEADS/seedN, and those of
+# each step alone, without an adaptive part, in HEADS/stepsN; their images have the seed of their training. SCHEDULE=FILE is a
+# searched schedule (made if not given, on images of other seeds).
 # Hand-made rules of up to 8 steps are chosen from the whole grid, of others from the small one (GRID=whole: from all).
 # Seed 0 chooses among hand-made rules. Several hours on 2 CPU cores; interrupted, the same command continues. Further
 # arguments go to sample.py.
@@ -20,8 +21,9 @@ pass=() # --dry_run goes on to the scripts that this one calls
 [ -z "$dry_run" ] || pass=(--dry_run)
 
 for seed in "${seeds[@]}"; do
-    [ -f "$heads/seed$seed/checkpoint-last.pth" ] || BASE=${BASE:-} SEED=$seed OUT=$heads/seed$seed \
-        bash scripts/train_heads.sh "${pass[@]}"
+    BASE=${BASE:-} SEED=$seed OUT=$heads/seed$seed bash scripts/train_heads.sh "${pass[@]}"
+    BASE=${BASE:-} SEED=$seed OUT=$heads/steps$seed bash scripts/train_heads.sh "${pass[@]}" --no-adaptive \
+        --learn tau,cfg,profile --group staged
 done
 files=()
 for number in "${numbers[@]}"; do
@@ -32,7 +34,7 @@ for number in "${numbers[@]}"; do
     files+=(--hand "$out/grid$number/judged/results.jsonl")
 done
 [ -n "${SCHEDULE:-}" ] || run python scripts/search_schedule.py --checkpoint "$base" --out "$schedule" --num_iter 4 \
-    "${budget[@]}" --reward_weights 1,3
+    "${budget[@]}" --reward_weights 1,3 --seed 100
 
 more=("$@")
 measure() { # FOLDER CHECKPOINT SEEDS flags
@@ -44,17 +46,18 @@ by_hand() { # FOLDER NAME flags: a row of the table, on the base
     measure "$1" "$base" "$(IFS=,; echo "${seeds[*]}")" --infer_mode baseline "${@:3}"
     files+=(--row "$2=$out/$1/results.jsonl")
 }
-by_heads() { # FOLDER NAME flags: a row of the table, over the seeds of training
+by_heads() { # FOLDER NAME CHECKPOINTS flags: a row of the table, over the seeds of training
     local seed
     for seed in "${seeds[@]}"; do
-        measure "$1" "$heads/seed$seed" "$seed" "${@:3}"
+        measure "$1" "$heads/$3$seed" "$seed" "${@:4}"
     done
     files+=(--row "$2=$out/$1/results.jsonl")
 }
 by_hand published "published: linear cfg 1.5, tau 1" --cfg 1.5 --temperature 1
 by_hand staged "checkerboard, staged" --order checkerboard --group staged --cfg 1.8 --temperature 0.9
 by_hand searched "searched schedule" --schedule "$schedule"
-by_heads off "heads: tau and w of each step" --infer_mode guidance --group staged --heads_adaptive off
-by_heads guidance "heads: tau and w of each image" --infer_mode guidance --group staged
-by_heads both "heads: order and groups too" --infer_mode both
+by_heads steps "heads: tau and w of each step" steps --infer_mode guidance --group staged
+by_heads off "heads: tau and w of each image, that part off" seed --infer_mode guidance --group staged --heads_adaptive off
+by_heads guidance "heads: tau and w of each image" seed --infer_mode guidance --group staged
+by_heads both "heads: order and groups too" seed --infer_mode both
 into "$out/leaderboard.md" python scripts/make_leaderboard.py --page frozen "${files[@]}"

@@ -126,7 +126,7 @@ for seed in ${SEEDS:-1 2 3}; do
             anneal) measure anneal 4,8 "$annealed" --infer_mode baseline ;;
             searched | pipeline)
                 [ -f "$schedule" ] || run python scripts/search_schedule.py --checkpoint "$annealed" --out "$schedule" \
-                    --num_iter 4 "${budget[@]}" --order halton --reward_weights 1,3
+                    --num_iter 4 "${budget[@]}" --order halton --reward_weights 1,3 --seed 100
                 if [[ $stage == searched ]]; then
                     measure searched 4,8 "$annealed" --infer_mode baseline --schedule "$schedule"
                 else
@@ -139,6 +139,7 @@ for seed in ${SEEDS:-1 2 3}; do
     done
 done
 rows=()
+[[ " $stages " != *" anneal "* ]] || rows+=(--hand "$out/pipeline/anneal/results.jsonl") # published rules are hand-made too
 for stage in $stages; do
     rows+=(--row "$stage=$out/pipeline/$stage/results.jsonl")
 done

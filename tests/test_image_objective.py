@@ -238,11 +238,12 @@ def test_features_of_several_processes_are_put_in_a_row(monkeypatch):
 @pytest.mark.slow
 def test_two_processes_equal_one(base, tmp_path):
     """torchrun with gloo against one process at the same global batch; the bank has the same images."""
-    assert train(tmp_path / "one", base, "--epochs", 1, "--batch_size", 1000) == 0
+    heads = ["--learn", "group,tau,cfg,profile"]
+    assert train(tmp_path / "one", base, "--epochs", 1, "--batch_size", 1000, *heads) == 0
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519", "main_mar.py"]
     where = ["--init_from", str(base), "--output_dir", str(tmp_path / "two"), "--batch_size", "500", "--epochs", "1"]
     root, env = Path(__file__).parent.parent, {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *TRAIN, *where], cwd=root, env=env, capture_output=True, text=True)
+    done = subprocess.run([*launch, *TRAIN, *where, *heads], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
     # One step, and its gradients (Adam's first moments): a step of Adam itself is of one length for gradients of any

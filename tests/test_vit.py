@@ -11,7 +11,9 @@ from models.vit import Block
 def pair(attn_dropout=0.0, proj_dropout=0.0):
     torch.manual_seed(0)
     rates = dict(attn_drop=attn_dropout, proj_drop=proj_dropout)
-    theirs = TimmBlock(24, 3, 2.5, qkv_bias=True, norm_layer=lambda dim, **kw: nn.LayerNorm(dim, eps=1e-6, **kw), **rates)
+    theirs = TimmBlock(
+        24, 3, 2.5, qkv_bias=True, norm_layer=lambda dim, **kw: nn.LayerNorm(dim, eps=1e-6, **kw), **rates
+    )
     torch.manual_seed(0)
     ours = Block(24, 3, 2.5, attn_dropout, proj_dropout)
     return ours, theirs

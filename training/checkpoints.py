@@ -240,7 +240,8 @@ def restore(state: TrainState, content: dict, source) -> int:
     restore_weights(state, content, source)
     state.objective.remember(content.get("objective", {}))
     if "optimizer" in content:
-        flags = [{key: group[key] for key in ("weight_decay", "betas")} for group in state.optimizer.param_groups]
+        kinds = ("weight_decay", "betas", "lr_share")
+        flags = [{key: group[key] for key in kinds if key in group} for group in state.optimizer.param_groups]
         try:
             state.optimizer.load_state_dict(content["optimizer"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -362,6 +362,10 @@ def check(config: RunConfig, given: dict) -> None:
         )
     if config.data.cached_text and not config.model.reads_text:
         raise ValueError(f"--cached_text {config.data.cached_text} has no meaning for --model {config.model.model}")
+    usual = defaults(*PARTS)
+    for name in sorted(OBJECTIVES[train.objective].unused & given.keys()):
+        if given[name] != usual[name]:
+            raise ValueError(f"--{name} {given[name]} has no meaning for --objective {train.objective}")
     config.data.check(config.data.data)
     config.evaluation.resolved()
     if launch.evaluate:  # with the heads of the checkpoint

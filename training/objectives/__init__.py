@@ -13,6 +13,7 @@ An objective is an `nn.Module`, the one that DistributedDataParallel wraps, with
     form                            class attribute: the row of `heads.forms.FORMS` that its heads are of
     keeps_model                     class attribute: does it train heads alone? They start from averaged weights then,
                                     those that are sampled with
+    unused                          class attribute: names of the flags that it does not read
     defaults(chosen) -> settings of its own, where the flags give none; static, of the dict of all settings
     check(heads, settings)          static; ValueError for settings that contradict each other
     optimizer() -> what makes the steps; "lr_share" of a parameter group, if any, multiplies the learning rate

@@ -6,7 +6,7 @@ group size learn from the reward of what they chose.
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -16,8 +16,10 @@ from models.coding import render
 from models.text import reads_text
 from sampling.loop import decode
 from training.objectives.draws import log_uniform
+from training.objectives.head_losses import HeadLossConfig
 from training.objectives.reward import Bank, Reward
-from training.objectives.settings import ObjectiveSettings, RewardConfig
+from training.objectives.settings import ObjectiveSettings, RewardConfig, check_learned_rules
+from training.objectives.visiting import MaskConfig
 from training.optim import CosineAdam, TailAverage
 from util import dist
 from util.evaluation.features import check_differentiable
@@ -33,7 +35,7 @@ PATIENCE = 100  # steps in a row with the reward distance above its start, befor
 class Rollout:
     """Images to sample: labels (b,), seeds (b), num_iter; tokenizer: what makes images of their latents.
 
-    sigma: standard deviation of the noise on what the group head says.
+    sigma: standard deviation of the noise on what the group head says. step: that of the optimizer.
     """
 
     labels: torch.Tensor
@@ -41,6 +43,7 @@ class Rollout:
     num_iter: int
     tokenizer: nn.Module
     sigma: float = EXPLORATION[0]
+    step: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -49,15 +52,21 @@ class Rollout:
 
 
 class Decisions:
-    """log P (b,) of what order and group heads decide for the images of a rollout, which has no other gradient."""
+    """log P (b,) of what order and group heads decide for the images of a rollout, which has no other gradient.
+
+    logits: what the order head said of the tokens that were unknown, one tensor a step.
+    """
 
     def __init__(self, rollout: Rollout, device):
         draws = [torch.randn(rollout.num_iter, generator=generator(seed_of("explore", s))) for s in rollout.seeds]
         self.noise, self.sigma = torch.stack(draws).to(device), rollout.sigma  # (b, K)
         self.log_prob = torch.zeros(len(rollout.seeds), device=device)
+        self.logits = []
 
     def explored(self, name: str, state, r: torch.Tensor) -> torch.Tensor:
         """r of the group head (B', 1) with Gaussian noise; of the other heads r as it is."""
+        if name == "order":
+            self.logits.append(r.detach()[state.mask])
         if name != "group":
             return r
         x = (r + self.sigma * self.noise[state.images, state.step].unsqueeze(1)).detach()
@@ -79,6 +88,7 @@ class ImageObjective(nn.Module):
 
     form = "knots"
     keeps_model = True
+    unused = {field.name for field in (*fields(MaskConfig), *fields(HeadLossConfig))} | {"heads_from", "cfg_train_max"}
 
     def __init__(self, model, heads: PolicyHeads, settings: ObjectiveSettings):
         super().__init__()
@@ -86,6 +96,8 @@ class ImageObjective(nn.Module):
         self.reward = self.weights = None  # made at the first step
         self.bank = Bank(settings.reward.bank)
         self.starts, self.above = None, 0  # {kind: distance of the first bank}; steps in a row above it
+        self.watched = None  # the last of them
+        self.directions = None  # of the features in the bank of a checkpoint
         low, high = settings.heads.num_iter_range()
         self.num_iter = (low, high)
         names = {FLAGS[kind]: "learned" for kind in heads.learn} if heads is not None else {}
@@ -116,14 +128,13 @@ class ImageObjective(nn.Module):
         if heads is None:
             raise ValueError("--objective image trains heads: name some with --learn")
         sampling = settings.sampling
+        check_learned_rules(heads, sampling)
         if "order" in heads.learn and (sampling.order_base != "random" or not sampling.order_noise):
             raise ValueError("--objective image --learn order needs --order_base random and --order_noise above 0")
         if "order" in heads.learn and not settings.reward.adaptive:
             raise ValueError("--learn order has no meaning with --no-adaptive: an order differs between tokens")
         if not settings.train.freeze_backbone or settings.train.train_diffloss:
             raise ValueError("--objective image needs --freeze_backbone --no-train_diffloss: it trains heads alone")
-        if settings.masks.train_masks != "random":
-            raise ValueError(f"--train_masks {settings.masks.train_masks} has no meaning for --objective image")
         kinds_and_weights(settings.reward)
 
     def train(self, mode: bool = True):
@@ -156,7 +167,9 @@ class ImageObjective(nn.Module):
         """What a checkpoint keeps beside the weights: {} before the first step."""
         if not self.bank.is_full:
             return {}
-        return {"bank": self.bank.rows, "next": self.bank.next, "starts": self.starts, "above": self.above}
+        kept = {"bank": self.bank.rows, "next": self.bank.next, "starts": self.starts, "above": self.above}
+        directions = self.directions if self.reward is None else self.reward.kept_directions()
+        return kept | {"rates": self._rates(), "directions": directions}
 
     def remember(self, memory: dict) -> None:
         """Go on with the memory of a checkpoint; another size of the bank or other kinds raise ValueError."""
@@ -169,7 +182,12 @@ class ImageObjective(nn.Module):
             stored = f"the checkpoint has a reward of {','.join(memory['starts'])}, --reward has {','.join(kinds)}"
             raise ValueError(f"{stored}: --init_from starts anew from its weights")
         self.bank.rows, self.bank.next = memory["bank"].clone(), memory["next"]
-        self.starts, self.above = memory["starts"], memory["above"]
+        self.starts, self.directions = memory["starts"], memory.get("directions")
+        # Patience begins anew with another learning rate, which is what the message of its end asks for.
+        self.above = memory["above"] if memory.get("rates", self._rates()) == self._rates() else 0
+
+    def _rates(self) -> list[float]:
+        return [self.settings.train.lr, self.settings.reward.adaptive_lr]
 
     @torch.no_grad()
     def prepare(self, state, batch, labels, indices) -> Rollout:
@@ -184,14 +202,14 @@ class ImageObjective(nn.Module):
         seeds = [seed_of("rollout", seed, step, sample) for sample in indices.tolist()]
         done, (first, last) = state.step / state.num_steps, EXPLORATION
         sigma = first + (last - first) * done
-        return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer, sigma)
+        return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer, sigma, step)
 
     def _begin(self, state, batch_size: int) -> None:
         """Statistics of the real images; a bank of images with the labels of real ones, unless there is one."""
         real = self.settings.real()
         kinds, self.weights = kinds_and_weights(self.settings.reward)
         with dist.main_first():
-            self.reward = Reward(real, kinds, state.device)
+            self.reward = Reward(real, kinds, state.device, self.directions)
         state.tokenizer.requires_grad_(False)
         if self.bank.is_full:
             self.reward.split(self.bank.rows)  # does it fit?
@@ -207,7 +225,12 @@ class ImageObjective(nn.Module):
             with dist.autocast(state.device, state.dtype):
                 images = self.images(rollout, Decisions(rollout, state.device))
             rows.append(self.reward.features(images.float()))
-        self.bank.push(gathered(torch.cat(rows)))
+        self.bank.push(finite(gathered(torch.cat(rows))))
+        if not self.bank.is_full:
+            lost = self.bank.size - len(self.bank.rows)
+            raise FloatingPointError(
+                f"{lost} of the first {self.bank.size} images are not finite: use --dtype fp32, or a smaller --cfg"
+            )
         self.starts = {kind: distance for kind, (distance, _) in self.reward.against(self.bank.rows).items()}
 
     def images(self, rollout: Rollout, decisions: Decisions, callback=None) -> torch.Tensor:
@@ -235,7 +258,7 @@ class ImageObjective(nn.Module):
 
     def forward(self, rollout: Rollout, num_targets) -> dict[str, torch.Tensor]:
         """The summed influence of the images of a rollout over num_targets, and what is logged of them."""
-        said = {"tau": [], "w": []}
+        said = {"tau": [], "w": []} | ({"group": []} if "group" in self.heads.learn else {})
 
         decisions = Decisions(rollout, next(self.model.parameters()).device)
 
@@ -243,15 +266,23 @@ class ImageObjective(nn.Module):
             decisions.chosen(rows, plan)
             said["tau"].append(plan.tau.detach()[plan.select])
             said["w"].append(plan.cfg.detach()[plan.select])
+            if "group" in said:
+                sizes = plan.select.sum(dim=1)
+                said["group"].append(sizes[sizes > 0].float())
 
         images = self.images(rollout, decisions, listen)
         with torch.autocast(images.device.type, enabled=False):
             features = self.reward.features(images.float())
-            self.bank.push(gathered(features.detach()))
+            self.bank.push(finite(gathered(features.detach())))  # of one that is not, the gradient is not: no step
             against = self.reward.against(self.bank.rows)
             parts = self.reward.split(features)
             cost = sum(self.scale(kind) * against[kind][1](parts[kind]) for kind in parts)  # (b,)
-        logged = self._distances(against) | _spread({name: torch.cat(values) for name, values in said.items()})
+        said |= {"order": decisions.logits} if decisions.logits else {}
+        distances = self._distances(against)
+        if rollout.step != self.watched:  # not again for each micro-batch
+            self.watched = rollout.step
+            self._watch(distances["reward"])
+        logged = distances | _spread({name: torch.cat(values) for name, values in said.items()})
         if "profile" in self.heads.learn:
             logged |= _spread({"profile": 1 + torch.tanh(self.heads.heads["profile"].values.detach())})
         share = len(rollout.labels) / num_targets  # so that the micro-batches of a step add up to their mean
@@ -268,7 +299,6 @@ class ImageObjective(nn.Module):
         """The distances of the bank, and their weighted mean, 1 at the start, which is watched."""
         distances = {f"distance_{kind}": distance for kind, (distance, _) in against.items()}
         relative = sum(self.scale(kind) * distance for kind, (distance, _) in against.items())
-        self._watch(relative)
         return distances | {"reward": relative}
 
     def _watch(self, relative: float) -> None:
@@ -295,9 +325,16 @@ def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
 
 
 def score_loss(cost, log_prob) -> torch.Tensor:
-    """Σ log P·(c − mean) / deviation of costs c (b,) and log P (b,): its gradient is that of the score function."""
-    advantage = (cost - cost.mean()) / cost.std(correction=0).clamp(min=1e-12)
-    return (log_prob * advantage.detach()).sum().to(cost.dtype)
+    """Σ log P·(c − mean) / deviation of costs c (b,) and log P (b,): its gradient is that of the score function.
+
+    Mean and deviation are over the micro-batches of all processes.
+    """
+    cost = cost.detach()
+    count, total = dist.all_sum(torch.stack([torch.ones_like(cost).sum(), cost.sum()]))
+    shifted = cost - total / count
+    deviation = (dist.all_sum(shifted.square().sum()) / count).sqrt()
+    advantage = shifted / deviation.clamp(min=1e-12)
+    return (log_prob * advantage).sum().to(cost.dtype)
 
 
 def _spread(values: dict) -> dict:
@@ -313,6 +350,11 @@ def kinds_and_weights(config: RewardConfig) -> tuple[tuple[str, ...], dict[str, 
         if kind != "pixels":
             check_differentiable(kind)
     return kinds, reward_weights(config.reward_weights, kinds)
+
+
+def finite(features: torch.Tensor) -> torch.Tensor:
+    """The rows (n, P) of features without NaN and infinities."""
+    return features[features.isfinite().all(dim=1)]
 
 
 def gathered(features: torch.Tensor) -> torch.Tensor:

@@ -78,18 +78,23 @@ class Bank:
 class Reward:
     """The features of images, and how far a bank of them is from those of real images.
 
-    kinds: as from `reward_kinds`; real: a data set of uint8 images. Kinds without a gradient raise ValueError.
+    kinds: as from `reward_kinds`; real: a data set of uint8 images; directions: as from `kept_directions`, for a bank
+    made with them. Kinds without a gradient raise ValueError.
     """
 
-    def __init__(self, real, kinds: tuple[str, ...], device):
+    def __init__(self, real, kinds: tuple[str, ...], device, directions=None):
         networks = {kind: differentiable_features(kind, device) for kind in kinds if kind != "pixels"}
         self.functions = {kind: networks.get(kind, _pixels) for kind in kinds}
-        statistics = RewardDistance(real, kinds, device).real
+        statistics = RewardDistance(real, kinds, device, directions).real
         self.directions = {
             kind: torch.as_tensor(directions, dtype=torch.float32, device=device)
             for kind, (directions, _, _) in statistics.items()
         }
         self.real = {kind: Frechet(mean, covariance) for kind, (_, mean, covariance) in statistics.items()}
+
+    def kept_directions(self) -> dict[str, torch.Tensor]:
+        """{kind: directions (d, p)} where there are fewer than features: computed again, they might be turned."""
+        return {kind: rows.double().cpu() for kind, rows in self.directions.items() if rows.shape[0] > rows.shape[1]}
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Features (n, P) of images (n, C, H, W) in [−1, 1], differentiable."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from heads.policy import FLAGS, PolicyHeads
 from sampling.settings import SampleConfig
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.visiting import MaskConfig
@@ -43,3 +44,12 @@ class ObjectiveSettings:
     sampling: SampleConfig
     flip: bool
     real: Callable | None = None
+
+
+def check_learned_rules(heads: PolicyHeads | None, sampling: SampleConfig) -> None:
+    """Raise ValueError for a hand-made rule in the place of one that is learned: sampling would never show that."""
+    for kind in heads.learn if heads is not None else ():
+        name = getattr(sampling, FLAGS[kind])
+        if name not in (None, "learned"):
+            base = f"; --{kind}_base names what the head moves" if kind in ("order", "group") else ""
+            raise ValueError(f"--{FLAGS[kind]} {name} leaves no place for --learn {kind}: leave one of them out{base}")

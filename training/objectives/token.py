@@ -4,7 +4,7 @@ Legend: b images, L tokens an image, N token rows in all, m draws of the token h
 unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from models.families import takes_any_size
 from models.text import Text, condition_of, is_known, reads_text
 from training.objectives.draws import Draws, DrawSettings, RowsOf, training_draws
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
-from training.objectives.settings import ObjectiveSettings
+from training.objectives.settings import ObjectiveSettings, RewardConfig, check_learned_rules
 from training.objectives.states import needs_every_loss, training_state
 from training.objectives.visiting import Visits, make_visits
 from training.optim import EMA, make_optimizer
@@ -138,6 +138,7 @@ class TokenObjective(nn.Module):
 
     form = "bounded"
     keeps_model = False
+    unused = {each.name for each in fields(RewardConfig)}
 
     def __init__(
         self,
@@ -195,8 +196,13 @@ class TokenObjective(nn.Module):
     def check(heads: PolicyHeads | None, settings: ObjectiveSettings) -> None:
         """Raise ValueError for masks that the rules cannot make."""
         make_visits(settings.masks, settings.sampling, heads)
-        if settings.masks.train_masks != "random":
+        if settings.masks.train_masks == "random":  # else the rules that are named make the masks
+            check_learned_rules(heads, settings.sampling)
+            return
+        try:
             check_num_iter(settings.sampling.group, settings.heads.num_iter_range()[0])
+        except ValueError as error:
+            raise ValueError(f"--train_num_iter {settings.heads.train_num_iter}: {error}") from None
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW as published."""

@@ -42,10 +42,10 @@ class RewardDistance:
     """{kind: Fréchet distance to the real images} of uint8 images (n, H, W, C), C that of the real ones.
 
     real: a data set whose items begin with uint8 (C, H, W). Of d > 192 features the 192 principal directions of the
-    real ones are kept. What `build_extractor` refuses raises ValueError.
+    real ones are kept; directions {kind: (d, p)} stand in for them. What `build_extractor` refuses raises ValueError.
     """
 
-    def __init__(self, real, kinds, device="cpu"):
+    def __init__(self, real, kinds, device="cpu", directions=None):
         for kind in kinds:
             if kind in FEATURES:
                 check_features(kind)
@@ -54,8 +54,9 @@ class RewardDistance:
         self.real = {}  # kind: (directions (d, p), mean (p,), covariance (p, p))
         for kind in kinds:
             rows = self.rows(images, kind)
-            directions = principal_directions(rows)
-            self.real[kind] = (directions, *gaussian_statistics(rows @ directions))
+            given = (directions or {}).get(kind)
+            kept = principal_directions(rows) if given is None else np.asarray(given, dtype=np.float64)
+            self.real[kind] = (kept, *gaussian_statistics(rows @ kept))
 
     def __call__(self, images: np.ndarray) -> dict[str, float]:
         distances = {}

@@ -72,7 +72,7 @@ def cells(entry: Entry, hand: list[Entry]) -> list[str]:
     """A row of the table, with the columns of HEADINGS."""
     other = rival(entry, hand)
     against = ["none", "", ""]
-    if other is not None and other is not entry:
+    if other is not None and (other.pixels, other.judge) != (entry.pixels, entry.judge):  # not the rule itself
         difference = mean(entry.judge) / mean(other.judge) - 1
         spreads = [mean_and_spread(values)[1] or 0.0 for values in (entry.judge, other.judge)]
         error = math.hypot(*spreads)

@@ -164,8 +164,9 @@ def test_images_are_those_of_the_eager_loop_and_the_next_batch_captures_nothing(
 
     made = batch([1, 2, 3])
     first = len(captured)
-    torch.testing.assert_close(made, eagerly(monkeypatch, lambda: batch([1, 2, 3])), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(batch([4, 5, 6]), eagerly(monkeypatch, lambda: batch([4, 5, 6])), rtol=1e-4, atol=1e-5)
+    near = dict(rtol=1e-4, atol=1e-4)  # tokens make tokens: rounding grows, to 3e-5 without AVX-512
+    torch.testing.assert_close(made, eagerly(monkeypatch, lambda: batch([1, 2, 3])), **near)
+    torch.testing.assert_close(batch([4, 5, 6]), eagerly(monkeypatch, lambda: batch([4, 5, 6])), **near)
     assert len(captured) == first > 1
 
 

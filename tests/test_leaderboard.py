@@ -53,6 +53,13 @@ def test_a_row_meets_the_best_hand_made_rule_of_no_larger_pixel_distance(tmp_pat
     assert rows["cfg 1.5 linear, τ 1"]["best hand-made judge"] == "none"  # the best itself
 
 
+def test_a_row_that_is_hand_made_is_not_its_own_rival(tmp_path, capsys):
+    hand = written(tmp_path / "hand.jsonl", lines([1, 2], 1.0, 1.2, [0.5, 0.6], cfg=1.5))
+    worse = written(tmp_path / "worse.jsonl", lines([1, 2], 1.0, 1.1, [0.7, 0.9], cfg=1.2))
+    rows = table(capsys, "--hand", hand, "--hand", worse, "--row", f"best={hand}", "--row", f"other={worse}")
+    assert rows["best"]["best hand-made judge"] == rows["other"]["best hand-made judge"] == "none"
+
+
 def test_what_has_no_judge_is_no_row(tmp_path, capsys):
     hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
     other = written(tmp_path / "other.jsonl", lines([1], 1.0, 1.0, None))

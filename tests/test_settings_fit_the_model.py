@@ -102,12 +102,16 @@ def test_what_is_refused_could_not_be_sampled_and_the_rest_can():
     SampleConfig(num_iter=1, cfg_profile="interval", group="one").check(tiny_mar())  # the last step draws all
 
 
-def test_heads_that_replace_a_rule_may_take_fewer_steps(trained, needing, tmp_path, monkeypatch):
-    """--group staged is for the samples then, not for the training of the group head."""
+def test_heads_replace_a_rule_that_is_not_named_too(trained, needing, tmp_path, monkeypatch, capsys):
+    """Samples would show --group staged, and never the group head."""
     needing({})
     monkeypatch.setattr("main_mar.train", lambda *a: 0)
     words = [*TRAIN, *IMAGE, "--learn", "group", "--output_dir", str(tmp_path / "run"), "--init_from", str(trained)]
-    assert main_mar.main([*words, *"--group staged --num_iter 4 --train_num_iter 2,4".split()]) == 0
+    words += "--num_iter 4 --train_num_iter 2,4".split()
+    assert main_mar.main(words) == 0
+    assert "--group staged leaves no place for --learn group" in refused(
+        main_mar.main, [*words, "--group", "staged"], capsys
+    )
 
 
 def test_the_steps_of_a_model_that_draws_one_token_a_step_are_its_tokens_by_default():

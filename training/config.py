@@ -15,7 +15,7 @@ from models.tokenizers.ldm import KL16_PATH
 from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
-from training.objectives.settings import ObjectiveSettings, RewardConfig
+from training.objectives.settings import ObjectiveSettings, RewardConfig, check_learned_rules
 from training.objectives.visiting import MaskConfig
 from training.presets import CLI_DEFAULTS, KL16, OF_IMAGES, PRESETS, PUBLISHED_DEFAULTS
 from training.schedules import ScheduleConfig
@@ -372,6 +372,8 @@ def check(config: RunConfig, given: dict) -> None:
         return
     heads = config.build_heads(1)
     config.sampling.rules(heads)
+    if train.objective != "token" or config.masks.train_masks == "random":  # else they make the masks
+        check_learned_rules(heads, given)
     OBJECTIVES[train.objective].check(heads, config.for_objective(flip=False))
     if train.freeze_backbone and not train.train_diffloss and not config.heads.learn:
         raise ValueError("--freeze_backbone --no-train_diffloss leaves nothing to train; name heads with --learn")

@@ -18,7 +18,7 @@ from sampling.loop import decode
 from training.objectives.draws import log_uniform
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.reward import Bank, Reward
-from training.objectives.settings import ObjectiveSettings, RewardConfig, check_learned_rules
+from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.objectives.visiting import MaskConfig
 from training.optim import CosineAdam, TailAverage
 from util import dist
@@ -128,7 +128,6 @@ class ImageObjective(nn.Module):
         if heads is None:
             raise ValueError("--objective image trains heads: name some with --learn")
         sampling = settings.sampling
-        check_learned_rules(heads, sampling)
         if "order" in heads.learn and (sampling.order_base != "random" or not sampling.order_noise):
             raise ValueError("--objective image --learn order needs --order_base random and --order_noise above 0")
         if "order" in heads.learn and not settings.reward.adaptive:

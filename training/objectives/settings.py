@@ -46,10 +46,10 @@ class ObjectiveSettings:
     real: Callable | None = None
 
 
-def check_learned_rules(heads: PolicyHeads | None, sampling: SampleConfig) -> None:
-    """Raise ValueError for a hand-made rule in the place of one that is learned: sampling would never show that."""
+def check_learned_rules(heads: PolicyHeads | None, given: dict) -> None:
+    """Raise ValueError for a hand-made rule given in place of one that is learned: sampling would show it instead."""
     for kind in heads.learn if heads is not None else ():
-        name = getattr(sampling, FLAGS[kind])
+        name = given.get(FLAGS[kind])
         if name not in (None, "learned"):
             base = f"; --{kind}_base names what the head moves" if kind in ("order", "group") else ""
             raise ValueError(f"--{FLAGS[kind]} {name} leaves no place for --learn {kind}: leave one of them out{base}")

@@ -10,9 +10,11 @@ epochs=()
 training=()
 heads=()
 sampling=()
-images=(--num_images 500)
+images=(--num_images 600)
 seeds=(--seed 1,2)
-rules=(--group staged)
+rules=()
+groups=(--group staged)
+base=(--group_base staged)
 split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
@@ -24,7 +26,7 @@ for ((i = 0; i < ${#words[@]}; i++)); do
         --cfg | --cfg_power | --temperature* | --num_iter | --num_sampling_steps | --solver)
             sampling+=("${words[i]}" "${words[i + 1]}")
             training+=("${words[i]}" "${words[i + 1]%%,*}") # samples may be of several, training is for the first
-            [[ ${words[i]} != --num_iter || ,${words[i + 1]}, != *,[12],* ]] || rules=("${rules[@]/staged/cosine}")
+            [[ ${words[i]} != --num_iter || ,${words[i + 1]}, != *,[12],* ]] || groups=() base=() # staged needs three
             i=$((i + 1))
             ;;
         --schedule | --cfg_*interval | --eval_bsz | --metrics | --features | --device | --dtype)
@@ -45,19 +47,20 @@ run python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epoc
 
 budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
 run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
-    "${budget[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,2 --bank 512 --lr 1e-2 \
-    --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 2 "${training[@]}" "${heads[@]}" "${epochs[@]}" \
+    "${budget[@]}" "${base[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,4 --bank 512 \
+    --lr 1e-2 --adaptive_lr 0.06 --batch_size 128 --no-grad_checkpointing --epochs 3 "${training[@]}" "${heads[@]}" "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
-[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 12 --output "$judge"
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --output "$judge"
 measured() { # FOLDER flags
     run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
         "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"
 }
-measured "$out/hand" --infer_mode baseline "${rules[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
-measured "$out/modes" --infer_mode baseline,policy,guidance,both --save_trace 10
+measured "$out/hand" --infer_mode baseline "${groups[@]}" "${rules[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
+measured "$out/modes" --infer_mode baseline,guidance "${groups[@]}"
+measured "$out/modes" --infer_mode policy,both --save_trace 10
 first=${seeds[1]%%,*}
 trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)
 run python scripts/plot_trace.py "${trace[0]}" --out "$out/trace" --images 0

@@ -4,8 +4,8 @@
 #   CHECKPOINT=output_dir/quickstart OUT=output_dir/grid NUM_ITER=4 STEPS=8 bash scripts/search_grid.sh
 # Digits (default): 900 images to choose by, 1,800 of the chosen; 15 to 25 minutes on 2 CPU cores with 4 x 8 steps.
 #   PRESET=cifar10 CHECKPOINT=DIR DATA="--data_path data" bash scripts/search_grid.sh
-# GRID=small: the 64 settings of groups cosine and staged, tau 0.85 to 1 and cfg 1.1 to 1.8, which led the whole grid at 4
-# steps. SOLVER, SEEDS (of the best; 0 chooses) and JUDGE (made if missing) as well. Interrupted, the same command continues. Further
+# GRID=small: the 64 settings of groups cosine and staged, tau 0.85 to 1 and cfg 1.1 to 1.8, about those that led the whole grid at
+# 4 steps. SOLVER, SEEDS (of the best; 0 chooses) and JUDGE (made if missing) as well. Interrupted, the same command continues. Further
 # arguments go to sample.py, where the last one counts.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 

@@ -54,7 +54,7 @@ class Rollout:
 class Decisions:
     """log P (b,) of what order and group heads decide for the images of a rollout, which has no other gradient.
 
-    logits: what the order head said of the tokens that were unknown, one tensor a step.
+    logits: what the order head said, flat, one tensor a step; NaN for tokens that were known.
     """
 
     def __init__(self, rollout: Rollout, device):
@@ -66,7 +66,7 @@ class Decisions:
     def explored(self, name: str, state, r: torch.Tensor) -> torch.Tensor:
         """r of the group head (B', 1) with Gaussian noise; of the other heads r as it is."""
         if name == "order":
-            self.logits.append(r.detach()[state.mask])
+            self.logits.append(r.detach().masked_fill(~state.mask, torch.nan).flatten())
         if name != "group":
             return r
         x = (r + self.sigma * self.noise[state.images, state.step].unsqueeze(1)).detach()
@@ -258,7 +258,6 @@ class ImageObjective(nn.Module):
     def forward(self, rollout: Rollout, num_targets) -> dict[str, torch.Tensor]:
         """The summed influence of the images of a rollout over num_targets, and what is logged of them."""
         said = {"tau": [], "w": []} | ({"group": []} if "group" in self.heads.learn else {})
-
         decisions = Decisions(rollout, next(self.model.parameters()).device)
 
         def listen(step, rows, plan, tokens):
@@ -266,8 +265,7 @@ class ImageObjective(nn.Module):
             said["tau"].append(plan.tau.detach()[plan.select])
             said["w"].append(plan.cfg.detach()[plan.select])
             if "group" in said:
-                sizes = plan.select.sum(dim=1)
-                said["group"].append(sizes[sizes > 0].float())
+                said["group"].append(plan.select.sum(dim=1).float())
 
         images = self.images(rollout, decisions, listen)
         with torch.autocast(images.device.type, enabled=False):
@@ -277,11 +275,16 @@ class ImageObjective(nn.Module):
             parts = self.reward.split(features)
             cost = sum(self.scale(kind) * against[kind][1](parts[kind]) for kind in parts)  # (b,)
         said |= {"order": decisions.logits} if decisions.logits else {}
+        said = {name: torch.cat(values) for name, values in said.items()}
+        if "group" in said:
+            said["group"] = said["group"][said["group"] > 0]  # not of images that are done
+        if "order" in said:
+            said["order"] = said["order"][~said["order"].isnan()]
         distances = self._distances(against)
         if rollout.step != self.watched:  # not again for each micro-batch
             self.watched = rollout.step
             self._watch(distances["reward"])
-        logged = distances | _spread({name: torch.cat(values) for name, values in said.items()})
+        logged = distances | _spread(said)
         if "profile" in self.heads.learn:
             logged |= _spread({"profile": 1 + torch.tanh(self.heads.heads["profile"].values.detach())})
         share = len(rollout.labels) / num_targets  # so that the micro-batches of a step add up to their mean

@@ -132,6 +132,9 @@ VAR_CONFIGS = {
     "var_tiny": VARConfig(
         depth=4, embed_dim=64, num_heads=2, attn_l2_norm=True, patch_nums=(1, 2, 3, 4, 6, 8), vae_stride=1
     ),  # for CPU: digits
+    "var_mini": VARConfig(
+        depth=4, embed_dim=128, num_heads=4, attn_l2_norm=True, patch_nums=(1, 2, 3, 4, 6, 8), vae_stride=4
+    ),  # for CPU: CIFAR-10
     "var_d16": _published(16),  # published: FID 3.55 (paper: 3.30), as are the next four with --cfg 2.5
     "var_d20": _published(20),  # published: FID 2.95 (paper: 2.57)
     "var_d24": _published(24),  # published: FID 2.33 (paper: 2.09)

@@ -248,7 +248,8 @@ def test_two_processes_equal_one(base, tmp_path):
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
     # One step, and its gradients (Adam's first moments): a step of Adam itself is of one length for gradients of any
     # size, so that rounding decides where one is near zero. What all images share is equal to rounding. The adaptive
-    # part has its gradient centred over the images of a process (`centred`), which leaves the direction.
+    # part has its gradient centred over the images of a process (`centred`), whose means differ by chance; one that was
+    # counted half or twice would be half of it or all of it away.
     assert one["step"] == two["step"] == 1
     first, second = (content["optimizer"]["state"] for content in (one, two))
     shared, adaptive = (group["params"] for group in one["optimizer"]["param_groups"])
@@ -256,7 +257,7 @@ def test_two_processes_equal_one(base, tmp_path):
     for number in [*shared, *adaptive]:
         ours, theirs = first[number]["exp_avg"], second[number]["exp_avg"]
         difference = (theirs - ours).norm() / ours.norm().clamp(min=1e-7)  # 1e-11 are rounding of zero
-        assert difference < (1e-5 if number in shared else 0.1), (number, difference)
+        assert difference < (1e-5 if number in shared else 0.25), (number, difference)
     sums = [content["objective"]["bank"].sum(dim=0) for content in (one, two)]
     torch.testing.assert_close(*sums, rtol=1e-3, atol=1e-2)
     torch.testing.assert_close(

@@ -16,10 +16,12 @@ from diffusion.schedule import step_range
 from models.celoss import CELoss
 from models.diffloss import DiffLoss
 from models.mar_cache import FeatureCache
+from models.passes import MOST_PASSES
 from models.token_head import LOSSES, TokenHead
 from models.tokenizers.ldm import KL16_PATH
 from models.vit import Block
 from util.args import flag
+from util.graphs import Graphs
 from util.sizes import Size, check_square, image_size
 
 
@@ -149,6 +151,7 @@ class MAR(nn.Module):
 
         self._init_weights()
         self._add_token_head()
+        self.graphs = Graphs(MOST_PASSES)
 
     def _add_inputs(self) -> None:
         """The layers by which classes and tokens come in."""

@@ -9,13 +9,13 @@ that are wanted; all others keep the keys and values they had (the token cache o
 which tokens changed is known, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.kv_cache import put
+from models.passes import whole_pass
 from models.vit import Block
 from util.dist import send
 
@@ -32,7 +32,7 @@ class FeatureCache:
 
         recompute: where that is every step, the backward pass computes their activations again.
         """
-        self.whole = partial(checkpoint, mar.encode_decode, use_reentrant=False) if recompute else mar.encode_decode
+        self.whole = whole_pass(mar, recompute)
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
         self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
         self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise

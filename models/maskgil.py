@@ -6,7 +6,7 @@ condition. Attribute names are the published ones; that of text is made of parts
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -18,9 +18,11 @@ from models.blocks import Block, Llama, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
 from models.mar import compile_all
 from models.mask_schedules import MASK_RATIOS, draw_mask, token_schedule
+from models.passes import MOST_PASSES, whole_pass
 from models.text import CaptionEmbedder, Text, condition_of
 from util.args import flag
 from util.dist import send
+from util.graphs import Graphs
 
 __all__ = ["MASKGIL_CONFIGS", "MaskGIL", "MaskGILConfig", "draw_mask", "token_loss", "token_schedule"]
 
@@ -68,6 +70,7 @@ class MaskGILConfig(LlamaConfig):
         return self.model_type == "t2i"
 
 
+@cache  # captured passes read it, so that it must stay
 def published_table(c: MaskGILConfig, grid: tuple[int, int], device=None) -> torch.Tensor:
     """(L + 1, d / 2, 2): cos and sin, of the tokens and of the class, as the published code has them.
 
@@ -79,6 +82,7 @@ def published_table(c: MaskGILConfig, grid: tuple[int, int], device=None) -> tor
     return torch.cat([torch.zeros_like(table[:1]), table])
 
 
+@cache
 def paper_table(c: MaskGILConfig, grid: tuple[int, int], device=None) -> torch.Tensor:
     """(L + T, d / 2, 2): cos and sin by row and column of a grid (h, w); the condition is not rotated."""
     table = grid_table(c, *grid, device)
@@ -159,6 +163,7 @@ class MaskGIL(Llama):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=c.initializer_range)
         nn.init.zeros_(self.output.weight)  # the first loss is ln(V + 1)
+        self.graphs = Graphs(MOST_PASSES)
 
     @property
     def num_labels(self) -> int:
@@ -233,8 +238,7 @@ class WholePasses:
 
     def __init__(self, model, labels, recompute: bool = False):
         """labels: (B,) long or a `models.text.Text`; recompute: the backward pass computes activations again."""
-        compute = model.encode_decode
-        self.compute = partial(checkpoint, compute, use_reentrant=False) if recompute else compute
+        self.compute = whole_pass(model, recompute)
         self.labels = labels
         self.z = None  # (B', L, D) of the last look
         self.places = None  # (B,) long on the host: where each image stands in it

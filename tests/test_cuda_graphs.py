@@ -13,6 +13,7 @@ from sampling.loop import generate
 from tests.helpers import named_weights, randn, tiny_mar
 from tests.helpers_diffusion import CHANNELS, CLIP, WIDTH
 from tests.helpers_graphs import PlainCalls, eagerly
+from tests.helpers_maskgil import tiny_maskgil
 from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_diffusion_graphs import random_draw
 from tests.test_var import tiny as tiny_var
@@ -91,6 +92,28 @@ def test_a_draw_waits_for_nothing(cuda):
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert all(a.equal(b) for a, b in zip(made, expected))
+
+
+@pytest.mark.parametrize("make", [tiny_mar, tiny_maskgil])
+def test_whole_passes_are_the_eager_ones(make, cuda, monkeypatch):
+    """From the second time on; what an earlier one gave stays."""
+    model = make().to(cuda)
+    length, images = model.config.seq_len, torch.arange(3)
+    unknown = torch.arange(length).expand(3, -1) >= length // 2
+
+    def look(seed):
+        channels, generator = model.token_head.empty(1, 1).shape[-1], torch.Generator().manual_seed(seed)
+        tokens = torch.rand(3, length, channels, generator=generator).to(cuda)
+        tokens = tokens if make is tiny_mar else (16 * tokens[..., 0]).long()
+        conditions = model.conditions(torch.tensor([0, seed % 3, -1], device=cuda))
+        return conditions.look(0, tokens, unknown, images)[0]
+
+    with torch.no_grad():
+        expected = [eagerly(monkeypatch, lambda seed=seed: look(seed)) for seed in range(4)]
+        made = [look(seed) for seed in range(4)]
+    assert len(model.graphs.captures) == 1
+    for here, there in zip(made, expected):
+        torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
 
 
 def test_captures_of_one_pool_replay_in_any_order_and_their_results_last(cuda):

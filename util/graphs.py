@@ -94,6 +94,7 @@ class Graphs:
         self.pool = None  # the memory that they share
         self.places = None  # of the weights that they read
         self.state = None  # what captured functions keep from one replay to the next, of whoever captures them
+        self.asked = set()  # keys that `is_new` was asked about
 
     def __reduce__(self):
         return Graphs, (self.most,)
@@ -115,6 +116,16 @@ class Graphs:
             self.clear()
             self.places = places
         return True
+
+    def is_new(self, key: Hashable, tensors: list[torch.Tensor]) -> bool:
+        """Is it the first time that this is asked about the key with tensors of these shapes and dtypes?
+
+        For what may come only once: a capture costs two calls more.
+        """
+        key = key, tuple((x.shape, x.dtype) for x in tensors), autocast_state(tensors[0].device)
+        new = key not in self.asked
+        self.asked.add(key)
+        return new
 
     def run(self, key: Hashable, function: Callable, tensors: Iterable, shapes: Iterable) -> torch.Tensor:
         """function(*tensors), a tensor, of buffers of these shapes, whose first rows are the tensors.

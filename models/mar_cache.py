@@ -9,7 +9,8 @@ that are wanted; all others keep the keys and values they had (the token cache o
 which tokens changed is known, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
-from functools import cache
+import weakref
+from functools import cache, partial
 
 import torch
 from torch.nn import functional as F
@@ -18,6 +19,108 @@ from models.kv_cache import put
 from models.passes import whole_pass
 from models.vit import Block
 from util.dist import send
+from util.graphs import autocast_state
+
+
+class Features:
+    """Keys and values of R sequences, and the passes that write and read them, one batch at a time.
+
+    Where passes are captured they stay in one place, for one batch after the other of the same kind; `user` is a weak
+    reference to the conditions that have them.
+    """
+
+    def __init__(self, mar, room: int, kind: tuple):
+        self.mar, self.room, self.kind = mar, room, kind
+        self.stores = {}  # block: its keys and its values, each (R, S + L + 1, H, D / H)
+        self.user = None
+
+    @classmethod
+    def of(cls, conditions: "FeatureCache") -> tuple["Features", bool]:
+        """Those of the conditions' model, emptied, and True; new ones and False where nothing is captured.
+
+        So it is where other conditions have them. Those for another number of images, or another dtype of autocast, are
+        dropped with their captures.
+        """
+        mar, size, device = conditions.mar, len(conditions.labels), conditions.labels.device
+        graphs, kind = mar.graphs, (size, autocast_state(device))
+        if conditions.refresh_every == 1 or not graphs.usable(mar, device):
+            return cls(mar, size, kind), False
+        if graphs.state is not None and graphs.state.user() is not None:
+            return cls(mar, size, kind), False
+        if graphs.state is None or graphs.state.kind != kind:
+            graphs.clear()
+            graphs.state = cls(mar, size, kind)
+        graphs.state.user = weakref.ref(conditions)
+        for pair in graphs.state.stores.values():  # what is masked counts nothing, but 0 · NaN is NaN
+            torch._foreach_zero_(pair)
+        return graphs.state, True
+
+    def make_room(self) -> None:
+        """For twice as many sequences; captures, which read the old ones, are dropped."""
+        self.room *= 2
+        for block, pair in self.stores.items():
+            self.stores[block] = [torch.cat([kept, torch.zeros_like(kept)]) for kept in pair]
+        if self.mar.graphs.state is self:
+            self.mar.graphs.captures.clear()
+
+    def whole(self, tokens, mask, sequences, labels=None, *, num_visible) -> torch.Tensor:
+        """z (R', L, D) of tokens (R', L, C) with mask (R', L), all computed; sequences (R',), or R' is 1 for all."""
+        mar, size, length = self.mar, self.mar.config.buffer_size, self.mar.config.seq_len
+        visible, padding = mar.visible_positions(mask, num_visible)
+        slots = torch.arange(size + length, device=tokens.device).expand(len(tokens), -1)
+        places = visible if padding is None else visible.masked_fill(padding, length)
+        seen = torch.cat([slots[:, :size], size + places], dim=1)
+
+        def keeping(slots):
+            return lambda blocks, x, mask: self._run(blocks, x, mask, sequences, slots)
+
+        encoded = mar.encode(tokens, visible, padding, labels, keeping(seen))
+        return mar.decode(encoded, visible, padding, keeping(slots))
+
+    def partial(self, tokens, new_at, wanted_at, keys, sequences, *, num_first) -> torch.Tensor:
+        """z (R', w, D) of wanted tokens, new and wanted ones computed, of tokens (R', L, C).
+
+        new_at (R', n), wanted_at (R', w) long: their positions, L for padding; keys (R', S + L) bool: what new tokens
+        look at. num_first: as in `_run`.
+        """
+        mar, size, length = self.mar, self.mar.config.buffer_size, self.mar.config.seq_len
+        run = partial(self._run, sequences=sequences, num_first=num_first, whole=False)
+        # padding reads any token, and writes where nobody looks
+        x = mar.embed_tokens(tokens, new_at.clamp(max=length - 1))  # (R', n, D)
+        x = mar.encoder_norm(run(mar.encoder_blocks, x, keys[:, None, None, :], slots=size + new_at))
+        # new and wanted tokens look at everything
+        x = mar.decoder_embed(x)
+        mask_token = mar.mask_token.to(x.dtype).expand(len(x), wanted_at.shape[1], -1)
+        at = torch.cat([new_at, wanted_at], dim=1)  # (R', n + w)
+        pos = mar.decoder_pos_embed_learned[0, size:][at.clamp(max=length - 1)]
+        x = torch.cat([x, mask_token], dim=1) + pos.to(x.dtype)
+        x = mar.decoder_norm(run(mar.decoder_blocks, x, None, slots=size + at))[:, new_at.shape[1] :]
+        return x + mar.diffusion_pos_embed_learned[0][wanted_at.clamp(max=length - 1)]
+
+    def _run(self, blocks, x, mask, sequences, slots, num_first: int | None = None, whole: bool = True):
+        """x (R', ·, D) through the blocks; keys and values are written to slots (R', ·) of the sequences (R',).
+
+        Of x (1, ·, D) and slots (1, ·), which stand for all of them, they are written to each.
+        whole: x looks at itself, else at all slots but the last; both where the bool mask allows. num_first: the
+        sequences are the first so many, None: any.
+        """
+        rows = sequences[:, None]
+        for block in blocks:
+            query, key, value = self._call(Block.before_attention, block, x).unbind(dim=2)  # each (R', ·, H, D / H)
+            if block not in self.stores:
+                num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
+                self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
+            pair = [put(kept, (rows, slots), new) for kept, new in zip(self.stores[block], (key, value))]
+            self.stores[block] = pair
+            if not whole:
+                key, value = ((kept[sequences] if num_first is None else kept[:num_first])[:, :-1] for kept in pair)
+            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
+            looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            x = self._call(Block.after_attention, block, x, looked.transpose(1, 2))
+        return x
+
+    def _call(self, part, *args):
+        return (_compiled(part) if self.mar.compiled else part)(*args)
 
 
 class FeatureCache:
@@ -36,9 +139,8 @@ class FeatureCache:
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
         self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
         self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise
-        self.room = len(labels)  # R, how many sequences the next two can hold: without guidance B are enough
+        self.features, self.captures = Features.of(self)  # of B sequences until there is guidance
         self.z = None  # (R, L, D) of the last whole pass
-        self.stores = {}  # block: its keys and its values, each (R, S + L + 1, H, D / H)
         self.passes = 0.0  # sequences that went through the transformer; a partial pass counts by its share of the
         # tokens, one that sequences share for each of them
 
@@ -82,24 +184,19 @@ class FeatureCache:
         images = images[(last < 0) | (step // self.refresh_every > last // self.refresh_every)]
         if len(images):
             sequences = first + images
-            if not labelled and self.room == len(tokens):
-                self._make_room()
+            if not labelled and self.features.room == len(tokens):
+                self.features.make_room()
             z = self._whole_pass(tokens, unknown, images, sequences, labelled)
             if self.z is None:
-                self.z = z.new_zeros(self.room, *z.shape[1:])
+                self.z = z.new_zeros(self.features.room, *z.shape[1:])
+            elif len(self.z) < self.features.room:
+                self.z = torch.cat([self.z, torch.zeros_like(self.z)])
             self.z = put(self.z, (send(sequences, z.device),), z)
             self.refreshed[sequences] = step
 
-    def _make_room(self):
-        """For the sequences without label."""
-        self.room *= 2
-        self.z = torch.cat([self.z, torch.zeros_like(self.z)])
-        for block, pair in self.stores.items():
-            self.stores[block] = [torch.cat([kept, torch.zeros_like(kept)]) for kept in pair]
-
     def _whole_pass(self, tokens, unknown, images, sequences, labelled):
         """z (B', L, D), or (1, L, D) of images that do not differ, all tokens computed."""
-        mar, size, hidden = self.mar, self.mar.config.buffer_size, unknown[images]
+        hidden = unknown[images]
         self.passes += len(images)
         index = send(images, tokens.device)
         num_visible = (~hidden).sum(dim=1).tolist()
@@ -109,24 +206,16 @@ class FeatureCache:
         mask, num_visible, content = send(hidden, tokens.device)[some], num_visible[some], tokens[index[some]]
         if self.refresh_every == 1:
             return self.whole(content, mask, labels, num_visible)
-
         self.known[sequences] = ~hidden
-        visible, padding = mar.visible_positions(mask, num_visible)
-        slots = torch.arange(size + mar.config.seq_len, device=tokens.device).expand(len(content), -1)
-        places = visible if padding is None else visible.masked_fill(padding, mar.config.seq_len)
-        seen = torch.cat([slots[:, :size], size + places], dim=1)
-        stored = send(sequences, tokens.device)
-
-        def keeping(slots):
-            return lambda blocks, x, mask: self._run(blocks, x, mask, stored, slots, whole=True)
-
-        encoded = mar.encode(content, visible, padding, labels, keeping(seen))
-        return mar.decode(encoded, visible, padding, keeping(slots))
+        tensors = [content, mask, send(sequences, tokens.device), *([labels] if labelled else [])]
+        function = partial(self.features.whole, num_visible=num_visible)
+        if min(num_visible) != max(num_visible):  # shapes that hardly come again
+            return function(*tensors)
+        return self._captured(("whole", num_visible[0], labelled), function, tensors)
 
     def _partial_pass(self, tokens, unknown, rows):
         """z (N, D) at rows (N, 2) of sequences and positions, new tokens and wanted ones computed."""
-        mar, device = self.mar, tokens.device
-        size, length = mar.config.buffer_size, mar.config.seq_len
+        device, size, length = tokens.device, self.mar.config.buffer_size, self.mar.config.seq_len
         wanted = torch.zeros_like(self.known)
         wanted[rows[:, 0], rows[:, 1]] = True
         sequences = rows[:, 0].unique_consecutive()
@@ -139,46 +228,20 @@ class FeatureCache:
 
         new_at, wanted_at = _positions(new), _positions(wanted)
         real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; on the host without waiting
-        on_host = (sequences, images, new_at, wanted_at, real)
-        stored, index, new_at, wanted_at, real = (send(x, device) for x in on_host)
-        # new tokens look at the buffer and at all that is known; padding reads any token, and writes where nobody looks
-        keys = torch.cat([known.new_ones(len(known), size), known], dim=1)
-        keys = send(keys, device)[:, None, None, :]
-        x = mar.embed_tokens(tokens[index], new_at.clamp(max=length - 1))  # (B', n, D)
-        x = mar.encoder_norm(self._run(mar.encoder_blocks, x, keys, stored, size + new_at))
-        # new and wanted tokens look at everything
-        x = mar.decoder_embed(x)
-        mask_token = mar.mask_token.to(x.dtype).expand(len(known), wanted_at.shape[1], -1)
-        at = torch.cat([new_at, wanted_at], dim=1)  # (B', n + w)
-        pos = mar.decoder_pos_embed_learned[0, size:][at.clamp(max=length - 1)]
-        x = torch.cat([x, mask_token], dim=1) + pos.to(x.dtype)
-        x = mar.decoder_norm(self._run(mar.decoder_blocks, x, None, stored, size + at))[:, new_at.shape[1] :]
-        z = x + mar.diffusion_pos_embed_learned[0][wanted_at.clamp(max=length - 1)]
+        keys = torch.cat([known.new_ones(len(known), size), known], dim=1)  # the buffer, and all that is known
+        on_host = (images, new_at, wanted_at, keys, sequences, real)
+        index, new_at, wanted_at, keys, stored, real = (send(x, device) for x in on_host)
+        num_first = len(sequences) if sequences[-1] == len(sequences) - 1 else None
+        function = partial(self.features.partial, num_first=num_first)
+        z = self._captured(("partial", num_first), function, [tokens[index], new_at, wanted_at, keys, stored])
         return z.flatten(0, 1)[real]
 
-    def _run(self, blocks, x, mask, sequences, slots, whole=False):
-        """x (B', ·, D) through the blocks; keys and values are written to slots (B', ·) of the sequences (B',).
-
-        Of x (1, ·, D) and slots (1, ·), which stand for all of them, they are written to each.
-        whole: x looks at itself, else at all slots but the last; both where the bool mask allows.
-        """
-        rows = sequences[:, None]
-        for block in blocks:
-            query, key, value = self._call(Block.before_attention, block, x).unbind(dim=2)  # each (B', ·, H, D / H)
-            if block not in self.stores:
-                num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
-                self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
-            pair = [put(kept, (rows, slots), new) for kept, new in zip(self.stores[block], (key, value))]
-            self.stores[block] = pair
-            if not whole:
-                key, value = ((kept[sequences] if len(sequences) < self.room else kept)[:, :-1] for kept in pair)
-            query, key, value = (part.transpose(1, 2) for part in (query, key, value))
-            looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            x = self._call(Block.after_attention, block, x, looked.transpose(1, 2))
-        return x
-
-    def _call(self, part, *args):
-        return (_compiled(part) if self.mar.compiled else part)(*args)
+    def _captured(self, key, function, tensors) -> torch.Tensor:
+        """function(*tensors), of a graph from the second time on that these shapes come."""
+        graphs = self.mar.graphs
+        if not self.captures or graphs.is_new(key, tensors):
+            return function(*tensors)
+        return graphs.run(key, function, tensors, [x.shape for x in tensors])
 
 
 @cache

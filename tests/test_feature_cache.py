@@ -7,7 +7,7 @@ import torch
 
 from heads.orders import ORDERS
 from heads.policy import build_rules
-from models.mar_cache import FeatureCache
+from models.mar_cache import FeatureCache, Features
 from sampling.loop import generate
 from tests.helpers import tiny_mar
 
@@ -92,8 +92,8 @@ def test_a_pass_that_keeps_is_a_pass(deep):
 
 def test_both_halves_of_a_partial_pass_are_one_batch(deep, monkeypatch):
     """Images with their label, and the guided ones without, go through the transformer together."""
-    run_blocks, sizes = FeatureCache._run, []
-    monkeypatch.setattr(FeatureCache, "_run", lambda *args, **kw: sizes.append(len(args[2])) or run_blocks(*args, **kw))
+    run_blocks, sizes = Features._run, []
+    monkeypatch.setattr(Features, "_run", lambda *args, **kw: sizes.append(len(args[2])) or run_blocks(*args, **kw))
     cache, tokens, images = FeatureCache(deep, LABELS, refresh_every=9), torch.zeros(4, LENGTH, 1), torch.arange(4)
     for step in (0, 1):
         unknown = torch.arange(LENGTH).expand(4, -1) >= 3 * step
@@ -111,7 +111,9 @@ def test_without_guidance_there_is_room_for_the_labels_only(deep):
     for guided, room in (([], 4), (torch.arange(3), 8)):
         cache.look(0, tokens, unknown, images)
         cache.at(0, tokens, unknown, rows, guided)
-        assert len(cache.z) == room and {len(kept) for pair in cache.stores.values() for kept in pair} == {room}
+        assert len(cache.z) == room and {len(kept) for pair in cache.features.stores.values() for kept in pair} == {
+            room
+        }
 
 
 def test_between_passes_only_new_tokens_matter(deep):

@@ -16,6 +16,14 @@ LABELS, BATCHES = torch.tensor([0, 2, -1]), ([4, 5, 6], [7, 8, 9], [10, 11, 12])
 FAMILIES = {
     "mar": (lambda: tiny_mar(img_size=8), dict(cfg=2.0, cfg_schedule="linear"), 8),
     "mar_ce": (lambda: tiny_mar(img_size=8, loss="ce", vocab_size=16), dict(cfg=2.0, cfg_schedule="constant"), 8),
+    # steps 0 and 2 whole, with label and without; what lies between in one pass for both
+    "cache": (lambda: tiny_mar(img_size=8), dict(cfg=2.0, cfg_schedule="constant", refresh_every=2), 6),
+    "cache, unguided": (lambda: tiny_mar(img_size=8), dict(cfg=1.0, refresh_every=2), 4),
+    "cache, no guidance at first": (
+        lambda: tiny_mar(img_size=8),
+        dict(cfg=2.0, cfg_schedule="constant", cfg_interval="0.3,1", refresh_every=2),
+        6,
+    ),
     "unguided": (lambda: tiny_mar(img_size=8), dict(cfg=1.0), 4),
     # all tokens at every step: two shapes in all
     "maskgil": (tiny_maskgil, dict(cfg=2.0, cfg_schedule="constant", order="confidence", group="step_arccos"), 2),
@@ -23,7 +31,9 @@ FAMILIES = {
 
 
 def sample(model, settings, seeds=BATCHES[0], labels=LABELS, call=generate, **given):
-    return call(model, labels[: len(seeds)], build_rules("baseline", **settings), 4, 4, seeds=seeds, **given)
+    rules = {name: value for name, value in settings.items() if name != "refresh_every"}
+    given = dict(refresh_every=settings.get("refresh_every", 1)) | given
+    return call(model, labels[: len(seeds)], build_rules("baseline", **rules), 4, 4, seeds=seeds, **given)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,8 +53,10 @@ def test_what_comes_again_is_captured_and_computes_the_same(name, captured, monk
     assert not model.graphs.captures
 
 
-def test_images_with_different_numbers_of_known_tokens_are_computed_eagerly(captured, monkeypatch):
-    model, settings = tiny_mar(img_size=8), FAMILIES["mar"][1]
+@pytest.mark.parametrize("name", ["mar", "cache"])
+def test_images_with_different_numbers_of_known_tokens(name, captured, monkeypatch):
+    """Their whole passes are eager."""
+    model, settings = tiny_mar(img_size=8), FAMILIES[name][1]
     length = model.config.seq_len
     known = torch.zeros(3, length, dtype=torch.bool)
     known[1, :3], known[2, : length // 2] = True, True
@@ -52,7 +64,7 @@ def test_images_with_different_numbers_of_known_tokens_are_computed_eagerly(capt
     expected = eagerly(monkeypatch, lambda: sample(model, settings, **given))
     for _ in range(3):
         torch.testing.assert_close(sample(model, settings, **given), expected, rtol=1e-5, atol=1e-5)
-    assert not model.graphs.captures
+    assert len(model.graphs.captures) == (0 if name == "mar" else 2)
 
 
 def test_each_dtype_of_autocast_has_captures_of_its_own(captured):
@@ -69,3 +81,63 @@ def test_passes_with_gradients_are_eager(captured):
     for recompute in (False, True, False):
         sample(model, settings, call=decode, recompute=recompute)
     assert not captured
+
+
+def features(model):
+    """The shape of the keys and values that captured passes have, and the captures."""
+    kept = model.graphs.state
+    return kept.room, {len(x) for pair in kept.stores.values() for x in pair}, len(model.graphs.captures)
+
+
+def test_keys_and_values_stay_in_one_place_and_grow_with_guidance(captured, monkeypatch):
+    """What comes first without guidance has room for the labels; the captures that read it end when it grows."""
+    model, (guided, unguided) = tiny_mar(img_size=8), (FAMILIES[name][1] for name in ("cache", "cache, unguided"))
+    seen = []
+    for settings in (unguided, unguided, guided, guided, unguided, unguided):
+        made = sample(model, settings)
+        seen.append(features(model))
+        torch.testing.assert_close(made, eagerly(monkeypatch, lambda s=settings: sample(model, s)))
+    assert seen[1] == (3, {3}, 4) and [room for room, *_ in seen] == [3, 3, 6, 6, 6, 6]
+    assert all(sizes == {room} for room, sizes, _ in seen)
+    kept = model.graphs.state
+    sample(model, guided, BATCHES[0][:2])
+    assert model.graphs.state is not kept and features(model) == (4, {4}, 0)
+
+
+def test_of_two_batches_that_take_turns_the_second_has_its_own(captured, monkeypatch):
+    model, images = tiny_mar(img_size=8), torch.arange(3)
+    length = model.config.seq_len
+    tokens = torch.rand(3, length, model.config.token_dim, generator=torch.Generator().manual_seed(0))
+
+    def looks(turns):
+        both = [model.conditions(labels, refresh_every=3) for labels in (LABELS, LABELS.flip(0))]
+        steps, looked = [0, 0], [[], []]
+        for which in turns:
+            step, conditions = steps[which], both[which]
+            unknown = torch.arange(length).expand(3, -1) >= 2 * step
+            conditions.look(step, tokens, unknown, images)
+            rows = unknown.nonzero()
+            looked[which] += conditions.at(step, tokens, unknown, rows, torch.arange(len(rows)))
+            steps[which] += 1
+        return looked, [conditions.captures for conditions in both]
+
+    turns = [0, 1, 1, 0, 0, 1, 0, 1]
+    with torch.no_grad():
+        expected, none = eagerly(monkeypatch, lambda: looks(turns))
+        for _ in range(3):
+            made, own = looks(turns)
+            assert own == [True, False]
+            for here, there in zip(sum(made, []), sum(expected, [])):
+                torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5)
+    assert none == [False, False] and captured
+
+
+def test_what_an_earlier_batch_left_does_not_matter(captured, monkeypatch):
+    """Not even where it was not finite: what is masked is multiplied by 0."""
+    model, settings = tiny_mar(img_size=8), FAMILIES["cache"][1]
+    expected = eagerly(monkeypatch, lambda: sample(model, settings))
+    for _ in range(3):
+        torch.testing.assert_close(sample(model, settings), expected, rtol=1e-5, atol=1e-5)
+        for pair in model.graphs.state.stores.values():
+            for kept in pair:
+                kept.fill_(torch.nan)

@@ -15,7 +15,9 @@ from models.blocks import Block, Llama, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import compile_all
+from models.passes import MOST_PASSES
 from util.args import flag
+from util.graphs import Graphs
 from util.sizes import check_square
 
 COND_ROPES = {"zero": 0.0, "identity": 1.0}  # what the class's queries and keys are multiplied by; published: zero
@@ -88,6 +90,7 @@ class CausalGPT(Llama):
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(self.output.weight)  # the first loss is ln V
+        self.graphs = Graphs(MOST_PASSES)
 
     def logits(self, ids, labels=None) -> torch.Tensor:
         """(B, L, V) float32, row i for token i, from ids (B, L) before it; labels (B,) long, −1 or None: no class."""

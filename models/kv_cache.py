@@ -5,10 +5,13 @@ sequences), H heads, d width of a head, D width of z, G guided tokens. Input i o
 the i-th of its order, the label for i = 0; its output is z of the i-th.
 """
 
+import weakref
+
 import torch
 from torch.nn import functional as F
 
 from util.dist import send
+from util.graphs import autocast_state
 
 
 class KeyValueCache:
@@ -25,6 +28,10 @@ class KeyValueCache:
         self.lengths = torch.zeros(num_sequences, dtype=torch.long)  # inputs that are kept, on the host
         self.stores = {}  # layer: its keys and its values, each (R, L + 1, H, d); the last slot takes padding
         # In memory the inputs of a head stand beside each other, since attention reads head after head.
+
+    def is_even(self, sequences: torch.Tensor) -> bool:
+        """Are sequences (R',) all that there are, of one length?"""
+        return len(sequences) == len(self.lengths) and bool((self.lengths == self.lengths[0]).all())
 
     def extend(self, sequences: torch.Tensor, lengths: torch.Tensor, device) -> "Extension":
         """The pass that brings sequences (R',) long to lengths (R',) long, greater than theirs; both on the host."""
@@ -81,6 +88,52 @@ class Extension:
         return x.gather(1, places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+class StaticCaches:
+    """Two caches that stay in one place, where captured passes read and write them: with label, and without.
+
+    They serve one batch of `size` images after the other, and one at a time: `user` is a weak reference to its
+    conditions.
+    """
+
+    def __init__(self, size: int, capacity: int, limits: torch.Tensor | None, dtype: torch.dtype | None):
+        self.size, self.dtype, self.user = size, dtype, None
+        self.caches = two_caches(size, capacity, limits)
+        self.extensions = {}
+
+    @classmethod
+    def lent_to(cls, conditions, capacity: int, limits: torch.Tensor | None = None) -> "StaticCaches | None":
+        """Those of the conditions' model, empty; None where nothing is captured or other conditions have them.
+
+        Those for another number of images, or another dtype of autocast, are dropped.
+        """
+        model, labels = conditions.model, conditions.labels
+        graphs, dtype = model.graphs, autocast_state(labels.device)
+        if not graphs.usable(model, labels.device) or (graphs.state is not None and graphs.state.user() is not None):
+            return None
+        if graphs.state is None or (graphs.state.size, graphs.state.dtype) != (len(labels), dtype):
+            graphs.clear()
+            graphs.state = cls(len(labels), capacity, limits, dtype)
+        graphs.state.user = weakref.ref(conditions)
+        for cache in graphs.state.caches:
+            cache.lengths.zero_()
+        return graphs.state
+
+    def extend(self, half: int, stop: int, device) -> tuple[tuple, Extension]:
+        """(its name, the pass that brings all sequences of a half from their common length to stop), made once."""
+        lengths = self.caches[half].lengths
+        name = (half, int(lengths[0]), stop)
+        if name not in self.extensions:
+            every = torch.arange(self.size), torch.full((self.size,), stop)
+            self.extensions[name] = self.caches[half].extend(*every, device)
+        lengths.fill_(stop)
+        return name, self.extensions[name]
+
+
+def two_caches(size: int, capacity: int, limits: torch.Tensor | None = None) -> list[KeyValueCache]:
+    """With label, without."""
+    return [KeyValueCache(size, capacity, limits) for _ in range(2)]
+
+
 def attention(query, key, value, mask=None, *, causal: bool = False, dropout: float = 0.0, scale=None) -> torch.Tensor:
     """(B, n, H, d) of query (B, n, H, d), key and value (B, m, H', d), where mask (B, 1, n, m) bool allows.
 
@@ -131,7 +184,8 @@ class CausalConditions:
         self.model, self.labels, self.raster = model, labels, orders is None
         self.orders = torch.arange(length).repeat(batch, 1) if orders is None else orders.cpu()  # on the host
         self.on_device = None  # the same, known tokens first
-        self.caches = [KeyValueCache(batch, length) for _ in range(2)]  # with label, and without
+        self.static = StaticCaches.lent_to(self, length)  # where passes are captured, on a GPU
+        self.caches = two_caches(batch, length) if self.static is None else self.static.caches
         self.z = None  # (B, D) of each image's next token
         self.passes = 0.0
 
@@ -164,9 +218,27 @@ class CausalConditions:
 
     def _extend(self, tokens, unknown, images, labelled: bool):
         """z (·, 1, D) of the next token of the images, once each of their sequences has all that is known."""
-        cache = self.caches[0 if labelled else 1]
-        extension = cache.extend(images, (~unknown[images]).sum(dim=1) + 1, tokens.device)
+        half, lengths = 0 if labelled else 1, (~unknown[images]).sum(dim=1) + 1
+        cache = self.caches[half]
+        if self.static is not None and cache.is_even(images) and (lengths == lengths[0]).all():
+            return self._captured(half, int(lengths[0]), tokens)
+        extension = cache.extend(images, lengths, tokens.device)
         self.passes += extension.num_inputs / cache.capacity
         index = extension.sequences
         labels = self.labels[index] if labelled else None
         return self.model.extend(tokens[index], self.on_device[index], labels, extension)
+
+    def _captured(self, half: int, length: int, tokens) -> torch.Tensor:
+        """The same of all sequences of a half, which get as long as this: of a graph, from the second time on."""
+        name, extension = self.static.extend(half, length, tokens.device)
+        self.passes += extension.num_inputs / self.caches[half].capacity
+        tensors = [tokens, self.on_device, *([] if half else [self.labels])]
+        function, graphs = longer_sequences(self.model, extension), self.model.graphs
+        if graphs.is_new(name, tensors):
+            return function(*tensors)
+        return graphs.run(name, function, tensors, [x.shape for x in tensors])
+
+
+def longer_sequences(model, extension: Extension):
+    """z (B, 1, D) of each next token, a function of tokens, orders and, with label, the labels; nothing else changes."""
+    return lambda tokens, orders, labels=None: model.extend(tokens, orders, labels, extension)

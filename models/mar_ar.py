@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import MAR, MARConfig, compile_all
+from models.passes import MOST_PASSES
 from util.args import flag
+from util.graphs import Graphs
 
 # --ar_order: the rules of sampling that such a model cannot do without; one trained in random order takes any order
 FIXED_RULES = {"random": {"group": "one"}, "raster": {"order": "raster", "group": "one"}}
@@ -92,6 +94,7 @@ class MARAR(nn.Module):
             self.diffusion_pos_embed = nn.Parameter(torch.zeros(c.seq_len, width))
         self._init_weights()
         self._add_token_head()
+        self.graphs = Graphs(MOST_PASSES)
 
     @property
     def fixed_rules(self) -> dict[str, str]:

@@ -5,45 +5,19 @@ first scale, D width of z, N drawn tokens, G of them guided, C channels of a cod
 scales so far stand for.
 """
 
-import weakref
-
 import torch
 from torch.nn import functional as F
 
-from models.kv_cache import Extension, KeyValueCache
+from models.kv_cache import Extension, StaticCaches, two_caches
 from util.dist import send
-from util.graphs import autocast_state
 
 
-class StaticScales:
-    """Keys, values and modulations that stay in one place, where captured passes read and write them.
+class StaticScales(StaticCaches):
+    """Such caches, and the modulations of the halves, which stay in one place too."""
 
-    They serve one batch of `size` images after the other, and one at a time: `user` is a weak reference to its
-    conditions. Of the two halves the first is with label, the second without.
-    """
-
-    def __init__(self, size: int, capacity: int, limits: torch.Tensor, dtype: torch.dtype | None):
-        self.size, self.dtype, self.user = size, dtype, None
-        self.caches = _caches(size, capacity, limits)
-        self.modulations, self.extensions = [None, None], {}
-
-    @classmethod
-    def lent_to(cls, conditions: "NextScaleConditions", limits: torch.Tensor) -> "StaticScales | None":
-        """Those of the conditions' model, empty; None where nothing is captured or other conditions have them.
-
-        Those for another number of images, or another dtype of autocast, are dropped.
-        """
-        model, labels = conditions.model, conditions.labels
-        graphs, dtype = model.graphs, autocast_state(labels.device)
-        if not graphs.usable(model, labels.device) or (graphs.state is not None and graphs.state.user() is not None):
-            return None
-        if graphs.state is None or (graphs.state.size, graphs.state.dtype) != (len(labels), dtype):
-            graphs.clear()
-            graphs.state = cls(len(labels), model.config.seq_len, limits, dtype)
-        graphs.state.user = weakref.ref(conditions)
-        for cache in graphs.state.caches:
-            cache.lengths.zero_()
-        return graphs.state
+    def __init__(self, *kind):
+        super().__init__(*kind)
+        self.modulations = [None, None]
 
     def place(self, half: int, modulations: list) -> list:
         """These modulations, in the place of those that the half had before."""
@@ -52,21 +26,6 @@ class StaticScales:
         else:
             torch._foreach_copy_(self.modulations[half], modulations)
         return self.modulations[half]
-
-    def extend(self, half: int, stop: int, device) -> tuple[tuple, Extension]:
-        """(its name, the pass that brings all sequences of a half from their common length to stop), made once."""
-        lengths = self.caches[half].lengths
-        name = (half, int(lengths[0]), stop)
-        if name not in self.extensions:
-            every = torch.arange(self.size), torch.full((self.size,), stop)
-            self.extensions[name] = self.caches[half].extend(*every, device)
-        lengths.fill_(stop)
-        return name, self.extensions[name]
-
-
-def _caches(size: int, capacity: int, limits: torch.Tensor) -> list[KeyValueCache]:
-    """With label, without."""
-    return [KeyValueCache(size, capacity, limits) for _ in range(2)]
 
 
 def whole_pass(model, modulations: list, extension: Extension):
@@ -91,8 +50,10 @@ class NextScaleConditions:
         self.stops = torch.tensor([p * p for p in sides]).cumsum(0).tolist()
         self.starts = [0, *self.stops[:-1]]
         limits = torch.cat([torch.full((p * p,), stop) for p, stop in zip(sides, self.stops)])
-        self.static = StaticScales.lent_to(self, limits)  # where passes are captured, on a GPU
-        self.caches = _caches(len(labels), model.config.seq_len, limits) if self.static is None else self.static.caches
+        self.static = StaticScales.lent_to(self, model.config.seq_len, limits)  # where passes are captured, on a GPU
+        self.caches = (
+            two_caches(len(labels), model.config.seq_len, limits) if self.static is None else self.static.caches
+        )
         self.modulations = [None, None]  # of the same, of all B images
         self.z = None  # (B, p², D) under the labels, of this step
         self.f_hat, self.num_summed = None, 0  # after so many scales
@@ -168,7 +129,7 @@ class NextScaleConditions:
             made = self.model.modulations(labels, len(self.labels) if labelled else 1)
             self.modulations[half] = made if self.static is None else self.static.place(half, made)
         modulations = self.modulations[half]
-        if self.static is not None and len(images) == len(cache.lengths) and cache.lengths.unique().numel() == 1:
+        if self.static is not None and cache.is_even(images):
             name, extension = self.static.extend(half, stop, inputs.device)
             self.passes += extension.num_inputs / cache.capacity
             tensors = (inputs, labels) if labelled else (inputs,)

@@ -13,9 +13,9 @@ from sampling.loop import generate
 from tests.helpers import named_weights, randn, tiny_mar
 from tests.helpers_diffusion import CHANNELS, CLIP, WIDTH
 from tests.helpers_graphs import PlainCalls, eagerly
-from tests.helpers_maskgil import tiny_maskgil
 from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_diffusion_graphs import random_draw
+from tests.test_pass_graphs import FAMILIES
 from tests.test_var import tiny as tiny_var
 from tests.test_var_graphs import LABELS, looks
 from util import graphs
@@ -94,25 +94,33 @@ def test_a_draw_waits_for_nothing(cuda):
     assert all(a.equal(b) for a, b in zip(made, expected))
 
 
-@pytest.mark.parametrize("make", [tiny_mar, tiny_maskgil])
-def test_whole_passes_are_the_eager_ones(make, cuda, monkeypatch):
-    """From the second time on; what an earlier one gave stays."""
-    model = make().to(cuda)
-    length, images = model.config.seq_len, torch.arange(3)
-    unknown = torch.arange(length).expand(3, -1) >= length // 2
+@pytest.mark.parametrize("name", FAMILIES)
+def test_passes_of_each_family_are_the_eager_ones(name, cuda, monkeypatch):
+    """z of three batches on the way from an empty canvas to half a one, with label and without."""
+    make, settings, _ = FAMILIES[name]
+    model, images = make().to(cuda), torch.arange(3)
+    length, discrete = model.config.seq_len, model.token_head.discrete
 
     def look(seed):
-        channels, generator = model.token_head.empty(1, 1).shape[-1], torch.Generator().manual_seed(seed)
-        tokens = torch.rand(3, length, channels, generator=generator).to(cuda)
-        tokens = tokens if make is tiny_mar else (16 * tokens[..., 0]).long()
-        conditions = model.conditions(torch.tensor([0, seed % 3, -1], device=cuda))
-        return conditions.look(0, tokens, unknown, images)[0]
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.rand(3, length, model.token_head.empty(1, 1).shape[-1], generator=generator).to(cuda)
+        tokens = (16 * tokens[..., 0]).long() if discrete else tokens
+        labels = torch.tensor([0, seed % 3, -1], device=cuda)
+        conditions = model.conditions(labels, refresh_every=settings.get("refresh_every", 1))
+        looked = []
+        for step in range(length // 2):
+            unknown = torch.arange(length).expand(3, -1) >= step
+            z, positions = conditions.look(step, tokens, unknown, images)
+            places = torch.arange(length).expand(3, -1) if positions is None else positions
+            rows = torch.stack([images.repeat_interleave(places.shape[1]), places.flatten()], dim=1)
+            looked += [z, *conditions.at(step, tokens, unknown, rows, torch.arange(len(rows)))]
+        return looked
 
     with torch.no_grad():
-        expected = [eagerly(monkeypatch, lambda seed=seed: look(seed)) for seed in range(4)]
-        made = [look(seed) for seed in range(4)]
-    assert len(model.graphs.captures) == 1
-    for here, there in zip(made, expected):
+        expected = [eagerly(monkeypatch, lambda seed=seed: look(seed)) for seed in range(3)]
+        made = [look(seed) for seed in range(3)]
+    assert model.graphs.captures
+    for here, there in zip(sum(made, []), sum(expected, [])):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-5)
 
 

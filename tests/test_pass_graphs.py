@@ -6,13 +6,14 @@ import torch
 from heads.policy import build_rules
 from sampling.loop import decode, generate
 from tests.helpers import tiny_mar
+from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_graphs import CPU, eagerly
 from tests.helpers_maskgil import tiny_maskgil
 from util.dist import autocast
 from util.graphs import release
 
 LABELS, BATCHES = torch.tensor([0, 2, -1]), ([4, 5, 6], [7, 8, 9], [10, 11, 12])
-# (model, settings, captures: passes with label at each of 4 steps, without label where w ≠ 1)
+# (model, settings, captures: passes with label at each of 4 steps, 16 of causal models, without label where w ≠ 1)
 FAMILIES = {
     "mar": (lambda: tiny_mar(img_size=8), dict(cfg=2.0, cfg_schedule="linear"), 8),
     "mar_ce": (lambda: tiny_mar(img_size=8, loss="ce", vocab_size=16), dict(cfg=2.0, cfg_schedule="constant"), 8),
@@ -21,8 +22,15 @@ FAMILIES = {
     "cache, unguided": (lambda: tiny_mar(img_size=8), dict(cfg=1.0, refresh_every=2), 4),
     "cache, no guidance at first": (
         lambda: tiny_mar(img_size=8),
-        dict(cfg=2.0, cfg_schedule="constant", cfg_interval="0.3,1", refresh_every=2),
-        6,
+        dict(cfg=2.0, cfg_schedule="interval", cfg_interval="0.3,1", refresh_every=2),
+        5,
+    ),
+    "causal": (lambda: tiny_gpt(), dict(cfg=2.0, cfg_schedule="constant", order="raster", group="one"), 32),
+    "causal, random": (lambda: tiny_ar(), dict(cfg=1.0, group="one"), 16),
+    "causal, no guidance at first": (
+        lambda: tiny_ar(),
+        dict(cfg=2.0, cfg_schedule="interval", cfg_interval="0.3,1", group="one"),
+        28,
     ),
     "unguided": (lambda: tiny_mar(img_size=8), dict(cfg=1.0), 4),
     # all tokens at every step: two shapes in all
@@ -33,7 +41,8 @@ FAMILIES = {
 def sample(model, settings, seeds=BATCHES[0], labels=LABELS, call=generate, **given):
     rules = {name: value for name, value in settings.items() if name != "refresh_every"}
     given = dict(refresh_every=settings.get("refresh_every", 1)) | given
-    return call(model, labels[: len(seeds)], build_rules("baseline", **rules), 4, 4, seeds=seeds, **given)
+    num_iter = 16 if settings.get("group") == "one" else 4
+    return call(model, labels[: len(seeds)], build_rules("baseline", **rules), num_iter, 4, seeds=seeds, **given)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -14,12 +14,13 @@ from models.text import reads_text
 from sampling.loop import generate
 from sampling.run import Parts, sample_images
 from sampling.settings import SampleConfig
+from training.ahead import with_next
 from training.checkpoints import checkpoint_content
 from training.config import LaunchConfig, TrainConfig
 from training.keeping import forget_best_after, keep_best, keep_checkpoint
 from training.run_log import RunLog
 from training.state import TrainState
-from training.step import training_step
+from training.step import foresee, training_step
 from training.stopping import interruptible, leave_signals_to_the_main_process, signals_noted
 from util import dist
 from util.checkpoint import checkpoint_path
@@ -147,7 +148,9 @@ def train_one_epoch(state: TrainState, loader, epoch: int, config: TrainConfig, 
     first process, None on the others. Raises FloatingPointError after 20 steps in a row without a finite gradient.
     """
     began = time.perf_counter()
-    for batch, labels, indices in loader:
+    for (batch, labels, indices), following in with_next(loader):
+        if following is not None:
+            foresee(state, *following[::2], config.accum_iter)
         lr = config.rate(epoch + state.batch / len(loader), len(loader))
         record = training_step(state, batch, labels, indices, lr, config)
         state.batch += 1

@@ -240,5 +240,5 @@ class CausalConditions:
 
 
 def longer_sequences(model, extension: Extension):
-    """z (B, 1, D) of each next token, a function of tokens, orders and, with label, the labels; nothing else changes."""
+    """z (B, 1, D) of each next token, a function of tokens, orders and, with label, labels; nothing else changes."""
     return lambda tokens, orders, labels=None: model.extend(tokens, orders, labels, extension)

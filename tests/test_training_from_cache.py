@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import main_mar
 from tests.helpers_latents import SMALL, TRAIN, TinyKL, cache, losses, refused
 from training import step as step_module
-from training.objectives.token import tokens_of
+from training.objectives.tokens import tokens_of
 from util.evaluation.fid_stats import FIDStats, save_fid_stats
 from util.images.latents import open_latents
 

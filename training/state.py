@@ -8,6 +8,7 @@ from torch import nn
 
 from heads.policy import PolicyHeads
 from sampling.run import Parts
+from training.ahead import Ahead
 from training.optim import EMA
 from util import dist
 from util.images.text_cache import ImageCaptions
@@ -44,6 +45,7 @@ class TrainState:
     interruptible: bool = False  # may a signal interrupt at once, instead of waiting for the end of the step?
 
     def __post_init__(self):
+        self.ahead = Ahead(self.device.type == "cuda")
         dist.check_devices(self.device, objective=self.objective, tokenizer=self.tokenizer)
 
     @property

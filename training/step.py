@@ -56,6 +56,12 @@ def forward_backward(state: TrainState, batch, labels, indices, accum_iter: int 
     return totals
 
 
+def foresee(state: TrainState, batch, indices, accum_iter: int) -> None:
+    """Begin, before a step, with what the one after it needs, of whose images batch (b, …) and indices (b,) are."""
+    for part, numbers in zip(_split(batch, accum_iter), _split(indices, accum_iter)):
+        state.objective.foresee(state, state.step + 1, part, numbers)
+
+
 def _split(items, parts):
     size = len(items) // parts
     return [items[i * size : (i + 1) * size] for i in range(parts)]

@@ -8,6 +8,8 @@ An objective is an `nn.Module`, the one that DistributedDataParallel wraps, with
     prepare(state, batch, labels, indices) -> what `forward` takes, with `num_targets`, the number of things that its
                                     loss is a mean over; without gradient, may sample. state: a
                                     `training.state.TrainState`, whose tokenizer makes tokens of images
+    foresee(state, step, batch, indices)  begins, in the thread of state.ahead, with what `prepare` will need of the
+                                    images of a later step; or does nothing
     forward(prepared, num_targets) -> {"loss": the scalar to minimise, name: a scalar to log, …}; num_targets is the
                                     number of the whole step, over all processes and micro-batches
     form                            class attribute: the row of `heads.forms.FORMS` that its heads are of

@@ -78,6 +78,13 @@ class Draws:
         policy = None if self.policy is None else self.policy.to(device)
         return _moved(replace(self, tokens=self.tokens.to(device), policy=policy), device)
 
+    def for_device(self, device: torch.device) -> "Draws":
+        """The same, the token head's in memory from which a GPU, if it is one, copies while it computes."""
+        if device.type != "cuda":
+            return self
+        draws = {name: value.pin_memory() for name, value in self.tokens.draws.items()}
+        return replace(self, tokens=replace(self.tokens, draws=draws))
+
     def first(self, num: int) -> "Draws":
         """Those of the first num tokens of each image."""
         length, rows = self.mask.shape[1], self.tokens.rows

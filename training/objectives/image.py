@@ -203,6 +203,9 @@ class ImageObjective(nn.Module):
         sigma = first + (last - first) * done
         return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer, sigma, step)
 
+    def foresee(self, state, step: int, batch, indices) -> None:
+        """Nothing: an image's draws are made while it is sampled."""
+
     def _begin(self, state, batch_size: int) -> None:
         """Statistics of the real images; a bank of images with the labels of real ones, unless there is one."""
         real = self.settings.real()

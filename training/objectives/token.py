@@ -4,6 +4,7 @@ Legend: b images, L tokens an image, N token rows in all, m draws of the token h
 unknown now, K = num_iter. `mask` (b, L) bool is True where a token is masked.
 """
 
+import math
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,11 +21,12 @@ from training.objectives.draws import Draws, DrawSettings, RowsOf, training_draw
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.objectives.states import needs_every_loss, training_state
+from training.objectives.tokens import grid_of_batch, tokens_of
 from training.objectives.visiting import Visits, make_visits
 from training.optim import EMA, make_optimizer
 from training.schedules import stage_weights
 from util.dist import autocast, send
-from util.rng import generator, seed_of
+from util.rng import seed_of
 
 if TYPE_CHECKING:  # training.config imports the table of objectives
     from training.config import TrainConfig
@@ -231,11 +233,8 @@ class TokenObjective(nn.Module):
     def prepare(self, state, batch, labels, indices) -> Batch:
         """Images or moments (b, …) with labels and indices (b,) as a Batch; state: a `training.state.TrainState`."""
         preparation, samples = self.preparation, indices.tolist()
-        settings, shape = preparation.draws, {}
-        if takes_any_size(self.model.config):
-            h, w = grid_of_batch(batch, state.tokenizer)
-            settings, shape = replace(settings, seq_len=h * w), dict(grid=(h, w))
-        draws = training_draws(preparation.seed, state.step, samples, self.model.token_head, settings)
+        shape = dict(grid=grid_of_batch(batch, state.tokenizer)) if takes_any_size(self.model.config) else {}
+        draws = state.ahead.value(*self._draws(state, state.step, batch, samples))
         if draws.policy is not None:
             resting = state.step < preparation.heads_from * state.steps_per_epoch
             draws = replace(draws, policy=replace(draws.policy, heads_rest=resting))
@@ -255,6 +254,18 @@ class TokenObjective(nn.Module):
             self.train()
         condition = condition_of(self.model, labels, state.device)
         return self._staged(Batch(tokens, condition, draws.to(state.device), inputs, shape=shape), state)
+
+    def foresee(self, state, step: int, batch, indices) -> None:
+        """Begin with the draws of a later step's images (b, …) with indices (b,)."""
+        state.ahead.begin(*self._draws(state, step, batch, indices.tolist()))
+
+    def _draws(self, state, step: int, batch, samples: list[int]):
+        """(a key, a function that makes the draws of these images in this step)."""
+        settings = self.preparation.draws
+        if takes_any_size(self.model.config):
+            settings = replace(settings, seq_len=math.prod(grid_of_batch(batch, state.tokenizer)))
+        arguments = self.preparation.seed, step, samples, self.model.token_head, settings
+        return (step, *samples), lambda: training_draws(*arguments).for_device(state.device)
 
     def _staged(self, batch: Batch, state) -> Batch:
         """The batch, of a progressive run with the scales that it has reached."""
@@ -351,29 +362,3 @@ def check_fixed_groups(model, heads: PolicyHeads | None, settings: ObjectiveSett
             f"--train_masks {settings.masks.train_masks} must be random: this model draws {drawn}, and learns "
             "all tokens of an image in one pass"
         )
-
-
-def grid_of_batch(batch, tokenizer) -> tuple[int, int]:
-    """(h, w) of the tokens of images uint8 (b, c, H, W), or of cached ids (b, 2, h, w)."""
-    stride = tokenizer.stride if batch.dtype == torch.uint8 else 1
-    return batch.shape[2] // stride, batch.shape[3] // stride
-
-
-def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:
-    """Tokens (b, L, …) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.images.latents`.
-
-    Where the model's tokens are ids these take the place of the moments, (b, 2, h, w).
-    flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of image i
-    comes from seeds[i] alone.
-    """
-    discrete = model.token_head.discrete
-    if batch.dtype == torch.uint8:
-        images = batch.float() / 127.5 - 1
-        if flip is not None:
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        moments = tokenizer.encode_ids(images) if discrete else tokenizer.encode_moments(images)
-    else:
-        moments = batch[torch.arange(len(batch), device=batch.device), 0 if flip is None else flip.long()]
-    if discrete:
-        return model.patchify(moments.long())
-    return model.patchify(tokenizer.from_moments(moments, generator=[generator(seed) for seed in seeds]))

@@ -14,6 +14,8 @@ from models.token_head import check_no_profile, guide
 from util.dist import send
 from util.rng import gumbel
 
+SMALLEST_TAU = 1e-6  # by which logits are divided: as τ falls to 0 the likeliest id is drawn
+
 
 class Logits(NamedTuple):
     """A prediction: unnormalised log-probabilities of the entries, float32 (N, V)."""
@@ -168,7 +170,8 @@ class CategoricalSampler:
             else:
                 w = w[guided] if isinstance(w, torch.Tensor) and w.dim() else w
                 logits = logits.index_copy(0, guided, guide(logits[guided], uncond, w))
-        logits = logits / _column(tau)
+        tau = _column(tau)
+        logits = logits / (tau.clamp(min=SMALLEST_TAU) if isinstance(tau, torch.Tensor) else max(tau, SMALLEST_TAU))
         return filter_logits(logits, self.top_k, self.top_p) if self._filters else logits
 
     @property

@@ -65,6 +65,8 @@ class VARConfig:
             )
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate {self.drop_path_rate} must be below 1: a branch left out always is none")
         if self.mask_ratio_min != 1.0:
             raise ValueError(f"mask_ratio_min {self.mask_ratio_min} must be 1.0: all tokens are targets")
 
@@ -100,6 +102,7 @@ def read_published(weights: dict) -> tuple[dict, dict]:
         vocab_size, channels = len(weights["head.weight"]), weights["word_embed.weight"].shape[1]
         num_scales, length = len(weights["lvl_embed.weight"]), weights["pos_1LC"].shape[1]
         hidden, scales = len(weights["blocks.0.ffn.fc1.weight"]), weights.get("blocks.0.attn.scale_mul_1H11")
+        num_heads = width // 64 if scales is None else scales.shape[1]
     except KeyError as error:
         raise ValueError(f"the checkpoint is not one of VAR: its 'model' has no {error}") from None
     except (ValueError, IndexError):
@@ -109,7 +112,7 @@ def read_published(weights: dict) -> tuple[dict, dict]:
         raise ValueError(f"the checkpoint has {num_scales} scales of {length} tokens in all, as no published VAR has")
     sides = SCALES[fitting[0]]
     known = dict(depth=len(blocks), embed_dim=width, mlp_ratio=hidden / width, class_num=num_rows - 1)
-    known |= dict(num_heads=width // 64 if scales is None else scales.shape[1], attn_l2_norm=scales is not None)
+    known |= dict(num_heads=num_heads, attn_l2_norm=scales is not None)
     known |= dict(vocab_size=vocab_size, vae_embed_dim=channels, patch_nums=sides, img_size=16 * sides[-1])
     known |= dict(shared_aln="shared_ada_lin.1.weight" in weights)
     return known, {"tokenizer": fitting[0], "vae_path": VAE_PATH}

@@ -64,7 +64,10 @@ class SampleConfig(RuleOptions):
         if self.group == "scale" and fixed_rules.get("group") != "scale":
             raise ValueError(f"--group scale does not fit {model}, whose tokens are of one scale")
         num_iter = default_num_iter(fixed_rules, length) if self.num_iter is None else self.num_iter
-        return replace(self, **fixed_rules, num_iter=num_iter)
+        # of a model that draws scales the linear schedule counts these, of others tokens
+        linear = self.cfg_schedule == "linear" and fixed_rules.get("group") == "scale"
+        ramp = dict(cfg_schedule="ramp") if linear else {}
+        return replace(self, **fixed_rules, **ramp, num_iter=num_iter)
 
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""

@@ -18,30 +18,32 @@ base=(--group_base staged)
 split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
-        --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;
-        --epochs) epochs=(--epochs "${words[i + 1]}") && i=$((i + 1)) ;;
+        --output_dir) out=${words[i + 1]-} && i=$((i + 1)) ;;
+        --epochs) epochs=(--epochs "${words[i + 1]-}") && i=$((i + 1)) ;;
         --order | --group | --tau_schedule | --cfg_schedule | --cfg_profile) # of hand-made rules, not of what is learned
-            rules+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
+            rules+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
         --cfg | --cfg_power | --temperature* | --num_iter | --num_sampling_steps | --solver)
-            sampling+=("${words[i]}" "${words[i + 1]}")
-            training+=("${words[i]}" "${words[i + 1]%%,*}") # samples may be of several, training is for the first
-            [[ ${words[i]} != --num_iter || ,${words[i + 1]}, != *,[12],* ]] || groups=() base=() # staged needs three
+            sampling+=("${words[i]}" "${words[i + 1]-}")
+            first=${words[i + 1]-}
+            training+=("${words[i]}" "${first%%,*}") # samples may be of several, training is for the first
+            [[ ${words[i]} != --num_iter || ,${words[i + 1]-}, != *,[12],* ]] || groups=() base=() # staged needs three
             i=$((i + 1))
             ;;
         --schedule | --cfg_*interval | --eval_bsz | --metrics | --features | --device | --dtype)
-            sampling+=("${words[i]}" "${words[i + 1]}")
-            training+=("${words[i]}" "${words[i + 1]}")
+            sampling+=("${words[i]}" "${words[i + 1]-}")
+            training+=("${words[i]}" "${words[i + 1]-}")
             i=$((i + 1))
             ;;
         --reward | --reward_weights | --bank | --pathwise | --adaptive_lr)
-            heads+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
+            heads+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
-        --seed) seeds=(--seed "${words[i + 1]}") && i=$((i + 1)) ;;
-        --num_images) images=(--num_images "${words[i + 1]}") && sampling+=("${images[@]}") && i=$((i + 1)) ;;
+        --seed) seeds=(--seed "${words[i + 1]-}") && i=$((i + 1)) ;;
+        --num_images) images=(--num_images "${words[i + 1]-}") && sampling+=("${images[@]}") && i=$((i + 1)) ;;
         *) training+=("${words[i]}") ;;
     esac
 done
+[ "$i" -le "${#words[@]}" ] || fail "${words[-1]} needs a value"
 
 run python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
 

@@ -11,18 +11,19 @@ sampling=()
 split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
-        --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;
+        --output_dir) out=${words[i + 1]-} && i=$((i + 1)) ;;
         --order | --group | --cfg | --cfg_schedule | --confidence_* | --temperature | --num_iter | --num_images | --eval_bsz | \
             --metrics | --features | --seed | --save_trace)
-            sampling+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
+            sampling+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
         --device | --dtype)
-            sampling+=("${words[i]}" "${words[i + 1]}")
-            training+=("${words[i]}" "${words[i + 1]}") && i=$((i + 1))
+            sampling+=("${words[i]}" "${words[i + 1]-}")
+            training+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
         *) training+=("${words[i]}") ;;
     esac
 done
+[ "$i" -le "${#words[@]}" ] || fail "${words[-1]} needs a value"
 
 vq=$out/tokenizer
 run python scripts/train_tokenizer.py --data digits --vq --stride 2 --codebook_size 256 --latent_channels 4 \

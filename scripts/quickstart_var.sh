@@ -12,21 +12,24 @@ sampling=()
 split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
-        --output_dir) out=${words[i + 1]} && i=$((i + 1)) ;;
+        --output_dir) out=${words[i + 1]-} && i=$((i + 1)) ;;
         --epochs)
-            tokenizer=(--epochs "${words[i + 1]}")
-            training+=(--epochs "${words[i + 1]}")
+            tokenizer=(--epochs "${words[i + 1]-}")
+            training+=(--epochs "${words[i + 1]-}")
             i=$((i + 1))
             ;;
-        --cfg | --cfg_schedule | --temperature* | --tau_schedule | --top_k | --top_p | --seed | --num_images | --eval_bsz | \
-            --metrics | --features | --device | --dtype)
-            training+=("${words[i]}" "${words[i + 1]}")
-            sampling+=("${words[i]}" "${words[i + 1]}")
+        --cfg | --cfg_schedule | --temperature* | --tau_schedule | --top_k | --top_p | --infer_mode | --seed | --num_images | \
+            --eval_bsz | --metrics | --features | --device | --dtype)
+            training+=("${words[i]}" "${words[i + 1]-}")
+            sampling+=("${words[i]}" "${words[i + 1]-}")
             i=$((i + 1))
             ;;
+        --smooth) sampling+=(--smooth) ;; # for pictures: heads do not learn with it, and traces do not show it
+        --save_trace) sampling+=(--save_trace "${words[i + 1]-}") && i=$((i + 1)) ;;
         *) training+=("${words[i]}") ;;
     esac
 done
+[ "$i" -le "${#words[@]}" ] || fail "${words[-1]} needs a value"
 
 ids=$out/tokenizer/tokenizer.pth
 [ -f "$ids" ] || run python scripts/train_tokenizer.py --data digits --multiscale --stride 1 --width 16 \

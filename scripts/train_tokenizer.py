@@ -187,7 +187,8 @@ def publish(run: Run) -> Tokenizer:
 def flags_of(args: TokenizerArgs) -> list[str]:
     """The flags of main_mar.py for the tokenizer that was written."""
     if args.multiscale:
-        return ["--tokenizer", ROW, "--vae_path", str(Path(args.output_dir, FILE)), "--model", "var_tiny"]
+        model = "var_tiny" if args.stride == 1 else "var_mini"
+        return ["--tokenizer", ROW, "--vae_path", str(Path(args.output_dir, FILE)), "--model", model]
     return ["--tokenizer", f"diffusers:{Path(args.output_dir, 'autoencoder')}"]
 
 
@@ -261,6 +262,16 @@ def check_args(args: TokenizerArgs) -> None:
     for name in ("epochs", "max_minutes"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} must be above 0, got 0")
+    if args.multiscale and args.codebook_size < len(args.scales):
+        raise ValueError(
+            f"--codebook_size {args.codebook_size} must be at least {len(args.scales)}, the scales of --patch_nums "
+            f"{args.patch_nums}"
+        )
+    for name in ("patch_nums", "partial_share"):
+        if not args.multiscale and getattr(args, name) != getattr(TokenizerArgs, name):
+            raise ValueError(f"--{name} {getattr(args, name)} has no meaning without --multiscale")
+    if args.has_codebook and args.kl_weight != TokenizerArgs.kl_weight:
+        raise ValueError(f"--kl_weight {args.kl_weight:g} has no meaning for ids, which have no KL divergence")
     if args.vq and args.multiscale:
         raise ValueError("--vq and --multiscale are two kinds of autoencoder: choose one")
     if args.width % 4:

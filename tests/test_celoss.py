@@ -7,6 +7,7 @@ import torch
 
 from models.celoss import CELoss, Logits, kept
 from models.diffloss import DiffLoss
+from models.token_head import guide
 from tests.helpers import randn
 from util.rng import generator, gumbel
 
@@ -96,6 +97,17 @@ def test_draws_have_the_probabilities_of_the_filtered_softmax(head, options):
     assert ((count - num * p).square() / (num * p).clamp(min=1e-9))[p > 0].sum() < 29.9
     said = sampler.log_prob(ids, z, None, 1.0, 0.7)
     torch.testing.assert_close(said.exp(), p[ids])
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e-30, torch.zeros(64), torch.linspace(0, 1e-12, 64)])
+@torch.no_grad()
+def test_at_temperature_0_the_likeliest_id_is_drawn(head, tau):
+    z, free, sampler = randn(64, WIDTH), randn(64, WIDTH, seed=1), head.sampler(top_k=5, top_p=0.9)
+    likeliest = guide(head.logits(z), head.logits(free), 2.0).argmax(dim=-1)
+    noise = sampler.noise([generator(0)], rows_of(1, 64), 1)
+    assert sampler.draw(z, free, 2.0, tau, noise, 1).equal(likeliest)
+    torch.testing.assert_close(sampler.log_prob(likeliest, z, free, 2.0, tau), torch.zeros(64))
+    assert sampler.mixture(z, free, 2.0, tau, noise, 0.5).argmax(dim=-1).equal(likeliest)
 
 
 def test_gumbel_draws_of_many_seeds_are_independent():

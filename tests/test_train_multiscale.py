@@ -1,6 +1,7 @@
 """Training VAR's tokenizer: what a run leaves behind, its codebook by scale, and settings that are refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,7 +75,10 @@ def test_a_run_leaves_a_tokenizer_pictures_and_figures_by_scale(folder):
 
 
 def test_ids_of_a_trained_tokenizer_come_back(folder):
-    """The image that ids make is near the image they were of, and has mostly their ids again, most at the coarsest."""
+    """The image that ids make is near the image they were of, and has many of their ids again, most at the coarsest.
+
+    (By chance it would be one in twenty.)
+    """
     tokenizer = build_tokenizer("var_vq", vae_path=folder / "tokenizer.pth")
     x = digits()[::30]
     ids = tokenizer.encode_ids(x)
@@ -87,7 +91,7 @@ def test_ids_of_a_trained_tokenizer_come_back(folder):
     errors = [(image - x).square().mean().item() for image in grown]
     assert errors[-1] < 0.7 * errors[0] and errors[-1] < (x - x.mean(dim=0)).square().mean()
     again = tokenizer.encode_ids(images)
-    assert (again == ids).float().mean() > 5 / 32 and (again[:, 0] == ids[:, 0]).float().mean() > 0.7
+    assert (again == ids).float().mean() > 0.3 and (again[:, 0] == ids[:, 0]).float().mean() > 0.7
 
 
 def test_a_cache_holds_the_ids_of_all_scales_and_of_mirror_images(pictures, tmp_path, capsys):
@@ -103,6 +107,46 @@ def test_a_cache_holds_the_ids_of_all_scales_and_of_mirror_images(pictures, tmp_
     line = refused(capsys, cache_latents, *words, "--cached_path", tmp_path / "d", "--tokens", "discrete")
     assert "makes multiscale ones" in line
     assert "var_vq makes ids alone" in refused(capsys, measure_latents, *words)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (
+            "--codebook_size 5 --multiscale",
+            "--codebook_size 5 must be at least 6, the scales of --patch_nums 1,2,3,4,6,8",
+        ),
+        ("--patch_nums 1,2,4", "--patch_nums 1,2,4 has no meaning without --multiscale"),
+        ("--vq --partial_share 0.5", "--partial_share 0.5 has no meaning without --multiscale"),
+        ("--multiscale --kl_weight 3", "--kl_weight 3 has no meaning for ids"),
+    ],
+)
+def test_flags_without_a_meaning_are_refused(flags, message, tmp_path, capsys):
+    words = "--data digits --stride 1 --device cpu --epochs 0.05".split() + flags.split()
+    assert message in refused(capsys, train_tokenizer, *words, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_codes_as_scales_can_be_trained(tmp_path):
+    words = "--data digits --stride 1 --multiscale --patch_nums 1,8 --width 4 --latent_channels 4 --codebook_size 2"
+    assert (
+        train_tokenizer.main([*words.split(), *"--epochs 0.01 --device cpu --output_dir".split(), str(tmp_path)]) == 0
+    )
+
+
+@pytest.mark.parametrize("change", [dict(norm_groups=0), dict(vocab_size=0), dict(z_channels=0), dict(quant_conv_ks=2),
+                                    dict(dropout=1.0), dict(share_quant_resi=-1), dict(norm_groups=True)])  # fmt: skip
+def test_sizes_that_cannot_be_are_refused(change):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+        MultiScaleVQConfig(**change)
+
+
+def test_whole_numbers_are_numbers_of_a_file_too(tmp_path):
+    made = MultiScaleVQ(replace(tiny().config, quant_resi=1, beta=2))
+    save_multiscale(tmp_path / "t.pth", made)
+    config = build_tokenizer("var_vq", vae_path=tmp_path / "t.pth").model.config
+    assert (config.quant_resi, config.beta) == (1, 2)
 
 
 def test_its_reconstructions_are_measured_by_scale(folder, tmp_path, capsys):

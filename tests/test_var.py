@@ -11,6 +11,7 @@ from heads.policy import PolicyHeads, build_rules
 from models.celoss import CategoricalSampler
 from models.next_scale import kept_tokens
 from models.var import VAR, VAR_CONFIGS, VARConfig, filter_logits, next_scale_loss
+from models.var_config import read_published
 from sampling.loop import generate
 from sampling.settings import SampleConfig
 from scripts import bench_scales
@@ -262,11 +263,32 @@ def test_untrained_heads_sample_what_the_baseline_does():
         (dict(num_heads=7), "embed_dim 1024 must be a multiple of num_heads 7"),
         (dict(img_size=128), "img_size 128 must be 16·16 = 256"),
         (dict(mask_ratio_min=0.5), "mask_ratio_min 0.5 must be 1.0"),
+        (dict(drop_path_rate=1.0), "drop_path_rate 1.0 must be below 1"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         VARConfig(**options)
+
+
+@pytest.mark.parametrize("scales", [(1,), (1, 4, 1, 2)])
+def test_published_weights_of_another_form_are_refused(scales):
+    weights = {**tiny().state_dict(), "blocks.0.attn.scale_mul_1H11": torch.zeros(scales)}
+    if len(scales) == 1:
+        with pytest.raises(ValueError, match="its tensors have other numbers of dimensions"):
+            read_published(weights)
+    else:
+        with pytest.raises(ValueError, match="4 scales of 30 tokens in all, as no published VAR has"):
+            read_published(weights)
+
+
+def test_the_linear_schedule_of_a_model_of_scales_is_its_ramp():
+    """Which other models count in tokens."""
+    of_scales = {"order": "raster", "group": "scale", "cfg_base": "ramp"}
+    given = SampleConfig(cfg=2.5, cfg_schedule="linear")
+    assert given.fitted(of_scales, "var", 4).cfg_schedule == "ramp"
+    assert given.fitted({}, "mar", 4).cfg_schedule == "linear"
+    assert replace(given, cfg_schedule="constant").fitted(of_scales, "var", 4).cfg_schedule == "constant"
 
 
 def test_a_stage_trains_the_scales_that_it_has_reached():

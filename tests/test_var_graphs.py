@@ -9,6 +9,7 @@ import torch
 
 from heads.policy import build_rules
 from models.next_scale import NextScaleConditions
+from models.tokenizers.multiscale_vq import SCALES as PUBLISHED
 from sampling.loop import decode, generate
 from tests.helpers_graphs import CPU, Fails, eagerly
 from tests.helpers_var import tokenizer as scales_tokenizer
@@ -34,6 +35,19 @@ def test_scales_are_those_of_the_eager_passes_and_each_is_one_capture(schedule, 
         made = scales(model, schedule, labels, seeds)
         assert made.equal(eagerly(monkeypatch, lambda s=seeds, c=labels: scales(model, schedule, c, s)))
     assert len(captured) == passes and {watched.replays for watched in captured} == {3}
+
+
+def test_ten_scales_are_ten_graphs_and_those_without_label(captured, monkeypatch):
+    sides = PUBLISHED["var_vq"]
+    model, tok = tiny_var(patch_nums=sides), scales_tokenizer(v_patch_nums=sides)
+    rules = build_rules("baseline", order="raster", group="scale", cfg=2.5, cfg_schedule="ramp")
+
+    def sample():
+        return generate(model, LABELS, rules, seeds=SEEDS, tokenizer=tok)
+
+    expected = eagerly(monkeypatch, sample)
+    assert sample().equal(expected) and sample().equal(expected)
+    assert len(captured) == 10 + 9 and {watched.replays for watched in captured} == {2}
 
 
 def looks(model, tok, labels):

@@ -176,6 +176,8 @@ def test_heads_are_learned_on_images(run, tmp_path, capsys):
         ("--wd_end 0.1 --weight_decay 0", "--wd_end 0.1 needs a --weight_decay above 0"),
         ("--model mar_tiny --tokenizer pixel --group scale", "--group scale does not fit mar_tiny"),
         ("--model mar_tiny --tokenizer pixel --pg 0.5", "--pg 0.5 has no meaning for this model"),
+        ("--pg 0.5 --pg0 2", "--pg0 2 must be below 2, the last of 3 scales"),
+        ("--objective image --learn tau --smooth", "--smooth does not fit --objective image"),
         ("--model mar_tiny --tokenizer pixel --smooth", "--smooth has no meaning for this model"),
         ("--tokenizer pixel", "the tokenizer pixel makes continuous tokens, the family var takes multiscale ones"),
         ("--train_masks visited", "must be random: this model draws a scale a step"),

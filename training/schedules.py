@@ -96,7 +96,10 @@ class ScheduleConfig:
     weight_decay: float = flag(0.02, "AdamW weight decay", low=0)
     wd_end: float | None = flag(None, "weight decay at the last step, along half a cosine (default: constant)", low=0)
     pg: float = flag(
-        0.0, "progressive training of scales: share of the run before all are trained; 0 = off", low=0, high=1
+        0.0,
+        "progressive training of scales: share X of the run before all are trained; --lr_schedule is lin<X> then; 0 = off",
+        low=0,
+        high=1,
     )
     pg0: int = flag(4, "last scale that is trained in the warm-up of --pg", low=0)
     pgwp: float | None = flag(

@@ -32,8 +32,8 @@ REVIVE_UNTIL = 0.9  # share of the run after which entries of the codebook stay 
 NUM_PICTURES = 8
 ROW = "var_vq"  # of TOKENIZERS, for a multi-scale one
 # flags that must be the same with --resume
-FIXED = "data data_path img_size stride latent_channels width vq multiscale patch_nums codebook_size".split()
-FIXED += "adversarial_weight batch_size seed".split() + [field.name for field in fields(Reading)]
+FIXED = "data data_path img_size stride latent_channels width vq multiscale patch_nums partial_share".split()
+FIXED += "codebook_size adversarial_weight batch_size seed".split() + [field.name for field in fields(Reading)]
 
 
 class Run:

@@ -116,6 +116,8 @@ def stored_settings(content, name: str, path: Path) -> dict:
         return dict(v_patch_nums=SCALES[name])
     for key, value_type in STORED.items():
         value = config.get(key)
+        if value_type is float and type(value) is int:
+            value = float(value)
         if not isinstance(value, value_type) or value_type is tuple and not all(type(p) is int for p in value):
             raise ValueError(f"{path} is damaged: its {key} is {str(value)[:40]!r}")
     stored = {key: config[key] for key in STORED}

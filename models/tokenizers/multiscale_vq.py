@@ -22,6 +22,11 @@ SCALES = {
 }
 
 
+# the least of the sizes of a `MultiScaleVQConfig`
+LOWEST = dict(vocab_size=1, z_channels=1, ch=1, in_channels=1, norm_groups=1, quant_conv_ks=1)
+LOWEST |= dict(share_quant_resi=0, default_qresi_counts=0)
+
+
 def check_sides(name: str, sides: tuple) -> None:
     """Raise ValueError unless these are the sides of two or more scales, each larger than the one before."""
     whole = all(isinstance(side, int) and side > 0 for side in sides)
@@ -58,6 +63,14 @@ class MultiScaleVQConfig:
         for name in ("v_patch_nums", "ch_mult"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_sides("v_patch_nums", self.v_patch_nums)
+        for name, low in LOWEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < low:
+                raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
+        if self.quant_conv_ks % 2 == 0:
+            raise ValueError(f"quant_conv_ks must be odd, got {self.quant_conv_ks}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to below 1, got {self.dropout}")
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise ValueError(f"ch_mult must be numbers of at least 1, got {self.ch_mult}")
         if not math.isfinite(self.quant_resi):

@@ -128,6 +128,8 @@ class ImageObjective(nn.Module):
         if heads is None:
             raise ValueError("--objective image trains heads: name some with --learn")
         sampling = settings.sampling
+        if sampling.smooth:
+            raise ValueError("--smooth does not fit --objective image, which learns from the ids that are drawn")
         if "order" in heads.learn and (sampling.order_base != "random" or not sampling.order_noise):
             raise ValueError("--objective image --learn order needs --order_base random and --order_noise above 0")
         if "order" in heads.learn and not settings.reward.adaptive:

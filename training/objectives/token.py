@@ -186,6 +186,10 @@ class TokenObjective(nn.Module):
         if train.pg and model.fixed_rules.get("group") != "scale":
             raise ValueError(f"--pg {train.pg:g} has no meaning for this model, whose tokens are of one scale")
         patch_nums = sizes.patch_nums if train.pg else None
+        if train.pg and train.pg0 >= len(patch_nums) - 1:
+            raise ValueError(
+                f"--pg0 {train.pg0} must be below {len(patch_nums) - 1}, the last of {len(patch_nums)} scales"
+            )
         preparation = Preparation(train.seed, draws, settings.flip, visits, settings.heads.heads_from, patch_nums)
         return cls(model, heads, settings.losses, settings.sampling, preparation, train)
 

@@ -97,7 +97,7 @@ class ScheduleConfig:
     wd_end: float | None = flag(None, "weight decay at the last step, along half a cosine (default: constant)", low=0)
     pg: float = flag(
         0.0,
-        "progressive training of scales: share X of the run before all are trained; --lr_schedule is lin<X> then; 0 = off",
+        "progressive training of scales: share X of the run before all are trained, whose schedule is lin<X>; 0 = off",
         low=0,
         high=1,
     )

@@ -4,13 +4,14 @@ const measured = { a: null, b: null };
 
 function generateCompare() {
   return busily("Asking the server.", async (signal) => {
-    const follow = () => showCompare(Infinity);
-    state.runs.b = null;
+    state.compareStep = Infinity;
+    const follow = () => (state.view === "compare" ? showCompare(Infinity) : redraw());
     await makeRun("a", signal, follow);
     await makeRun("b", signal, follow);
     measured.a = measured.b = null;
     $("status").textContent = "Both are complete.";
-    showCompare(Infinity);
+    state.step = state.runs.a.steps.length - 1;
+    redraw();
     showShare();
   });
 }
@@ -39,23 +40,34 @@ function drawDifference() {
   $("compare-difference-text").textContent = "difference, four times as bright; mean " + number(sum / (one.data.length * 0.75)) + " grey levels";
 }
 
+function clearPicture(id, text) {
+  $(id).getContext("2d").clearRect(0, 0, $(id).width, $(id).height);
+  $(id + "-text").textContent = text;
+}
+
 function showCompare(step) {
   const { a, b } = state.runs, longest = Math.max(a ? a.steps.length : 0, b ? b.steps.length : 0, 1);
   const shown = Math.min(step, longest - 1);
+  state.compareStep = shown < longest - 1 ? shown : Infinity; // the last one stays the last, of longer runs too
   $("compare-scrubber").max = longest - 1;
   $("compare-scrubber").value = shown;
   for (const [name, run] of [["a", a], ["b", b]]) {
-    if (!run || !run.steps.length) continue;
+    if (!run || !run.steps.length) {
+      clearPicture("compare-" + name, name.toUpperCase());
+      continue;
+    }
     const own = Math.min(shown, run.steps.length - 1), sheet = sheetOf(run, own);
     if (sheet) drawSheet($("compare-" + name), sheet, state.image, run.begin.labels.length);
     const evals = run.end ? "; " + number(run.end.evals.mar, 5) + " backbone, " + number(run.end.evals.mlp, 6) + " token head evaluations" : "";
     $("compare-" + name + "-text").textContent = name.toUpperCase() + ", step " + (own + 1) + " of " + run.steps.length + evals;
   }
   if (a && b && a.steps.length && b.steps.length) drawDifference();
+  else clearPicture("compare-difference", "difference");
   const both = [["a", "line"], ["b", "line second"]].filter(([name]) => state.runs[name] && state.runs[name].steps.length);
   const series = both.map(([name, style]) => [seriesOf(state.runs[name], state.image), style]);
   const figures = CURVES.map(([name, title]) => plot(title + (series.length > 1 ? " (A blue, B orange)" : ""), series.map(([rows, style]) => ({ values: rows.map((row) => row[name]), style })), { now: shown, onStep: showCompare }));
   $("compare-curves").replaceChildren(...figures);
+  drawStrip("compare-strip");
   showTable();
 }
 

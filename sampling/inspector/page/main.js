@@ -1,5 +1,14 @@
 // The start of the page: its parts, and what its address or its content says to show.
 
+// Draw the view that is shown: all of them show the run A, and the others were hidden while it was made.
+function redraw() {
+  if (state.view === "watch") {
+    showStep(state.step);
+    showStrip();
+  } else if (state.view === "compare") showCompare(state.compareStep);
+  else showBatch();
+}
+
 function showView(view) {
   state.view = view;
   for (const name of ["watch", "compare", "batch"]) {
@@ -13,8 +22,8 @@ function showView(view) {
       $("a-images").value = 20;
       if (!ofText("a")) $("a-classes").value = about($("a-checkpoint").value).classes.map((_, i) => i).slice(0, 10).join(",");
     }
-    showBatch();
   }
+  redraw();
 }
 
 function generate(step) {

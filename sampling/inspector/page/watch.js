@@ -111,6 +111,11 @@ function writeSpec(which, spec) {
 // Run A or B; what comes is shown while it comes.
 async function makeRun(which, signal, follow) {
   const spec = specOf(which);
+  if (which === "a") {
+    state.image = Math.min(state.image, Math.max(0, spec.labels.length - 1));
+    state.runs.b = null; // it had the seed and the labels of the A before
+    for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
+  }
   const [run, take] = collector((run) => {
     state.runs[which] = run;
     run.spec = spec;
@@ -129,15 +134,13 @@ async function makeRun(which, signal, follow) {
 function generateWatch(keep = null) {
   return busily("Asking the server.", async (signal) => {
     state.token = state.hover = null;
-    state.image = Math.min(state.image, Math.max(0, Number($("a-images").value) - 1));
     const run = await makeRun("a", signal, (run) => {
       if (run.steps.length) showStep(keep === null || run.steps.length - 1 < keep ? run.steps.length - 1 : keep);
     });
     $("status").textContent = "Complete: " + run.steps.length + " steps, " + number(run.steps.reduce((s, e) => s + e.seconds, 0)) + " s.";
-    showStep(keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1));
-    showStrip();
+    state.step = keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1);
+    redraw();
     showShare();
-    if (state.view === "batch") showBatch();
   });
 }
 
@@ -165,9 +168,11 @@ function showStep(step) {
 }
 
 // The images of a batch, to choose which one is shown.
-function showStrip() {
-  const run = state.runs.a, count = run.begin.labels.length;
-  if (count < 2) return $("strip").replaceChildren();
+const showStrip = () => drawStrip("strip");
+
+function drawStrip(place) {
+  const run = state.runs.a, count = run && run.end ? run.begin.labels.length : 0;
+  if (count < 2) return $(place).replaceChildren();
   const sheet = sheetOf(run, run.steps.length - 1);
   const buttons = run.begin.labels.map((label, i) => {
     const canvas = element("canvas");
@@ -175,12 +180,12 @@ function showStrip() {
     const button = element("button", { type: "button", "aria-pressed": String(i === state.image), "aria-label": "Image " + (i + 1) + ", of " + run.begin.names[i] }, canvas);
     button.addEventListener("click", () => {
       state.image = i;
-      showStrip();
-      showStep(state.step);
+      redraw();
+      $(place).children[i].focus(); // the button is another one now
     });
     return button;
   });
-  $("strip").replaceChildren(...buttons);
+  $(place).replaceChildren(...buttons);
 }
 
 let player = null;

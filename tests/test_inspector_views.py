@@ -1,6 +1,7 @@
 """The three views of the inspector's page show one state, in a real browser, Debian's Chromium."""
 
 import numpy as np
+import pytest
 
 from tests.helpers_browser import (
     FIXTURES,
@@ -61,3 +62,83 @@ def test_compare_chooses_among_its_images(page, gallery):
     done(page, 3)
     assert page.js("state.image") == 0 and page.js(PIXELS.format("compare-a")) > 0
     assert np.array_equal(shown(page, "b"), images_of(gallery, settings={**SETTINGS, "cfg": "1"})[0, :, :, 0])
+
+
+def test_evaluations_that_b_cannot_have_are_said(page):
+    page.show("compare", settings={**SETTINGS, "num_sampling_steps": "1"})
+    click(page, "generate")
+    done(page, 2)
+    click(page, "equal")
+    done(page, 4)
+    page.wait("$('status').textContent === 'B took the evaluations of A.'")
+    set_value(page, "a-cfg", "1")
+    set_value(page, "a-num_iter", "3")
+    set_value(page, "b-cfg", "2")  # an even number of backbone evaluations
+    click(page, "generate")
+    done(page, 5)
+    click(page, "equal")
+    done(page, 7)
+    page.wait("$('status').textContent.startsWith('Not equal: B took ')")
+    assert "backbone evaluations, A 3" in text(page, "status") and "up to 256" in text(page, "status")
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """In the place of sample.py: notes its command, waits for a file named `go`, and has an fid of its own seed."""
+    path, row = tmp_path / "sample.py", {"metrics": {"fid": 0}, "mar_evals": 8.0, "settings": {}}
+    path.write_text(
+        "import json, pathlib, sys, time\n"
+        "value = lambda name: sys.argv[sys.argv.index(name) + 1]\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "(here / 'asked').open('a').write(value('--seed') + ' ')\n"
+        "while not (here / 'go').exists(): time.sleep(0.05)\n"
+        f"row = {row!r}\n"
+        "row['metrics']['fid'] = 1000 + int(value('--seed'))\n"
+        "(pathlib.Path(value('--output_dir')) / 'results.jsonl').write_text(json.dumps(row))\n"
+    )
+    monkeypatch.setattr("sampling.inspector.measuring.PROGRAM", path)
+    return tmp_path
+
+
+def compared(page) -> None:
+    """A and B are generated."""
+    page.show("compare")
+    set_value(page, "b-cfg", "1")
+    click(page, "generate")
+    done(page, 2)
+
+
+def test_measured_figures_stand_beside_the_settings_that_they_are_of(page, program):
+    compared(page)
+    click(page, "measure")
+    page.wait("$('status').textContent.includes('images to measure')")
+    set_value(page, "a-seed", "6")
+    click(page, "generate")  # A's measurement goes on
+    done(page, 3)
+    (program / "go").touch()
+    page.wait("!measuring")
+    assert (program / "asked").read_text() == "5 5 "
+    assert "other settings" in text(page, "status") and "fid" not in text(page, "compare-table")
+    set_value(page, "a-seed", "5")
+    click(page, "generate")
+    done(page, 4)
+    assert "fid10051005" in text(page, "compare-table") and "images measured200200" in text(page, "compare-table")
+    click(page, "measure")
+    page.wait("!measuring")
+    assert text(page, "status") == "Measured: as sample.py does." and text(page, "error") == ""
+
+
+def test_a_measurement_is_cancelled(page, server, program):
+    page.open(page.root)
+    click(page, "tab-compare")
+    click(page, "measure")
+    assert "generate A and B first" in text(page, "error")
+    compared(page)
+    click(page, "measure")
+    page.wait("$('status').textContent.includes('images to measure')")
+    process = server.questions.measuring.process
+    assert page.js("$('measure').disabled && !$('measure-cancel').disabled")
+    click(page, "measure-cancel")
+    page.wait("!measuring")
+    assert text(page, "status") == "Measuring was cancelled." and page.js("$('measure-cancel').disabled")
+    process.wait(timeout=10)

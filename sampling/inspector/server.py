@@ -24,7 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 from sampling.inspector import view
-from sampling.inspector.branching import branch, matched
+from sampling.inspector.branching import MOST_STEPS_TRIED, branch, matched
 from sampling.inspector.export import FORMATS
 from sampling.inspector.measuring import LEAST, MOST, Measuring
 from sampling.inspector.recording import Recording, record
@@ -90,7 +90,7 @@ class Questions:
 
         def work(emit):
             found, evals = matched(spec, target, emit)
-            emit({"matched": found.texts, "evals": evals})
+            emit({"matched": found.texts, "evals": evals, "most": MOST_STEPS_TRIED})
 
         return work
 

@@ -1,6 +1,8 @@
 // Two rules, or two checkpoints, side by side: the same seeds, and if wanted the same evaluations.
 
-const measured = { a: null, b: null };
+const figuresOf = new Map(); // request, as JSON -> the figures that were measured of it
+const requestOf = (name) => state.runs[name] && JSON.stringify(state.runs[name].spec);
+const measuredOf = (name) => figuresOf.get(requestOf(name)) || null;
 
 function generateCompare() {
   return busily("Asking the server.", async (signal) => {
@@ -8,7 +10,6 @@ function generateCompare() {
     const follow = () => (state.view === "compare" ? showCompare(Infinity) : redraw());
     await makeRun("a", signal, follow);
     await makeRun("b", signal, follow);
-    measured.a = measured.b = null;
     $("status").textContent = "Both are complete.";
     state.step = state.runs.a.steps.length - 1;
     redraw();
@@ -80,40 +81,57 @@ function showTable() {
   row("backbone evaluations", (name) => (ended(name) ? number(ended(name).evals.mar, 5) : "–"));
   row("token head evaluations", (name) => (ended(name) ? number(ended(name).evals.mlp, 6) : "–"));
   row("seconds", (name) => (state.runs[name] ? number(state.runs[name].steps.reduce((s, e) => s + e.seconds, 0)) : "–"));
+  const measured = { a: measuredOf("a"), b: measuredOf("b") };
+  if (measured.a || measured.b) row("images measured", (name) => (measured[name] ? measured[name].num_images : "–"));
   const figures = new Set([...Object.keys((measured.a || {}).metrics || {}), ...Object.keys((measured.b || {}).metrics || {})]);
   for (const figure of figures) row(figure.replaceAll("_", " "), (name) => (measured[name] ? number(measured[name].metrics[figure], 4) : "–"));
   const line = (cells, tag) => element("tr", {}, ...cells.map((text, i) => element(i ? tag : "th", { textContent: text, scope: i ? "col" : "row" })));
   $("compare-table").replaceChildren(line(["", "A", "B"], "th"), ...rows.map((cells) => line(cells, "td")));
 }
 
+// Whether B has the evaluations of A, or how near it comes.
+function showGap(most) {
+  const [a, b] = ["a", "b"].map((name) => state.runs[name].end.evals);
+  const gaps = [["mar", "backbone"], ["mlp", "token head"]].filter(([name]) => a[name] !== b[name]);
+  const lines = gaps.map(([name, title]) => number(b[name], 6) + " " + title + " evaluations, A " + number(a[name], 6));
+  $("status").textContent = lines.length ? "Not equal: B took " + lines.join(", and ") + "; no other number of steps up to " + most + " is nearer." : "B took the evaluations of A.";
+}
+
 function equalise() {
   const { a } = state.runs;
   if (!a || !a.end) return showError("generate first: B is given the evaluations that A took");
+  let steps = 0;
   return busily("Searching for steps with the evaluations of A.", async (signal) => {
     await ask("match", { spec: specOf("b"), target: a.end.evals }, (event) => {
+      if (event.matched) steps = event.most;
       if (event.tried) $("status").textContent = "Tried " + Object.entries(event.tried).map(([name, value]) => name + " " + value).join(", ") + ".";
       if (event.matched) for (const [name, value] of Object.entries(event.matched)) $("b-" + name).value = value;
     }, signal);
-  }).then((done) => done && generateCompare());
+  }).then((done) => done && generateCompare()).then((done) => done && showGap(steps));
 }
 
 let measuring = null;
 async function measureBoth() {
   if (measuring) return;
+  if (!state.runs.a || !state.runs.b) return showError("generate A and B first: what is measured are the settings that are shown");
   measuring = new AbortController();
   showError("");
   $("measure").disabled = true;
   $("measure-cancel").disabled = false;
-  const num_images = wholeOrText($("measure-count").value);
+  const num_images = wholeOrText($("measure-count").value), requests = { a: requestOf("a"), b: requestOf("b") };
+  let kind = "";
   try {
     for (const name of ["a", "b"]) {
-      await ask("measure", { spec: specShown(name), num_images }, (event) => {
+      await ask("measure", { spec: JSON.parse(requests[name]), num_images }, (event) => {
         if (event.of) $("status").textContent = name.toUpperCase() + ": " + event.made + " of " + event.of + " images to measure.";
-        if (event.measured) measured[name] = event.measured;
+        if (!event.measured) return;
+        figuresOf.set(requests[name], { ...event.measured, num_images });
+        kind = (event.measured.protocol || {}).kind || "as sample.py does";
       }, measuring.signal);
       showTable();
     }
-    $("status").textContent = "Measured: " + (measured.b.protocol && measured.b.protocol.kind ? measured.b.protocol.kind : "as sample.py does") + ".";
+    const other = ["a", "b"].some((name) => requestOf(name) !== requests[name]);
+    $("status").textContent = "Measured: " + kind + (other ? "; what is shown by now are other settings: the figures stand beside those measured, where they are generated again." : ".");
   } catch (error) {
     if (error.name === "AbortError") $("status").textContent = "Measuring was cancelled.";
     else showError(error.message);

@@ -36,6 +36,35 @@ def test_share(page, gallery):
     assert command.startswith("python sample.py --checkpoint runs/mar") and "--cfg=2" in command
 
 
+def test_an_address_of_another_image_says_so(page):
+    """As from a server whose checkpoint of the same name has other weights."""
+    page.show()
+    made = text(page, "hash")
+    what = json.loads(unquote(value(page, "address").partition("#")[2]))
+    assert what["hash"] == {"a": made}
+    for run, view in (("a", "watch"), ("b", "compare")):
+        page.open(f"{page.root}#{quote(json.dumps({**what, 'b': what['a'], 'view': view, 'hash': {run: '<b>0'}}))}")
+        done(page, 1)
+        page.wait("$('error').textContent")
+        line = text(page, "error")
+        assert "not the image that was shared" in line and f"{run.upper()} has hash {made}, the address <b>0;" in line
+    for odd in (5, [], {"a": made, "c": "x"}):
+        page.open(f"{page.root}#{quote(json.dumps({**what, 'hash': odd}))}")
+        done(page)
+        assert text(page, "error") == "" and text(page, "hash") == made
+
+
+def test_another_address_in_the_same_tab_is_another_page(page, gallery):
+    page.show()
+    page.js("document.title = 'old'")
+    address = f"{page.root}#{quote(json.dumps({'a': {**A, 'seed': 99}}))}"
+    page.call("Page.navigate", url=address)  # not through about:blank, as Browser.open goes
+    page.wait("document.title !== 'old' && document.readyState === 'complete'")
+    done(page)
+    assert value(page, "a-seed") == "99"
+    assert np.array_equal(shown(page), images_of(gallery, seed=99)[0, :, :, 0])
+
+
 def test_prompts_are_part_of_the_address(page, gallery):
     page.open(page.root)
     assert page.js("$('a-prompts').offsetParent === null && $('a-classes').offsetParent !== null")

@@ -58,7 +58,8 @@ function start() {
     });
     $("cancel").addEventListener("click", () => state.busy && state.busy.abort());
     const said = readAddress();
-    if (said) return generate(said.step);
+    window.addEventListener("hashchange", () => location.reload()); // the page of another address
+    if (said) return generate(said.step).then((made) => made && checkHashes(said.hash));
   } else document.body.classList.add("static");
   if (content.events) return showStored();
 }

@@ -142,3 +142,19 @@ def test_a_measurement_is_cancelled(page, server, program):
     page.wait("!measuring")
     assert text(page, "status") == "Measuring was cancelled." and page.js("$('measure-cancel').disabled")
     process.wait(timeout=10)
+
+
+def test_the_defaults_that_are_shown_are_those_that_are_used(page, gallery):
+    page.open(page.root)
+    first = "$('a-{}').options[0].textContent"
+    assert page.js(first.format("order")) == "default (random)"
+    for mode, solver in (("both", "dpmpp"), ("", "ddpm"), ("policy", "")):
+        set_value(page, "a-infer_mode", mode)
+        set_value(page, "a-solver", solver)
+        used = gallery["mar"].setting({k: v for k, v in (("infer_mode", mode), ("solver", solver)) if v})
+        for name in ("order", "group", "tau_schedule", "cfg_schedule", "spacing"):
+            assert page.js(first.format(name)) == f"default ({getattr(used, name)})", (mode, name)
+    page.show(settings={**SETTINGS, "infer_mode": "both"})
+    assert page.js(first.format("order")) == "default (learned)"
+    set_value(page, "a-checkpoint", "ids")  # which has no heads
+    assert page.js(first.format("infer_mode")) == "default (baseline)"

@@ -34,10 +34,15 @@ function buildForm(which) {
     more.append(field("a", "sure", draws, "draws of each token besides, which show how sure a diffusion head is; they change no image"));
   }
   place.append(more);
-  select.addEventListener("change", () => showDefaults(which));
+  for (const name of ["checkpoint", "infer_mode", "solver"]) $(which + "-" + name).addEventListener("change", () => showDefaults(which));
   showDefaults(which);
 }
 
+// The settings that are used where the form names no others: the mode's, of a mode that the checkpoint can have.
+const rulesOf = (which) => {
+  const one = about($(which + "-checkpoint").value);
+  return one.modes[$(which + "-infer_mode").value || one.settings.infer_mode] || one.settings;
+};
 const ofText = (which) => about($(which + "-checkpoint").value).text;
 const promptsOf = () => $("a-prompts").value.split("\n").map((line) => line.trim()).filter((line, i, all) => line || all.length === 1);
 
@@ -49,7 +54,8 @@ function showDefaults(which) {
     $("a-classes").parentElement.hidden = both.every(ofText);
   }
   for (const setting of content.settings) {
-    const input = $(which + "-" + setting.name), value = one.settings[setting.name];
+    const input = $(which + "-" + setting.name), used = setting.name === "infer_mode" ? one.settings : rulesOf(which);
+    const value = setting.name === "spacing" ? one.spacings[$(which + "-solver").value || used.solver] : used[setting.name];
     const text = value === null || value === undefined ? "its own" : String(value);
     if (input.tagName === "SELECT") input.options[0].textContent = "default (" + text + ")";
     else input.placeholder = text;
@@ -90,9 +96,9 @@ function writeSpec(which, spec) {
   if (about(spec.checkpoint).name !== spec.checkpoint) return "this server has no checkpoint " + spec.checkpoint;
   $(which + "-checkpoint").value = spec.checkpoint;
   if (which === "a" || prompts.length) $("a-prompts").value = prompts.join("\n");
-  showDefaults(which);
   const known = content.settings.map((setting) => setting.name);
   for (const name of known) $(which + "-" + name).value = settings[name] || "";
+  showDefaults(which); // those of its mode and solver
   const lost = Object.keys(settings).find((name) => !known.includes(name) || $(which + "-" + name).value !== settings[name]);
   if (lost !== undefined) return "the address has a setting that this server does not know: " + lost + " " + settings[lost];
   if (which !== "a") return "";

@@ -283,23 +283,39 @@ def test_it_fits_a_narrow_window_and_the_dark(page):
         page.size(1280, 900)
 
 
-def test_nothing_jumps_when_an_image_comes(page):
-    page.open(page.root)
-    places = (
-        "['picture', 'scrubber', 'maps', 'token', 'curves', 'steer'].map((id) => $(id).getBoundingClientRect().top)"
-    )
-    set_value(page, "a-num_iter", "4")
-    click(page, "generate")
-    page.wait("state.runs.a && state.runs.a.steps.length")
-    before = page.js(places)
-    done(page)
-    assert page.js(places) == before
+PLACES = "['picture', 'scrubber', 'strip', 'maps', 'token', 'curves', 'steer', 'branching', 'share']"
+PLACES += ".map((id) => Math.round($(id).getBoundingClientRect().top + scrollY))"
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("name, images", [("mar", 1), ("mar", 8), ("ids", 2), ("wide", 2), ("var", 1)])
+def test_nothing_jumps_when_an_image_comes(page, width, name, images):
+    page.size(width, 900)
+    try:
+        page.open(page.root)
+        set_value(page, "a-checkpoint", name)
+        set_value(page, "a-images", str(images))
+        if name == "mar":
+            set_value(page, "a-num_iter", "4")
+            set_value(page, "a-infer_mode", "both" if images > 1 else "")
+        before = page.js(PLACES)
+        click(page, "generate")
+        page.wait("state.runs.a && state.runs.a.steps.length")
+        assert page.js(PLACES) == before
+        done(page)
+        assert text(page, "error") == "" and page.js(PLACES) == before
+    finally:
+        page.size(1280, 900)
+
+
+def test_nothing_jumps_when_a_token_is_pointed_at(page):
+    page.show()
     for width in (1280, 700, 360):
         page.size(width, 900)
-        before = page.js(places)
+        before = page.js(PLACES)
         for position in (0, 27, 63):
             page.js(f"selectToken({position})")
-            assert page.js(places) == before, width
+            assert page.js(PLACES) == before, width
     page.size(1280, 900)
 
 

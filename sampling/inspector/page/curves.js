@@ -64,6 +64,7 @@ function seriesOf(run, image) {
   });
 }
 
+const HAND_MADE = " (dashed: hand-made)";
 const CURVES = [
   ["group", "tokens a step", true], ["tau", "τ", true], ["cfg", "w", true], ["mar", "backbone evaluations", false],
   ["mlp", "token head evaluations", false], ["seconds", "seconds", false],
@@ -80,7 +81,7 @@ function drawCurves() {
     const base = series.map((row) => row.base[name]);
     if (hasBase && base.some((v) => v !== undefined)) lines.unshift({ values: base, style: "dashed" });
     if (!lines.some((line) => line.values.some((v) => v !== null && v !== undefined))) return null;
-    return plot(title + (lines.length > 1 ? " (dashed: hand-made)" : ""), lines, { now, onStep: showStep });
+    return plot(title + (lines.length > 1 ? HAND_MADE : ""), lines, { now, onStep: showStep });
   });
   $("curves").replaceChildren(...figures.filter(Boolean));
 }

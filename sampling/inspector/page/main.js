@@ -58,6 +58,8 @@ function start() {
     });
     $("cancel").addEventListener("click", () => state.busy && state.busy.abort());
     const said = readAddress();
+    reserveRoom();
+    for (const name of ["checkpoint", "infer_mode", "order", "sure"]) $("a-" + name).addEventListener("change", reserveRoom);
     window.addEventListener("hashchange", () => location.reload()); // the page of another address
     if (said) return generate(said.step).then((made) => made && checkHashes(said.hash));
   } else document.body.classList.add("static");

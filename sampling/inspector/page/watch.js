@@ -62,6 +62,20 @@ function showDefaults(which) {
   }
 }
 
+// Keep the room that a run of the form's settings will take, before there is one: pictures, maps and curves.
+function reserveRoom() {
+  if (state.runs.a) return;
+  const one = about($("a-checkpoint").value), grid = one.layout[one.layout.length - 1], sure = one.discrete || Number($("a-sure").value) > 0;
+  const learned = ($("a-order").value || rulesOf("a").order) === "learned";
+  for (const [name] of MAPS) {
+    mapCanvases[name].figure.hidden = !(["step", "tau", "cfg", "rank"].includes(name) || (name === "sure" ? sure : learned));
+    mapCanvases[name].canvas.style.aspectRatio = grid.columns + " / " + grid.rows;
+  }
+  for (const canvas of [$("picture"), ...document.querySelectorAll(".three canvas, .pair canvas")]) canvas.style.aspectRatio = grid.columns + " / " + grid.rows;
+  $("curves").replaceChildren(...CURVES.map(([, title, hasBase]) => plot(title + (hasBase ? HAND_MADE : ""), [])));
+  $("compare-curves").replaceChildren(...CURVES.map(([, title]) => plot(title + " (A blue, B orange)", [])));
+}
+
 const wholeOrText = (text) => (/^\s*-?\d+\s*$/.test(text) && Number.isSafeInteger(Number(text)) ? Number(text) : text);
 
 function readSettings(which) {

@@ -134,7 +134,10 @@ async function measureBoth() {
     $("status").textContent = "Measured: " + kind + (other ? "; what is shown by now are other settings: the figures stand beside those measured, where they are generated again." : ".");
   } catch (error) {
     if (error.name === "AbortError") $("status").textContent = "Measuring was cancelled.";
-    else showError(error.message);
+    else {
+      showError(error.message);
+      $("status").textContent = FAILED;
+    }
   } finally {
     measuring = null;
     $("measure").disabled = false;

@@ -26,8 +26,20 @@ function showView(view) {
   redraw();
 }
 
+// The line that says which number of the form cannot be, having shown its field; "" where all can.
+function wrongField() {
+  const wrong = $("form").querySelector("input:invalid");
+  if (!wrong) return "";
+  if (wrong.closest("details")) wrong.closest("details").open = true;
+  wrong.focus();
+  const range = wrong.max ? "from " + wrong.min + " to " + wrong.max : "of at least " + wrong.min;
+  return wrong.labels[0].textContent + " must be a whole number " + range + ", got " + (wrong.value || "none");
+}
+
 function generate(step) {
   pause();
+  const line = wrongField();
+  if (line) return showError(line);
   return state.view === "compare" ? generateCompare() : generateWatch(Number.isInteger(step) ? step : null);
 }
 
@@ -61,7 +73,7 @@ function start() {
     reserveRoom();
     for (const name of ["checkpoint", "infer_mode", "order", "sure"]) $("a-" + name).addEventListener("change", reserveRoom);
     window.addEventListener("hashchange", () => location.reload()); // the page of another address
-    if (said) return generate(said.step).then((made) => made && checkHashes(said.hash));
+    if (said) return Promise.resolve(generate(said.step)).then((made) => made && checkHashes(said.hash));
   } else document.body.classList.add("static");
   if (content.events) return showStored();
 }

@@ -127,7 +127,7 @@ def test_an_address_that_cannot_be_shows_a_line_and_no_other_image(page, what):
 
 
 def test_an_address_of_what_only_the_server_can_judge(page):
-    for changes, line in (({"labels": [9]}, "from -1 to 2"), ({"steer": [{"step": 99}]}, "from 0 to 3")):
+    for changes, line in (({"labels": [9]}, "from -1 to 2"), ({"steer": [{"step": 99}]}, "step 100 on")):
         page.open(f"{page.root}#{quote(json.dumps({'a': {**A, **changes}, 'image': -7, 'step': 1e9}))}")
         done(page)
         assert line in text(page, "error") and page.js("state.runs.a") is None

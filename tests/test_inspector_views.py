@@ -1,5 +1,7 @@
 """The three views of the inspector's page show one state, in a real browser, Debian's Chromium."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from tests.helpers_browser import (
     shown,
     text,
 )
+from tests.helpers_inspector import picture
 
 pytestmark = NEEDS_CHROMIUM
 browser, gallery, server, page = FIXTURES
@@ -158,3 +161,45 @@ def test_the_defaults_that_are_shown_are_those_that_are_used(page, gallery):
     assert page.js(first.format("order")) == "default (learned)"
     set_value(page, "a-checkpoint", "ids")  # which has no heads
     assert page.js(first.format("infer_mode")) == "default (baseline)"
+
+
+def test_a_change_that_is_refused_is_taken_back(page, gallery):
+    page.show()
+    set_value(page, "scrubber", "3", "input")
+    set_value(page, "steer-label", "2")
+    done(page, 2)
+    page.js(f"state.upload = {json.dumps(picture((9, 9)))}, state.painted.add(3)")
+    click(page, "edit")
+    done(page, 3)
+    assert "9x9 pixels" in text(page, "error") and "not done" in text(page, "status")
+    assert text(page, "changes") == "from step 4: class class 2undo"
+    click(page, "generate")
+    done(page, 4)
+    assert text(page, "error") == ""
+    steer = [{"step": 3, "label": 2}]
+    assert np.array_equal(shown(page), images_of(gallery, steer=steer)[0, :, :, 0])
+    set_value(page, "a-num_iter", "2")
+    click(page, "generate")
+    done(page, 5)
+    assert text(page, "error") == (
+        "what is steered from step 4 on cannot be: there are steps 1 to 2; undo it, or take more steps"
+    )
+    page.js("document.querySelector('#changes button').click()")
+    done(page, 6)
+    assert text(page, "error") == "" and "step 2 of 2" in text(page, "readout")
+
+
+def test_a_number_that_cannot_be_is_shown_where_it_stands(page):
+    page.open(page.root)
+    for place, new, line in (
+        ("a-sure", "20", "sure must be a whole number from 0 to 16, got 20"),
+        ("a-images", "65", "images must be a whole number from 1 to 64, got 65"),
+        ("a-seed", "", "seed must be a whole number of at least 0, got none"),
+    ):
+        old = page.js(f"$('{place}').value")
+        set_value(page, place, new)
+        click(page, "generate")
+        assert text(page, "error") == line and page.js(f"document.activeElement.id === '{place}'")
+        assert page.js(f"Boolean($('{place}').offsetParent) && !state.busy")
+        set_value(page, place, old)
+    assert page.js("document.querySelector('#form-a details').open")

@@ -18,8 +18,8 @@ function buildForm(which) {
   if (first) {
     place.append(field("a", "classes", element("input", { value: "0" }), "class numbers with commas between, −1: without class"));
     place.append(field("a", "prompts", element("textarea", { rows: 3 }), "one a line"));
-    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, value: 1 }), "how many, the classes or prompts in turn"));
-    place.append(field("a", "seed", element("input", { type: "number", min: 0, value: 1 }), "image i depends on (seed, i) only"));
+    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, required: true, value: 1 }), "how many, the classes or prompts in turn"));
+    place.append(field("a", "seed", element("input", { type: "number", min: 0, required: true, value: 1 }), "image i depends on (seed, i) only"));
   }
   const more = element("details", {}, element("summary", { textContent: "All settings" }));
   const named = (name) => content.settings.find((setting) => setting.name === name);
@@ -30,7 +30,7 @@ function buildForm(which) {
   for (const name of COMMON) place.append(field(which, name, inputOf(named(name)), named(name).help));
   for (const setting of rest) more.append(field(which, setting.name, inputOf(setting), setting.help));
   if (first) {
-    const draws = element("input", { type: "number", min: 0, max: 16, value: 0 });
+    const draws = element("input", { type: "number", min: 0, max: 16, required: true, value: 0 });
     more.append(field("a", "sure", draws, "draws of each token besides, which show how sure a diffusion head is; they change no image"));
   }
   place.append(more);
@@ -125,12 +125,16 @@ function writeSpec(which, spec) {
   state.steer = spec.steer || [];
   state.redo = spec.redo || [];
   state.edit = spec.edit || null;
+  accepted = changesOf(state);
   return "";
 }
 
-// Run A or B; what comes is shown while it comes.
+const changesOf = ({ steer, redo, edit }) => ({ steer, redo, edit });
+let accepted = changesOf(state); // by the server, or by an address
+
+// Run A or B; what comes is shown while it comes. Changes that the server refuses are taken back.
 async function makeRun(which, signal, follow) {
-  const spec = specOf(which);
+  const spec = specOf(which), asked = changesOf(state);
   if (which === "a") {
     state.image = Math.min(state.image, Math.max(0, spec.labels.length - 1));
     state.runs.b = null; // it had the seed and the labels of the A before
@@ -140,12 +144,20 @@ async function makeRun(which, signal, follow) {
     state.runs[which] = run;
     run.spec = spec;
     if (!run.begin) return;
+    accepted = asked;
     const steps = run.begin.settings.num_iter || 1, done = run.steps.length;
     $("progress").value = run.end ? 1 : Math.min(0.99, done / steps);
     if (done) $("status").textContent = (which === "b" ? "B: " : "") + "step " + done + " of " + steps + ".";
     if (follow) follow(run);
   });
-  await ask("run", spec, take, signal);
+  await ask("run", spec, take, signal).catch((error) => {
+    if (error.name !== "AbortError" && !run.begin) {
+      Object.assign(state, accepted);
+      showChanges();
+      showSteerStep();
+    }
+    throw error;
+  });
   if (!run.end) throw new Error("the server ended before the image was complete");
   return run;
 }

@@ -28,7 +28,7 @@ function plot(title, series, { now = null, dots = [], onStep = null, xs = null }
     values.forEach((value, step) => {
       if (value === null || value === undefined || Number.isNaN(value)) return;
       parts.push((parts.length ? "L" : "M") + x(step).toFixed(1) + " " + y(value).toFixed(1));
-      if (style.startsWith("line") && count <= 40) svg.append(shape("circle", { class: "dot", cx: x(step), cy: y(value), r: 2 }));
+      if (style.startsWith("line") && count <= 40) svg.append(shape("circle", { class: style.replace("line", "dot"), cx: x(step), cy: y(value), r: 2 }));
     });
     svg.append(shape("path", { class: style, d: parts.join(" ") }));
   }

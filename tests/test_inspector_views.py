@@ -203,3 +203,49 @@ def test_a_number_that_cannot_be_is_shown_where_it_stands(page):
         assert page.js(f"Boolean($('{place}').offsetParent) && !state.busy")
         set_value(page, place, old)
     assert page.js("document.querySelector('#form-a details').open")
+
+
+def test_a_batch_says_the_values_of_each_class(page):
+    page.show("batch", labels=[0, 2, 0, -1], settings={**SETTINGS, "infer_mode": "both"})
+    rows = page.js(
+        "[...document.querySelectorAll('#batch-classes tr')].map((row) => [...row.cells].map((c) => c.textContent))"
+    )
+    assert rows[0] == ["class", "images", "tokens a step", "τ", "w"]
+    assert [row[:2] for row in rows[1:]] == [["any", "1"], ["class 0", "2"], ["class 2", "1"]]
+    steps = page.js("state.runs.a.steps.map((step) => step.images.filter((item) => [0, 2].includes(item.image)))")
+    items = [item for step in steps for item in step if item["positions"]]
+    means = [np.mean([np.mean(item[name]) for item in items]) for name in ("tau", "cfg")]
+    means.insert(0, np.mean([len(item["positions"]) for item in items]))
+    assert [float(cell) for cell in rows[2][2:]] == pytest.approx(means, rel=1e-3)
+    colours = page.js("[...document.querySelectorAll('.swatch')].map((one) => one.style.background)")
+    assert len(set(colours)) == 3
+    many = page.js("[...Array(64).keys()].map((i) => classColour({begin: {labels: [...Array(64).keys()]}}, i))")
+    assert len(set(many)) == 64
+
+
+def test_batch_leaves_the_form_as_it_is(page):
+    page.open(page.root)
+    set_value(page, "a-classes", "2")
+    for name in ("batch", "watch"):
+        click(page, f"tab-{name}")
+        assert page.js("[$('a-classes').value, $('a-images').value]") == ["2", "1"]
+    click(page, "tab-batch")
+    set_value(page, "a-num_iter", "2")
+    click(page, "batch-fill")
+    done(page)
+    assert page.js("state.runs.a.begin.labels") == [i % 3 for i in range(20)]
+
+
+def test_colours_are_those_of_the_run_and_of_the_scheme(page):
+    page.show("compare")
+    colours = "[...new Set([...document.querySelector('#compare-curves svg').querySelectorAll('{}')].map((one) => "
+    colours += "getComputedStyle(one).{}))]"
+    lines, dots = page.js(colours.format("path", "stroke")), page.js(colours.format("circle", "fill"))
+    assert len(lines) == 2 and lines == dots
+    page.show("batch", labels=[0, 1])
+    light = page.js("$('batch-strip').toDataURL()")
+    try:
+        page.size(1280, 900, dark=True)
+        page.wait(f"$('batch-strip').toDataURL() !== {json.dumps(light)}")
+    finally:
+        page.size(1280, 900)

@@ -17,12 +17,6 @@ function showView(view) {
   }
   $("form-b").hidden = view !== "compare";
   if (live) showDefaults("a"); // whether there are prompts depends on which checkpoints are shown
-  if (view === "batch") {
-    if (live && Number($("a-images").value) < 2 && !location.hash.includes("batch")) {
-      $("a-images").value = 20;
-      if (!ofText("a")) $("a-classes").value = about($("a-checkpoint").value).classes.map((_, i) => i).slice(0, 10).join(",");
-    }
-  }
   redraw();
 }
 
@@ -47,6 +41,7 @@ function start() {
   buildMaps();
   wireWatch();
   wirePicture();
+  wireBatch();
   const tabs = ["watch", "compare", "batch"];
   tabs.forEach((name, i) => {
     $("tab-" + name).addEventListener("click", () => showView(name));

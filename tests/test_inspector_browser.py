@@ -1,12 +1,14 @@
 """The inspector in a real browser, Debian's Chromium; skipped where there is none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from sampling.inspector.export import as_html
 from sampling.inspector.recording import record
 from sampling.inspector.spec import read_spec
-from sampling.inspector.view import beginning, ending, page_of
 from tests.helpers_browser import (
     FIXTURES,
     NEEDS_CHROMIUM,
@@ -321,13 +323,20 @@ def test_nothing_jumps_when_a_token_is_pointed_at(page):
 
 def test_an_exported_page_shows_its_run_without_a_server(page, gallery, tmp_path):
     spec = read_spec({"checkpoint": "mar", "settings": SETTINGS, "labels": [1], "seed": 5}, gallery)
+    place = replace(spec.loaded, path="/home/someone/runs/mar", flags=("--vae_path", "/home/someone/vae.pt"))
+    spec = replace(spec, loaded=place)
     recording = record(spec, lambda event: None)
-    text_of_page = page_of([beginning(spec), *recording.events, ending(recording)])
-    (tmp_path / "page.html").write_text(text_of_page, encoding="utf-8")
+    (tmp_path / "page.html").write_bytes(as_html(spec, recording))
+    assert b"someone" not in as_html(spec, recording)
     page.open((tmp_path / "page.html").as_uri())
     done(page)
     assert "step 4 of 4" in text(page, "readout") and not page.js("Boolean($('form').offsetParent)")
     assert np.array_equal(shown(page), recording.images[0, :, :, 0])
+    about = page.js("$('about').innerText")
+    command = "python sample.py --checkpoint mar --vae_path vae.pt "
+    for part in ("mar, MAR", "class 1", "seed\n5", "cfg 2", "num_iter 4", "order random", command):
+        assert part in about, part
+    assert "checkpoint mar" in page.js("document.title") and "seed 5" in page.js("document.title")
 
 
 def test_cancelling_and_a_second_tab(page):

@@ -73,9 +73,23 @@ function start() {
   if (content.events) return showStored();
 }
 
+// What a stored run was made of, in words: a page of its own has no form.
+function showAbout(begin) {
+  const settings = Object.entries(begin.settings).filter(([, value]) => value !== null && value !== "");
+  const kind = begin.text ? "prompts" : "classes";
+  const rows = [
+    ["checkpoint", begin.name + (begin.family ? ", " + begin.family : "")], [kind, begin.names.join(", ")], ["seed", begin.seed],
+    ["settings", settings.map(([name, value]) => name + " " + value).join(", ")], ["command", begin.command],
+  ].filter(([, value]) => value !== null && value !== "");
+  $("about-list").replaceChildren(...rows.flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
+  $("about").hidden = false;
+  document.title = "Inspector: " + rows.slice(0, 3).map(([name, value]) => name + " " + value).join("; ");
+}
+
 async function showStored() {
   const [run, take] = collector(() => {});
   for (const event of content.events) await take(event);
+  if (!live) showAbout(run.begin);
   state.runs.a = run;
   showStep(run.steps.length - 1);
   showStrip();

@@ -1,10 +1,12 @@
 """The three views of the inspector's page show one state, in a real browser, Debian's Chromium."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
+from sampling.trace import load_trace
 from tests.helpers_browser import (
     FIXTURES,
     NEEDS_CHROMIUM,
@@ -16,7 +18,7 @@ from tests.helpers_browser import (
     shown,
     text,
 )
-from tests.helpers_inspector import picture
+from tests.helpers_inspector import Client, picture, request
 
 pytestmark = NEEDS_CHROMIUM
 browser, gallery, server, page = FIXTURES
@@ -249,3 +251,39 @@ def test_colours_are_those_of_the_run_and_of_the_scheme(page):
         page.wait(f"$('batch-strip').toDataURL() !== {json.dumps(light)}")
     finally:
         page.size(1280, 900)
+
+
+def test_address_and_command_are_copied(page):
+    page.show()
+    permission = dict(origin=page.root.rstrip("/"), permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.call("Browser.grantPermissions", **permission)
+    page.call("Page.bringToFront")
+    for what in ("address", "command"):
+        page.js("$('status').textContent = ''")
+        click(page, f"copy-{what}")
+        page.wait("$('status').textContent")
+        assert text(page, "status") == "Copied."
+        assert page.js("navigator.clipboard.readText()") == page.js(f"$('{what}').value") != ""
+
+
+def test_files_are_exported_from_the_page(page, server, tmp_path):
+    page.show(labels=[1, 2])
+    page.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+    set_value(page, "a-seed", "6")  # not what is shown
+    for name in ("npz", "png", "gif", "html"):
+        page.js(f"document.querySelector('[data-export={name}]').click()")
+        page.wait(f"$('status').textContent === 'Exported inspector.{name}.'")
+        path = tmp_path / f"inspector.{name}"
+        until = time.monotonic() + 10
+        while not path.exists() and time.monotonic() < until:
+            time.sleep(0.05)
+        status, content = Client(server).ask("export", {"spec": request(seed=5), "format": name})
+        assert status == 200 and (path.read_bytes() == content or name in ("npz", "html")), name
+    assert np.array_equal(load_trace(tmp_path / "inspector.npz")["labels"], [1, 2])
+    page.open((tmp_path / "inspector.html").as_uri())
+    done(page)
+    assert "seed\n5" in page.js("$('about').innerText")
+    page.show(checkpoint="var", settings={"cfg": "2"})
+    page.js("document.querySelector('[data-export=gif]').click()")
+    page.wait("$('error').textContent")
+    assert "GIF" in text(page, "error") and "not done" in text(page, "status")

@@ -60,6 +60,7 @@ async function exportAs(format) {
     $("status").textContent = "Exported inspector." + format + ".";
   } catch (error) {
     showError(error.message);
+    $("status").textContent = FAILED;
   }
 }
 

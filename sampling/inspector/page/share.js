@@ -2,7 +2,7 @@
 
 // The hashes of the images that the runs shown have made, by run.
 function hashesShown() {
-  const runs = ["a", "b"].map((name) => [name, state.runs[name]]).filter(([, run]) => run && run.end);
+  const runs = ["a", "b"].map((name) => [name, state.runs[name]]).filter(([, run]) => run && run.end && run.end.hash); // a stored trace has none
   return Object.fromEntries(runs.map(([name, run]) => [name, run.end.hash]));
 }
 

@@ -67,8 +67,10 @@ def names_of(places: list[str]) -> list[str]:
     names = []
     for place in places:
         name = own = Path(place).resolve().name
+        number = 1
         while name in names:
-            name = f"{own} {names.count(own) + len(names)}"
+            number += 1
+            name = f"{own} {number}"
         names.append(name)
     return names
 
@@ -138,6 +140,8 @@ def main(argv=None) -> int:
         raise ValueError(f"--port must be a whole number from 0 to {2**16 - 1}, got {args.port}")
     if args.export is not None and args.trace is None:
         raise ValueError("--export needs --trace; images of a checkpoint are exported in the page")
+    if args.export is not None and args.checkpoint:
+        raise ValueError(f"--export writes the page of --trace, without --checkpoint {args.checkpoint[0]}")
     if args.export is not None:
         export(args.trace, args.export)
         return 0

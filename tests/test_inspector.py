@@ -206,6 +206,20 @@ def test_b_is_given_the_evaluations_of_a(gallery):
         matched(made(gallery, "mar_ar")[0], evals, tried.append)
 
 
+def test_equal_evaluations_are_those_of_all_images(gallery):
+    """Of which some take more than others, under a learned group size."""
+    learned = dict(settings={"infer_mode": "policy", "cfg": "2"}, labels=[-1, 1])
+    spec, recording = made(gallery, **learned)
+    assert matched(spec, recording.evals, lambda event: None)[1] == recording.evals
+
+
+@pytest.mark.slow
+def test_evaluations_out_of_reach_are_met_as_nearly_as_can_be(gallery):
+    spec, _ = made(gallery, labels=[1], settings={"cfg": "1"})
+    changed, evals = matched(spec, {"mar": 5000, "mlp": 1}, lambda event: None)
+    assert evals["mar"] == 64 and changed.sampling.num_iter <= 256  # a step a token
+
+
 def test_settings_without_steering_have_no_wrapper_of_their_own(gallery):
     """The same rules answer, whether somebody watches or not."""
     spec, recording = made(gallery)

@@ -36,6 +36,35 @@ def test_share(page, gallery):
     assert command.startswith("python sample.py --checkpoint runs/mar") and "--cfg=2" in command
 
 
+def test_an_address_of_another_image_says_so(page):
+    """As from a server whose checkpoint of the same name has other weights."""
+    page.show()
+    made = text(page, "hash")
+    what = json.loads(unquote(value(page, "address").partition("#")[2]))
+    assert what["hash"] == {"a": made}
+    for run, view in (("a", "watch"), ("b", "compare")):
+        page.open(f"{page.root}#{quote(json.dumps({**what, 'b': what['a'], 'view': view, 'hash': {run: '<b>0'}}))}")
+        done(page, 1)
+        page.wait("$('error').textContent")
+        line = text(page, "error")
+        assert "not the image that was shared" in line and f"{run.upper()} has hash {made}, the address <b>0;" in line
+    for odd in (5, [], {"a": made, "c": "x"}):
+        page.open(f"{page.root}#{quote(json.dumps({**what, 'hash': odd}))}")
+        done(page)
+        assert text(page, "error") == "" and text(page, "hash") == made
+
+
+def test_another_address_in_the_same_tab_is_another_page(page, gallery):
+    page.show()
+    page.js("document.title = 'old'")
+    address = f"{page.root}#{quote(json.dumps({'a': {**A, 'seed': 99}}))}"
+    page.call("Page.navigate", url=address)  # not through about:blank, as Browser.open goes
+    page.wait("document.title !== 'old' && document.readyState === 'complete'")
+    done(page)
+    assert value(page, "a-seed") == "99"
+    assert np.array_equal(shown(page), images_of(gallery, seed=99)[0, :, :, 0])
+
+
 def test_prompts_are_part_of_the_address(page, gallery):
     page.open(page.root)
     assert page.js("$('a-prompts').offsetParent === null && $('a-classes').offsetParent !== null")
@@ -98,7 +127,7 @@ def test_an_address_that_cannot_be_shows_a_line_and_no_other_image(page, what):
 
 
 def test_an_address_of_what_only_the_server_can_judge(page):
-    for changes, line in (({"labels": [9]}, "from -1 to 2"), ({"steer": [{"step": 99}]}, "from 0 to 3")):
+    for changes, line in (({"labels": [9]}, "from -1 to 2"), ({"steer": [{"step": 99}]}, "step 100 on")):
         page.open(f"{page.root}#{quote(json.dumps({'a': {**A, **changes}, 'image': -7, 'step': 1e9}))}")
         done(page)
         assert line in text(page, "error") and page.js("state.runs.a") is None

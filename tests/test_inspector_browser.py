@@ -1,12 +1,14 @@
 """The inspector in a real browser, Debian's Chromium; skipped where there is none."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from sampling.inspector.export import as_html
 from sampling.inspector.recording import record
 from sampling.inspector.spec import read_spec
-from sampling.inspector.view import beginning, ending, page_of
 from tests.helpers_browser import (
     FIXTURES,
     NEEDS_CHROMIUM,
@@ -283,35 +285,58 @@ def test_it_fits_a_narrow_window_and_the_dark(page):
         page.size(1280, 900)
 
 
-def test_nothing_jumps_when_an_image_comes(page):
-    page.open(page.root)
-    places = (
-        "['picture', 'scrubber', 'maps', 'token', 'curves', 'steer'].map((id) => $(id).getBoundingClientRect().top)"
-    )
-    set_value(page, "a-num_iter", "4")
-    click(page, "generate")
-    page.wait("state.runs.a && state.runs.a.steps.length")
-    before = page.js(places)
-    done(page)
-    assert page.js(places) == before
+PLACES = "['picture', 'scrubber', 'strip', 'maps', 'token', 'curves', 'steer', 'branching', 'share']"
+PLACES += ".map((id) => Math.round($(id).getBoundingClientRect().top + scrollY))"
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+@pytest.mark.parametrize("name, images", [("mar", 1), ("mar", 8), ("ids", 2), ("wide", 2), ("var", 1)])
+def test_nothing_jumps_when_an_image_comes(page, width, name, images):
+    page.size(width, 900)
+    try:
+        page.open(page.root)
+        set_value(page, "a-checkpoint", name)
+        set_value(page, "a-images", str(images))
+        if name == "mar":
+            set_value(page, "a-num_iter", "4")
+            set_value(page, "a-infer_mode", "both" if images > 1 else "")
+        before = page.js(PLACES)
+        click(page, "generate")
+        page.wait("state.runs.a && state.runs.a.steps.length")
+        assert page.js(PLACES) == before
+        done(page)
+        assert text(page, "error") == "" and page.js(PLACES) == before
+    finally:
+        page.size(1280, 900)
+
+
+def test_nothing_jumps_when_a_token_is_pointed_at(page):
+    page.show()
     for width in (1280, 700, 360):
         page.size(width, 900)
-        before = page.js(places)
+        before = page.js(PLACES)
         for position in (0, 27, 63):
             page.js(f"selectToken({position})")
-            assert page.js(places) == before, width
+            assert page.js(PLACES) == before, width
     page.size(1280, 900)
 
 
 def test_an_exported_page_shows_its_run_without_a_server(page, gallery, tmp_path):
     spec = read_spec({"checkpoint": "mar", "settings": SETTINGS, "labels": [1], "seed": 5}, gallery)
+    place = replace(spec.loaded, path="/home/someone/runs/mar", flags=("--vae_path", "/home/someone/vae.pt"))
+    spec = replace(spec, loaded=place)
     recording = record(spec, lambda event: None)
-    text_of_page = page_of([beginning(spec), *recording.events, ending(recording)])
-    (tmp_path / "page.html").write_text(text_of_page, encoding="utf-8")
+    (tmp_path / "page.html").write_bytes(as_html(spec, recording))
+    assert b"someone" not in as_html(spec, recording)
     page.open((tmp_path / "page.html").as_uri())
     done(page)
     assert "step 4 of 4" in text(page, "readout") and not page.js("Boolean($('form').offsetParent)")
     assert np.array_equal(shown(page), recording.images[0, :, :, 0])
+    about = page.js("$('about').innerText")
+    command = "python sample.py --checkpoint mar --vae_path vae.pt "
+    for part in ("mar, MAR", "class 1", "seed\n5", "cfg 2", "num_iter 4", "order random", command):
+        assert part in about, part
+    assert "checkpoint mar" in page.js("document.title") and "seed 5" in page.js("document.title")
 
 
 def test_cancelling_and_a_second_tab(page):

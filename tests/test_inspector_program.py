@@ -95,6 +95,13 @@ def test_a_name_in_a_page_stays_a_name(name):
 
 def test_checkpoints_of_one_name_are_told_apart(tmp_path):
     assert inspector.names_of([str(tmp_path / "a" / "x"), str(tmp_path / "b" / "x")]) == ["x", "x 2"]
+    assert inspector.names_of(["q/a", "q/a 3", "r/a", "s/a", "a 2"]) == ["a", "a 3", "a 2", "a 4", "a 2 2"]
+
+
+def test_an_export_beside_a_checkpoint_is_refused(trace, tmp_path, capsys):
+    words = ["--trace", str(trace), "--export", str(tmp_path / "x.html"), "--checkpoint", "runs/x"]
+    assert "without --checkpoint runs/x" in refused(inspector.main, words, capsys)
+    assert not (tmp_path / "x.html").exists()
 
 
 def test_an_unknown_model_of_a_published_file_is_one_line_with_all_that_are_known(capsys):

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sampling.inspector.branching import matched
+from sampling.inspector.server import MOST_CONNECTIONS
 from sampling.inspector.work import Busy, Cancelled, Worker
 from sampling.trace import load_trace
 from tests.helpers_inspector import QUICK, Client, end_of, made, picture, request, serving, steps_of, tiny_gallery
@@ -95,7 +96,10 @@ BAD = [
     ({"labels": [0] * 65}, "1 to 64"),
     ({"seed": -1}, "seed", "'-1'"),
     ({"nope": 1}, "'nope'"),
-    ({"steer": [{"step": 4}]}, "step", "'4'", "from 0 to 3"),
+    ({"steer": [{"step": 4}]}, "steered from step 5 on", "steps 1 to 4", "undo"),
+    ({"steer": [{"step": -1}]}, "step", "'-1'", "from 0 to 4095"),
+    ({"steer": [{"step": 1, "label": 3}]}, "steered from step 2 on", "'3'", "from -1 to 2"),
+    ({"redo": [{"region": [64]}]}, "made again", "'64'", "from 0 to 63"),
     ({"steer": [{"step": 1, "tau": "x"}]}, "tau", "'x'"),
     ({"steer": [{"step": 1, "next": [64]}]}, "next", "'64'"),
     ({"steer": [{"step": 1, "next": [1]}], "checkpoint": "mar_ar", "settings": {}}, "painted", "one"),
@@ -308,3 +312,18 @@ def test_one_measurement_at_a_time_is_made_by_sample_py(gallery, monkeypatch, tm
         server.questions.measuring.one.release()
         program.write_text("import sys\nsys.exit('error: --metrics fid cannot be')")
         assert "--metrics fid cannot be" in client.error("measure", {"spec": request(), "num_images": 12})
+
+
+def test_one_connection_too_many_is_refused_in_a_line(gallery):
+    with serving(gallery) as server:
+        client = Client(server)
+        idle = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(MOST_CONNECTIONS)]
+        try:
+            until = time.monotonic() + 10
+            while server.room._value and time.monotonic() < until:
+                time.sleep(0.01)
+            status, content = client.ask("run", request())
+            assert status == 503 and "64 connections" in json.loads(content)["error"]
+        finally:
+            for connection in idle:
+                connection.close()

@@ -11,7 +11,7 @@ import torch
 
 from heads.schedules import MIN_STEPS
 from sampling.inspector.recording import Recording, record, sample
-from sampling.inspector.spec import Spec
+from sampling.inspector.spec import MOST_STEPS, Spec
 from sampling.run import SamplingRun
 from util.rng import seed_of
 
@@ -66,7 +66,7 @@ def matched(spec: Spec, target: dict, emit: Callable) -> tuple[Spec, dict]:
     fixed = spec.loaded.model.fixed_rules
     if fixed.get("group"):
         raise ValueError(f"the steps of this model are not free: its own group rule is {fixed['group']}")
-    one = replace(spec, labels=spec.labels[:1], redo=(), sure=0)
+    one = replace(spec, redo=(), sure=0)
     tried = {}
 
     def evals_of(**texts):
@@ -82,7 +82,7 @@ def matched(spec: Spec, target: dict, emit: Callable) -> tuple[Spec, dict]:
     least = MIN_STEPS.get(spec.sampling.group, 1)
     low = high = least
     while high < MOST_STEPS_TRIED and evals_of(num_iter=high)["mar"] < target["mar"]:
-        low, high = high + 1, 2 * high
+        low, high = high + 1, min(2 * high, MOST_STEPS_TRIED)
     while low < high:  # the least number of steps that reaches the target
         middle = (low + high) // 2
         low, high = (low, middle) if evals_of(num_iter=middle)["mar"] >= target["mar"] else (middle + 1, high)
@@ -91,7 +91,7 @@ def matched(spec: Spec, target: dict, emit: Callable) -> tuple[Spec, dict]:
     texts = {"num_iter": steps}
     if spec.loaded.model.token_head.has_steps:
         rows = evals_of(**texts, num_sampling_steps=10)["mlp"] / 10  # a diffusion step costs the same as another
-        texts["num_sampling_steps"] = max(1, round(target["mlp"] / rows))
+        texts["num_sampling_steps"] = min(max(1, round(target["mlp"] / rows)), MOST_STEPS)
     evals = evals_of(**texts)
     texts = {**spec.texts, **{name: str(value) for name, value in texts.items()}}
     return replace(spec, texts=texts, sampling=spec.loaded.setting(texts)), evals

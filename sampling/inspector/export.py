@@ -1,7 +1,9 @@
 """A run as a file: the trace that sample.py --save_trace writes, a PNG, a GIF, a page of its own."""
 
 import math
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +55,14 @@ def as_gif(spec: Spec, recording: Recording) -> bytes:
 
 def as_html(spec: Spec, recording: Recording) -> bytes:
     """A page that shows the run and asks no server."""
-    return page_of([beginning(spec), *recording.events, ending(recording)]).encode()
+    return page_of([beginning(without_folders(spec)), *recording.events, ending(recording)]).encode()
+
+
+def without_folders(spec: Spec) -> Spec:
+    """The same with the names of the files that its checkpoint was loaded from alone: a page is for others to read."""
+    flags = tuple(Path(word).name if os.sep in word else word for word in spec.loaded.flags)
+    loaded = replace(spec.loaded, path=Path(spec.loaded.path).resolve().name, flags=flags)
+    return replace(spec, loaded=loaded)
 
 
 def written(name: str, write) -> bytes:

@@ -19,12 +19,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 from sampling.inspector import view
-from sampling.inspector.branching import branch, matched
+from sampling.inspector.branching import MOST_STEPS_TRIED, branch, matched
 from sampling.inspector.export import FORMATS
 from sampling.inspector.measuring import LEAST, MOST, Measuring
 from sampling.inspector.recording import Recording, record
@@ -90,7 +91,7 @@ class Questions:
 
         def work(emit):
             found, evals = matched(spec, target, emit)
-            emit({"matched": found.texts, "evals": evals})
+            emit({"matched": found.texts, "evals": evals, "most": MOST_STEPS_TRIED})
 
         return work
 
@@ -143,14 +144,26 @@ class Inspector(ThreadingHTTPServer):
         super().__init__((host, port), Handler)  # which calls server_close where it cannot listen
 
     def process_request_thread(self, request, client_address):
-        """Answer one connection; one too many is closed."""
+        """Answer one connection; one too many is refused."""
         if not self.room.acquire(blocking=False):
-            self.shutdown_request(request)
+            self.refuse(request)
             return
         try:
             super().process_request_thread(request, client_address)
         finally:
             self.room.release()
+
+    def refuse(self, request):
+        """Tell a connection that there is no room for it, and close it."""
+        content = json.dumps({"error": f"{MOST_CONNECTIONS} connections are open already: try again later"}).encode()
+        status = HTTPStatus.SERVICE_UNAVAILABLE
+        head = f"HTTP/1.0 {status.value} {status.phrase}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(content)}\r\n\r\n"
+        with suppress(OSError):
+            request.settimeout(1)
+            request.recv(2**16)  # a question that is left unread would reset the connection, and its answer be lost
+            request.sendall(head.encode() + content)
+        self.shutdown_request(request)
 
     def handle_error(self, request, client_address):
         """A client that has gone is no error; another exception is printed."""

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import shlex
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -243,18 +244,25 @@ def positions_of(item: dict, name: str, count: int) -> tuple[int, ...]:
 
 def _change(item: dict, sampling: SampleConfig, loaded: Loaded, num_labels: int) -> Change:
     _check_keys(item, [field.name for field in fields(Change)], "steer")
-    fixed = loaded.model.fixed_rules
-    painted = positions_of(item, "next", loaded.model.config.seq_len)
-    if painted and fixed.get("group"):
-        raise ValueError(f"the next tokens cannot be painted: this model's own group rule is {fixed['group']}")
-    label = item.get("label")
-    return Change(
-        step=whole(item, "step", 0, 0, sampling.num_iter - 1),
-        tau=number(item, "tau"),
-        cfg=number(item, "cfg"),
-        label=None if label is None else whole(item, "label", 0, -1, num_labels - 1),
-        next=painted,
-    )
+    fixed, step = loaded.model.fixed_rules, whole(item, "step", 0, 0, MOST_STEPS - 1)
+    with _named(f"what is steered from step {step + 1} on cannot be"):
+        if step >= sampling.num_iter:
+            raise ValueError(f"there are steps 1 to {sampling.num_iter}; undo it, or take more steps")
+        painted = positions_of(item, "next", loaded.model.config.seq_len)
+        if painted and fixed.get("group"):
+            raise ValueError(f"the next tokens cannot be painted: this model's own group rule is {fixed['group']}")
+        label = item.get("label")
+        label = None if label is None else whole(item, "label", 0, -1, num_labels - 1)
+        return Change(step, number(item, "tau"), number(item, "cfg"), label, painted)
+
+
+@contextmanager
+def _named(what: str):
+    """Put what it is about before the line of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def _grid(item: dict, name: str, loaded: Loaded) -> np.ndarray:
@@ -276,7 +284,8 @@ def tokens_of(loaded: Loaded, grid: np.ndarray) -> np.ndarray:
 
 def _redo(item: dict, loaded: Loaded) -> Redo:
     _check_keys(item, ("region", "seed"), "redo")
-    return Redo(tokens_of(loaded, _grid(item, "region", loaded)), whole(item, "seed", 1, 0, MOST_SEED))
+    with _named("a region cannot be made again"):
+        return Redo(tokens_of(loaded, _grid(item, "region", loaded)), whole(item, "seed", 1, 0, MOST_SEED))
 
 
 def _edit(item, loaded: Loaded) -> Edit | None:

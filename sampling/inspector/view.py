@@ -6,12 +6,15 @@ import io
 import json
 import math
 import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from diffusion.solvers import SOLVERS
+from heads.policy import INFER_MODES
 from sampling.inspector.recording import Recording
 from sampling.inspector.spec import Loaded, Spec
 from sampling.trace import token_grid
@@ -91,7 +94,18 @@ def described(loaded: Loaded) -> dict:
         "channels": loaded.parts.tokenizer.image_channels,
         "layout": layout(loaded),
         "settings": asdict(base),
+        "modes": rules_of_modes(loaded),
+        "spacings": {name: solver.spacing for name, solver in SOLVERS.items()},
     }
+
+
+def rules_of_modes(loaded: Loaded) -> dict[str, dict]:
+    """{inference mode: the settings that are used where only the mode is named}; without those it cannot have."""
+    modes = {}
+    for mode in INFER_MODES:
+        with suppress(ValueError):
+            modes[mode] = asdict(loaded.setting({"infer_mode": mode}))
+    return modes
 
 
 def beginning(spec: Spec) -> dict:
@@ -117,7 +131,7 @@ def events_of_trace(trace: dict[str, np.ndarray]) -> list[dict]:
     about = dict(name="a stored trace", family="", fixed={}, classes=[], learned=[], settings={}, labels=labels)
     about |= dict(names=names, img_size=size_of(height, width), channels=channels, seed=None, command=None)
     about |= dict(layout=[grid_at(token_grid(length, height, width), 0)], discrete=False, has_steps=False)
-    about |= dict(path="", text=False)
+    about |= dict(path="", text=False, modes={}, spacings={})
     events = [{"begin": about}]
     for step in range(steps):
         images = []

@@ -9,7 +9,7 @@ const MOST_UPLOAD = 5 * 2 ** 20; // bytes of a picture, which base64 makes a thi
 
 // The run of view A and, when two are compared, of B: {begin, steps, end}; what is steered; where one looks.
 const state = {
-  view: "watch", runs: { a: null, b: null }, step: 0, image: 0, token: null, hover: null,
+  view: "watch", runs: { a: null, b: null }, step: 0, compareStep: Infinity, image: 0, token: null, hover: null,
   steer: [], redo: [], edit: null, painted: new Set(), upload: null, busy: null,
 };
 
@@ -68,6 +68,8 @@ async function ask(name, body, onEvent, signal) {
   }
 }
 
+const FAILED = "It was not done: the line at the top says why.";
+
 // One thing at a time in this page: what is begun ends what went on before.
 async function busily(what, work) {
   if (state.busy) state.busy.abort();
@@ -81,7 +83,7 @@ async function busily(what, work) {
     return state.busy === control;
   } catch (error) {
     if (error.name !== "AbortError") showError(error.message);
-    else if (state.busy === control) $("status").textContent = "Cancelled.";
+    if (state.busy === control) $("status").textContent = error.name === "AbortError" ? "Cancelled." : FAILED;
     return false;
   } finally {
     if (state.busy === control) {

@@ -15,20 +15,20 @@ function plot(title, series, { now = null, dots = [], onStep = null, xs = null }
   const all = [...series.flatMap((s) => s.values), ...dots.map((d) => d[1])].filter((v) => v !== null && v !== undefined && !Number.isNaN(v));
   const count = Math.max(...series.map((s) => s.values.length), ...dots.map((d) => d[0] + 1), 1);
   let low = all.length ? Math.min(...all) : 0, high = all.length ? Math.max(...all) : 1;
-  const marks = high - low < 1e-4 * Math.max(1e-3, Math.abs(high)) ? [low] : [low, high]; // of one value there is one mark
-  if (marks.length === 1) [low, high] = [low - 0.5, high + 0.5];
+  const isOne = high - low < 1e-4 * Math.max(1e-3, Math.abs(high)), marks = !all.length ? [] : isOne ? [low] : [low, high]; // of one value there is one mark
+  if (isOne) [low, high] = [low - 0.5, high + 0.5];
   const x = (step) => LEFT + (count > 1 ? (step / (count - 1)) * (WIDTH - LEFT - RIGHT) : (WIDTH - LEFT - RIGHT) / 2);
   const y = (value) => TOP + (1 - (value - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
-  const svg = shape("svg", { viewBox: "0 0 " + WIDTH + " " + HEIGHT, role: "img", "aria-label": title + ": " + marks.map((value) => number(value)).join(" to ") });
+  const svg = shape("svg", { viewBox: "0 0 " + WIDTH + " " + HEIGHT, role: "img", "aria-label": title + ": " + (marks.map((value) => number(value)).join(" to ") || "nothing yet") });
   svg.append(shape("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
   for (const value of marks) svg.append(shape("text", { x: LEFT - 4, y: y(value) + 3, "text-anchor": "end" }, number(value)));
-  for (const step of count > 1 ? [0, count - 1] : [0]) svg.append(shape("text", { x: x(step), y: HEIGHT - 5, "text-anchor": "middle" }, xs ? xs[step] : step + 1));
+  for (const step of !all.length ? [] : count > 1 ? [0, count - 1] : [0]) svg.append(shape("text", { x: x(step), y: HEIGHT - 5, "text-anchor": "middle" }, xs ? xs[step] : step + 1));
   for (const { values, style } of series) {
     const parts = [];
     values.forEach((value, step) => {
       if (value === null || value === undefined || Number.isNaN(value)) return;
       parts.push((parts.length ? "L" : "M") + x(step).toFixed(1) + " " + y(value).toFixed(1));
-      if (style.startsWith("line") && count <= 40) svg.append(shape("circle", { class: "dot", cx: x(step), cy: y(value), r: 2 }));
+      if (style.startsWith("line") && count <= 40) svg.append(shape("circle", { class: style.replace("line", "dot"), cx: x(step), cy: y(value), r: 2 }));
     });
     svg.append(shape("path", { class: style, d: parts.join(" ") }));
   }
@@ -64,6 +64,7 @@ function seriesOf(run, image) {
   });
 }
 
+const HAND_MADE = " (dashed: hand-made)";
 const CURVES = [
   ["group", "tokens a step", true], ["tau", "τ", true], ["cfg", "w", true], ["mar", "backbone evaluations", false],
   ["mlp", "token head evaluations", false], ["seconds", "seconds", false],
@@ -80,7 +81,7 @@ function drawCurves() {
     const base = series.map((row) => row.base[name]);
     if (hasBase && base.some((v) => v !== undefined)) lines.unshift({ values: base, style: "dashed" });
     if (!lines.some((line) => line.values.some((v) => v !== null && v !== undefined))) return null;
-    return plot(title + (lines.length > 1 ? " (dashed: hand-made)" : ""), lines, { now, onStep: showStep });
+    return plot(title + (lines.length > 1 ? HAND_MADE : ""), lines, { now, onStep: showStep });
   });
   $("curves").replaceChildren(...figures.filter(Boolean));
 }

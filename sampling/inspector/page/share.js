@@ -1,8 +1,23 @@
 // The address that holds all settings, the command that makes the same images, and files.
 
+// The hashes of the images that the runs shown have made, by run.
+function hashesShown() {
+  const runs = ["a", "b"].map((name) => [name, state.runs[name]]).filter(([, run]) => run && run.end && run.end.hash); // a stored trace has none
+  return Object.fromEntries(runs.map(([name, run]) => [name, run.end.hash]));
+}
+
+// Say where an address was made with other images than those that it has made now, as its checkpoints have names only.
+function checkHashes(expected) {
+  if (!isObject(expected)) return;
+  const made = hashesShown(), other = Object.keys(made).find((name) => Object.hasOwn(expected, name) && expected[name] !== made[name]);
+  if (other === undefined) return;
+  showError("this is not the image that was shared: " + other.toUpperCase() + " has hash " + made[other] + ", the address " + String(expected[other]).slice(0, 20) + "; the checkpoint " + state.runs[other].spec.checkpoint + " or the machine is another one");
+}
+
 function shared() {
   const what = { view: state.view, a: specShown("a"), step: state.step, image: state.image };
   if (state.view === "compare") what.b = specShown("b");
+  what.hash = hashesShown();
   return what;
 }
 
@@ -45,6 +60,7 @@ async function exportAs(format) {
     $("status").textContent = "Exported inspector." + format + ".";
   } catch (error) {
     showError(error.message);
+    $("status").textContent = FAILED;
   }
 }
 

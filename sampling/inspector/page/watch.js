@@ -18,8 +18,8 @@ function buildForm(which) {
   if (first) {
     place.append(field("a", "classes", element("input", { value: "0" }), "class numbers with commas between, −1: without class"));
     place.append(field("a", "prompts", element("textarea", { rows: 3 }), "one a line"));
-    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, value: 1 }), "how many, the classes or prompts in turn"));
-    place.append(field("a", "seed", element("input", { type: "number", min: 0, value: 1 }), "image i depends on (seed, i) only"));
+    place.append(field("a", "images", element("input", { type: "number", min: 1, max: 64, required: true, value: 1 }), "how many, the classes or prompts in turn"));
+    place.append(field("a", "seed", element("input", { type: "number", min: 0, required: true, value: 1 }), "image i depends on (seed, i) only"));
   }
   const more = element("details", {}, element("summary", { textContent: "All settings" }));
   const named = (name) => content.settings.find((setting) => setting.name === name);
@@ -30,14 +30,19 @@ function buildForm(which) {
   for (const name of COMMON) place.append(field(which, name, inputOf(named(name)), named(name).help));
   for (const setting of rest) more.append(field(which, setting.name, inputOf(setting), setting.help));
   if (first) {
-    const draws = element("input", { type: "number", min: 0, max: 16, value: 0 });
+    const draws = element("input", { type: "number", min: 0, max: 16, required: true, value: 0 });
     more.append(field("a", "sure", draws, "draws of each token besides, which show how sure a diffusion head is; they change no image"));
   }
   place.append(more);
-  select.addEventListener("change", () => showDefaults(which));
+  for (const name of ["checkpoint", "infer_mode", "solver"]) $(which + "-" + name).addEventListener("change", () => showDefaults(which));
   showDefaults(which);
 }
 
+// The settings that are used where the form names no others: the mode's, of a mode that the checkpoint can have.
+const rulesOf = (which) => {
+  const one = about($(which + "-checkpoint").value);
+  return one.modes[$(which + "-infer_mode").value || one.settings.infer_mode] || one.settings;
+};
 const ofText = (which) => about($(which + "-checkpoint").value).text;
 const promptsOf = () => $("a-prompts").value.split("\n").map((line) => line.trim()).filter((line, i, all) => line || all.length === 1);
 
@@ -49,11 +54,26 @@ function showDefaults(which) {
     $("a-classes").parentElement.hidden = both.every(ofText);
   }
   for (const setting of content.settings) {
-    const input = $(which + "-" + setting.name), value = one.settings[setting.name];
+    const input = $(which + "-" + setting.name), used = setting.name === "infer_mode" ? one.settings : rulesOf(which);
+    const value = setting.name === "spacing" ? one.spacings[$(which + "-solver").value || used.solver] : used[setting.name];
     const text = value === null || value === undefined ? "its own" : String(value);
     if (input.tagName === "SELECT") input.options[0].textContent = "default (" + text + ")";
     else input.placeholder = text;
   }
+}
+
+// Keep the room that a run of the form's settings will take, before there is one: pictures, maps and curves.
+function reserveRoom() {
+  if (state.runs.a) return;
+  const one = about($("a-checkpoint").value), grid = one.layout[one.layout.length - 1], sure = one.discrete || Number($("a-sure").value) > 0;
+  const learned = ($("a-order").value || rulesOf("a").order) === "learned";
+  for (const [name] of MAPS) {
+    mapCanvases[name].figure.hidden = !(["step", "tau", "cfg", "rank"].includes(name) || (name === "sure" ? sure : learned));
+    mapCanvases[name].canvas.style.aspectRatio = grid.columns + " / " + grid.rows;
+  }
+  for (const canvas of [$("picture"), ...document.querySelectorAll(".three canvas, .pair canvas")]) canvas.style.aspectRatio = grid.columns + " / " + grid.rows;
+  $("curves").replaceChildren(...CURVES.map(([, title, hasBase]) => plot(title + (hasBase ? HAND_MADE : ""), [])));
+  $("compare-curves").replaceChildren(...CURVES.map(([, title]) => plot(title + " (A blue, B orange)", [])));
 }
 
 const wholeOrText = (text) => (/^\s*-?\d+\s*$/.test(text) && Number.isSafeInteger(Number(text)) ? Number(text) : text);
@@ -90,9 +110,9 @@ function writeSpec(which, spec) {
   if (about(spec.checkpoint).name !== spec.checkpoint) return "this server has no checkpoint " + spec.checkpoint;
   $(which + "-checkpoint").value = spec.checkpoint;
   if (which === "a" || prompts.length) $("a-prompts").value = prompts.join("\n");
-  showDefaults(which);
   const known = content.settings.map((setting) => setting.name);
   for (const name of known) $(which + "-" + name).value = settings[name] || "";
+  showDefaults(which); // those of its mode and solver
   const lost = Object.keys(settings).find((name) => !known.includes(name) || $(which + "-" + name).value !== settings[name]);
   if (lost !== undefined) return "the address has a setting that this server does not know: " + lost + " " + settings[lost];
   if (which !== "a") return "";
@@ -105,22 +125,39 @@ function writeSpec(which, spec) {
   state.steer = spec.steer || [];
   state.redo = spec.redo || [];
   state.edit = spec.edit || null;
+  accepted = changesOf(state);
   return "";
 }
 
-// Run A or B; what comes is shown while it comes.
+const changesOf = ({ steer, redo, edit }) => ({ steer, redo, edit });
+let accepted = changesOf(state); // by the server, or by an address
+
+// Run A or B; what comes is shown while it comes. Changes that the server refuses are taken back.
 async function makeRun(which, signal, follow) {
-  const spec = specOf(which);
+  const spec = specOf(which), asked = changesOf(state);
+  if (which === "a") {
+    state.image = Math.min(state.image, Math.max(0, spec.labels.length - 1));
+    state.runs.b = null; // it had the seed and the labels of the A before
+    for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
+  }
   const [run, take] = collector((run) => {
     state.runs[which] = run;
     run.spec = spec;
     if (!run.begin) return;
+    accepted = asked;
     const steps = run.begin.settings.num_iter || 1, done = run.steps.length;
     $("progress").value = run.end ? 1 : Math.min(0.99, done / steps);
     if (done) $("status").textContent = (which === "b" ? "B: " : "") + "step " + done + " of " + steps + ".";
     if (follow) follow(run);
   });
-  await ask("run", spec, take, signal);
+  await ask("run", spec, take, signal).catch((error) => {
+    if (error.name !== "AbortError" && !run.begin) {
+      Object.assign(state, accepted);
+      showChanges();
+      showSteerStep();
+    }
+    throw error;
+  });
   if (!run.end) throw new Error("the server ended before the image was complete");
   return run;
 }
@@ -129,15 +166,13 @@ async function makeRun(which, signal, follow) {
 function generateWatch(keep = null) {
   return busily("Asking the server.", async (signal) => {
     state.token = state.hover = null;
-    state.image = Math.min(state.image, Math.max(0, Number($("a-images").value) - 1));
     const run = await makeRun("a", signal, (run) => {
       if (run.steps.length) showStep(keep === null || run.steps.length - 1 < keep ? run.steps.length - 1 : keep);
     });
     $("status").textContent = "Complete: " + run.steps.length + " steps, " + number(run.steps.reduce((s, e) => s + e.seconds, 0)) + " s.";
-    showStep(keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1));
-    showStrip();
+    state.step = keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1);
+    redraw();
     showShare();
-    if (state.view === "batch") showBatch();
   });
 }
 
@@ -165,9 +200,11 @@ function showStep(step) {
 }
 
 // The images of a batch, to choose which one is shown.
-function showStrip() {
-  const run = state.runs.a, count = run.begin.labels.length;
-  if (count < 2) return $("strip").replaceChildren();
+const showStrip = () => drawStrip("strip");
+
+function drawStrip(place) {
+  const run = state.runs.a, count = run && run.end ? run.begin.labels.length : 0;
+  if (count < 2) return $(place).replaceChildren();
   const sheet = sheetOf(run, run.steps.length - 1);
   const buttons = run.begin.labels.map((label, i) => {
     const canvas = element("canvas");
@@ -175,12 +212,12 @@ function showStrip() {
     const button = element("button", { type: "button", "aria-pressed": String(i === state.image), "aria-label": "Image " + (i + 1) + ", of " + run.begin.names[i] }, canvas);
     button.addEventListener("click", () => {
       state.image = i;
-      showStrip();
-      showStep(state.step);
+      redraw();
+      $(place).children[i].focus(); // the button is another one now
     });
     return button;
   });
-  $("strip").replaceChildren(...buttons);
+  $(place).replaceChildren(...buttons);
 }
 
 let player = null;

@@ -38,6 +38,12 @@ function gridOf(layout, position) {
   return layout.find((grid) => position >= grid.start && position < grid.start + grid.rows * grid.columns);
 }
 
+// The grid that a step draws in, of the image shown; undefined where it draws nothing.
+function gridDrawn(run, step) {
+  const item = run.steps[step] && run.steps[step].images.find((part) => part.image === state.image);
+  return item && gridOf(run.begin.layout, item.positions[0]);
+}
+
 const shapeOf = (grid) => grid.rows + "×" + grid.columns;
 
 // Row and column of a position, from 0, in the grid that has it.

@@ -2,12 +2,17 @@
 
 const painting = () => document.querySelector("input[name=tool]:checked").value === "paint";
 
-// The position of the grid that one points into: of several scales the one that the step shown draws, or the finest.
+// The grid that one points into: of several scales the one that the step shown draws; the finest to paint.
+function gridToPoint(run) {
+  const layout = run.begin.layout;
+  return (!painting() && gridDrawn(run, state.step)) || layout[layout.length - 1];
+}
+
+// The position of that grid that one points at.
 function pointedAt(event) {
   const run = state.runs.a, canvas = $("picture"), box = canvas.getBoundingClientRect();
   if (!run || !run.begin) return null;
-  const layout = run.begin.layout, grid = painting() || layout.length === 1 ? layout[layout.length - 1] : layout[Math.min(state.step, layout.length - 1)];
-  const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+  const grid = gridToPoint(run), x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
   return positionIn(grid, Math.floor(y * grid.rows), Math.floor(x * grid.columns));
 }
 

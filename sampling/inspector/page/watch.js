@@ -157,7 +157,7 @@ function showStep(step) {
   if (row.group !== null) parts.push(row.group + " tokens, τ " + number(row.tau, 4) + ", w " + number(row.cfg, 4));
   else parts.push("nothing left to draw");
   if (event.seconds !== undefined) parts.push(number(event.seconds) + " s; " + number(event.mar) + " backbone and " + number(event.mlp) + " token head evaluations so far");
-  if (run.begin.layout.length > 1) parts.push("scale " + shapeOf(run.begin.layout[state.step]));
+  if (run.begin.layout.length > 1 && row.group) parts.push("scale " + shapeOf(gridDrawn(run, state.step)));
   $("readout").textContent = parts.join(" · ");
   $("scrubber").setAttribute("aria-valuetext", parts.slice(0, 2).join(", "));
   drawPicture();

@@ -40,3 +40,80 @@ def test_an_edit_of_several_scales_names_the_scale_that_it_draws(page):
     page.drag("#picture", (0.95, 0.95))
     assert page.js("state.token") == page.js("state.runs.a.steps[0].images[0].positions[0]") == 20
     assert "scale4×4" in text(page, "token") and "step3" in text(page, "token")
+
+
+# --------------------------------------------------------------------------------------------- while a run goes on
+
+SLOW = {"num_iter": "12", "cfg": "2", "num_sampling_steps": "250"}
+GOES_ON = "state.runs.a && state.runs.a.steps.length && !state.runs.a.end"
+
+
+def test_what_is_dragged_acts_from_one_step_while_the_run_is_made_again(page, gallery):
+    page.show(settings=SLOW)
+    set_value(page, "scrubber", "9", "input")
+    for tau in ("0.5", "0.6", "0.7"):  # each ends the run that the one before began
+        set_value(page, "steer-tau", tau, "input")
+        page.wait(f"{GOES_ON} && state.steer[0].tau === {tau}")
+        assert page.js("state.step") < 9 and text(page, "steer-step") == "step 10"
+    set_value(page, "steer-label", "2")
+    page.wait(f"{GOES_ON} && state.steer.length === 2")
+    page.wait("!state.busy")
+    steer = [{"step": 9, "tau": 0.7}, {"step": 9, "label": 2}]
+    assert page.js("state.steer") == steer and "step 10 of 12" in text(page, "readout")
+    assert np.array_equal(shown(page), images_of(gallery, settings=SLOW, steer=steer)[0, :, :, 0])
+
+
+def test_what_is_dragged_at_the_newest_step_acts_from_that_one(page):
+    page.open(page.root)
+    for name, new in SLOW.items():
+        set_value(page, f"a-{name}", new)
+    click(page, "generate")
+    page.wait(f"{GOES_ON} && state.step === 2")
+    page.js("$('steer-tau').value = 0.5, $('steer-tau').dispatchEvent(new Event('input'))")
+    newest = page.js("state.step")
+    page.wait(f"{GOES_ON} && state.steer.length")
+    set_value(page, "steer-tau", "0.6", "input")
+    page.wait("state.steer.length && state.steer[0].tau === 0.6")
+    page.wait("!state.busy")
+    assert page.js("state.steer") == [{"step": newest, "tau": 0.6}]
+    assert f"step {newest + 1} of 12" in text(page, "readout")
+
+
+def test_a_run_is_followed_only_by_who_is_at_its_end(page):
+    page.open(page.root)
+    for name, new in SLOW.items():
+        set_value(page, f"a-{name}", new)
+    click(page, "generate")
+    page.wait("state.runs.a && state.runs.a.steps.length > 3")
+    set_value(page, "scrubber", "1", "input")
+    count = page.js("state.runs.a.steps.length")
+    page.wait(f"state.runs.a.steps.length > {count + 1}")
+    assert page.js(GOES_ON) and "step 2 of 12" in text(page, "readout")
+    page.js("document.activeElement.blur()")
+    page.press("ArrowRight")
+    assert "step 3 of 12" in text(page, "readout")
+    page.press("End")
+    page.wait(f"{GOES_ON} && state.step === state.runs.a.steps.length - 1")
+    done(page)
+    assert "step 12 of 12" in text(page, "readout")
+
+
+def test_a_run_that_is_cancelled_before_its_first_step_leaves_the_old_one(page):
+    page.show(labels=[0, 1, 2])
+    page.js("document.querySelectorAll('#strip button')[2].click()")
+    set_value(page, "scrubber", "1", "input")
+    set_value(page, "a-num_sampling_steps", "900")
+    set_value(page, "a-images", "1")
+    first = text(page, "hash")
+    click(page, "generate")
+    page.wait("$('status').textContent.startsWith('Waiting')")
+    click(page, "cancel")
+    page.wait("!state.busy")
+    assert page.js("state.runs.a.steps.length === 4 && state.image === 2 && Boolean(state.runs.a.end)")
+    assert text(page, "status") == "Cancelled." and text(page, "hash") == first
+    page.js("document.activeElement.blur()")
+    page.press("ArrowRight")
+    assert "step 3 of 4" in text(page, "readout") and page.js("$('strip').children.length") == 3
+    click(page, "branch")
+    done(page, 3)
+    assert text(page, "error") == "" and page.js("$('branch-images').children.length") == 8

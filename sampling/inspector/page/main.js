@@ -3,7 +3,7 @@
 // Draw the view that is shown: all of them show the run A, and the others were hidden while it was made.
 function redraw() {
   if (state.view === "watch") {
-    showStep(state.step);
+    drawStep();
     showStrip();
   } else if (state.view === "compare") showCompare(state.compareStep);
   else showBatch();

@@ -1,7 +1,7 @@
 // The address that holds all settings, the command that makes the same images, and files.
 
 function shared() {
-  const what = { view: state.view, a: specShown("a"), step: state.step, image: state.image };
+  const what = { view: state.view, a: specShown("a"), step: stepOfLoop(), image: state.image };
   if (state.view === "compare") what.b = specShown("b");
   return what;
 }

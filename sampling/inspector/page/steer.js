@@ -62,18 +62,35 @@ function changeAt(step, change) {
   });
   state.steer = [...others.filter((one) => Object.keys(one).length > 1), { step, ...change }].sort((a, b) => a.step - b.step);
   showChanges();
-  return generateWatch(state.step);
+  return generateWatch(state.wanted);
 }
 
-// The step of the loop that is shown, from 0; a region made again comes after the last.
-function stepShown() {
-  const run = state.runs.a, event = run && run.steps[state.step];
-  return event ? Math.min(event.step, (run.begin.settings.num_iter || Infinity) - 1) : 0;
+// Is the step that is wanted still to come, of a run that was begun again?
+const isComing = (run) => !run.end && state.wanted < Infinity && state.wanted > run.steps[run.steps.length - 1].step;
+
+// The step of the loop that one is at, from 0: the one shown, or the one that is to come.
+function stepOfLoop() {
+  const run = state.runs.a;
+  if (!run || !run.steps.length) return 0;
+  return isComing(run) ? state.wanted : run.steps[indexWanted(run)].step;
+}
+
+// The same, to change: a region made again comes after the last step.
+function stepWanted() {
+  const run = state.runs.a;
+  return Math.min(stepOfLoop(), ((run && run.begin.settings.num_iter) || Infinity) - 1);
+}
+
+// Stay at this step, which is going to be changed, whatever comes meanwhile.
+function stay() {
+  pause();
+  state.wanted = stepOfLoop();
+  return stepWanted();
 }
 
 let waiting = null; // a slider that is still being dragged
 function steerSoon(name, value) {
-  const step = stepShown();
+  const step = stay();
   clearTimeout(waiting);
   waiting = setTimeout(() => changeAt(step, { [name]: value }), 150);
 }
@@ -105,9 +122,10 @@ function showChanges() {
   const removable = (text, remove) => {
     const button = element("button", { type: "button", textContent: "undo", "aria-label": "Undo: " + text });
     button.addEventListener("click", () => {
+      stay();
       remove();
       showChanges();
-      generateWatch(state.step);
+      generateWatch(state.wanted);
     });
     return element("li", { textContent: text }, button);
   };
@@ -119,8 +137,8 @@ function showChanges() {
 
 function showSteerStep() {
   const run = state.runs.a;
-  $("steer-step").textContent = "step " + (stepShown() + 1);
-  if (waiting !== null || !run) return;
+  $("steer-step").textContent = "step " + (stepWanted() + 1);
+  if (waiting !== null || !run || isComing(run)) return;
   const row = seriesOf(run, state.image)[state.step];
   for (const [name, value] of [["tau", row.tau], ["cfg", row.cfg]]) {
     if (value === null || document.activeElement === $("steer-" + name)) continue;
@@ -158,8 +176,8 @@ function wireSteer() {
     });
     $("steer-" + name).addEventListener("change", () => setTimeout(() => { waiting = null; }, 200));
   }
-  $("steer-label").addEventListener("change", () => $("steer-label").value !== "" && changeAt(stepShown(), { label: Number($("steer-label").value) }));
-  $("paint-next").addEventListener("click", () => nothingPainted() || changeAt(stepShown(), { next: [...state.painted].sort((a, b) => a - b) }));
+  $("steer-label").addEventListener("change", () => $("steer-label").value !== "" && changeAt(stay(), { label: Number($("steer-label").value) }));
+  $("paint-next").addEventListener("click", () => nothingPainted() || changeAt(stay(), { next: [...state.painted].sort((a, b) => a - b) }));
   $("paint-clear").addEventListener("click", () => {
     state.painted.clear();
     drawPicture();

@@ -108,18 +108,23 @@ function writeSpec(which, spec) {
   return "";
 }
 
+// Show another run A or B, from its first step on: one that is cancelled before leaves the old one.
+function replaceRun(which, run) {
+  state.runs[which] = run;
+  if (which !== "a") return;
+  state.image = Math.min(state.image, run.begin.labels.length - 1);
+  state.token = state.hover = null;
+  state.runs.b = null; // it had the seed and the labels of the A before
+  for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
+}
+
 // Run A or B; what comes is shown while it comes.
 async function makeRun(which, signal, follow) {
   const spec = specOf(which);
-  if (which === "a") {
-    state.image = Math.min(state.image, Math.max(0, spec.labels.length - 1));
-    state.runs.b = null; // it had the seed and the labels of the A before
-    for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
-  }
   const [run, take] = collector((run) => {
-    state.runs[which] = run;
     run.spec = spec;
     if (!run.begin) return;
+    if (run.steps.length && state.runs[which] !== run) replaceRun(which, run);
     const steps = run.begin.settings.num_iter || 1, done = run.steps.length;
     $("progress").value = run.end ? 1 : Math.min(0.99, done / steps);
     if (done) $("status").textContent = (which === "b" ? "B: " : "") + "step " + done + " of " + steps + ".";
@@ -130,25 +135,38 @@ async function makeRun(which, signal, follow) {
   return run;
 }
 
-// Generate A and show it; keep: the step to stay at.
+// Generate A and show it; keep: the step of the loop to stay at.
 function generateWatch(keep = null) {
+  pause();
+  if (keep !== null) state.wanted = keep;
   return busily("Asking the server.", async (signal) => {
-    state.token = state.hover = null;
     const run = await makeRun("a", signal, (run) => {
-      if (run.steps.length) showStep(keep === null || run.steps.length - 1 < keep ? run.steps.length - 1 : keep);
+      if (!run.steps.length) return;
+      if (keep === null && run.steps.length === 1 && !run.end) state.wanted = Infinity;
+      drawStep();
     });
     $("status").textContent = "Complete: " + run.steps.length + " steps, " + number(run.steps.reduce((s, e) => s + e.seconds, 0)) + " s.";
-    state.step = keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1);
     redraw();
     showShare();
   });
 }
 
+// Go to a step, an index; at the newest one the page follows a run that goes on.
 function showStep(step) {
   const run = state.runs.a;
   if (!run || !run.steps.length) return;
+  state.wanted = step < run.steps.length - 1 ? run.steps[Math.max(step, 0)].step : Infinity;
+  drawStep();
+}
+
+// The index of the step that is wanted, or of the newest while that one has not come.
+const indexWanted = (run) => Math.max(0, run.steps.findLastIndex((event) => event.step <= state.wanted));
+
+function drawStep() {
+  const run = state.runs.a;
+  if (!run || !run.steps.length) return;
   const count = run.steps.length;
-  state.step = Math.min(Math.max(step, 0), count - 1);
+  state.step = indexWanted(run);
   const planned = live && run.begin.settings.num_iter && !run.end ? Math.max(count, run.begin.settings.num_iter) : count;
   $("scrubber").max = planned - 1;
   $("scrubber").value = state.step;
@@ -203,7 +221,7 @@ function playOrPause() {
   $("play").textContent = "❚❚ pause";
   $("play").setAttribute("aria-label", "Pause");
   player = setInterval(() => {
-    if (state.step >= run.steps.length - 1) return pause();
+    if (state.step >= state.runs.a.steps.length - 1) return pause();
     showStep(state.step + 1);
   }, Math.max(80, Math.min(500, 8000 / run.steps.length)));
 }

@@ -2,8 +2,11 @@
 
 import numpy as np
 
+from sampling.inspector.export import as_npz
+from sampling.inspector.view import events_of_trace, json_events
+from sampling.trace import load_trace
 from tests.helpers_browser import FIXTURES, NEEDS_CHROMIUM, click, done, images_of, set_value, shown, text
-from tests.helpers_inspector import picture
+from tests.helpers_inspector import made, picture, serving
 
 pytestmark = NEEDS_CHROMIUM
 browser, gallery, server, page = FIXTURES
@@ -117,3 +120,21 @@ def test_a_run_that_is_cancelled_before_its_first_step_leaves_the_old_one(page):
     click(page, "branch")
     done(page, 3)
     assert text(page, "error") == "" and page.js("$('branch-images').children.length") == 8
+
+
+# ------------------------------------------------------------------------------------------------ a stored trace
+
+
+def test_a_stored_trace_beside_a_checkpoint_is_not_changed_branched_or_shared(page, gallery, tmp_path):
+    (tmp_path / "trace.npz").write_bytes(as_npz(*made(gallery)))
+    panels = "['steer', 'branching', 'share'].map((id) => Boolean($(id).offsetParent))"
+    with serving(gallery, json_events(events_of_trace(load_trace(tmp_path / "trace.npz")))) as other:
+        page.open(f"http://127.0.0.1:{other.server_address[1]}/")
+        done(page)
+        assert "step 4 of 4" in text(page, "readout") and page.js(panels) == [False] * 3
+        click(page, "generate")
+        done(page, 2)
+        assert page.js(panels) == [True] * 3
+        click(page, "branch")
+        done(page, 3)
+        assert text(page, "error") == "" and page.js("$('branch-images').children.length") == 8

@@ -67,6 +67,7 @@ async function showStored() {
   const [run, take] = collector(() => {});
   for (const event of content.events) await take(event);
   state.runs.a = run;
+  document.body.classList.add("stored"); // it has no request that could be changed, branched or shared
   showStep(run.steps.length - 1);
   showStrip();
   document.body.dataset.done = "1";

@@ -112,6 +112,7 @@ function writeSpec(which, spec) {
 function replaceRun(which, run) {
   state.runs[which] = run;
   if (which !== "a") return;
+  document.body.classList.remove("stored");
   state.image = Math.min(state.image, run.begin.labels.length - 1);
   state.token = state.hover = null;
   state.runs.b = null; // it had the seed and the labels of the A before

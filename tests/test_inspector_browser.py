@@ -54,7 +54,7 @@ def test_pointing_at_a_token_links_map_picture_and_curve(page):
     assert "row 1, column 1" in card and "known neighbours" in card and "spread of draws" in card
     assert page.js("state.token") == 0
     step = page.js("tokensOf(state.runs.a, 0).get(0).index")
-    line = float(page.js("document.querySelector('#curves .now').getAttribute('x1')"))
+    line = float(page.js("document.querySelector('#curves .mark').getAttribute('x1')"))
     assert line == pytest.approx(34 + step / 3 * (240 - 34 - 6))
     page.js("$('picture').focus()")
     page.press("ArrowRight")

@@ -138,3 +138,44 @@ def test_a_stored_trace_beside_a_checkpoint_is_not_changed_branched_or_shared(pa
         click(page, "branch")
         done(page, 3)
         assert text(page, "error") == "" and page.js("$('branch-images').children.length") == 8
+
+
+# --------------------------------------------------------------------------------------------- pointing, and keys
+
+PLACE_OF = (
+    "(name) => { const line = document.querySelector('#curves .' + name); return line && line.getAttribute('x1') }"
+)
+
+
+def test_a_token_chosen_by_key_marks_its_step_in_the_curves_whatever_step_is_shown(page):
+    page.show()
+    page.js("$('picture').focus()")
+    page.press("ArrowRight")
+    drawn = page.js("tokensOf(state.runs.a, 0).get(state.token).index")
+    places = []
+    for step in range(4):
+        set_value(page, "scrubber", str(step), "input")
+        now, mark = page.js(f"['now', 'mark'].map({PLACE_OF})")
+        places.append(now)
+        assert (now == mark) == (step == drawn)
+    assert len(set(places)) == 4
+
+
+def test_pointing_at_a_curve_marks_the_tokens_of_its_step(page):
+    page.show()
+    page.js("$('curves').scrollIntoView({block: 'center'})")
+    blue = "(() => { const c = $('picture'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+    blue += " let n = 0; for (let i = 0; i < d.length; i += 4) n += d[i] === 31 && d[i + 2] === 255; return n })()"
+    assert page.js(blue) == 0
+    x, y, width, height = page.js(
+        "(r => [r.x, r.y, r.width, r.height])($('curves').querySelector('svg').getBoundingClientRect())"
+    )
+    for share, step in ((34 / 240, 0), (0.97, 3)):
+        page.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + share * width, y=y + height / 2)
+        page.wait(f"state.hoverStep === {step}")
+        marked = page.js("markedPositions(tokensOf(state.runs.a, 0)).sort((a, b) => a - b)")
+        assert marked == page.js(f"state.runs.a.steps[{step}].images[0].positions") and page.js(blue) > 0
+        assert page.js("document.querySelectorAll('#curves .mark').length > 3")
+        assert "step 4 of 4" in text(page, "readout")
+    page.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
+    page.wait("state.hoverStep === null && !document.querySelector('#curves .mark')")

@@ -35,6 +35,7 @@ function start() {
   buildMaps();
   wireWatch();
   wirePicture();
+  wireCurves();
   const tabs = ["watch", "compare", "batch"];
   tabs.forEach((name, i) => {
     $("tab-" + name).addEventListener("click", () => showView(name));

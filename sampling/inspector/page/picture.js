@@ -100,8 +100,7 @@ function drawPicture() {
     const cell = cellOnPicture(layout, position, context.canvas);
     context.fillRect(cell.x, cell.y, cell.w, cell.h);
   }
-  const marked = [state.hover, state.token].filter((position) => position !== null);
-  outlineCells(context, layout, marked, "#1f8fff", width * 1.3);
+  outlineCells(context, layout, markedPositions(tokens), "#1f8fff", width * 1.3);
   const item = run.steps[state.step].images.find((part) => part.image === state.image);
   const what = item ? item.positions.length + " tokens drawn" : "nothing drawn";
   canvas.setAttribute("aria-label", "Image " + (state.image + 1) + " after step " + (state.step + 1) + ", " + what);

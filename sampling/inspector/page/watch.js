@@ -114,7 +114,7 @@ function replaceRun(which, run) {
   if (which !== "a") return;
   document.body.classList.remove("stored");
   state.image = Math.min(state.image, run.begin.labels.length - 1);
-  state.token = state.hover = null;
+  state.token = state.hover = state.hoverStep = null;
   state.runs.b = null; // it had the seed and the labels of the A before
   for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
 }

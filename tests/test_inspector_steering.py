@@ -179,3 +179,24 @@ def test_pointing_at_a_curve_marks_the_tokens_of_its_step(page):
         assert "step 4 of 4" in text(page, "readout")
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
     page.wait("state.hoverStep === null && !document.querySelector('#curves .mark')")
+
+
+def test_keys_reach_the_tokens_of_every_scale(page):
+    page.show(**VAR)
+    reached = set()
+    for step in range(3):
+        set_value(page, "scrubber", str(step), "input")
+        page.js("$('picture').focus()")
+        for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
+            page.press(key)
+            reached.add(page.js("state.token"))
+            assert f"step{step + 1}" in text(page, "token")
+    assert set(range(5)) < reached
+    set_value(page, "scrubber", "0", "input")
+    choose(page, "paint")
+    page.js("selectToken(0), $('picture').focus()")
+    page.press("Enter")
+    assert page.js("state.painted.size") == 0  # a region is of cells of the finest
+    page.press("ArrowRight")
+    page.press("Enter")
+    assert page.js("[...state.painted]") == [5]

@@ -43,11 +43,11 @@ function wirePicture() {
   canvas.addEventListener("keydown", (event) => {
     const run = state.runs.a;
     if (!run || !run.begin) return;
-    const finest = run.begin.layout[run.begin.layout.length - 1];
-    const { row, column } = placeIn(finest, state.token === null ? finest.start : Math.max(finest.start, state.token));
+    const grid = gridToPoint(run), own = state.token !== null && gridOf(run.begin.layout, state.token) === grid;
+    const { row, column } = placeIn(grid, own ? state.token : grid.start);
     const moves = { ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1], ArrowUp: [row - 1, column], ArrowDown: [row + 1, column] };
-    if (event.key in moves) selectToken(state.token === null ? finest.start : positionIn(finest, ...moves[event.key]));
-    else if ((event.key === "Enter" || event.key === " ") && state.token !== null && painting()) paint(state.token, !state.painted.has(state.token));
+    if (event.key in moves) selectToken(own ? positionIn(grid, ...moves[event.key]) : grid.start);
+    else if ((event.key === "Enter" || event.key === " ") && own && painting()) paint(state.token, !state.painted.has(state.token));
     else return;
     event.preventDefault();
   });

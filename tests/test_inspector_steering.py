@@ -200,3 +200,33 @@ def test_keys_reach_the_tokens_of_every_scale(page):
     page.press("ArrowRight")
     page.press("Enter")
     assert page.js("[...state.painted]") == [5]
+
+
+def test_keys_play_and_scrub_where_the_focus_is_on_the_slider_or_the_picture(page):
+    page.show()
+    for place in ("scrubber", "picture"):
+        page.js(f"$('{place}').focus()")
+        for key, step in (("Home", 1), ("End", 4), ("Home", 1)):
+            page.press(key)
+            assert f"step {step} of 4" in text(page, "readout"), place
+        page.press(" ", " ")
+        assert text(page, "play") == "❚❚ pause", place
+        page.press(" ", " ")
+        assert text(page, "play") == "▶ play", place
+    choose(page, "paint")
+    page.js("$('picture').focus()")
+    page.press("ArrowRight")
+    page.press(" ", " ")  # paints
+    assert page.js("[...state.painted]") == [0] and text(page, "play") == "▶ play"
+
+
+def test_what_a_key_has_pressed_keeps_the_focus(page):
+    page.show(labels=[1, 2], steer=[{"step": 1, "tau": 0.5}, {"step": 2, "tau": 0.6}])
+    page.js("document.querySelectorAll('#strip button')[1].focus()")
+    page.press("Enter", "\r")
+    assert page.js("state.image === 1 && document.activeElement === $('strip').children[1]")
+    for left in (1, 0):
+        page.js("document.querySelector('#changes button').focus()")
+        page.press("Enter", "\r")
+        page.wait(f"!state.busy && state.steer.length === {left}")
+        assert page.js("$('changes').contains(document.activeElement)")

@@ -125,6 +125,7 @@ function showChanges() {
       stay();
       remove();
       showChanges();
+      ($("changes").querySelector("button") || $("changes")).focus(); // the button is gone
       generateWatch(state.wanted);
     });
     return element("li", { textContent: text }, button);

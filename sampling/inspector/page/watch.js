@@ -241,8 +241,9 @@ function wireWatch() {
   $("scrubber").addEventListener("input", () => go(Number($("scrubber").value)));
   $("outline").addEventListener("change", drawPicture);
   document.addEventListener("keydown", (event) => {
-    const own = "input, select, textarea, canvas, [role=tab]" + (event.key === " " ? ", button, summary" : ""); // use the key themselves
-    if (state.view !== "watch" || event.target.closest(own) || event.ctrlKey || event.metaKey || event.altKey) return;
+    const own = event.key === " " ? "input:not([type=range]), select, textarea, button, summary" : "input, select, textarea, [role=tab]";
+    if (event.defaultPrevented || state.view !== "watch" || event.target.closest(own)) return; // they use the key themselves
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const steps = { ArrowLeft: state.step - 1, ArrowRight: state.step + 1, Home: 0, End: Infinity };
     if (event.key in steps) go(steps[event.key]);
     else if (event.key === " ") playOrPause();

@@ -5,7 +5,7 @@ import numpy as np
 from sampling.inspector.export import as_npz
 from sampling.inspector.view import events_of_trace, json_events
 from sampling.trace import load_trace
-from tests.helpers_browser import FIXTURES, NEEDS_CHROMIUM, click, done, images_of, set_value, shown, text
+from tests.helpers_browser import FIXTURES, NEEDS_CHROMIUM, click, done, images_of, set_value, shown, text, value
 from tests.helpers_inspector import made, picture, serving
 
 pytestmark = NEEDS_CHROMIUM
@@ -120,6 +120,27 @@ def test_a_run_that_is_cancelled_before_its_first_step_leaves_the_old_one(page):
     click(page, "branch")
     done(page, 3)
     assert text(page, "error") == "" and page.js("$('branch-images').children.length") == 8
+
+
+def test_the_list_of_classes_says_what_acts_and_takes_it_back(page, gallery):
+    page.show()
+    plain = text(page, "hash")
+    set_value(page, "scrubber", "1", "input")
+    set_value(page, "steer-label", "2")
+    done(page, 2)
+    assert text(page, "hash") != plain
+    for step, acts in ((0, ""), (1, "2"), (3, "2")):
+        set_value(page, "scrubber", str(step), "input")
+        assert value(page, "steer-label") == acts
+    set_value(page, "steer-tau", "0.5", "input")
+    done(page, 3)
+    set_value(page, "steer-label", "")
+    done(page, 4)
+    assert page.js("state.steer") == [{"step": 3, "tau": 0.5}] and "class" not in text(page, "changes")
+    assert np.array_equal(shown(page), images_of(gallery, steer=[{"step": 3, "tau": 0.5}])[0, :, :, 0])
+    page.js("document.querySelector('#changes button').click()")
+    done(page, 5)
+    assert text(page, "hash") == plain and value(page, "steer-label") == ""
 
 
 # ------------------------------------------------------------------------------------------------ a stored trace

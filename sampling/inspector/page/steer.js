@@ -53,16 +53,31 @@ function wirePicture() {
   });
 }
 
-// The changes without those of this step that are replaced, and with this one.
+// The changes without what those that are chosen say of these names.
+function changesWithout(names, isChosen) {
+  const others = state.steer.map((one) => (isChosen(one) ? Object.fromEntries(Object.entries(one).filter(([name]) => !names.includes(name))) : one));
+  return others.filter((one) => Object.keys(one).length > 1);
+}
+
+// Make the image again with this change, which takes the place of those of its step and kind.
 function changeAt(step, change) {
-  const names = Object.keys(change);
-  const others = state.steer.map((one) => {
-    if (one.step !== step) return one;
-    return Object.fromEntries(Object.entries(one).filter(([name]) => !names.includes(name)));
-  });
-  state.steer = [...others.filter((one) => Object.keys(one).length > 1), { step, ...change }].sort((a, b) => a.step - b.step);
+  const others = changesWithout(Object.keys(change), (one) => one.step === step);
+  state.steer = [...others, { step, ...change }].sort((a, b) => a.step - b.step);
   showChanges();
   return generateWatch(state.wanted);
+}
+
+// Make the image again so that at this step its class is that of the form: without the changes of class up to there.
+function asAskedFor(step) {
+  state.steer = changesWithout(["label"], (one) => one.step <= step);
+  showChanges();
+  return generateWatch(state.wanted);
+}
+
+// The class that changes have given by this step, as the list has it; "" for that of the form.
+function labelAt(step) {
+  const label = state.steer.reduce((last, one) => (one.step <= step && one.label !== undefined ? one.label : last), "");
+  return String(label);
 }
 
 // Is the step that is wanted still to come, of a run that was begun again?
@@ -139,6 +154,7 @@ function showChanges() {
 function showSteerStep() {
   const run = state.runs.a;
   $("steer-step").textContent = "step " + (stepWanted() + 1);
+  if ($("steer-label").value !== labelAt(stepWanted())) $("steer-label").value = labelAt(stepWanted());
   if (waiting !== null || !run || isComing(run)) return;
   const row = seriesOf(run, state.image)[state.step];
   for (const [name, value] of [["tau", row.tau], ["cfg", row.cfg]]) {
@@ -177,7 +193,10 @@ function wireSteer() {
     });
     $("steer-" + name).addEventListener("change", () => setTimeout(() => { waiting = null; }, 200));
   }
-  $("steer-label").addEventListener("change", () => $("steer-label").value !== "" && changeAt(stay(), { label: Number($("steer-label").value) }));
+  $("steer-label").addEventListener("change", () => {
+    if ($("steer-label").value === "") asAskedFor(stay());
+    else changeAt(stay(), { label: Number($("steer-label").value) });
+  });
   $("paint-next").addEventListener("click", () => nothingPainted() || changeAt(stay(), { next: [...state.painted].sort((a, b) => a - b) }));
   $("paint-clear").addEventListener("click", () => {
     state.painted.clear();

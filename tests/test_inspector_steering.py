@@ -143,6 +143,22 @@ def test_the_list_of_classes_says_what_acts_and_takes_it_back(page, gallery):
     assert text(page, "hash") == plain and value(page, "steer-label") == ""
 
 
+def test_painted_tokens_that_are_known_are_a_line_and_no_change(page):
+    page.show(labels=[1, 2])
+    steps = page.js("[0, 1].map((image) => [...tokensOf(state.runs.a, image)].map(([p, token]) => [p, token.step]))")
+    of_first, of_second = (dict(tokens) for tokens in steps)
+    both = [p for p in range(64) if of_first[p] < 3 and of_second[p] < 3]
+    late = next(p for p in range(64) if of_first[p] < 3 and of_second[p] == 3)
+    page.js(f"{both}.forEach((position) => state.painted.add(position))")
+    click(page, "paint-next")  # at the last of four steps
+    line = f"the {len(both)} painted tokens are known before step 4: paint hatched ones, or go to an earlier step"
+    assert both and text(page, "error") == line and page.js("state.steer.length") == 0
+    page.js(f"state.painted.add({late})")  # known in one of the images only
+    click(page, "paint-next")
+    done(page, 2)
+    assert text(page, "error") == "" and page.js("state.steer") == [{"step": 3, "next": sorted([*both, late])}]
+
+
 # ------------------------------------------------------------------------------------------------ a stored trace
 
 

@@ -122,6 +122,16 @@ function nothingPainted() {
   return true;
 }
 
+// Were all painted tokens of all images known before this step? Then nothing of them can be drawn at it.
+function nothingUnknown(step) {
+  const run = state.runs.a;
+  const drawnAt = (image, position) => run.steps.find((event) => event.images.some((part) => part.image === image && part.positions.includes(position)));
+  const isKnown = (event) => (event ? event.step < step : Boolean(run.end)); // what no step drew was kept
+  if (!run.begin.labels.every((_, image) => [...state.painted].every((position) => isKnown(drawnAt(image, position))))) return false;
+  showError("the " + state.painted.size + " painted tokens are known before step " + (step + 1) + ": paint hatched ones, or go to an earlier step");
+  return true;
+}
+
 function describe(change, classes) {
   const parts = [];
   if (change.tau !== undefined) parts.push("τ " + number(change.tau));
@@ -197,7 +207,7 @@ function wireSteer() {
     if ($("steer-label").value === "") asAskedFor(stay());
     else changeAt(stay(), { label: Number($("steer-label").value) });
   });
-  $("paint-next").addEventListener("click", () => nothingPainted() || changeAt(stay(), { next: [...state.painted].sort((a, b) => a - b) }));
+  $("paint-next").addEventListener("click", () => nothingPainted() || nothingUnknown(stepWanted()) || changeAt(stay(), { next: [...state.painted].sort((a, b) => a - b) }));
   $("paint-clear").addEventListener("click", () => {
     state.painted.clear();
     drawPicture();

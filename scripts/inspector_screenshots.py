@@ -50,10 +50,16 @@ class Browser:
         os.close(answers)
         self.number, self.buffer, self.session, self.errors = 0, b"", None, []
         self.events = []
+        self.tab()
+
+    def tab(self) -> str:
+        """A new tab, in which all that follows is done, until `session` is another one's; its session."""
+        self.session = None  # the browser's own
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        return self.session
 
     def close(self):
         """End the browser."""

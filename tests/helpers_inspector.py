@@ -79,10 +79,11 @@ def tiny_gallery() -> dict[str, Loaded]:
 
 
 @contextmanager
-def serving(gallery, **options):
-    """An `Inspector` that answers, at any port."""
-    about = [described(loaded) for loaded in gallery.values()]
-    server = Inspector("127.0.0.1", 0, gallery, {"checkpoints": about, "settings": setting_choices()}, **options)
+def serving(gallery, events=None, **options):
+    """An `Inspector` that answers, at any port; events: those of a stored run that its page shows first."""
+    content = {"checkpoints": [described(loaded) for loaded in gallery.values()], "settings": setting_choices()}
+    content |= {"events": events} if events else {}
+    server = Inspector("127.0.0.1", 0, gallery, content, **options)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

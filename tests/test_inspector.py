@@ -156,6 +156,21 @@ def test_an_upload_is_kept_where_it_is_not_painted(gallery):
     assert (recording.order_step[:, :32] == -1).all() and (recording.order_step[:, 32:] >= 0).all()
 
 
+@pytest.mark.parametrize("family", QUICK)
+def test_an_upload_is_kept_where_no_region_is_made_again(family, gallery):
+    h, w = shape_of(gallery[family].model.config)
+    cells, shape = np.arange(h * w).reshape(h, w), (16, 8) if family == "wide" else (8, 8)
+    edit = {"image": picture(shape, value=77), "region": cells[-1:].flatten().tolist()}
+    regions = [cells[-1:, -2:].flatten().tolist(), cells[-2:].flatten().tolist()]  # of mar_ar a region is to the end
+    redo = [{"region": region, "seed": seed} for seed, region in enumerate(regions)]
+    _, once = made(gallery, family, edit=edit, redo=redo[:1])
+    _, twice = made(gallery, family, edit=edit, redo=redo)
+    side = 8 // h
+    for recording, rows in ((once, 1), (twice, 2)):
+        assert (recording.images[:, : -rows * side] == 77).all() and (recording.images[:, -rows * side :] != 77).any()
+    assert (once.frames[-1][:, :-side] == 77).all()
+
+
 def test_images_that_are_not_square_keep_their_shape(gallery, tmp_path):
     edit = {"image": picture((16, 8)), "region": list(range(8, 32))}
     spec, recording = made(gallery, "wide", edit=edit)

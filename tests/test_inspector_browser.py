@@ -56,7 +56,7 @@ def test_pointing_at_a_token_links_map_picture_and_curve(page):
     assert "row 1, column 1" in card and "known neighbours" in card and "spread of draws" in card
     assert page.js("state.token") == 0
     step = page.js("tokensOf(state.runs.a, 0).get(0).index")
-    line = float(page.js("document.querySelector('#curves .now').getAttribute('x1')"))
+    line = float(page.js("document.querySelector('#curves .mark').getAttribute('x1')"))
     assert line == pytest.approx(34 + step / 3 * (240 - 34 - 6))
     page.js("$('picture').focus()")
     page.press("ArrowRight")
@@ -79,17 +79,20 @@ def test_steer(page, gallery):
     assert "without what was steered" in text(page, "command-note")
     page.js("document.querySelector('input[value=paint]').click()")
     set_value(page, "scrubber", "1", "input")
-    page.drag("#picture", (0.06, 0.06), (0.3, 0.06))
-    painted = page.js("[...state.painted]")
-    assert painted and set(painted) <= {0, 1, 2} and 0 in painted
-    late = [p for p in painted if page.js(f"tokensOf(state.runs.a, 0).get({p}).index") >= 1]
+    late = sorted(page.js("state.runs.a.steps[3].images[0].positions"))[:3]
+    for position in late:
+        page.drag("#picture", ((position % 8 + 0.5) / 8, (position // 8 + 0.5) / 8))
+    assert page.js("[...state.painted]") == late
     click(page, "paint-next")
     done(page, 4)
-    drawn = page.js("state.runs.a.steps[1].images[0].positions")
-    assert drawn == late or not late
+    assert page.js("state.runs.a.steps[1].images[0].positions") == late
+    painted = [{"step": 1, "next": late}, *steer]
+    assert np.array_equal(shown(page), images_of(gallery, steer=painted)[0, :, :, 0])
+    assert text(page, "changes").startswith("3 painted tokens at step 2")
     page.js("document.querySelector('#changes button').click()")
     done(page, 5)
-    assert "step 2" in text(page, "changes") or "step 3" in text(page, "changes")
+    assert "painted" not in text(page, "changes") and text(page, "changes").startswith("from step 3")
+    assert np.array_equal(shown(page), images_of(gallery, steer=steer)[0, :, :, 0])
 
 
 def test_a_region_is_made_again_and_an_upload_edited(page, gallery, tmp_path):
@@ -339,13 +342,31 @@ def test_an_exported_page_shows_its_run_without_a_server(page, gallery, tmp_path
     assert "checkpoint mar" in page.js("document.title") and "seed 5" in page.js("document.title")
 
 
-def test_cancelling_and_a_second_tab(page):
-    page.open(page.root)
-    set_value(page, "a-num_iter", "64")
-    set_value(page, "a-num_sampling_steps", "200")
-    click(page, "generate")
-    page.wait("state.runs.a && state.runs.a.steps.length")
-    click(page, "cancel")
-    page.wait("!state.busy || $('status').textContent === 'Cancelled.'")
+def test_cancelling_leaves_a_second_tab_undisturbed(page, gallery):
     page.show()
-    assert "step 4 of 4" in text(page, "readout")
+    first, second = page.session, page.tab()
+    page.open(page.root)
+    expected = {first: dict(seed=5), second: dict(seed=6)}
+    for cancelled, other in ((first, second), (second, first)):
+        page.session = cancelled
+        for name, new in {"num_iter": "64", "num_sampling_steps": "200"}.items():
+            set_value(page, f"a-{name}", new)
+        click(page, "generate")
+        page.wait("state.runs.a && state.runs.a.begin.settings.num_iter === 64 && state.runs.a.steps.length > 1")
+        page.session = other
+        for name, new in {"classes": "1", **expected[other], **SETTINGS, "num_sampling_steps": ""}.items():
+            set_value(page, f"a-{name}", new)
+        click(page, "generate")
+        page.wait("$('status').textContent === 'Waiting: 1 in the queue.'")
+        page.session = cancelled
+        assert page.js("Boolean(state.busy) && !state.runs.a.end")
+        click(page, "cancel")
+        page.wait("!state.busy && $('status').textContent === 'Cancelled.'")
+        made = page.js("state.runs.a.steps.length")
+        page.session = other
+        page.wait("!state.busy && state.runs.a && state.runs.a.end")
+        assert text(page, "error") == "" and "step 4 of 4" in text(page, "readout")
+        assert np.array_equal(shown(page), images_of(gallery, **expected[other])[0, :, :, 0])
+        page.session = cancelled
+        assert page.js("state.runs.a.steps.length") == made < 64 and text(page, "status") == "Cancelled."
+    page.session = first

@@ -14,7 +14,7 @@ import torch
 
 from heads.policy import FLAGS, moved_rule
 from heads.rules import Rules, whole_group
-from sampling.inspector.spec import Spec
+from sampling.inspector.spec import Spec, tokens_of
 from sampling.inspector.steering import Observed, Steered
 from sampling.loop import of_rows
 from sampling.run import SamplingRun
@@ -205,17 +205,19 @@ def _some(guided, rows):
 def record(spec: Spec, emit: Callable, frames: bool = True) -> Recording:
     """Make the images of a request, and again the regions that it names; emit(event) at every step.
 
-    What was steered by the last step holds for these regions from their first.
+    What was steered by the last step holds for these regions from their first. What an edit keeps stays, but for them.
     """
     run = SamplingRun(spec.parts(), spec.sampling, spec.labels, spec.seed, None, spec.edit)
     watch = sample(spec, run, emit, frames=frames)
     recording = kept(run, watch, watch.images)
     later = sorted(spec.changes, key=lambda change: change.step)
     spec = replace(spec, changes=tuple(replace(change, step=0, next=()) for change in later))
+    edit = spec.edit
     for redo in spec.redo:
         run = SamplingRun(spec.parts(), spec.sampling, spec.labels, redo.seed, None, None)
+        edit = run.edit = edit and replace(edit, unknown=edit.unknown | redo.region)  # its tokens are the recording's
         count = len(spec.labels)
-        mask = torch.from_numpy(redo.unknown)[None]
+        mask = torch.from_numpy(tokens_of(spec.loaded, redo.region))[None]
         run.known = dict(tokens=recording.tokens[-1], mask=mask.expand(count, -1))
         watch = sample(spec, run, emit, first=recording.steps[-1] + 1, frames=frames)
         recording = joined(recording, kept(run, watch, watch.images))

@@ -85,9 +85,9 @@ def base_settings(config: dict) -> SampleConfig:
 
 @dataclass(frozen=True)
 class Redo:
-    """A region of finished images made again: tokens to draw anew, (L,) bool, with noise of this seed."""
+    """A region of finished images made again, cells (h, w) bool of the token grid, with noise of this seed."""
 
-    unknown: np.ndarray
+    region: np.ndarray
     seed: int
 
 
@@ -285,7 +285,7 @@ def tokens_of(loaded: Loaded, grid: np.ndarray) -> np.ndarray:
 def _redo(item: dict, loaded: Loaded) -> Redo:
     _check_keys(item, ("region", "seed"), "redo")
     with _named("a region cannot be made again"):
-        return Redo(tokens_of(loaded, _grid(item, "region", loaded)), whole(item, "seed", 1, 0, MOST_SEED))
+        return Redo(_grid(item, "region", loaded), whole(item, "seed", 1, 0, MOST_SEED))
 
 
 def _edit(item, loaded: Loaded) -> Edit | None:

@@ -37,7 +37,7 @@ async function showBranches(event, count) {
 }
 
 function wireBranch() {
-  $("branch").addEventListener("click", () => branchFrom([stepShown()]));
+  $("branch").addEventListener("click", () => branchFrom([stepWanted()]));
   $("branch-all").addEventListener("click", () => {
     const run = state.runs.a;
     spreads.clear();

@@ -7,9 +7,10 @@ const token = new URLSearchParams(location.search).get("token");
 const live = Array.isArray(content.checkpoints) && content.checkpoints.length > 0; // else a stored run is all there is
 const MOST_UPLOAD = 5 * 2 ** 20; // bytes of a picture, which base64 makes a third longer
 
-// The run of view A and, when two are compared, of B: {begin, steps, end}; what is steered; where one looks.
+// The run of view A and, when two are compared, of B: {begin, steps, end}; what is steered; where one looks. step: the
+// one shown, an index of the run's steps; wanted: the one of the loop to stay at, Infinity the newest.
 const state = {
-  view: "watch", runs: { a: null, b: null }, step: 0, compareStep: Infinity, image: 0, token: null, hover: null,
+  view: "watch", runs: { a: null, b: null }, step: 0, wanted: Infinity, compareStep: Infinity, image: 0, token: null, hover: null, hoverStep: null,
   steer: [], redo: [], edit: null, painted: new Set(), upload: null, busy: null,
 };
 

@@ -11,7 +11,8 @@ function shape(tag, attributes, text) {
 const WIDTH = 240, HEIGHT = 130, LEFT = 34, BOTTOM = 18, TOP = 8, RIGHT = 6;
 
 // A figure of several series: {values: [y or null by step], style}; dots: [x, y, colour, title]; onStep(step) at a click.
-function plot(title, series, { now = null, dots = [], onStep = null, xs = null } = {}) {
+// now, mark: steps with a line, of what is shown and of what is pointed at.
+function plot(title, series, { now = null, mark = null, dots = [], onStep = null, xs = null } = {}) {
   const all = [...series.flatMap((s) => s.values), ...dots.map((d) => d[1])].filter((v) => v !== null && v !== undefined && !Number.isNaN(v));
   const count = Math.max(...series.map((s) => s.values.length), ...dots.map((d) => d[0] + 1), 1);
   let low = all.length ? Math.min(...all) : 0, high = all.length ? Math.max(...all) : 1;
@@ -37,14 +38,16 @@ function plot(title, series, { now = null, dots = [], onStep = null, xs = null }
     dot.append(shape("title", {}, text));
     svg.append(dot);
   }
-  if (now !== null && now < count) svg.append(shape("line", { class: "now", x1: x(now), x2: x(now), y1: TOP, y2: HEIGHT - BOTTOM }));
+  for (const [name, step] of [["now", now], ["mark", mark]]) {
+    if (step !== null && step < count) svg.append(shape("line", { class: name, x1: x(step), x2: x(step), y1: TOP, y2: HEIGHT - BOTTOM }));
+  }
+  svg.stepAt = (event) => {
+    const box = svg.getBoundingClientRect(), place = ((event.clientX - box.left) / box.width) * WIDTH;
+    return Math.min(count - 1, Math.max(0, Math.round(((place - LEFT) / (WIDTH - LEFT - RIGHT)) * (count - 1))));
+  };
   if (onStep) {
-    const stepAt = (event) => {
-      const box = svg.getBoundingClientRect(), place = ((event.clientX - box.left) / box.width) * WIDTH;
-      return Math.min(count - 1, Math.max(0, Math.round(((place - LEFT) / (WIDTH - LEFT - RIGHT)) * (count - 1))));
-    };
-    svg.addEventListener("pointermove", (event) => event.buttons && onStep(stepAt(event)));
-    svg.addEventListener("pointerdown", (event) => onStep(stepAt(event)));
+    svg.addEventListener("pointermove", (event) => event.buttons && onStep(svg.stepAt(event)));
+    svg.addEventListener("pointerdown", (event) => onStep(svg.stepAt(event)));
     svg.style.cursor = "crosshair";
   }
   return element("figure", {}, element("figcaption", { textContent: title }), svg);
@@ -74,14 +77,23 @@ function drawCurves() {
   const run = state.runs.a;
   if (!run || !run.steps.length) return;
   const series = seriesOf(run, state.image);
-  const hovered = state.hover === null ? null : tokensOf(run, state.image).get(state.hover);
-  const now = hovered ? hovered.index : state.step;
+  const token = tokensOf(run, state.image).get(state.hover === null ? state.token : state.hover);
+  const mark = state.hoverStep !== null ? state.hoverStep : token ? token.index : null;
   const figures = CURVES.map(([name, title, hasBase]) => {
     const lines = [{ values: series.map((row) => row[name]), style: "line" }];
     const base = series.map((row) => row.base[name]);
     if (hasBase && base.some((v) => v !== undefined)) lines.unshift({ values: base, style: "dashed" });
     if (!lines.some((line) => line.values.some((v) => v !== null && v !== undefined))) return null;
-    return plot(title + (lines.length > 1 ? HAND_MADE : ""), lines, { now, onStep: showStep });
+    return plot(title + (lines.length > 1 ? HAND_MADE : ""), lines, { now: state.step, mark, onStep: showStep });
   });
   $("curves").replaceChildren(...figures.filter(Boolean));
+}
+
+// Of the place that holds the curves: they are drawn anew at each move, and one that is gone sees no pointer leave.
+function wireCurves() {
+  $("curves").addEventListener("pointermove", (event) => {
+    const svg = event.target.closest("svg");
+    hoverAtStep(svg ? svg.stepAt(event) : null);
+  });
+  $("curves").addEventListener("pointerleave", () => hoverAtStep(null));
 }

@@ -3,7 +3,7 @@
 // Draw the view that is shown: all of them show the run A, and the others were hidden while it was made.
 function redraw() {
   if (state.view === "watch") {
-    showStep(state.step);
+    drawStep();
     showStrip();
   } else if (state.view === "compare") showCompare(state.compareStep);
   else showBatch();
@@ -42,6 +42,7 @@ function start() {
   wireWatch();
   wirePicture();
   wireBatch();
+  wireCurves();
   const tabs = ["watch", "compare", "batch"];
   tabs.forEach((name, i) => {
     $("tab-" + name).addEventListener("click", () => showView(name));
@@ -91,6 +92,7 @@ async function showStored() {
   for (const event of content.events) await take(event);
   if (!live) showAbout(run.begin);
   state.runs.a = run;
+  document.body.classList.add("stored"); // it has no request that could be changed, branched or shared
   showStep(run.steps.length - 1);
   showStrip();
   document.body.dataset.done = "1";

@@ -94,7 +94,7 @@ function drawMaps() {
     for (const [position, token] of tokens) if (token.index === state.step) strokeCell(context, cellOf(position));
     context.strokeStyle = "#1f8fff";
     context.lineWidth = 3;
-    for (const position of [state.hover, state.token]) if (position !== null) strokeCell(context, cellOf(position));
+    for (const position of markedPositions(tokens)) strokeCell(context, cellOf(position));
     text.textContent = titleOf(name, title, run.begin) + (numbers.length && constant ? ": " + number(least) + " for all" : "");
     low.textContent = numbers.length ? number(least) : "";
     high.textContent = numbers.length ? number(most) : "";
@@ -157,10 +157,26 @@ function hoverAt(position) {
   drawCurves();
 }
 
+// Point at a step, an index, as in a curve: its tokens are marked.
+function hoverAtStep(step) {
+  if (state.hoverStep === step) return;
+  state.hoverStep = step;
+  drawPicture();
+  drawMaps();
+  drawCurves();
+}
+
+// The tokens that are pointed at or selected, as positions.
+function markedPositions(tokens) {
+  const ofStep = [...tokens].filter(([, token]) => token.index === state.hoverStep).map(([position]) => position);
+  return [state.hover, state.token, ...ofStep].filter((position) => position !== null);
+}
+
 function selectToken(position) {
   state.token = position;
-  hoverAt(position);
+  state.hover = null; // which a pointer sets when it moves
   drawPicture();
   drawMaps();
   showToken();
+  drawCurves();
 }

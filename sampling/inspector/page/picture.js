@@ -38,6 +38,12 @@ function gridOf(layout, position) {
   return layout.find((grid) => position >= grid.start && position < grid.start + grid.rows * grid.columns);
 }
 
+// The grid that a step draws in, of the image shown; undefined where it draws nothing.
+function gridDrawn(run, step) {
+  const item = run.steps[step] && run.steps[step].images.find((part) => part.image === state.image);
+  return item && gridOf(run.begin.layout, item.positions[0]);
+}
+
 const shapeOf = (grid) => grid.rows + "×" + grid.columns;
 
 // Row and column of a position, from 0, in the grid that has it.
@@ -94,8 +100,7 @@ function drawPicture() {
     const cell = cellOnPicture(layout, position, context.canvas);
     context.fillRect(cell.x, cell.y, cell.w, cell.h);
   }
-  const marked = [state.hover, state.token].filter((position) => position !== null);
-  outlineCells(context, layout, marked, "#1f8fff", width * 1.3);
+  outlineCells(context, layout, markedPositions(tokens), "#1f8fff", width * 1.3);
   const item = run.steps[state.step].images.find((part) => part.image === state.image);
   const what = item ? item.positions.length + " tokens drawn" : "nothing drawn";
   canvas.setAttribute("aria-label", "Image " + (state.image + 1) + " after step " + (state.step + 1) + ", " + what);

@@ -15,7 +15,7 @@ function checkHashes(expected) {
 }
 
 function shared() {
-  const what = { view: state.view, a: specShown("a"), step: state.step, image: state.image };
+  const what = { view: state.view, a: specShown("a"), step: stepOfLoop(), image: state.image };
   if (state.view === "compare") what.b = specShown("b");
   what.hash = hashesShown();
   return what;

@@ -2,12 +2,17 @@
 
 const painting = () => document.querySelector("input[name=tool]:checked").value === "paint";
 
-// The position of the grid that one points into: of several scales the one that the step shown draws, or the finest.
+// The grid that one points into: of several scales the one that the step shown draws; the finest to paint.
+function gridToPoint(run) {
+  const layout = run.begin.layout;
+  return (!painting() && gridDrawn(run, state.step)) || layout[layout.length - 1];
+}
+
+// The position of that grid that one points at.
 function pointedAt(event) {
   const run = state.runs.a, canvas = $("picture"), box = canvas.getBoundingClientRect();
   if (!run || !run.begin) return null;
-  const layout = run.begin.layout, grid = painting() || layout.length === 1 ? layout[layout.length - 1] : layout[Math.min(state.step, layout.length - 1)];
-  const x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
+  const grid = gridToPoint(run), x = (event.clientX - box.left) / box.width, y = (event.clientY - box.top) / box.height;
   return positionIn(grid, Math.floor(y * grid.rows), Math.floor(x * grid.columns));
 }
 
@@ -38,37 +43,69 @@ function wirePicture() {
   canvas.addEventListener("keydown", (event) => {
     const run = state.runs.a;
     if (!run || !run.begin) return;
-    const finest = run.begin.layout[run.begin.layout.length - 1];
-    const { row, column } = placeIn(finest, state.token === null ? finest.start : Math.max(finest.start, state.token));
+    const grid = gridToPoint(run), own = state.token !== null && gridOf(run.begin.layout, state.token) === grid;
+    const { row, column } = placeIn(grid, own ? state.token : grid.start);
     const moves = { ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1], ArrowUp: [row - 1, column], ArrowDown: [row + 1, column] };
-    if (event.key in moves) selectToken(state.token === null ? finest.start : positionIn(finest, ...moves[event.key]));
-    else if ((event.key === "Enter" || event.key === " ") && state.token !== null && painting()) paint(state.token, !state.painted.has(state.token));
+    if (event.key in moves) selectToken(own ? positionIn(grid, ...moves[event.key]) : grid.start);
+    else if ((event.key === "Enter" || event.key === " ") && own && painting()) paint(state.token, !state.painted.has(state.token));
     else return;
     event.preventDefault();
   });
 }
 
-// The changes without those of this step that are replaced, and with this one.
-function changeAt(step, change) {
-  const names = Object.keys(change);
-  const others = state.steer.map((one) => {
-    if (one.step !== step) return one;
-    return Object.fromEntries(Object.entries(one).filter(([name]) => !names.includes(name)));
-  });
-  state.steer = [...others.filter((one) => Object.keys(one).length > 1), { step, ...change }].sort((a, b) => a.step - b.step);
-  showChanges();
-  return generateWatch(state.step);
+// The changes without what those that are chosen say of these names.
+function changesWithout(names, isChosen) {
+  const others = state.steer.map((one) => (isChosen(one) ? Object.fromEntries(Object.entries(one).filter(([name]) => !names.includes(name))) : one));
+  return others.filter((one) => Object.keys(one).length > 1);
 }
 
-// The step of the loop that is shown, from 0; a region made again comes after the last.
-function stepShown() {
-  const run = state.runs.a, event = run && run.steps[state.step];
-  return event ? Math.min(event.step, (run.begin.settings.num_iter || Infinity) - 1) : 0;
+// Make the image again with this change, which takes the place of those of its step and kind.
+function changeAt(step, change) {
+  const others = changesWithout(Object.keys(change), (one) => one.step === step);
+  state.steer = [...others, { step, ...change }].sort((a, b) => a.step - b.step);
+  showChanges();
+  return generateWatch(state.wanted);
+}
+
+// Make the image again so that at this step its class is that of the form: without the changes of class up to there.
+function asAskedFor(step) {
+  state.steer = changesWithout(["label"], (one) => one.step <= step);
+  showChanges();
+  return generateWatch(state.wanted);
+}
+
+// The class that changes have given by this step, as the list has it; "" for that of the form.
+function labelAt(step) {
+  const label = state.steer.reduce((last, one) => (one.step <= step && one.label !== undefined ? one.label : last), "");
+  return String(label);
+}
+
+// Is the step that is wanted still to come, of a run that was begun again?
+const isComing = (run) => !run.end && state.wanted < Infinity && state.wanted > run.steps[run.steps.length - 1].step;
+
+// The step of the loop that one is at, from 0: the one shown, or the one that is to come.
+function stepOfLoop() {
+  const run = state.runs.a;
+  if (!run || !run.steps.length) return 0;
+  return isComing(run) ? state.wanted : run.steps[indexWanted(run)].step;
+}
+
+// The same, to change: a region made again comes after the last step.
+function stepWanted() {
+  const run = state.runs.a;
+  return Math.min(stepOfLoop(), ((run && run.begin.settings.num_iter) || Infinity) - 1);
+}
+
+// Stay at this step, which is going to be changed, whatever comes meanwhile.
+function stay() {
+  pause();
+  state.wanted = stepOfLoop();
+  return stepWanted();
 }
 
 let waiting = null; // a slider that is still being dragged
 function steerSoon(name, value) {
-  const step = stepShown();
+  const step = stay();
   clearTimeout(waiting);
   waiting = setTimeout(() => changeAt(step, { [name]: value }), 150);
 }
@@ -82,6 +119,16 @@ function paintedCells() {
 function nothingPainted() {
   if (state.painted.size && state.runs.a) return false;
   showError("nothing is painted: choose “paints tokens” and drag over the image");
+  return true;
+}
+
+// Were all painted tokens of all images known before this step? Then nothing of them can be drawn at it.
+function nothingUnknown(step) {
+  const run = state.runs.a;
+  const drawnAt = (image, position) => run.steps.find((event) => event.images.some((part) => part.image === image && part.positions.includes(position)));
+  const isKnown = (event) => (event ? event.step < step : Boolean(run.end)); // what no step drew was kept
+  if (!run.begin.labels.every((_, image) => [...state.painted].every((position) => isKnown(drawnAt(image, position))))) return false;
+  showError("the " + state.painted.size + " painted tokens are known before step " + (step + 1) + ": paint hatched ones, or go to an earlier step");
   return true;
 }
 
@@ -100,9 +147,11 @@ function showChanges() {
   const removable = (text, remove) => {
     const button = element("button", { type: "button", textContent: "undo", "aria-label": "Undo: " + text });
     button.addEventListener("click", () => {
+      stay();
       remove();
       showChanges();
-      generateWatch(state.step);
+      ($("changes").querySelector("button") || $("changes")).focus(); // the button is gone
+      generateWatch(state.wanted);
     });
     return element("li", { textContent: text }, button);
   };
@@ -114,8 +163,9 @@ function showChanges() {
 
 function showSteerStep() {
   const run = state.runs.a;
-  $("steer-step").textContent = "step " + (stepShown() + 1);
-  if (waiting !== null || !run) return;
+  $("steer-step").textContent = "step " + (stepWanted() + 1);
+  if ($("steer-label").value !== labelAt(stepWanted())) $("steer-label").value = labelAt(stepWanted());
+  if (waiting !== null || !run || isComing(run)) return;
   const row = seriesOf(run, state.image)[state.step];
   for (const [name, value] of [["tau", row.tau], ["cfg", row.cfg]]) {
     if (value === null || document.activeElement === $("steer-" + name)) continue;
@@ -153,8 +203,11 @@ function wireSteer() {
     });
     $("steer-" + name).addEventListener("change", () => setTimeout(() => { waiting = null; }, 200));
   }
-  $("steer-label").addEventListener("change", () => $("steer-label").value !== "" && changeAt(stepShown(), { label: Number($("steer-label").value) }));
-  $("paint-next").addEventListener("click", () => nothingPainted() || changeAt(stepShown(), { next: [...state.painted].sort((a, b) => a - b) }));
+  $("steer-label").addEventListener("change", () => {
+    if ($("steer-label").value === "") asAskedFor(stay());
+    else changeAt(stay(), { label: Number($("steer-label").value) });
+  });
+  $("paint-next").addEventListener("click", () => nothingPainted() || nothingUnknown(stepWanted()) || changeAt(stay(), { next: [...state.painted].sort((a, b) => a - b) }));
   $("paint-clear").addEventListener("click", () => {
     state.painted.clear();
     drawPicture();

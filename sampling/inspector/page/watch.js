@@ -129,22 +129,28 @@ function writeSpec(which, spec) {
   return "";
 }
 
+// Show another run A or B, from its first step on: one that is cancelled before leaves the old one.
+function replaceRun(which, run) {
+  state.runs[which] = run;
+  if (which !== "a") return;
+  document.body.classList.remove("stored");
+  state.image = Math.min(state.image, run.begin.labels.length - 1);
+  state.token = state.hover = state.hoverStep = null;
+  state.runs.b = null; // it had the seed and the labels of the A before
+  for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
+}
+
 const changesOf = ({ steer, redo, edit }) => ({ steer, redo, edit });
 let accepted = changesOf(state); // by the server, or by an address
 
 // Run A or B; what comes is shown while it comes. Changes that the server refuses are taken back.
 async function makeRun(which, signal, follow) {
   const spec = specOf(which), asked = changesOf(state);
-  if (which === "a") {
-    state.image = Math.min(state.image, Math.max(0, spec.labels.length - 1));
-    state.runs.b = null; // it had the seed and the labels of the A before
-    for (const place of ["strip", "compare-strip"]) $(place).replaceChildren();
-  }
   const [run, take] = collector((run) => {
-    state.runs[which] = run;
     run.spec = spec;
     if (!run.begin) return;
     accepted = asked;
+    if (run.steps.length && state.runs[which] !== run) replaceRun(which, run);
     const steps = run.begin.settings.num_iter || 1, done = run.steps.length;
     $("progress").value = run.end ? 1 : Math.min(0.99, done / steps);
     if (done) $("status").textContent = (which === "b" ? "B: " : "") + "step " + done + " of " + steps + ".";
@@ -162,25 +168,38 @@ async function makeRun(which, signal, follow) {
   return run;
 }
 
-// Generate A and show it; keep: the step to stay at.
+// Generate A and show it; keep: the step of the loop to stay at.
 function generateWatch(keep = null) {
+  pause();
+  if (keep !== null) state.wanted = keep;
   return busily("Asking the server.", async (signal) => {
-    state.token = state.hover = null;
     const run = await makeRun("a", signal, (run) => {
-      if (run.steps.length) showStep(keep === null || run.steps.length - 1 < keep ? run.steps.length - 1 : keep);
+      if (!run.steps.length) return;
+      if (keep === null && run.steps.length === 1 && !run.end) state.wanted = Infinity;
+      drawStep();
     });
     $("status").textContent = "Complete: " + run.steps.length + " steps, " + number(run.steps.reduce((s, e) => s + e.seconds, 0)) + " s.";
-    state.step = keep === null ? run.steps.length - 1 : Math.min(keep, run.steps.length - 1);
     redraw();
     showShare();
   });
 }
 
+// Go to a step, an index; at the newest one the page follows a run that goes on.
 function showStep(step) {
   const run = state.runs.a;
   if (!run || !run.steps.length) return;
+  state.wanted = step < run.steps.length - 1 ? run.steps[Math.max(step, 0)].step : Infinity;
+  drawStep();
+}
+
+// The index of the step that is wanted, or of the newest while that one has not come.
+const indexWanted = (run) => Math.max(0, run.steps.findLastIndex((event) => event.step <= state.wanted));
+
+function drawStep() {
+  const run = state.runs.a;
+  if (!run || !run.steps.length) return;
   const count = run.steps.length;
-  state.step = Math.min(Math.max(step, 0), count - 1);
+  state.step = indexWanted(run);
   const planned = live && run.begin.settings.num_iter && !run.end ? Math.max(count, run.begin.settings.num_iter) : count;
   $("scrubber").max = planned - 1;
   $("scrubber").value = state.step;
@@ -189,7 +208,7 @@ function showStep(step) {
   if (row.group !== null) parts.push(row.group + " tokens, τ " + number(row.tau, 4) + ", w " + number(row.cfg, 4));
   else parts.push("nothing left to draw");
   if (event.seconds !== undefined) parts.push(number(event.seconds) + " s; " + number(event.mar) + " backbone and " + number(event.mlp) + " token head evaluations so far");
-  if (run.begin.layout.length > 1) parts.push("scale " + shapeOf(run.begin.layout[state.step]));
+  if (run.begin.layout.length > 1 && row.group) parts.push("scale " + shapeOf(gridDrawn(run, state.step)));
   $("readout").textContent = parts.join(" · ");
   $("scrubber").setAttribute("aria-valuetext", parts.slice(0, 2).join(", "));
   drawPicture();
@@ -235,7 +254,7 @@ function playOrPause() {
   $("play").textContent = "❚❚ pause";
   $("play").setAttribute("aria-label", "Pause");
   player = setInterval(() => {
-    if (state.step >= run.steps.length - 1) return pause();
+    if (state.step >= state.runs.a.steps.length - 1) return pause();
     showStep(state.step + 1);
   }, Math.max(80, Math.min(500, 8000 / run.steps.length)));
 }
@@ -254,8 +273,9 @@ function wireWatch() {
   $("scrubber").addEventListener("input", () => go(Number($("scrubber").value)));
   $("outline").addEventListener("change", drawPicture);
   document.addEventListener("keydown", (event) => {
-    const own = "input, select, textarea, canvas, [role=tab]" + (event.key === " " ? ", button, summary" : ""); // use the key themselves
-    if (state.view !== "watch" || event.target.closest(own) || event.ctrlKey || event.metaKey || event.altKey) return;
+    const own = event.key === " " ? "input:not([type=range]), select, textarea, button, summary" : "input, select, textarea, [role=tab]";
+    if (event.defaultPrevented || state.view !== "watch" || event.target.closest(own)) return; // they use the key themselves
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const steps = { ArrowLeft: state.step - 1, ArrowRight: state.step + 1, Home: 0, End: Infinity };
     if (event.key in steps) go(steps[event.key]);
     else if (event.key === " ") playOrPause();

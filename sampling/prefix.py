@@ -58,6 +58,14 @@ class Prefix:
         )
         return dict(tokens=self.model.patchify(ids), mask=mask)
 
+    def completion_seeds(self, seeds: list[int]) -> list[int]:
+        """Seeds of what completes the images: other ones than the prefix has used, distinct if these are.
+
+        Where nothing is drawn before, these themselves.
+        """
+        shift = seed_of("completion") if self.num_tokens else 0
+        return [(seed + shift) % 2**32 for seed in seeds]
+
 
 def whole_rows(share: float, grid: int) -> int:
     """Tokens of the rows of a square grid that a share of its tokens reaches into."""

@@ -50,6 +50,22 @@ def test_the_causal_model_draws_its_first_tokens_and_the_other_keeps_them(num_to
         assert evals["mar"] == pytest.approx(passes)
 
 
+def test_the_completion_is_drawn_independently_of_the_prefix():
+    causal, model = tiny_gpt(), tiny_maskgil()
+    torch.nn.init.zeros_(causal.output.weight)  # all 16 ids are equally likely, as in an untrained MaskGIL
+    torch.nn.init.zeros_(model.output.weight)
+    seeds, labels = list(range(1000)), torch.zeros(1000, dtype=torch.long)
+    prefix = Prefix(causal, SampleConfig(cfg=1.0).fitted(causal.fixed_rules, "", LENGTH), 0.5, LENGTH // 2)
+    known = prefix.known(labels, seeds, None, Counter())
+    own = prefix.completion_seeds(seeds)
+    assert len({*own, *seeds}) == 2000
+    for num_iter in (1, 4):
+        ids = generate(model, labels, build_rules("maskgil", cfg=1.0), num_iter, seeds=own, **known).flatten(1)
+        first, rest = ids.split(LENGTH // 2, dim=1)
+        equal = (first.unsqueeze(2) == rest.unsqueeze(1)).float().mean(dim=0)  # of each pair of places
+        assert (equal - 1 / 16).abs().max() < 0.04  # 5 standard deviations
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """{name: a run of one epoch}."""

@@ -87,14 +87,20 @@ class CaptionEmbedder(nn.Module):
     def forward(self, text: Text | None, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs (B, T, D), mask (B, T): those that may be looked at) of B = batch captions; None: of none.
 
-        Without a caption all T may be looked at. What features hold where a caption has no token does not matter.
+        Without a caption all T may be looked at. What features hold where a caption has no token does not matter, so
+        those of fewer than T tokens are filled up. Captions of more tokens or another width raise ValueError.
         """
         free = self.uncond_embedding.expand(batch, -1, -1)
         if text is None:
             return self.cap_proj(free), torch.ones(free.shape[:2], dtype=torch.bool, device=free.device)
-        features = text.features.to(free.dtype).masked_fill(~text.mask.unsqueeze(-1), 0)
+        num, width = text.features.shape[1:]
+        most, channels = self.uncond_embedding.shape
+        if num > most or width != channels:
+            raise ValueError(f"captions have {num} tokens of {width} channels, the model takes {most} of {channels}")
+        mask = F.pad(text.mask, (0, most - num))
+        features = F.pad(text.features.to(free.dtype), (0, 0, 0, most - num)).masked_fill(~mask.unsqueeze(-1), 0)
         features = torch.where(text.known[:, None, None], features, free)
-        return self.cap_proj(features), text.mask | ~text.known.unsqueeze(1)
+        return self.cap_proj(features), mask | ~text.known.unsqueeze(1)
 
 
 class Projector(nn.Module):

@@ -10,8 +10,8 @@ from heads.policy import build_rules
 from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
 from models.text import Text
 from sampling.loop import generate
-from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, tensor
-from tests.helpers_text import NUM_TOKENS, batch_of, published_text, random_prompts, tiny_t2i
+from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, tensor, tiny_maskgil
+from tests.helpers_text import NUM_TOKENS, WIDTH, batch_of, published_text, random_prompts, tiny_t2i
 from training.objectives.draws import DrawSettings, training_draws
 from training.objectives.token import Batch, TokenObjective
 from util.images.captions import clean
@@ -57,6 +57,34 @@ def test_padding_does_not_matter():
     other.load_state_dict(weights | {"cls_embedding.uncond_embedding": uncond})
     padded = [torch.nn.functional.pad(x, (0,) * (2 * x.dim() - 3) + (3,)) for x in (text.features, text.mask)]
     torch.testing.assert_close(other.encode_decode(ids, mask, Text(*padded, text.known)), z)
+
+
+@torch.no_grad()
+def test_captions_of_fewer_tokens_are_filled_up_and_none_may_be_longer():
+    model = tiny_t2i()
+    ids, mask, text = batch_of(model, [0, 1, 2])  # of 1, 2 and 3 tokens
+    expected = model.logits(ids, mask, text=text.features, text_mask=text.mask)
+    short = model.logits(ids, mask, text=text.features[:, :3], text_mask=text.mask[:, :3])
+    assert short.equal(expected)
+    whole = model.logits(ids[2:], mask[2:], text=text.features[2:, :3])
+    torch.testing.assert_close(whole, expected[2:])
+    for channels, num, message in ((WIDTH, 7, "7 tokens of 8 channels"), (9, 6, "6 tokens of 9 channels")):
+        with pytest.raises(ValueError, match=f"captions have {message}, the model takes 6 of 8"):
+            model.logits(ids, mask, text=torch.zeros(3, num, channels))
+
+
+def test_logits_refuse_a_condition_of_the_other_kind_and_another_number_of_tokens():
+    ids = torch.zeros(2, LENGTH, dtype=torch.long)
+    labels, features = torch.tensor([0, 1]), torch.zeros(2, NUM_TOKENS, WIDTH)
+    with pytest.raises(ValueError, match="a MaskGIL of text takes no labels: give text"):
+        tiny_t2i().logits(ids, ids > 0, labels)
+    with pytest.raises(ValueError, match="a MaskGIL of classes takes no text: give labels"):
+        tiny_maskgil().logits(ids, ids > 0, text=features)
+    for model in (tiny_t2i(), tiny_maskgil()):
+        with pytest.raises(ValueError, match="ids are 8 an image, a grid of 4x4 has 16"):
+            model.logits(ids[:, :8], ids[:, :8] > 0)
+        with pytest.raises(ValueError, match="ids are 16 an image, a grid of 2x4 has 8"):
+            model.logits(ids, ids > 0, grid=(2, 4))
 
 
 @torch.no_grad()

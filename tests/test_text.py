@@ -12,6 +12,7 @@ from models.text import Text
 from sampling.loop import generate
 from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, tensor, tiny_maskgil
 from tests.helpers_text import NUM_TOKENS, WIDTH, batch_of, published_text, random_prompts, tiny_t2i
+from tests.parity import generate_ids
 from training.objectives.draws import DrawSettings, training_draws
 from training.objectives.token import Batch, TokenObjective
 from util.images.captions import clean
@@ -117,6 +118,24 @@ def test_an_image_depends_on_its_prompt_and_seed_alone():
     model.prompts = None
     with pytest.raises(ValueError, match="this model is of text and has no prompts"):
         generate(model, torch.tensor([0]), rules, 4)
+
+
+def test_the_specifications_sampler_takes_captions_and_grids():
+    """Equal to the loop with prompts; None = no caption; a rectangle as of a model of that size."""
+    model, seeds = tiny_t2i(), [5, 6, 7]
+    labels = torch.tensor([1, -1, 4])
+    wide = tiny_t2i(img_size="4x12")
+    for grid, other in ((None, model), ((2, 6), wide)):
+        text = other.prompts[labels]
+        expected = generate(other, labels, build_rules("baseline", **RULES), 4, seeds=seeds).flatten(1)
+        options = dict(num_iter=4, cfg=3.0, seeds=seeds, grid=grid)
+        given = dict(text=text.features, text_mask=text.mask)
+        assert generate_ids(model, labels, **given, **options).equal(expected)
+        named = generate_ids(model, None, **given, **options)  # its text has no token, which is another thing than none
+        assert named[[0, 2]].equal(expected[[0, 2]])
+        free = generate(other, torch.tensor([-1] * 3), build_rules("baseline", **RULES), 4, seeds=seeds).flatten(1)
+        assert generate_ids(model, labels, **options).equal(free)
+    assert model.config == tiny_t2i().config and len(model.prompts) == 5
 
 
 def test_the_loss_reaches_the_unconditional_embedding_where_captions_are_dropped():

@@ -32,6 +32,10 @@ def test_whole_rows():
     shares = (0, 1 / 16, 0.25, 0.26, 0.5, 0.99, 1)
     assert [whole_rows(share, 4) for share in shares] == [0, 4, 4, 8, 8, 16, 16]
     assert [whole_rows(share, 16) for share in (1 / 16, 1 / 8, 1 / 4, 0.3)] == [16, 32, 64, 80]
+    assert whole_rows(0.55, 20) == 220 and whole_rows(0.551, 20) == 240
+    for grid in range(1, 65):
+        for k in range(grid + 1):
+            assert whole_rows(k / grid, grid) == k * grid
 
 
 @pytest.mark.parametrize("num_tokens", [0, 4, 12, LENGTH])

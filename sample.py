@@ -59,7 +59,8 @@ class SampleArgs(PrefixArgs):
         None, "comma list of class numbers, −1 = unconditional (default: all classes in turn)"
     )
     prompts: str | None = flag(
-        None, "of a model of text: a prompt, a file with one a line, or a folder of scripts/cache_text.py"
+        None,
+        "of a model of text: a prompt, a file of them (.csv, .jsonl: caption), or a folder of scripts/cache_text.py",
     )
     text_encoder: str | None = flag(None, "folder of the T5 encoder for prompts (default: the one trained with)")
     fast: bool = flag(

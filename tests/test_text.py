@@ -170,6 +170,7 @@ def test_prompts_are_known_by_their_captions():
         ("A  Cat\n on a MAT", "a cat on a mat"),
         ("wow!!! a <b>dog</b>... at https://x.org/a?b=1 &amp; www.y.com", "wow! a dog . at &"),
         ("3 > 2", "3 > 2"),
+        ("3 < 5 and 7 > 2, i <3 you </p><br/><!-- no -->", "3 < 5 and 7 > 2, i <3 you"),
         (" \t", ""),
     ],
 )

@@ -48,8 +48,9 @@ class Prompts:
 
     @cached_property
     def content(self) -> str:
-        """16 hex digits that change with the captions."""
-        return hashlib.blake2b(json.dumps(self.captions).encode(), digest_size=8).hexdigest()
+        """16 hex digits that change with the captions and with where they are cut off."""
+        parts = [self.captions, self.num_tokens]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
     def __getitem__(self, labels: torch.Tensor) -> Text:
         features = torch.zeros(len(labels), self.num_tokens, self.width, dtype=torch.float16)

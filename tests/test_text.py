@@ -8,7 +8,7 @@ import torch
 
 from heads.policy import build_rules
 from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
-from models.text import Text
+from models.text import Prompts, Text
 from sampling.loop import generate
 from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, tensor, tiny_maskgil
 from tests.helpers_text import NUM_TOKENS, WIDTH, batch_of, published_text, random_prompts, tiny_t2i
@@ -160,8 +160,11 @@ def test_captions_are_drawn_anew_at_each_step_and_a_stand_in_has_none():
     assert captions.examples(10) == [0, 3, 4] and captions.examples(1) == [0]
 
 
-def test_prompts_are_known_by_their_captions():
-    assert random_prompts(3).content == random_prompts(3, seed=1).content != random_prompts(4).content
+def test_prompts_are_known_by_their_captions_and_where_these_are_cut_off():
+    prompts = random_prompts(3)
+    assert prompts.content == random_prompts(3, seed=1).content != random_prompts(4).content
+    cut = Prompts(prompts.captions, [row[:2] for row in prompts.rows], 2, WIDTH)
+    assert prompts.content != cut.content
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
-"""Files of captions and of prompts: what is a line, an entry and a text in them."""
+"""Files of captions and of prompts: what is a line, an entry and a text in them; encoders that cannot be."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 
+from models.text_encoder import load_text_encoder
 from sampling.prompts import open_prompts
+from scripts.demo_text import save_encoder
+from tests.helpers_text import WORDS, tiny_encoder
 from util.images.captions import captions_of_images, read_prompts
 
 ENTRIES = [("a", "a cat on a mat"), ("a", "a dog, two"), ("b", "three \u2028 four"), ("b", 'says "hi"')]
@@ -54,3 +61,18 @@ def test_files_without_prompts_are_refused(name, text, message, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"^--prompts {path}:? {message}"):
         read_prompts("prompts", path)
+
+
+def test_tokenizers_that_do_not_fit_their_network_are_refused(tmp_path):
+    """One without a token for padding, and one with more words than the network has rows."""
+    few, many = (Path(tiny_encoder(tmp_path / name)) for name in ("few", "many"))
+    save_encoder(tmp_path / "words", [*WORDS, "another"], 0, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1)
+    shutil.copy(tmp_path / "words" / "tokenizer.json", many)
+    settings = json.loads((few / "tokenizer_config.json").read_text())
+    (few / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "pad_token"}))
+    (few / "special_tokens_map.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=f"^--text_encoder {few} has a tokenizer without a token for padding"):
+        load_text_encoder(str(few), 6)
+    ids = len(WORDS) + 3
+    with pytest.raises(ValueError, match=f"^--text_encoder {many} has .* ids up to {ids} .* for those below {ids}: "):
+        load_text_encoder(str(many), 6)

@@ -79,6 +79,10 @@ def test_token_schedules_are_the_published_ones():
     assert len(REFERENCE["schedules"]) == 240
     with pytest.raises(ValueError, match="unknown token schedule 'x'; valid: arccos, cosine, root, linear, square"):
         token_schedule("x", 8, 16)
+    assert token_schedule("arccos", 8, 0) == []
+    for num_iter, total, message in ((0, 16, "num_iter must be at least 1, got 0"), (8, -1, "total .* got -1")):
+        with pytest.raises(ValueError, match=message):
+            token_schedule("arccos", num_iter, total)
 
 
 @pytest.mark.parametrize("kind", STEP_WEIGHTS)

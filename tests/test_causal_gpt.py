@@ -217,6 +217,7 @@ def test_files_that_are_no_class_model_of_llamagens_are_one_line(published):
         (dict(n_kv_head=5), "n_head 12 must be a multiple of n_kv_head 5"),
         (dict(cond_rope="none"), "unknown cond_rope 'none'; valid: zero, identity"),
         (dict(cls_token_num=120), "cls_token_num 120 must be 1"),
+        (dict(n_head=0), "n_head must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options, message):

@@ -282,13 +282,16 @@ def run(args: SampleArgs, given: dict) -> int:
             raise ValueError("--save_trace shows ids as they are drawn, --smooth mixes them: give one of the two")
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     note_top_k([setting.sampling for setting in settings], model)
+    networks = [model] + ([prefix.model] if prefix else [])
     if parts.dtype == torch.int8:
-        quantize(model)
+        for network in networks:
+            quantize(network)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)
     if args.compile:
-        model.compile_parts()
+        for network in networks:
+            network.compile_parts()
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:
             print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)

@@ -12,6 +12,8 @@ from PIL import Image
 import main_mar
 import sample
 from heads.policy import build_rules
+from models.causal_gpt import CausalGPT
+from models.maskgil import MaskGIL
 from models.tokenizers import build_tokenizer
 from sampling.loop import generate
 from sampling.prefix import Prefix, PrefixArgs, open_prefix, whole_rows
@@ -22,6 +24,7 @@ from tests.helpers_ids import add_tokenizers
 from tests.helpers_maskgil import shrink, tiny_maskgil
 from tests.parity import generate_ids_causal
 from tests.test_cli import refused
+from tests.test_int8 import needs_int8
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --img_size 8 --batch_size 256 --lr 1e-3 --lr_schedule constant --warmup_epochs 0".split()
@@ -158,6 +161,26 @@ def test_the_causal_model_is_sampled_with_the_settings_given(runs, tmp_path):
     row, made = images(runs, tmp_path / "none", "maskgil", *share)
     assert not [name for name in row["settings"] if name in ("prefix_cfg", "prefix_temperature", "prefix_top_k")]
     assert any(not np.array_equal(a, b) for a, b in zip(made, causal))
+
+
+def test_int8_and_compile_are_for_both_models(runs, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr("sample.quantize", lambda model: done.append(("int8", type(model))))
+    for family in (MaskGIL, CausalGPT):
+        monkeypatch.setattr(family, "compile_parts", lambda model: done.append(("compile", type(model))))
+    words = ["--prefix_from", str(runs / "gpt"), "--dtype", "int8", "--compile"]
+    images(runs, tmp_path, "maskgil", *words)
+    assert done == [(how, family) for how in ("int8", "compile") for family in (MaskGIL, CausalGPT)]
+
+
+@needs_int8
+def test_a_prefix_in_int8_is_the_causal_models_in_int8(runs, tmp_path):
+    words = ["--dtype", "int8"]
+    _, causal = images(runs, tmp_path / "pure", "gpt", *words)
+    given = ["--prefix_from", str(runs / "gpt"), "--prefix_share", "1"]
+    row, made = images(runs, tmp_path / "all", "maskgil", *given, *words)
+    assert all(np.array_equal(a, b) for a, b in zip(made, causal))
+    assert row["settings"]["prefix"] in row["name"]
 
 
 @pytest.mark.parametrize(

@@ -23,11 +23,11 @@ from heads.policy import load_heads
 from heads.schedules import needed_steps
 from models.families import takes_any_size
 from models.int8 import fast_dtype, quantize
-from models.loading import LoadArgs, find_places, looked_for
+from models.loading import find_places, looked_for
 from models.text import reads_text
 from sampling.editing import Edit, editing_defaults, open_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
-from sampling.prefix import DEFAULT_SHARE, check_prefix_flags, open_prefix
+from sampling.prefix import PrefixArgs, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
 from sampling.run import Parts, claim_folder, identity, own_folder, sample_images, size_of_images
 from sampling.settings import FAST, SampleConfig, note_top_k
@@ -50,7 +50,7 @@ GRID_ROWS, EDIT_COLUMNS = 5, 8
 
 
 @dataclass(frozen=True)
-class SampleArgs(LoadArgs):
+class SampleArgs(PrefixArgs):
     """Which checkpoint, which classes, where to."""
 
     checkpoint: str | None = flag(None, "folder or file of the checkpoint")
@@ -59,13 +59,10 @@ class SampleArgs(LoadArgs):
         None, "comma list of class numbers, −1 = unconditional (default: all classes in turn)"
     )
     prompts: str | None = flag(
-        None, "of a model of text: a prompt, a file with one a line, or a folder of scripts/cache_text.py"
+        None,
+        "of a model of text: a prompt, a file of them (.csv, .jsonl: caption), or a folder of scripts/cache_text.py",
     )
     text_encoder: str | None = flag(None, "folder of the T5 encoder for prompts (default: the one trained with)")
-    prefix_from: str | None = flag(None, "folder or file of a causal model that draws the first rows of each image")
-    prefix_share: float | None = flag(
-        None, f"share of the tokens that it draws, raised to whole rows (default: {DEFAULT_SHARE})", low=0, high=1
-    )
     fast: bool = flag(
         False,
         " ".join(f"--{k} {v}" for k, v in FAST.items())
@@ -250,10 +247,8 @@ def run(args: SampleArgs, given: dict) -> int:
     heads = load_heads(content, ema=not args.no_ema)
     del content  # the optimizer's tensors are large
     check_asked(config, args.prompts, args.text_encoder, args.class_labels)
-    check_prefix_flags(args.prefix_from, args.prefix_share, args.edit_image)
-    prefix = None
-    if args.prefix_from is not None:
-        prefix = open_prefix(args.prefix_from, args.prefix_share, model, tokenizer, config, ema=not args.no_ema)
+    check_prefix_flags(args, args.edit_image)
+    prefix = None if args.prefix_from is None else open_prefix(args, model, tokenizer, config)
     classes = config["data"]["classes"]
     if args.prompts is not None:
         model.prompts = open_prompts(args.prompts, args.text_encoder, config, args.dry_run)
@@ -287,13 +282,16 @@ def run(args: SampleArgs, given: dict) -> int:
             raise ValueError("--save_trace shows ids as they are drawn, --smooth mixes them: give one of the two")
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     note_top_k([setting.sampling for setting in settings], model)
+    networks = [model] + ([prefix.model] if prefix else [])
     if parts.dtype == torch.int8:
-        quantize(model)
+        for network in networks:
+            quantize(network)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)
     if args.compile:
-        model.compile_parts()
+        for network in networks:
+            network.compile_parts()
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:
             print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models.kv_cache import attention
 from util.args import flag
-from util.sizes import Size, grid_of, image_size
+from util.sizes import Size, check_counts, grid_of, image_size
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class LlamaConfig:
     def __post_init__(self, num_classes, block_size):
         if num_classes is not None:
             object.__setattr__(self, "class_num", num_classes)
+        check_counts(self, "dim n_layer n_head n_kv_head multiple_of vocab_size cls_token_num class_num")
+        check_counts(self, "vae_stride vae_embed_dim")
         if block_size is not None:
             object.__setattr__(self, "img_size", isqrt(block_size) * self.vae_stride)
             if self.seq_len != block_size:

@@ -22,7 +22,7 @@ from models.tokenizers.ldm import KL16_PATH
 from models.vit import Block
 from util.args import flag
 from util.graphs import Graphs
-from util.sizes import Size, check_square, image_size
+from util.sizes import Size, check_counts, check_square, image_size
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class MARConfig:
             raise ValueError(f"--vocab_size {self.vocab_size} has no meaning with --loss {self.loss}: it is for ce")
         step_range(self.num_sampling_steps)  # raises ValueError for what is neither a number nor two
         check_square(self.img_size, "a MAR")
+        check_counts(self, "encoder_embed_dim encoder_num_heads decoder_embed_dim decoder_num_heads")
+        check_counts(self, "patch_size vae_stride vae_embed_dim vocab_size class_num")
         cell = self.vae_stride * self.patch_size
         if self.img_size < cell or self.img_size % cell:
             raise ValueError(f"img_size {self.img_size} must be a multiple of vae_stride·patch_size = {cell}")

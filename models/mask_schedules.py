@@ -50,8 +50,14 @@ def step_shares(kind: str, num_iter: int) -> tuple[float, ...]:
 def token_schedule(kind: str, num_iter: int, total: int) -> list[int]:
     """The numbers of tokens that at most num_iter steps reveal, each at least 1, their sum total.
 
-    Each is its share of total, half to even; the last step takes what is left, and none goes beyond it.
+    Each is its share of total, half to even; the last step takes what is left, and none goes beyond it. Of total 0
+    there are none; fewer than 1 step or than 0 tokens raise ValueError.
     """
+    for name, value, low in (("num_iter", num_iter, 1), ("total", total, 0)):
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+    if not total:
+        return []
     counts, left = [], total
     for step, share in enumerate(step_shares(kind, num_iter)):
         wanted = int((torch.tensor(share) * total).round()) if step < num_iter - 1 else left

@@ -178,11 +178,20 @@ class MaskGIL(Llama):
         """(B, L, V + 1) float32, the last for the mask token, of ids (B, L), read where mask (B, L) is False.
 
         labels (B,) long, −1 = no class, None = all. Of a model of text in their place the features of captions (B, T,
-        C) and text_mask (B, T) bool, True where they have a token; None = no caption. grid: (h, w), None =
-        that of img_size.
+        C), of T tokens at most, and text_mask (B, T) bool, True where they have a token, None: everywhere; text None =
+        no caption. grid: (h, w), None = that of img_size. A condition of the other kind, or a grid of another number of
+        tokens than ids have, raises ValueError.
         """
+        c = self.config
+        if (labels if c.reads_text else text) is not None:
+            wrong, right = ("labels", "text") if c.reads_text else ("text", "labels")
+            raise ValueError(f"a MaskGIL of {MODEL_TYPES[c.model_type]} takes no {wrong}: give {right}")
+        height, width = grid or c.shape
+        if ids.shape[1] != height * width:
+            raise ValueError(f"ids are {ids.shape[1]} an image, a grid of {height}x{width} has {height * width}")
         if text is not None:
-            labels = Text(text, text_mask, torch.ones(len(ids), dtype=torch.bool, device=ids.device))
+            text_mask = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
+            labels = Text(text, text_mask.to(text.device), torch.ones(len(ids), dtype=torch.bool, device=ids.device))
         return self.output.all_logits(self.encode_decode(ids, mask, labels, grid=grid))
 
     def conditions(

@@ -48,8 +48,9 @@ class Prompts:
 
     @cached_property
     def content(self) -> str:
-        """16 hex digits that change with the captions."""
-        return hashlib.blake2b(json.dumps(self.captions).encode(), digest_size=8).hexdigest()
+        """16 hex digits that change with the captions and with where they are cut off."""
+        parts = [self.captions, self.num_tokens]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
     def __getitem__(self, labels: torch.Tensor) -> Text:
         features = torch.zeros(len(labels), self.num_tokens, self.width, dtype=torch.float16)
@@ -87,14 +88,20 @@ class CaptionEmbedder(nn.Module):
     def forward(self, text: Text | None, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(inputs (B, T, D), mask (B, T): those that may be looked at) of B = batch captions; None: of none.
 
-        Without a caption all T may be looked at. What features hold where a caption has no token does not matter.
+        Without a caption all T may be looked at. What features hold where a caption has no token does not matter, so
+        those of fewer than T tokens are filled up. Captions of more tokens or another width raise ValueError.
         """
         free = self.uncond_embedding.expand(batch, -1, -1)
         if text is None:
             return self.cap_proj(free), torch.ones(free.shape[:2], dtype=torch.bool, device=free.device)
-        features = text.features.to(free.dtype).masked_fill(~text.mask.unsqueeze(-1), 0)
+        num, width = text.features.shape[1:]
+        most, channels = self.uncond_embedding.shape
+        if num > most or width != channels:
+            raise ValueError(f"captions have {num} tokens of {width} channels, the model takes {most} of {channels}")
+        mask = F.pad(text.mask, (0, most - num))
+        features = F.pad(text.features.to(free.dtype), (0, 0, 0, most - num)).masked_fill(~mask.unsqueeze(-1), 0)
         features = torch.where(text.known[:, None, None], features, free)
-        return self.cap_proj(features), text.mask | ~text.known.unsqueeze(1)
+        return self.cap_proj(features), mask | ~text.known.unsqueeze(1)
 
 
 class Projector(nn.Module):

@@ -67,4 +67,12 @@ def load_text_encoder(path: str, num_tokens: int, device="cpu") -> TextEncoder:
         raise ValueError(f"--text_encoder {path} cannot be read ({reason}); expected {WANTED}") from None
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(f"--text_encoder {path} lacks {len(missing)} weights, the first is {missing[0]}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"--text_encoder {path} has a tokenizer without a token for padding; expected {WANTED}")
+    largest, num_rows = max(tokenizer.get_vocab().values()), network.get_input_embeddings().num_embeddings
+    if largest >= num_rows:
+        raise ValueError(
+            f"--text_encoder {path} has a tokenizer with ids up to {largest} and a network for those below {num_rows}: "
+            "they are not of one encoder"
+        )
     return TextEncoder(path, tokenizer, network.to(device).eval(), num_tokens)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from models.tokenizers.multiscale_vq import SCALES, check_sides
 from util.args import flag
-from util.sizes import Size, check_square, image_size
+from util.sizes import Size, check_counts, check_square, image_size
 
 VAE_PATH = "pretrained_models/vae_ch160v4096z32.pth"  # where scripts/download_weights.py puts it
 
@@ -56,6 +56,7 @@ class VARConfig:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         check_sides("patch_nums", self.patch_nums)
         check_square(self.img_size, "a VAR")
+        check_counts(self, "depth embed_dim num_heads vocab_size vae_stride vae_embed_dim class_num")
         if self.img_size is None:
             object.__setattr__(self, "img_size", self.grid * self.vae_stride)
         if self.img_size != self.grid * self.vae_stride:

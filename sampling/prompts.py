@@ -1,4 +1,4 @@
-"""The prompts of sample.py: a text, a file with one a line, or features that scripts/cache_text.py has made."""
+"""The prompts of sample.py: a text, a file of them, or features that scripts/cache_text.py has made."""
 
 import json
 import os
@@ -6,10 +6,8 @@ from pathlib import Path
 
 from models.text import Prompts
 from models.text_encoder import TextEncoder, load_text_encoder
-from util.images.captions import clean, read_lines
+from util.images.captions import TABLES, clean, read_prompts
 from util.images.text_cache import CachedTexts, open_texts
-
-TABLES = (".txt", ".csv", ".jsonl")  # endings of a file that is missed where there is none
 
 
 def check_asked(config: dict, prompts: str | None, text_encoder: str | None, class_labels: str | None) -> None:
@@ -29,7 +27,7 @@ def check_asked(config: dict, prompts: str | None, text_encoder: str | None, cla
             f"--class_labels {class_labels} has no meaning for this model, which is of text: use --prompts"
         )
     if prompts is None:
-        what = "a text, a file with one a line, or a folder of scripts/cache_text.py"
+        what = "a text, a file with one a line or in a column caption, or a folder of scripts/cache_text.py"
         raise ValueError(f"--prompts is needed, {what}: this model is of text")
 
 
@@ -74,8 +72,8 @@ def prompts_of(texts: CachedTexts) -> Prompts:
 
 def _captions(source: str, dry: bool) -> list[str]:
     if os.path.isfile(source):
-        return read_lines("prompts", Path(source))
-    if Path(source).suffix in TABLES and not dry:
+        return read_prompts("prompts", Path(source))
+    if Path(source).suffix in (*TABLES, ".txt") and not dry:
         raise ValueError(f"--prompts: there is no file {source}")
     caption = clean(source)
     if not caption:

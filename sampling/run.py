@@ -184,6 +184,7 @@ class SamplingRun:
             known = {name: known.expand(len(images), *known.shape[1:]) for name, known in self.known.items()}
             if parts.prefix is not None:
                 known = parts.prefix.known(labels, seeds, parts.tokenizer, self.evals)
+                seeds = parts.prefix.completion_seeds(seeds)
             return generate(
                 parts.model,
                 labels,

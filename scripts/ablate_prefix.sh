@@ -4,12 +4,12 @@
 #   bash scripts/ablate_prefix.sh
 #   PRESET=cifar10 DATA=data bash scripts/ablate_prefix.sh
 # A VQ tokenizer, a causal model and a MaskGIL are trained first, unless TOKENIZER, CAUSAL and MASKGIL name them. OUT:
-# folder (output_dir/ablate_prefix). SHARES, STEPS, SEEDS: comma lists. EPOCHS: of both models. Finished parts are not run
-# again. Further arguments go to sample.py.
+# folder (output_dir/ablate_prefix/PRESET). SHARES, STEPS, SEEDS: comma lists. EPOCHS: of both models. Finished parts are
+# not run again. Further arguments go to sample.py, such as --prefix_cfg 2 for the causal model.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
-out=${OUT:-output_dir/ablate_prefix}
+out=${OUT:-output_dir/ablate_prefix/$preset}
 shares=${SHARES:-0,0.0625,0.125,0.25,0.5,1}
 case $preset in
     digits)

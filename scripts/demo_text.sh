@@ -3,8 +3,8 @@
 # has learned nothing, but tells words apart), maskgil_t2i_tiny; then prompts in four wordings that it has never seen, made
 # of the same words, and the share of the samples that a classifier takes for the digit asked for.
 #   bash scripts/demo_text.sh [--dry_run] [flags of sample.py]
-# OUT: folder (output_dir/demo_text). EPOCHS, TOKENIZER_EPOCHS: of the model and of its VQ tokenizer. Finished parts are
-# not run again.
+# OUT: folder (output_dir/demo_text), another one for other flags. EPOCHS, TOKENIZER_EPOCHS: of the model and of its VQ
+# tokenizer. Finished parts are not run again.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 out=${OUT:-output_dir/demo_text}
@@ -20,4 +20,5 @@ run python main_mar.py --preset digits --model maskgil_t2i_tiny --cached_text "$
 run python sample.py --checkpoint "$out/model" --output_dir "$out/samples" --prompts "$out/prompts.txt" \
     --num_images 800 --eval_bsz 200 --cfg 3 "$@"
 samples=("$out"/samples/*_prompts*)
+[ ${#samples[@]} = 1 ] || fail "$out/samples has ${#samples[@]} settings, the table is of one: give another OUT"
 into "$out/table.md" python scripts/demo_text.py --output_dir "$out" --samples "${samples[0]}"

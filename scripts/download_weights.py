@@ -196,6 +196,9 @@ def main(argv=None) -> int:
     parser.add_argument("--dry_run", action="store_true", help="print what would be fetched and stop")
     args = parser.parse_args(argv)
     for name in args.names:
+        if name.startswith("maskgil"):
+            tokenizer = "llamagen_vq16_t2i" if "t2i" in name else "llamagen_vq16"
+            raise ValueError(f"{name}: no weights of MaskGIL are published; those of its tokenizer are {tokenizer}")
         if name not in FILES:
             raise ValueError(f"unknown weights {name!r}; valid: {', '.join(FILES)}")
     expected = parse_sha256(args.sha256)

@@ -1,10 +1,14 @@
 """Small causal models, and ways to compute what they draw without a loop, a cache or a batch."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
-from models.causal_gpt import CausalGPT, CausalGPTConfig
+from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.kv_cache import CausalConditions
 from models.mar_ar import MARAR, MARARConfig
+from models.tokenizers.vq import VQConfig, VQModel
 
 ENTRIES, LENGTH = 16, 16
 
@@ -25,6 +29,22 @@ def tiny_gpt(seed=0, **changes) -> CausalGPT:
     sizes = dict(dim=16, n_layer=2, n_head=2, multiple_of=8, vocab_size=ENTRIES, num_classes=4, block_size=LENGTH)
     torch.manual_seed(seed)
     return disturbed(CausalGPT(CausalGPTConfig(**{**sizes, **changes})))
+
+
+def save_published(folder: Path, wrapped: bool) -> tuple[CausalGPT, Path]:
+    """(model, path) of a file like LlamaGen's below the folder, with 3 classes, and the tokenizer in its place there.
+
+    wrapped: the weights are its 'model'.
+    """
+    torch.manual_seed(0)
+    vq = VQModel(VQConfig(ch=32, encoder_ch_mult=(1,) * 5, decoder_ch_mult=(1,) * 5, z_channels=32, codebook_size=12))
+    (folder / "pretrained_models").mkdir(exist_ok=True)
+    torch.save({"model": vq.state_dict()}, folder / "pretrained_models" / "vq_ds16_c2i.pt")
+    model = CausalGPT(replace(CAUSAL_GPT_CONFIGS["causal_gpt_tiny"], vocab_size=12, class_num=3, img_size=32))
+    torch.nn.init.normal_(model.output.weight)
+    path = folder / "c2i_tiny.pt"
+    torch.save({"model": model.state_dict(), "steps": 3} if wrapped else model.state_dict(), path)
+    return model, path
 
 
 def disturbed(model):

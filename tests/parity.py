@@ -9,11 +9,13 @@ import torch
 from heads.orders import Confidence
 from heads.policy import build_rules
 from models.next_scale import NextScaleConditions, kept_tokens
+from models.text import Text
 from models.token_head import guide
 from sampling.loop import eval_mode, generate
 from tests.helpers_causal import WholePass
 from training.optim import make_optimizer
 from training.schedules import decay_at, lr_factor
+from util.sizes import size_of
 
 CFGS_OF = {"linear": "ramp"}  # the specification's names: ours
 
@@ -76,14 +78,16 @@ class Recorded(Confidence):
 
 def generate_ids(
     model, labels, *, num_iter=8, schedule="arccos", counts=None, temperature=1.0, r_temp=4.5, cfg=4.0,
-    cfg_schedule="linear", randomize="linear", keep_mask_logit=False, ids=None, mask=None, seeds=None, noise_fn=None,
-    callback=None,
+    cfg_schedule="linear", randomize="linear", keep_mask_logit=False, ids=None, mask=None, text=None, text_mask=None,
+    grid=None, seeds=None, noise_fn=None, callback=None,
 ):  # fmt: skip
     """Ids (B, L) long of a MaskGIL for labels (B,), −1 = no class; cfg_schedule "linear" is the rule ramp.
 
-    counts: tokens of each step, in place of the schedule's. ids, mask (B, L): known tokens to keep. noise_fn(step) ->
-    (Gumbel draws (B, L, V), V + 1 with keep_mask_logit, draws of the score (B, L)). callback(step, ids, mask) after
-    each step.
+    counts: tokens of each step, in place of the schedule's. ids, mask (B, L): known tokens to keep. A model of
+    text has text (B, T, C) with text_mask (B, T), None: all real; labels −1 = no caption, None = all have theirs;
+    without text no image has one, and labels say how many there are. grid: (h, w), None: that of img_size.
+    noise_fn(step) -> (Gumbel draws (B, L, V), V + 1 with keep_mask_logit, draws of the score (B, L)).
+    callback(step, ids, mask) after each step.
     """
     names = dict(order="confidence", group=f"step_{schedule}", cfg_schedule=CFGS_OF.get(cfg_schedule, cfg_schedule))
     numbers = dict(cfg=cfg, temperature=temperature, confidence_noise=r_temp, confidence_score=randomize)
@@ -92,7 +96,11 @@ def generate_ids(
         rules = replace(rules, group=lambda state: torch.full_like(state.num_unknown, float(counts[state.step])))
     if noise_fn is not None:
         rules = replace(rules, order=Recorded(r_temp, randomize, lambda step: noise_fn(step)[1]))
-    unknown = torch.ones(len(labels), model.config.seq_len, dtype=torch.bool) if mask is None else mask.clone()
+    if model.config.reads_text:
+        labels = torch.zeros(len(text)) if labels is None else labels
+        labels = torch.full_like(labels, -1) if text is None else labels
+        text = torch.zeros(len(labels), 1, model.config.caption_dim) if text is None else text
+        labels = torch.where(labels < 0, -1, torch.arange(len(labels)))
 
     def noise(step, rows):
         return noise_fn(step)[0][rows[:, 0], rows[:, 1]]
@@ -102,13 +110,40 @@ def generate_ids(
         callback(step, tokens.clamp(max=model.config.vocab_size - 1), unknown.clone())
 
     options = dict(seeds=seeds, noise_fn=noise_fn and noise, callback=callback and after, tokens=ids, mask=mask)
-    head = model.token_head
-    head.keep_mask_logit = keep_mask_logit
-    try:
+    with changed(model, text, text_mask, grid, keep_mask_logit):
+        shape = len(labels), model.config.seq_len
+        unknown = torch.ones(shape, dtype=torch.bool) if mask is None else mask.clone()
         made = generate(model, labels, rules, num_iter, **options)
-    finally:
-        head.keep_mask_logit = False
     return made.flatten(1).clamp(max=model.config.vocab_size - 1)
+
+
+class GivenText:
+    """`models.text.Prompts` of features (B, T, C) of any precision, with their mask (B, T), None: all real."""
+
+    def __init__(self, features, mask):
+        self.features = features
+        self.mask = torch.ones(features.shape[:2], dtype=torch.bool) if mask is None else mask
+
+    def __len__(self):
+        return len(self.features)
+
+    def __getitem__(self, labels):
+        return Text(self.features[labels.clamp(min=0)], self.mask[labels.clamp(min=0)], labels >= 0)
+
+
+@contextlib.contextmanager
+def changed(model, text, text_mask, grid, keep_mask_logit):
+    """A MaskGIL that has these captions, makes images of this grid, and draws the mask token or not."""
+    config, prompts = model.config, model.prompts
+    if config.reads_text:
+        model.prompts = GivenText(text, text_mask)
+    if grid is not None:
+        model.config = replace(config, img_size=size_of(*(side * config.vae_stride for side in grid)))
+    model.token_head.keep_mask_logit = keep_mask_logit
+    try:
+        yield
+    finally:
+        model.config, model.prompts, model.token_head.keep_mask_logit = config, prompts, False
 
 
 def generate_var(

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ from heads.policy import build_rules
 from models.causal_gpt import CAUSAL_GPT_CONFIGS, CausalGPT, CausalGPTConfig
 from models.kv_cache import KeyValueCache
 from models.loading import LoadArgs, load_model, stored_model_config
-from models.tokenizers.vq import VQConfig, VQModel
 from sampling.inspector.recording import record
 from sampling.inspector.spec import read_spec
 from sampling.loop import generate
 from scripts import inspector
 from tests import helpers_ids
 from tests.helpers import named_weights
+from tests.helpers_causal import save_published
 from tests.parity import generate_ids_causal
 from tests.test_cli import refused
 from util.images.pictures import read_png
@@ -158,19 +159,7 @@ def test_published_weights_say_their_sizes_and_the_size_that_is_named_must_be_th
 def published(tmp_path, monkeypatch):
     """A function that saves a model like LlamaGen's files: wrapped -> (model, path); the tokenizer is in its place."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    vq = VQModel(VQConfig(ch=32, encoder_ch_mult=(1,) * 5, decoder_ch_mult=(1,) * 5, z_channels=32, codebook_size=12))
-    (tmp_path / "pretrained_models").mkdir()
-    torch.save({"model": vq.state_dict()}, "pretrained_models/vq_ds16_c2i.pt")
-    model = CausalGPT(replace(CAUSAL_GPT_CONFIGS["causal_gpt_tiny"], vocab_size=12, class_num=3, img_size=32))
-    torch.nn.init.normal_(model.output.weight)
-
-    def save(wrapped):
-        path = tmp_path / "c2i_tiny.pt"
-        torch.save({"model": model.state_dict(), "steps": 3} if wrapped else model.state_dict(), path)
-        return model, path
-
-    return save
+    return partial(save_published, tmp_path)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -228,6 +217,7 @@ def test_files_that_are_no_class_model_of_llamagens_are_one_line(published):
         (dict(n_kv_head=5), "n_head 12 must be a multiple of n_kv_head 5"),
         (dict(cond_rope="none"), "unknown cond_rope 'none'; valid: zero, identity"),
         (dict(cls_token_num=120), "cls_token_num 120 must be 1"),
+        (dict(n_head=0), "n_head must be at least 1, got 0"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options, message):

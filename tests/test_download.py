@@ -223,3 +223,11 @@ def test_what_was_fetched_is_evaluated_with_mars_command(server, get, tmp_path, 
     assert main_mar.main([*SMALL, *flags, "--num_sampling_steps", "2", "--metrics", "none"]) == 0
     assert "generation of 8 images (1 of each of 8 classes, EMA weights, fp32)" in capsys.readouterr().out
     assert len(list(folder.glob("evaluation/*/*.png"))) == 8
+
+
+@pytest.mark.parametrize("name, tokenizer", [("maskgil_b", "llamagen_vq16"), ("maskgil_t2i_xl", "llamagen_vq16_t2i")])
+def test_maskgils_weights_are_not_published_and_its_tokenizers_are(name, tokenizer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = refused(download_weights.main, [name], capsys)
+    assert line == f"error: {name}: no weights of MaskGIL are published; those of its tokenizer are {tokenizer}"
+    assert tokenizer in download_weights.FILES and not list(tmp_path.iterdir())

@@ -149,3 +149,22 @@ def test_the_leaderboard_keeps_its_steps_from_the_grid(place):
     assert {"--num_iter 4 ", "--num_iter 8 ", "--num_iter 4,8"} == {
         name for name in ("--num_iter 4 ", "--num_iter 8 ", "--num_iter 4,8") if any(name in line for line in sampled)
     }
+
+
+def test_the_demonstration_of_text_measures_one_setting(place, tmp_path):
+    """Samples of other flags in the same folder would be measured in place of those asked for."""
+    venv, out = tmp_path / "venv", tmp_path / "out"
+    for name in ("a_prompts1", "b_prompts1"):
+        (out / "samples" / name).mkdir(parents=True)
+    venv.mkdir()
+    shutil.copy(ROOT / "requirements.txt", venv / ".mar_requirements")
+    code, _, errors, calls = place[1]("demo_text", VIRTUAL_ENV=str(venv), OUT=str(out))
+    assert code == 2 and errors == f"error: {out}/samples has 2 settings, the table is of one: give another OUT\n"
+    assert not [words for words in calls if "--samples" in words]
+
+
+def test_presets_have_folders_of_their_own(place):
+    """Else the second one would go on from the models of the first."""
+    shown = [place[1]("ablate_prefix", "--dry_run", PRESET=preset)[1] for preset in ("digits", "cifar10")]
+    outs = [{word for word in shlex.split(text) if "output_dir/" in word} for text in shown]
+    assert all(outs) and not outs[0] & outs[1]

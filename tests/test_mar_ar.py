@@ -247,6 +247,7 @@ def test_sizes_have_the_parameters_of_mars(loss, size):
     [
         (dict(ar_order="spiral"), "unknown ar_order 'spiral'; valid: random, raster"),
         (dict(mask_ratio_min=0.7), "mask_ratio_min 0.7 must be 1.0"),
+        (dict(encoder_num_heads=0), "encoder_num_heads must be at least 1, got 0"),
         (dict(encoder_embed_dim=512), "encoder_embed_dim 512 and decoder_embed_dim 1024 are of one stack"),
     ],
 )

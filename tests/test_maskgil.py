@@ -79,6 +79,10 @@ def test_token_schedules_are_the_published_ones():
     assert len(REFERENCE["schedules"]) == 240
     with pytest.raises(ValueError, match="unknown token schedule 'x'; valid: arccos, cosine, root, linear, square"):
         token_schedule("x", 8, 16)
+    assert token_schedule("arccos", 8, 0) == []
+    for num_iter, total, message in ((0, 16, "num_iter must be at least 1, got 0"), (8, -1, "total .* got -1")):
+        with pytest.raises(ValueError, match=message):
+            token_schedule("arccos", num_iter, total)
 
 
 @pytest.mark.parametrize("kind", STEP_WEIGHTS)
@@ -156,6 +160,9 @@ def test_bfloat16_is_near_float32(switches):
         assert (logits - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
+COUNTS = "dim n_layer n_head n_kv_head multiple_of vocab_size class_num".split()
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -166,6 +173,7 @@ def test_bfloat16_is_near_float32(switches):
         (dict(mask_schedule="root"), "unknown mask_schedule 'root'; valid: arccos, cosine, linear, square"),
         (dict(loss_tokens="some"), "unknown loss_tokens 'some'; valid: all, masked"),
         (dict(drop_path_rate=0.1), "drop_path_rate 0.1 must be 0.0 of a MaskGIL of classes"),
+        *((dict([(name, 0)]), f"{name} must be at least 1, got 0") for name in COUNTS),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options, message):

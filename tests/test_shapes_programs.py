@@ -167,7 +167,10 @@ def test_sampling_refuses_what_has_no_such_size(run, tmp_path, capsys):
     for more, message in (
         (["--img_size", "8x15"], "img_size 8x15 must be a multiple of vae_stride 2"),
         (["--img_size", "8x16", "--order", "halton"], "--order halton is of square images"),
-        (["--img_size", "8x16", "--metrics", "fid", "--features", "digits"], "8"),
+        (
+            ["--img_size", "8x16", "--metrics", "fid", "--features", "digits"],
+            "digits features need uint8 images (B, 3, 8",
+        ),
     ):
         assert message in refused(sample.main, [*words, *more], capsys)
 
@@ -178,7 +181,7 @@ def test_sampling_refuses_what_has_no_such_size(run, tmp_path, capsys):
         (f"--model causal_gpt_tiny --buckets {SIZES}", f"--buckets {SIZES} does not fit --model causal_gpt_tiny"),
         ("--model var_tiny --img_size 8x16", "--img_size 8x16 does not fit --model var_tiny"),
         ("--img_size 8x15", "img_size is 8x15, but canvases have 8, 8x16, 16x8"),
-        ("--data digits --img_size 8x16", "8x16"),
+        ("--data digits --img_size 8x16", "img_size is 8x16, but digits images are 8 pixels wide: use 8"),
         (f"--buckets {SIZES} --objective image --learn cfg", "needs --objective token"),
         ("--img_size 8x16 --objective image --learn cfg", "--img_size 8x16 needs --objective token"),
         ("--buckets 8,8x16 --train_masks visited --loss_tokens masked --order halton", "--order halton is of square"),

@@ -8,10 +8,11 @@ import torch
 
 from heads.policy import build_rules
 from models.maskgil import MASKGIL_CONFIGS, MaskGIL, MaskGILConfig
-from models.text import Text
+from models.text import Prompts, Text
 from sampling.loop import generate
-from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, tensor
-from tests.helpers_text import NUM_TOKENS, batch_of, published_text, random_prompts, tiny_t2i
+from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, tensor, tiny_maskgil
+from tests.helpers_text import NUM_TOKENS, WIDTH, batch_of, published_text, random_prompts, tiny_t2i
+from tests.parity import generate_ids
 from training.objectives.draws import DrawSettings, training_draws
 from training.objectives.token import Batch, TokenObjective
 from util.images.captions import clean
@@ -60,6 +61,34 @@ def test_padding_does_not_matter():
 
 
 @torch.no_grad()
+def test_captions_of_fewer_tokens_are_filled_up_and_none_may_be_longer():
+    model = tiny_t2i()
+    ids, mask, text = batch_of(model, [0, 1, 2])  # of 1, 2 and 3 tokens
+    expected = model.logits(ids, mask, text=text.features, text_mask=text.mask)
+    short = model.logits(ids, mask, text=text.features[:, :3], text_mask=text.mask[:, :3])
+    assert short.equal(expected)
+    whole = model.logits(ids[2:], mask[2:], text=text.features[2:, :3])
+    torch.testing.assert_close(whole, expected[2:])
+    for channels, num, message in ((WIDTH, 7, "7 tokens of 8 channels"), (9, 6, "6 tokens of 9 channels")):
+        with pytest.raises(ValueError, match=f"captions have {message}, the model takes 6 of 8"):
+            model.logits(ids, mask, text=torch.zeros(3, num, channels))
+
+
+def test_logits_refuse_a_condition_of_the_other_kind_and_another_number_of_tokens():
+    ids = torch.zeros(2, LENGTH, dtype=torch.long)
+    labels, features = torch.tensor([0, 1]), torch.zeros(2, NUM_TOKENS, WIDTH)
+    with pytest.raises(ValueError, match="a MaskGIL of text takes no labels: give text"):
+        tiny_t2i().logits(ids, ids > 0, labels)
+    with pytest.raises(ValueError, match="a MaskGIL of classes takes no text: give labels"):
+        tiny_maskgil().logits(ids, ids > 0, text=features)
+    for model in (tiny_t2i(), tiny_maskgil()):
+        with pytest.raises(ValueError, match="ids are 8 an image, a grid of 4x4 has 16"):
+            model.logits(ids[:, :8], ids[:, :8] > 0)
+        with pytest.raises(ValueError, match="ids are 16 an image, a grid of 2x4 has 8"):
+            model.logits(ids, ids > 0, grid=(2, 4))
+
+
+@torch.no_grad()
 def test_the_caption_matters_and_no_caption_is_the_unconditional_embedding():
     model = tiny_t2i()
     ids, mask, text = batch_of(model, [1, 1, -1])
@@ -91,6 +120,24 @@ def test_an_image_depends_on_its_prompt_and_seed_alone():
         generate(model, torch.tensor([0]), rules, 4)
 
 
+def test_the_specifications_sampler_takes_captions_and_grids():
+    """Equal to the loop with prompts; None = no caption; a rectangle as of a model of that size."""
+    model, seeds = tiny_t2i(), [5, 6, 7]
+    labels = torch.tensor([1, -1, 4])
+    wide = tiny_t2i(img_size="4x12")
+    for grid, other in ((None, model), ((2, 6), wide)):
+        text = other.prompts[labels]
+        expected = generate(other, labels, build_rules("baseline", **RULES), 4, seeds=seeds).flatten(1)
+        options = dict(num_iter=4, cfg=3.0, seeds=seeds, grid=grid)
+        given = dict(text=text.features, text_mask=text.mask)
+        assert generate_ids(model, labels, **given, **options).equal(expected)
+        named = generate_ids(model, None, **given, **options)  # its text has no token, which is another thing than none
+        assert named[[0, 2]].equal(expected[[0, 2]])
+        free = generate(other, torch.tensor([-1] * 3), build_rules("baseline", **RULES), 4, seeds=seeds).flatten(1)
+        assert generate_ids(model, labels, **options).equal(free)
+    assert model.config == tiny_t2i().config and len(model.prompts) == 5
+
+
 def test_the_loss_reaches_the_unconditional_embedding_where_captions_are_dropped():
     model = tiny_t2i()
     settings = DrawSettings(LENGTH, mask_ratio_min=0.0, label_drop_prob=0.1, mask_schedule="arccos", loss_tokens="all")
@@ -113,8 +160,11 @@ def test_captions_are_drawn_anew_at_each_step_and_a_stand_in_has_none():
     assert captions.examples(10) == [0, 3, 4] and captions.examples(1) == [0]
 
 
-def test_prompts_are_known_by_their_captions():
-    assert random_prompts(3).content == random_prompts(3, seed=1).content != random_prompts(4).content
+def test_prompts_are_known_by_their_captions_and_where_these_are_cut_off():
+    prompts = random_prompts(3)
+    assert prompts.content == random_prompts(3, seed=1).content != random_prompts(4).content
+    cut = Prompts(prompts.captions, [row[:2] for row in prompts.rows], 2, WIDTH)
+    assert prompts.content != cut.content
 
 
 @pytest.mark.parametrize(
@@ -123,6 +173,7 @@ def test_prompts_are_known_by_their_captions():
         ("A  Cat\n on a MAT", "a cat on a mat"),
         ("wow!!! a <b>dog</b>... at https://x.org/a?b=1 &amp; www.y.com", "wow! a dog . at &"),
         ("3 > 2", "3 > 2"),
+        ("3 < 5 and 7 > 2, i <3 you </p><br/><!-- no -->", "3 < 5 and 7 > 2, i <3 you"),
         (" \t", ""),
     ],
 )

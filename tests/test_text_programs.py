@@ -168,6 +168,11 @@ def test_prompts_are_texts_files_or_features(run, places, tmp_path):
     again, cached = sampled(run, tmp_path / "cached", "--prompts", str(features), "--num_images", "4")
     assert again["settings"]["prompts"] == row["settings"]["prompts"]
     assert all(np.array_equal(cached[name], lines[name]) for name in lines) and len(cached) == 4
+    words = ["--captions", places["prompts"], "--cached_text", tmp_path / "short", "--max_tokens", "4"]
+    assert cache(places, *words) == 0
+    short, cut = sampled(run, tmp_path / "cut", "--prompts", str(tmp_path / "short"))
+    assert short["settings"]["prompts"] != row["settings"]["prompts"] and short["name"] != row["name"]
+    assert np.array_equal(cut["0.png"], lines["0.png"])  # of three tokens
 
 
 def test_metrics_of_prompts_have_no_accuracy_of_classes(run, places, tmp_path):

@@ -264,6 +264,8 @@ def test_untrained_heads_sample_what_the_baseline_does():
         (dict(img_size=128), "img_size 128 must be 16·16 = 256"),
         (dict(mask_ratio_min=0.5), "mask_ratio_min 0.5 must be 1.0"),
         (dict(drop_path_rate=1.0), "drop_path_rate 1.0 must be below 1"),
+        (dict(num_heads=0), "num_heads must be at least 1, got 0"),
+        (dict(depth=-1), "depth must be at least 1, got -1"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options, message):

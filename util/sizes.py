@@ -43,6 +43,14 @@ def shape_of(config) -> tuple[int, int]:
     return getattr(config, "shape", (config.grid, config.grid))  # without a shape images are square
 
 
+def check_counts(config, names: str) -> None:
+    """Raise ValueError where one of these fields of a configuration is below 1; None is no number."""
+    for name in names.split():
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
 def check_square(size: Size | None, of: str) -> None:
     """Raise ValueError for a size that is no square, where images are squares only; of: of what they are."""
     if isinstance(size, str):

@@ -11,6 +11,7 @@ An image is named by its path below the data set's folder, or <class>/<number> w
 
 import csv
 import html
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from util.images.datasets import FolderDataset
 from util.images.folders import shown
 
 BESIDE = "beside"
-_MARKUP = re.compile(r"<[^<>]*>")
+TABLES = (".csv", ".jsonl")
+_MARKUP = re.compile(r"<[a-zA-Z/!][^<>]*>")  # not what stands between two signs of comparison
 _URL = re.compile(r"(https?://|www\.)\S+")
 _REPEATED = re.compile(r"([^\w\s])\1+")
 
@@ -35,7 +37,7 @@ def check_source(source: str) -> None:
     """Raise ValueError unless captions can come from --captions."""
     if source == BESIDE:
         return
-    if Path(source).suffix not in (".csv", ".jsonl", ".txt"):
+    if Path(source).suffix not in (*TABLES, ".txt"):
         raise ValueError(f"--captions {source} must be {BESIDE}, or a file .csv, .jsonl or .txt")
     if not Path(source).is_file():
         raise ValueError(f"--captions: there is no file {source}")
@@ -60,37 +62,64 @@ def captions_of_images(source: str, dataset, names: list[str]) -> list[list[str]
 
 def read_lines(flag: str, path: Path) -> list[str]:
     """The captions, cleaned, of a file with one a line; a file without any, or that is no text, raises ValueError."""
-    captions = [text for line in _text(path, flag).splitlines() if (text := clean(line))]
+    captions = [text for line in _lines(path, flag) if (text := clean(line))]
     if not captions:
         raise ValueError(f"--{flag} {path} has no line with a text")
+    return captions
+
+
+def read_prompts(flag: str, path: Path) -> list[str]:
+    """The captions, cleaned, of a table .csv or .jsonl, of whatever image, or else of a file with one a line."""
+    if path.suffix not in TABLES:
+        return read_lines(flag, path)
+    captions = []
+    for number, entry in enumerate(_entries(path, flag), start=1):
+        caption = entry.get("caption")
+        if not isinstance(caption, str) or not clean(caption):
+            raise ValueError(f"--{flag} {path}: entry {number} needs a caption (a column, or a key)")
+        captions.append(clean(caption))
+    if not captions:
+        raise ValueError(f"--{flag} {path} has no entry")
     return captions
 
 
 def _of_file(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    return [text for line in _text(path).splitlines() if (text := clean(line))]
+    return [text for line in _lines(path, "captions") if (text := clean(line))]
 
 
-def _text(path: Path, flag: str = "captions") -> str:
+def _lines(path: Path, flag: str) -> list[str]:
+    """The lines of a file, which end where editors see an end: str.splitlines would end one at U+2028 too."""
+    return _text(path, flag).split("\n")
+
+
+def _text(path: Path, flag: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte order mark is no part of the first column's name
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--{flag}: {path} cannot be read as text ({error})") from None
 
 
 def _rows(path: Path) -> Iterator[tuple[str, str]]:
     """(image, caption) of the entries of a table; one that lacks either raises ValueError."""
-    lines = [line for line in _text(path).splitlines() if line.strip()]
-    try:
-        entries = [*csv.DictReader(lines, strict=True)] if path.suffix == ".csv" else [_object(line) for line in lines]
-    except csv.Error as error:
-        raise ValueError(f"--captions {path} is no table ({error})") from None
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(_entries(path, "captions"), start=1):
         image, caption = (entry.get(key) for key in ("image", "caption"))
         if not isinstance(image, str) or not isinstance(caption, str) or not clean(caption):
             raise ValueError(f"--captions {path}: entry {number} needs an image and a caption (columns, or keys)")
         yield image, clean(caption)
+
+
+def _entries(path: Path, flag: str) -> list[dict]:
+    """The entries of a table, by their columns or keys; a text in quotes may have several lines."""
+    if path.suffix == ".jsonl":
+        return [_object(line) for line in _lines(path, flag) if line.strip()]
+    try:
+        reader = csv.reader(io.StringIO(_text(path, flag)), strict=True)
+        columns, *rows = [row for row in reader if any(map(str.strip, row))] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"--{flag} {path} is no table ({error})") from None
+    return [dict(zip(columns, row)) for row in rows]
 
 
 def _object(line: str) -> dict:

@@ -27,7 +27,7 @@ class VARConfig:
     attn_drop_rate: float = flag(0.0, "dropout of attention weights", low=0, high=1)
     drop_path_rate: float = flag(0.0, "of the last block: share of the images that a branch leaves out", low=0, high=1)
     norm_eps: float = 1e-6
-    shared_aln: bool = False
+    shared_aln: bool = flag(False, "one layer for the modulations of all blocks, as of var_d36_s")
     cond_drop_rate: InitVar[float | None] = None
     attn_l2_norm: bool = False
     patch_nums: tuple = SCALES["var_vq"]  # tokens of the sides of the scales (the tokenizer's)

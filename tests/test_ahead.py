@@ -40,6 +40,7 @@ def test_what_was_begun_is_computed_once_in_the_thread_and_what_was_not_at_once(
     assert quiet.value("a", lambda: "now") == "now"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--accum_iter 2", "--train_masks visited --learn group"])
 def test_a_run_with_draws_made_ahead_is_the_run_without(flags, tmp_path, monkeypatch):
     """To the bit; all but the first step of an epoch find them made."""

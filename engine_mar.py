@@ -150,7 +150,8 @@ def train_one_epoch(state: TrainState, loader, epoch: int, config: TrainConfig, 
     began = time.perf_counter()
     for (batch, labels, indices), following in with_next(loader):
         if following is not None:
-            foresee(state, *following[::2], config.accum_iter)
+            next_batch, _, next_indices = following
+            foresee(state, next_batch, next_indices, config.accum_iter)
         lr = config.rate(epoch + state.batch / len(loader), len(loader))
         record = training_step(state, batch, labels, indices, lr, config)
         state.batch += 1

@@ -5,13 +5,10 @@ sequences), H heads, d width of a head, D width of z, G guided tokens. Input i o
 the i-th of its order, the label for i = 0; its output is z of the i-th.
 """
 
-import weakref
-
 import torch
 from torch.nn import functional as F
 
 from util.dist import send
-from util.graphs import autocast_state
 
 
 class KeyValueCache:
@@ -91,32 +88,20 @@ class Extension:
 class StaticCaches:
     """Two caches that stay in one place, where captured passes read and write them: with label, and without.
 
-    They serve one batch of `size` images after the other, and one at a time: `user` is a weak reference to its
-    conditions.
+    They serve one batch of `size` images after the other, and one at a time.
     """
 
-    def __init__(self, size: int, capacity: int, limits: torch.Tensor | None, dtype: torch.dtype | None):
-        self.size, self.dtype, self.user = size, dtype, None
-        self.caches = two_caches(size, capacity, limits)
-        self.extensions = {}
+    def __init__(self, size: int, capacity: int, limits: torch.Tensor | None = None):
+        self.size, self.caches, self.extensions = size, two_caches(size, capacity, limits), {}
 
     @classmethod
-    def lent_to(cls, conditions, capacity: int, limits: torch.Tensor | None = None) -> "StaticCaches | None":
-        """Those of the conditions' model, empty; None where nothing is captured or other conditions have them.
-
-        Those for another number of images, or another dtype of autocast, are dropped.
-        """
-        model, labels = conditions.model, conditions.labels
-        graphs, dtype = model.graphs, autocast_state(labels.device)
-        if not graphs.usable(model, labels.device) or (graphs.state is not None and graphs.state.user() is not None):
-            return None
-        if graphs.state is None or (graphs.state.size, graphs.state.dtype) != (len(labels), dtype):
-            graphs.clear()
-            graphs.state = cls(len(labels), capacity, limits, dtype)
-        graphs.state.user = weakref.ref(conditions)
-        for cache in graphs.state.caches:
+    def lent_to(cls, conditions, *sizes) -> "StaticCaches | None":
+        """Those of the conditions' model, empty, see `Graphs.lend`; sizes: capacity, limits."""
+        model, device, size = conditions.model, conditions.labels.device, len(conditions.labels)
+        caches = model.graphs.lend(model, conditions, device, size, lambda: cls(size, *sizes))
+        for cache in caches.caches if caches else ():
             cache.lengths.zero_()
-        return graphs.state
+        return caches
 
     def extend(self, half: int, stop: int, device) -> tuple[tuple, Extension]:
         """(its name, the pass that brings all sequences of a half from their common length to stop), made once."""
@@ -233,10 +218,7 @@ class CausalConditions:
         name, extension = self.static.extend(half, length, tokens.device)
         self.passes += extension.num_inputs / self.caches[half].capacity
         tensors = [tokens, self.on_device, *([] if half else [self.labels])]
-        function, graphs = longer_sequences(self.model, extension), self.model.graphs
-        if graphs.is_new(name, tensors):
-            return function(*tensors)
-        return graphs.run(name, function, tensors, [x.shape for x in tensors])
+        return self.model.graphs.run_again(name, longer_sequences(self.model, extension), tensors)
 
 
 def longer_sequences(model, extension: Extension):

@@ -9,7 +9,6 @@ that are wanted; all others keep the keys and values they had (the token cache o
 which tokens changed is known, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
-import weakref
 from functools import cache, partial
 
 import torch
@@ -19,41 +18,26 @@ from models.kv_cache import put
 from models.passes import whole_pass
 from models.vit import Block
 from util.dist import send
-from util.graphs import autocast_state
 
 
 class Features:
-    """Keys and values of R sequences, and the passes that write and read them, one batch at a time.
+    """Keys and values of R sequences, and the passes that write and read them.
 
-    Where passes are captured they stay in one place, for one batch after the other of the same kind; `user` is a weak
-    reference to the conditions that have them.
+    Where passes are captured they stay in one place, for one batch after the other.
     """
 
-    def __init__(self, mar, room: int, kind: tuple):
-        self.mar, self.room, self.kind = mar, room, kind
+    def __init__(self, mar, room: int):
+        self.mar, self.room = mar, room
         self.stores = {}  # block: its keys and its values, each (R, S + L + 1, H, D / H)
-        self.user = None
 
     @classmethod
-    def of(cls, conditions: "FeatureCache") -> tuple["Features", bool]:
-        """Those of the conditions' model, emptied, and True; new ones and False where nothing is captured.
-
-        So it is where other conditions have them. Those for another number of images, or another dtype of autocast, are
-        dropped with their captures.
-        """
-        mar, size, device = conditions.mar, len(conditions.labels), conditions.labels.device
-        graphs, kind = mar.graphs, (size, autocast_state(device))
-        if conditions.refresh_every == 1 or not graphs.usable(mar, device):
-            return cls(mar, size, kind), False
-        if graphs.state is not None and graphs.state.user() is not None:
-            return cls(mar, size, kind), False
-        if graphs.state is None or graphs.state.kind != kind:
-            graphs.clear()
-            graphs.state = cls(mar, size, kind)
-        graphs.state.user = weakref.ref(conditions)
-        for pair in graphs.state.stores.values():  # what is masked counts nothing, but 0 · NaN is NaN
+    def lent_to(cls, conditions: "FeatureCache") -> "Features | None":
+        """Those of the conditions' model, emptied, see `Graphs.lend`."""
+        mar, device, size = conditions.mar, conditions.labels.device, len(conditions.labels)
+        features = mar.graphs.lend(mar, conditions, device, size, lambda: cls(mar, size))
+        for pair in features.stores.values() if features else ():  # what is masked counts nothing, but 0 · NaN is NaN
             torch._foreach_zero_(pair)
-        return graphs.state, True
+        return features
 
     def make_room(self) -> None:
         """For twice as many sequences; captures, which read the old ones, are dropped."""
@@ -139,7 +123,8 @@ class FeatureCache:
         self.mar, self.labels, self.refresh_every = mar, labels, refresh_every
         self.refreshed = torch.full((2 * len(labels),), -1)  # the last step with a whole pass, on the host
         self.known = torch.zeros(2 * len(labels), mar.config.seq_len, dtype=torch.bool)  # to keys and values, likewise
-        self.features, self.captures = Features.of(self)  # of B sequences until there is guidance
+        self.static = None if refresh_every == 1 else Features.lent_to(self)  # where passes are captured, on a GPU
+        self.features = self.static or Features(mar, len(labels))  # of B sequences until there is guidance
         self.z = None  # (R, L, D) of the last whole pass
         self.passes = 0.0  # sequences that went through the transformer; a partial pass counts by its share of the
         # tokens, one that sequences share for each of them
@@ -237,11 +222,8 @@ class FeatureCache:
         return z.flatten(0, 1)[real]
 
     def _captured(self, key, function, tensors) -> torch.Tensor:
-        """function(*tensors), of a graph from the second time on that these shapes come."""
-        graphs = self.mar.graphs
-        if not self.captures or graphs.is_new(key, tensors):
-            return function(*tensors)
-        return graphs.run(key, function, tensors, [x.shape for x in tensors])
+        """function(*tensors), of a graph where keys and values stay in one place."""
+        return function(*tensors) if self.static is None else self.mar.graphs.run_again(key, function, tensors)
 
 
 @cache

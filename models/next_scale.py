@@ -28,7 +28,7 @@ class StaticScales(StaticCaches):
         return self.modulations[half]
 
 
-def whole_pass(model, modulations: list, extension: Extension):
+def pass_of_scale(model, modulations: list, extension: Extension):
     """z (B, p², D) of a scale as a function of the inputs and, with label, the labels; nothing else changes."""
     return lambda inputs, labels=None: model.extend(labels, inputs, modulations, extension)
 
@@ -133,7 +133,7 @@ class NextScaleConditions:
             name, extension = self.static.extend(half, stop, inputs.device)
             self.passes += extension.num_inputs / cache.capacity
             tensors = (inputs, labels) if labelled else (inputs,)
-            function = whole_pass(self.model, modulations, extension)
+            function = pass_of_scale(self.model, modulations, extension)
             return self.model.graphs.run((self.static, name), function, tensors, [x.shape for x in tensors])
         extension = cache.extend(images, torch.full((len(images),), stop), inputs.device)
         self.passes += extension.num_inputs / cache.capacity

@@ -31,11 +31,10 @@ def _captured(model, tokens, mask, labels=None, num_visible=None) -> torch.Tenso
     count = num_visible[0] if num_visible else None
     tensors = [tokens, mask] if labels is None else [tokens, mask, labels]
     plain = all(isinstance(x, torch.Tensor) for x in tensors) and (num_visible is None or set(num_visible) == {count})
-    key = count, labels is None
-    if not plain or not model.graphs.usable(model, tokens.device) or model.graphs.is_new(key, tensors):
+    if not plain or not model.graphs.usable(model, tokens.device):
         return model.encode_decode(tokens, mask, labels, num_visible)
 
     def encode_decode(tokens, mask, labels=None):
         return model.encode_decode(tokens, mask, labels, None if count is None else [count] * len(tokens))
 
-    return model.graphs.run(key, encode_decode, tensors, [x.shape for x in tensors])
+    return model.graphs.run_again((count, labels is None), encode_decode, tensors)

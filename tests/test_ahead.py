@@ -30,7 +30,8 @@ def test_what_was_begun_is_computed_once_in_the_thread_and_what_was_not_at_once(
         ahead.begin(name, lambda name=name: function(name))
     assert ahead.value("b", lambda: function("again")) == "b"
     assert ahead.value("x", lambda: function("x")) == "x"
-    assert ahead.value("c", lambda: function("again")) == "c" and not ahead.begun
+    assert ahead.value("c", lambda: function("again")) == "c" and ahead.value("a", lambda: function("again")) == "a"
+    assert not ahead.begun
     assert sorted(calls) == [("a", False), ("b", False), ("c", False), ("x", True)]
     ahead.begin("e", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):

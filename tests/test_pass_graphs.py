@@ -128,7 +128,7 @@ def test_of_two_batches_that_take_turns_the_second_has_its_own(captured, monkeyp
             rows = unknown.nonzero()
             looked[which] += conditions.at(step, tokens, unknown, rows, torch.arange(len(rows)))
             steps[which] += 1
-        return looked, [conditions.captures for conditions in both]
+        return looked, [conditions.static is not None for conditions in both]
 
     turns = [0, 1, 1, 0, 0, 1, 0, 1]
     with torch.no_grad():

@@ -20,18 +20,9 @@ class Ahead:
             self.begun[key] = self.thread.submit(function)
 
     def value(self, key: Hashable, function: Callable):
-        """function(), once: that which was begun under this key, an error of it included, else computed now.
-
-        What was begun before it is forgotten: keys are asked for in the order in which they were begun.
-        """
-        if key not in self.begun:
-            return function()
-        future = None
-        while future is None:
-            first = next(iter(self.begun))
-            begun = self.begun.pop(first)
-            future = begun if first == key else None
-        return future.result()
+        """function(), once: that which was begun under this key, an error of it included, else computed now."""
+        future = self.begun.pop(key, None)
+        return function() if future is None else future.result()
 
 
 def with_next(items: Iterable) -> Iterator[tuple]:

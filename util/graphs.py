@@ -14,6 +14,7 @@ import gc
 import os
 import sys
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from functools import cache
@@ -93,8 +94,9 @@ class Graphs:
         self.captures = OrderedDict()  # key: (capture, its buffers), the last used at the end
         self.pool = None  # the memory that they share
         self.places = None  # of the weights that they read
-        self.state = None  # what captured functions keep from one replay to the next, of whoever captures them
-        self.asked = set()  # keys that `is_new` was asked about
+        self.state = self.kind = None  # what captured functions keep from one replay to the next, see `lend`
+        self.user = None  # a weak reference to who has it
+        self.asked = set()  # keys that `run_again` was asked for
 
     def __reduce__(self):
         return Graphs, (self.most,)
@@ -102,7 +104,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop all captures, their memory and the state."""
         self.captures.clear()
-        self.pool = self.state = None
+        self.pool = self.state = self.kind = self.user = None
 
     def usable(self, module: nn.Module, device: torch.device) -> bool:
         """May functions of this module be run by `run`? Not with gradients, nor after a capture has failed.
@@ -117,15 +119,31 @@ class Graphs:
             self.places = places
         return True
 
-    def is_new(self, key: Hashable, tensors: list[torch.Tensor]) -> bool:
-        """Is it the first time that this is asked about the key with tensors of these shapes and dtypes?
+    def lend(self, module: nn.Module, user: object, device: torch.device, kind: Hashable, make: Callable):
+        """The state of this kind, which `user` has while it lives; None where nothing is captured or another has it.
+
+        That of another kind, or of another dtype of autocast, is dropped with its captures, and a new one made.
+        """
+        if not self.usable(module, device) or (self.user is not None and self.user() is not None):
+            return None
+        kind = kind, autocast_state(device)
+        if self.kind != kind:
+            self.clear()
+            self.state, self.kind = make(), kind
+        self.user = weakref.ref(user)
+        return self.state
+
+    def run_again(self, key: Hashable, function: Callable, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """function(*tensors); from the second time on that the key comes with tensors of these shapes, by `run`.
 
         For what may come only once: a capture costs two calls more.
         """
-        key = key, tuple((x.shape, x.dtype) for x in tensors), autocast_state(tensors[0].device)
-        new = key not in self.asked
-        self.asked.add(key)
-        return new
+        shapes = [x.shape for x in tensors]
+        asked = key, tuple(shapes), tuple(x.dtype for x in tensors), autocast_state(tensors[0].device)
+        if asked in self.asked:
+            return self.run(key, function, tensors, shapes)
+        self.asked.add(asked)
+        return function(*tensors)
 
     def run(self, key: Hashable, function: Callable, tensors: Iterable, shapes: Iterable) -> torch.Tensor:
         """function(*tensors), a tensor, of buffers of these shapes, whose first rows are the tensors.

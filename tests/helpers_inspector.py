@@ -66,7 +66,7 @@ def tiny_gallery() -> dict[str, Loaded]:
         "mar": on_cpu(mar, build_tokenizer("pixel", channels=1), heads),
         "ids": on_cpu(tiny_ids(), GreyIds()),
         "mar_ar": on_cpu(tiny_ar(), GreyIds()),
-        "causal_gpt": on_cpu(tiny_gpt(img_size=8), GreyIds()),
+        "causal_gpt": on_cpu(tiny_gpt(img_size=8, vae_stride=2), GreyIds()),
         "var": on_cpu(*tiny_var()),
         "maskgil": on_cpu(maskgil, GreyIds(), confident),
         "wide": on_cpu(tiny_maskgil(img_size="8x16"), GreyIds()),

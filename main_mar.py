@@ -30,6 +30,7 @@ from training.build import (
     takes_ids,
     with_text,
 )
+from training.cached_picture import show_cached
 from training.checkpoints import (
     averages_as_weights,
     check_output,
@@ -100,6 +101,8 @@ def run(config: RunConfig) -> int:
     if content is not None and not resumed:
         content = fit_classes(state, content, launch, dataset.classes)
     first = begin(state, config.train, launch, content, resumed, dataset.counts)
+    if config.data.use_cached and dist.is_main() and not launch.evaluate:
+        show_cached(dataset, tokenizer, device, Path(launch.output_dir))
     samples = EpochSamples(
         sampling=config.sampling,
         evaluation=config.evaluation,

@@ -14,6 +14,7 @@ from tests.helpers_ids import GreyIds
 from tests.helpers_latents import NUM, SMALL, TRAIN, cache, losses, refused
 from util.images.datasets import build_dataset
 from util.images.latents import open_latents
+from util.images.pictures import read_png
 
 CE = ["--loss", "ce"]
 
@@ -68,6 +69,7 @@ def test_training_on_it_equals_training_on_the_images(pictures, tmp_path, monkey
     images = losses(monkeypatch, tmp_path / "images", *flags, "--data_path", pictures)
     cached = losses(monkeypatch, tmp_path / "cached", *flags, "--use_cached", "--cached_path", folder)
     assert len(images) == 2 * (NUM // 4) and cached == pytest.approx(images, abs=1e-6)
+    assert read_png(tmp_path / "cached/cached.png").shape == (2 * (16 + 64 + 4) + 4, 8 * (64 + 4) + 4, 3)
 
 
 def test_a_cache_of_something_else_is_one_line(pictures, tmp_path, vq, capsys):

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 import main_mar
 from tests.helpers_latents import SMALL, TRAIN, TinyKL, cache, losses, refused
 from training import step as step_module
+from training.cached_picture import show_cached
 from training.objectives.tokens import tokens_of
 from util.evaluation.fid_stats import FIDStats, save_fid_stats
 from util.images.latents import open_latents
+from util.images.pictures import make_grid, read_png
 
 
 @pytest.mark.parametrize("tokenizer, format", [("pixel", "npz"), ("tiny:0", "packed")])
@@ -37,6 +39,22 @@ def test_training_on_a_cache_equals_training_on_the_images(pictures, tmp_path, m
         patch.setattr(step_module, "forward_backward", plain)
         other = losses(patch, tmp_path / "u", *flags, "--use_cached", "--cached_path", folder)
     assert other != pytest.approx(images, abs=1e-3)
+
+
+def test_a_run_shows_what_its_cache_decodes_to(pictures, tmp_path, monkeypatch, tiny_kl):
+    """The images and their mirror images, spread over the cache, beside the checkpoints; one that is there stays."""
+    folder, out = cache(pictures, tmp_path / "c", "--tokenizer", "pixel"), tmp_path / "run"
+    flags = ["--tokenizer", "pixel", "--use_cached", "--cached_path", folder, "--epochs", 1]
+    losses(monkeypatch, out, *flags)
+    latents = open_latents(folder)
+    shown = [latents[i] for i in np.linspace(0, len(latents) - 1, 8).astype(int)]
+    images = [((pair[way] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for way in (0, 1) for pair, _, _ in shown]
+    names = [f"{latents.classes[label]}{way}" for way in ("", " mirrored") for _, label, _ in shown]
+    assert np.array_equal(read_png(out / "cached.png"), make_grid(np.stack(images), names, 8))
+
+    show_cached(latents, None, "cpu", out)  # which would need a tokenizer
+    unmirrored = losses(monkeypatch, tmp_path / "plain", *flags, "--no-flip") and read_png(tmp_path / "plain/cached.png")
+    assert np.array_equal(unmirrored, make_grid(np.stack(images[:8]), names[:8], 8))
 
 
 def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, tiny_kl):

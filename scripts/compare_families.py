@@ -112,7 +112,7 @@ ROWS = [
 ]
 HEADS = "--objective image --reward digits,pixels --reward_weights 1,3 --bank 1024 --lr 1.6e-2 --adaptive_lr 0.03"
 HEADS += " --no-grad_checkpointing --eval_freq 1000"
-HEAD_EPOCHS = 20
+HEAD_EPOCHS = 10
 TRAIN_VQ = "--data digits --vq --codebook_size 256 --stride 2 --latent_channels 4 --epochs 150"
 TRAIN_SCALES = "--data digits --multiscale --stride 1 --width 16 --latent_channels 8 --codebook_size 64"
 TRAIN_SCALES += " --batch_size 64 --lr 3e-3 --epochs 10 --features digits"

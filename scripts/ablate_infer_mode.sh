@@ -10,7 +10,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
-out=${OUT:-output_dir/ablation}
+out=${OUT:-$(out_of ablation "$preset")}
 case $preset in
     digits)
         checkpoint=${CHECKPOINT:-$out/heads}

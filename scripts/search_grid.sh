@@ -10,7 +10,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
-out=${OUT:-output_dir/grid}
+out=${OUT:-$(out_of grid "$preset")}
 steps=${NUM_ITER:-4}
 [[ $steps =~ ^[0-9]+$ ]] || fail "NUM_ITER must be a whole number, got '$steps'"
 case $preset in

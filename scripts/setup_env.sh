@@ -60,6 +60,11 @@ fail() {
     exit 2
 }
 
+# out_of NAME PRESET: the folder to write to unless told otherwise, another one for each preset.
+out_of() {
+    if [ "$2" = digits ]; then echo "output_dir/$1"; else echo "output_dir/$1_$2"; fi
+}
+
 # The GPUs of this machine, unless GPUS says how many; with --dry_run 8 where it has none.
 num_gpus() {
     local count=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)}

@@ -27,7 +27,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 preset=${PRESET:-digits}
-out=${OUT:-output_dir/policy}
+out=${OUT:-$(out_of policy "$preset")}
 learn=${LEARN:-group}
 launcher=(python)
 stages=

@@ -111,19 +111,19 @@ def test_inception_features(inception_file):
 
 def test_spatial_features_are_places_of_a_layer_as_in_adm(inception_file):
     """mixed_6/conv of the TensorFlow graph: 17 x 17 places, 7 channels of the first branch, after its ReLU."""
-    images = torch.from_numpy(tiny_images(0)).permute(0, 3, 1, 2)
+    images = torch.from_numpy(tiny_images(0)[:3]).permute(0, 3, 1, 2)
     extractor, _ = build_extractor("inception", inception_file, ["spatial"])
     (found,) = extractor(images)
-    assert found.shape == (8, 2023) and found.dtype == torch.float32 and (found >= 0).all() and found.std() > 0
+    assert found.shape == (3, 2023) and found.dtype == torch.float32 and (found >= 0).all() and found.std() > 0
     kept = []
     hook = extractor.Mixed_6d.register_forward_hook(lambda module, args, output: kept.append(output))
     assert torch.equal(extractor(images)[0], found)
     hook.remove()
     # the branch is the first part of what the block returns
-    assert kept[0].shape == (8, 768, 17, 17) and torch.equal(kept[0][:, :7].flatten(1), found)
-    assert torch.equal(extractor(images[3:5])[0].argmax(1), found[3:5].argmax(1))
+    assert kept[0].shape == (3, 768, 17, 17) and torch.equal(kept[0][:, :7].flatten(1), found)
+    assert torch.equal(extractor(images[1:])[0].argmax(1), found[1:].argmax(1))
     (others,) = build_extractor("inception", inception_file, ["2048"])[0](images)
-    assert others.shape == (8, 2048)
+    assert others.shape == (3, 2048)
 
 
 @pytest.mark.slow  # eigenvalues of 2023 x 2023 matrices

@@ -45,8 +45,9 @@ class StepPlan:
     profile: m of w(t) = 1 + (w − 1)·m over the diffusion steps of a token, a function of t / 1000 in [0, 1] that gives
     a float, or a tensor (B,) or (B, 1); None: m = 1. Where m is the float 0 no unconditional half is computed. gumbel
     (B, L): draws that replace the state's for the steps to come; None: these stay. log_prob (B,): of the choice, where
-    a learned order has a gradient; the loop adds that of drawn ids, where τ or w have one. keep (B,): of the tokens
-    selected so many are kept once they are drawn, as `Rules.after_draw` says; None: all.
+    a learned order has a gradient; the loop adds that of drawn ids, where τ or w have one, unless it is `local`. ids
+    (N, V): log p of all ids for the tokens of the step, where τ or w have a gradient. keep (B,): of the tokens selected
+    so many are kept once they are drawn, as `Rules.after_draw` says; None: all.
     """
 
     select: torch.Tensor
@@ -56,6 +57,7 @@ class StepPlan:
     profile: Callable | None = None
     gumbel: torch.Tensor | None = None
     log_prob: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
     keep: torch.Tensor | None = None
 
     @property

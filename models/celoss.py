@@ -146,8 +146,11 @@ class CategoricalSampler:
 
     def log_prob(self, drawn, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
         """log p (N,) of the ids drawn (N,) under what `draw` draws from; differentiable in z, cfg, tau and weights."""
-        logits = self._filtered(z, z_uncond, cfg, tau, guided)
-        return logits.log_softmax(dim=-1).gather(1, drawn.unsqueeze(1)).squeeze(1)
+        return self.log_probs(z, z_uncond, cfg, tau, guided).gather(1, drawn.unsqueeze(1)).squeeze(1)
+
+    def log_probs(self, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
+        """As `log_prob`, of all ids, (N, V)."""
+        return self._filtered(z, z_uncond, cfg, tau, guided).log_softmax(dim=-1)
 
     @torch.no_grad()
     def mixture(self, z, z_uncond, cfg, tau, noise, share: float, guided=None) -> torch.Tensor:

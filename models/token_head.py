@@ -32,6 +32,9 @@ class Sampler(Protocol):
     def log_prob(self, drawn, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
         """log p (N,) of tokens drawn (N, …) under what `draw` draws from, differentiable; of ids only."""
 
+    def log_probs(self, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
+        """As `log_prob`, of all V ids there are, (N, V)."""
+
 
 class TokenHead(Protocol):
     """p(token | z) with its training loss. What it predicts is a NamedTuple of tensors (N, …)."""

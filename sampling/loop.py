@@ -95,11 +95,11 @@ def decode(
             pair = conditions.at(step, seen, canvas.unknown, rows, guided)  # (N, D), (G, D)
             noise = canvas.noise(sampler, noise_fn, step, rows, plan.num_steps)
             mixed = (chosen.mixture(sampler, *pair, noise, state),) if smooth else ()
-            drawn, log_prob = chosen.draw(sampler, *pair, noise, recompute)
+            drawn, log_probs = chosen.draw(sampler, *pair, noise, recompute)
             if evals is not None:
                 evals.update(mlp=sampler.evals(plan.num_steps, len(rows), len(guided), plan.profile))
-            if log_prob is not None:
-                plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_prob)
+            if log_probs is not None:
+                plan, rows, drawn = canvas.judged(rules, state, plan, images, rows, drawn, log_probs, local)
             canvas.write(rows, drawn)
             conditions.write(step, rows, drawn.detach() if local else drawn, *mixed)
             if callback:
@@ -130,7 +130,7 @@ class Chosen(NamedTuple):
     judged: bool
 
     def draw(self, sampler, z, z_uncond, noise, recompute: bool):
-        """(tokens (N, …), where they are judged their log p (N,), else None) of a `models.token_head.Sampler`.
+        """(tokens (N, …), where they are judged log p of all ids (N, V), else None) of a `models.token_head.Sampler`.
 
         z (N, D), z_uncond (G, D) or None; recompute: keep no activations, the backward pass computes them again.
         """
@@ -140,7 +140,7 @@ class Chosen(NamedTuple):
         drawn = call(sampler.draw, z, z_uncond, self.cfg, self.tau, noise, self.num_steps, **options)
         if not self.judged:
             return drawn, None
-        return drawn, call(sampler.log_prob, drawn, z, z_uncond, self.cfg, self.tau, guided=some)
+        return drawn, call(sampler.log_probs, z, z_uncond, self.cfg, self.tau, guided=some)
 
     def mixture(self, sampler, z, z_uncond, noise, state: StepState) -> torch.Tensor:
         """Weights (N, V) of the codes, of a sampler of ids, at the step of this state."""
@@ -246,15 +246,19 @@ class Canvas:
         judged = plan.looks_at_ids and not self.tokens.is_floating_point()
         return Chosen(rows, guided, plan.tau[row, column], cfg, plan.num_steps, profile, judged)
 
-    def judged(self, rules, state: StepState, plan: StepPlan, images, rows, drawn, log_prob):
-        """(plan, rows, drawn) when the ids drawn (N,) at rows (N, 2) have log p (N,): what the rules keep of them.
+    def judged(self, rules, state: StepState, plan: StepPlan, images, rows, drawn, log_probs, local: bool):
+        """(plan, rows, drawn) when ids are drawn (N,) at rows (N, 2) with log p (N, V): what the rules keep of them.
 
-        Where log p has a gradient its sum for each image is added to the plan's. images (B',) are those of the plan.
+        Where log p has a gradient the plan has it and, unless it is local, its sum for each image is added to the
+        plan's. images (B',) are those of the plan.
         """
+        log_prob = log_probs.gather(1, drawn.unsqueeze(1)).squeeze(1)
         place = torch.searchsorted(images, rows[:, 0].contiguous()), rows[:, 1]  # on the host
         index = send(torch.stack(place), log_prob.device).unbind()
         spread = torch.zeros_like(plan.tau).index_put(index, log_prob)  # (B', L)
         if log_prob.requires_grad:
+            plan = replace(plan, ids=log_probs)
+        if log_prob.requires_grad and not local:
             of_images = spread.sum(dim=1)
             plan = replace(plan, log_prob=of_images if plan.log_prob is None else plan.log_prob + of_images)
         if plan.keep is None:
@@ -262,7 +266,10 @@ class Canvas:
         draws = torch.stack([_gumbel(plan.tau.shape[1], self.generators[i]) for i in images.tolist()])
         plan = rules.after_draw(state, plan, spread.detach(), send(draws, spread.device))
         keep = plan.select.cpu()[place]
-        return plan, rows[keep], drawn[send(keep, drawn.device)]
+        there = send(keep, drawn.device)
+        if plan.ids is not None:
+            plan = replace(plan, ids=plan.ids[there])
+        return plan, rows[keep], drawn[there]
 
     def renew(self, images, gumbel) -> None:
         """Replace the draws of these images by gumbel (B', L); None: keep them."""

@@ -27,8 +27,11 @@ class GreyIds(Tokenizer):
         means = torch.nn.functional.avg_pool2d(images.mean(dim=1, keepdim=True), self.stride).squeeze(1)
         return ((means + 1) / 2 * (self.codebook_size - 1)).round().long()
 
-    def decode_ids(self, ids):
-        grey = (ids.unsqueeze(1) / (self.codebook_size - 1) * 2 - 1).expand(-1, self.image_channels, -1, -1)
+    def _codes(self):
+        return torch.linspace(-1, 1, self.codebook_size).unsqueeze(1).to(self._scale.device)
+
+    def _images_of_codes(self, vectors):
+        grey = vectors.movedim(-1, 1).expand(-1, self.image_channels, -1, -1)
         return grey.repeat_interleave(self.stride, dim=2).repeat_interleave(self.stride, dim=3)
 
 

@@ -5,7 +5,8 @@ import torch
 
 from tests.test_image_objective import base, objective, train  # noqa: F401
 from training.config import resolve
-from training.objectives.image import ImageObjective, score_loss
+from training.objectives.decisions import score_loss
+from training.objectives.image import ImageObjective
 from training.objectives.reward import Reward
 from util import dist
 from util.checkpoint import load_checkpoint

@@ -48,12 +48,16 @@ def test_a_run_shows_what_its_cache_decodes_to(pictures, tmp_path, monkeypatch, 
     losses(monkeypatch, out, *flags)
     latents = open_latents(folder)
     shown = [latents[i] for i in np.linspace(0, len(latents) - 1, 8).astype(int)]
-    images = [((pair[way] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for way in (0, 1) for pair, _, _ in shown]
+    images = [
+        ((pair[way] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy() for way in (0, 1) for pair, _, _ in shown
+    ]
     names = [f"{latents.classes[label]}{way}" for way in ("", " mirrored") for _, label, _ in shown]
     assert np.array_equal(read_png(out / "cached.png"), make_grid(np.stack(images), names, 8))
 
     show_cached(latents, None, "cpu", out)  # which would need a tokenizer
-    unmirrored = losses(monkeypatch, tmp_path / "plain", *flags, "--no-flip") and read_png(tmp_path / "plain/cached.png")
+    unmirrored = losses(monkeypatch, tmp_path / "plain", *flags, "--no-flip") and read_png(
+        tmp_path / "plain/cached.png"
+    )
     assert np.array_equal(unmirrored, make_grid(np.stack(images[:8]), names[:8], 8))
 
 

@@ -61,8 +61,11 @@ class AutoencoderTokenizer(Tokenizer):
         ids = [self.autoencoder.quantize(latents[None])[2][2] for latents in raw]
         return torch.stack(ids).reshape(len(raw), *raw.shape[2:])
 
-    def _images_of_ids(self, ids):
-        entries = self.autoencoder.quantize.embedding(ids).movedim(-1, 1)
+    def _codes(self):
+        return self.autoencoder.quantize.embedding.weight
+
+    def _images_of_codes(self, vectors):
+        entries = vectors.movedim(-1, 1)
         spatial = entries if self.autoencoder.config["norm_type"] == "spatial" else None
         return self.autoencoder.decoder(self.autoencoder.post_quant_conv(entries), spatial)
 

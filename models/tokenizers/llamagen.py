@@ -43,8 +43,11 @@ class LlamaGenTokenizer(Tokenizer):
     def _ids(self, images):
         return self.model.encode_ids(images.float())
 
-    def _images_of_ids(self, ids):
-        return self.model.decode_ids(ids)
+    def _codes(self):
+        return self.model.quantize.entries()
+
+    def _images_of_codes(self, vectors):
+        return self.model.decode(vectors.movedim(-1, 1))
 
 
 def load_llamagen(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> LlamaGenTokenizer:

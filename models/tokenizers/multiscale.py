@@ -80,8 +80,12 @@ class MultiScaleTokenizer(Tokenizer):
     def _ids(self, images):
         return torch.cat(self.model.encode(images.float()), dim=1)
 
-    def _images_of_ids(self, ids):
-        return self.model.decode(self.quantize.split(ids))
+    def _codes(self):
+        return self.quantize.embedding.weight
+
+    def _images_of_codes(self, vectors):
+        parts = enumerate(self.quantize.split(vectors))
+        return self._images(sum(self.quantize.embed_vectors(part, s) for s, part in parts))
 
 
 def load_multiscale(name: str, *, vae_path=None, vae_scale=None, vae_mean=None) -> MultiScaleTokenizer:

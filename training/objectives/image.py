@@ -15,6 +15,7 @@ from heads.policy import FLAGS, PolicyHeads
 from models.coding import render
 from models.text import reads_text
 from sampling.loop import decode
+from training.objectives.decisions import Decisions, ExpectedCost, centred, score_loss
 from training.objectives.draws import log_uniform
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.reward import Bank, Reward
@@ -49,38 +50,6 @@ class Rollout:
     def num_targets(self) -> int:
         """Number of images, over which the loss is a mean."""
         return len(self.labels)
-
-
-class Decisions:
-    """log P (b,) of what order and group heads decide for the images of a rollout, which has no other gradient.
-
-    logits: what the order head said, flat, one tensor a step; NaN for tokens that were known.
-    """
-
-    def __init__(self, rollout: Rollout, device):
-        draws = [torch.randn(rollout.num_iter, generator=generator(seed_of("explore", s))) for s in rollout.seeds]
-        self.noise, self.sigma = torch.stack(draws).to(device), rollout.sigma  # (b, K)
-        self.log_prob = torch.zeros(len(rollout.seeds), device=device)
-        self.logits = []
-
-    def explored(self, name: str, state, r: torch.Tensor) -> torch.Tensor:
-        """r of the group head (B', 1) with Gaussian noise; of the other heads r as it is."""
-        if name == "order":
-            self.logits.append(r.detach().masked_fill(~state.mask, torch.nan).flatten())
-        if name != "group":
-            return r
-        x = (r + self.sigma * self.noise[state.images, state.step].unsqueeze(1)).detach()
-        self._add(state.images, -((x - r) / self.sigma).square().squeeze(1) / 2)
-        return x
-
-    def chosen(self, rows, plan) -> None:
-        """The tokens at rows (N, 2) that a step's plan (B', L) chose."""
-        if plan.log_prob is not None:
-            images = rows[:, 0].unique_consecutive().to(plan.log_prob.device)
-            self._add(images, plan.log_prob[plan.select.any(dim=1)])
-
-    def _add(self, images, value):
-        self.log_prob = self.log_prob.index_add(0, images, value.float())
 
 
 class ImageObjective(nn.Module):
@@ -237,8 +206,11 @@ class ImageObjective(nn.Module):
             )
         self.starts = {kind: distance for kind, (distance, _) in self.reward.against(self.bank.rows).items()}
 
-    def images(self, rollout: Rollout, decisions: Decisions, callback=None) -> torch.Tensor:
-        """Images (b, C, H, W) in [−1, 1] of a rollout, differentiable in the heads where gradients are on."""
+    def images(self, rollout: Rollout, decisions: Decisions, callback=None, expected=None) -> torch.Tensor:
+        """Images (b, C, H, W) in [−1, 1] of a rollout, differentiable in the heads where gradients are on.
+
+        Of ids they are differentiable in the codes, if an `ExpectedCost` is given.
+        """
         sampling, grad = self.sampling, torch.is_grad_enabled()
         heads = copy.copy(self.heads)  # the same networks
         heads.explored = decisions.explored
@@ -256,23 +228,27 @@ class ImageObjective(nn.Module):
             refresh_every=sampling.refresh_every,
             **sampling.token_head_options(),
             recompute=grad and self.model.config.grad_checkpointing,
-            local=self.settings.reward.pathwise == "local",
+            local=self.local,
         )
-        return render(rollout.tokenizer, latents).clamp(-1, 1)
+        draw = render if expected is None else expected.render
+        return draw(rollout.tokenizer, latents).clamp(-1, 1)
 
     def forward(self, rollout: Rollout, num_targets) -> dict[str, torch.Tensor]:
         """The summed influence of the images of a rollout over num_targets, and what is logged of them."""
         said = {"tau": [], "w": []} | ({"group": []} if "group" in self.heads.learn else {})
         decisions = Decisions(rollout, next(self.model.parameters()).device)
+        expected = ExpectedCost() if self.local and self.model.token_head.discrete else None
 
         def listen(step, rows, plan, tokens):
             decisions.chosen(rows, plan)
+            if expected is not None:
+                expected.drawn(rows, plan)
             said["tau"].append(plan.tau.detach()[plan.select])
             said["w"].append(plan.cfg.detach()[plan.select])
             if "group" in said:
                 said["group"].append(plan.select.sum(dim=1).float())
 
-        images = self.images(rollout, decisions, listen)
+        images = self.images(rollout, decisions, listen, expected)
         with torch.autocast(images.device.type, enabled=False):
             features = self.reward.features(images.float())
             self.bank.push(finite(gathered(features.detach())))  # of one that is not, the gradient is not: no step
@@ -295,8 +271,15 @@ class ImageObjective(nn.Module):
         share = len(rollout.labels) / num_targets  # so that the micro-batches of a step add up to their mean
         logged = {name: torch.as_tensor(value, device=images.device) * share for name, value in logged.items()}
         unused = sum(p.sum() for p in self.heads.parameters() if p.requires_grad)  # DistributedDataParallel waits
-        loss = (cost.sum() + score_loss(cost, decisions.log_prob)) / num_targets
+        pathwise = cost.sum() if expected is None else expected.loss(cost)
+        loss = (pathwise + score_loss(cost, decisions.log_prob)) / num_targets
         return {"loss": loss + 0.0 * unused, **logged}
+
+    @property
+    def local(self) -> bool:
+        """Does a step learn from its own tokens alone?"""
+        chosen = self.settings.reward.pathwise
+        return chosen == "local" or chosen is None and self.model.token_head.discrete
 
     def scale(self, kind: str) -> float:
         """Weight of a kind's distance: its share of all weights over the distance that it starts from."""
@@ -316,32 +299,6 @@ class ImageObjective(nn.Module):
                 f"the reward distance has been above its start for {PATIENCE} steps in a row, now {relative:.2f} times "
                 "it: lower --lr or --adaptive_lr, or raise --batch_size"
             )
-
-
-def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
-    """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all B images.
-
-    What all images share is for v(u) to learn: the adaptive part, whose many weights would move it in large steps, gets
-    the gradient of the differences. An order head has no v. The mean is over a process's own micro-batch: images that
-    finish early leave it, so that processes may not all take part in a step, and none waits for another.
-    """
-    if name != "order" and a.requires_grad:
-        weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)
-        a.register_hook(lambda g: g - weight * (g.sum() / weight.sum().clamp(min=1)))
-    return a
-
-
-def score_loss(cost, log_prob) -> torch.Tensor:
-    """Σ log P·(c − mean) / deviation of costs c (b,) and log P (b,): its gradient is that of the score function.
-
-    Mean and deviation are over the micro-batches of all processes.
-    """
-    cost = cost.detach()
-    count, total = dist.all_sum(torch.stack([torch.ones_like(cost).sum(), cost.sum()]))
-    shifted = cost - total / count
-    deviation = (dist.all_sum(shifted.square().sum()) / count).sqrt()
-    advantage = shifted / deviation.clamp(min=1e-12)
-    return (log_prob * advantage).sum().to(cost.dtype)
 
 
 def _spread(values: dict) -> dict:

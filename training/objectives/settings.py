@@ -23,7 +23,12 @@ class RewardConfig:
     reward: str | None = flag(None, "comma list of two or more features of the reward (default: --features and pixels)")
     reward_weights: str | None = flag(None, "comma list of their weights (default: 1 each)")
     bank: int = flag(1024, "last generated images that are compared with the real ones", low=16)
-    pathwise: str = flag("full", "gradient through all later steps, or through a step's own tokens", choices=PATHS)
+    pathwise: str | None = flag(
+        None,
+        "gradient through all later steps, of ids by the score function, or through a step's own tokens (default: "
+        "full, of ids local)",
+        choices=PATHS,
+    )
     adaptive: bool = flag(True, "train what heads of --objective image say about each image, not only about the step")
     adaptive_lr: float = flag(0.1, "learning rate of that part, as a share of --lr", low=0)
 

@@ -7,12 +7,12 @@ from util.rng import generator, seed_of
 
 
 class Decisions:
-    """log P (b,) of what order and group heads decide for the images of a rollout, which has no other gradient.
+    """log P (b,) of what order and group heads decide for the images of a `Rollout`, which has no other gradient.
 
     logits: what the order head said, flat, one tensor a step; NaN for tokens that were known.
     """
 
-    def __init__(self, rollout: Rollout, device):
+    def __init__(self, rollout, device):
         draws = [torch.randn(rollout.num_iter, generator=generator(seed_of("explore", s))) for s in rollout.seeds]
         self.noise, self.sigma = torch.stack(draws).to(device), rollout.sigma  # (b, K)
         self.log_prob = torch.zeros(len(rollout.seeds), device=device)

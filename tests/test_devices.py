@@ -23,8 +23,8 @@ from util import dist
 from util.images.pictures import read_png
 
 TINY = "--preset digits --patch_size 2 --epochs 1 --diffloss_w 16 --diffloss_d 1 --buffer_size 2".split()
-TINY += "--diffusion_batch_mul 1 --batch_size 1200 --num_images 20 --num_iter 2 --num_sampling_steps 2 --eval_freq 1000".split()
-TINY += ["--dtype", "fp32"]
+TINY += "--diffusion_batch_mul 1 --batch_size 1200 --num_images 20 --num_iter 2 --num_sampling_steps 2".split()
+TINY += "--eval_freq 1000 --dtype fp32".split()
 PICTURES = "--infer_mode both --num_iter 3 --num_images 40 --num_sampling_steps 6 --solver dpmpp --dtype fp32".split()
 
 

@@ -4,7 +4,7 @@
 
 Each family's smallest model is trained with every seed in --seeds on the tokens that it takes: pixels in patches of
 2×2, ids of one VQ tokenizer, or ids of a multi-scale one. Models differ by 3 % in their parameters, by the width of
-MAR's token head and VAR's shared modulation; parameters and seconds of training are columns. Temperature
+MAR's token head and VAR's shared modulation; parameters and seconds of training, of all cores, are columns. Temperature
 and guidance are those of the smallest FID in a small grid, by the model of the first seed with seed 0; what is reported
 is sampled with the seeds of training.
 
@@ -155,7 +155,7 @@ class Families:
             "family": row.name,
             "tokens": row.tokens,
             "parameters": self.trials.parameters(row.model),
-            "training, s": self.trials.seconds(row.model),
+            "training, CPU s": self.trials.seconds(row.model),
             "τ, w": f"{settings['temperature']:g}, {settings['cfg']:g}",
             "FID": metric(lines, "fid"),
             "Fréchet, pixels": metric(lines, "frechet_pixels"),

@@ -3,10 +3,10 @@
 import argparse
 import csv
 import io
+import os
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from util.checkpoint import FILE_NAME, atomic_file, load_checkpoint
 from util.evaluation.tables import read_lines, shown
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = "seconds.txt"  # of a training that was not interrupted, in its folder
+SECONDS = "cpu_seconds.txt"  # of a training that was not interrupted, in its folder
 
 
 @dataclass
@@ -55,11 +55,11 @@ class Trials:
         """Train a model with every seed; finished ones end at once."""
         for seed in self.seeds:
             folder = self.checkpoint(name, seed)
-            whole, start = not folder.exists(), time.monotonic()
+            whole, start = not folder.exists(), _cpu_seconds()
             self.run("main_mar.py", *flags, "--seed", seed, "--output_dir", folder, "--resume", folder)
             if whole and not self.dry_run:
                 with atomic_file(folder / SECONDS) as temporary:
-                    temporary.write_text(f"{time.monotonic() - start:.0f}\n")
+                    temporary.write_text(f"{_cpu_seconds() - start:.0f}\n")
 
     def measure(self, model: str, folder: str, flags: list[str], grid: list[str], by: str = "fid") -> None:
         """Choose the best setting of a grid by the model of the first seed and seed 0; measure it with every seed.
@@ -85,7 +85,10 @@ class Trials:
         return [line for line in lines if line["settings"]["seed"] in self.seeds]
 
     def seconds(self, model: str) -> str:
-        """The mean seconds of the trainings of a model that were not interrupted, evaluations included."""
+        """The mean of what the trainings of a model that were not interrupted took of all cores, in seconds.
+
+        Evaluations are included. Unlike seconds on a clock it hardly depends on what else the machine does.
+        """
         files = [self.checkpoint(model, seed) / SECONDS for seed in self.seeds]
         taken = [int(file.read_text()) for file in files if file.is_file()]
         return f"{sum(taken) / len(taken):.0f}" if taken else ""
@@ -105,6 +108,12 @@ class Trials:
             with atomic_file(self.out / f"{name}.{suffix}") as temporary:
                 temporary.write_text(content)
         print(markdown(rows), end="")
+
+
+def _cpu_seconds() -> float:
+    """What the commands that have ended took of all cores."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

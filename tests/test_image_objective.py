@@ -15,8 +15,8 @@ import main_mar
 from models.tokenizers import build_tokenizer
 from tests.helpers import tiny_mar, untrained
 from training.config import resolve
-from training.objectives.decisions import Decisions, centred, score_loss
-from training.objectives.image import PATIENCE, ImageObjective, Rollout, gathered
+from training.objectives.decisions import Decisions, score_loss
+from training.objectives.image import PATIENCE, ImageObjective, Rollout, centred, gathered
 from training.optim import TailAverage
 from util import dist
 from util.checkpoint import load_checkpoint, save_checkpoint

@@ -74,19 +74,6 @@ class ExpectedCost:
         return total
 
 
-def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
-    """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all B images.
-
-    What all images share is for v(u) to learn: the adaptive part, whose many weights would move it in large steps, gets
-    the gradient of the differences. An order head has no v. The mean is over a process's own micro-batch: images that
-    finish early leave it, so that processes may not all take part in a step, and none waits for another.
-    """
-    if name != "order" and a.requires_grad:
-        weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)
-        a.register_hook(lambda g: g - weight * (g.sum() / weight.sum().clamp(min=1)))
-    return a
-
-
 def score_loss(cost, log_prob) -> torch.Tensor:
     """Σ log P·(c − mean) / deviation of costs c (b,) and log P (b,): its gradient is that of the score function.
 

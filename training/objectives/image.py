@@ -15,7 +15,7 @@ from heads.policy import FLAGS, PolicyHeads
 from models.coding import render
 from models.text import reads_text
 from sampling.loop import decode
-from training.objectives.decisions import Decisions, ExpectedCost, centred, score_loss
+from training.objectives.decisions import Decisions, ExpectedCost, score_loss
 from training.objectives.draws import log_uniform
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.reward import Bank, Reward
@@ -299,6 +299,19 @@ class ImageObjective(nn.Module):
                 f"the reward distance has been above its start for {PATIENCE} steps in a row, now {relative:.2f} times "
                 "it: lower --lr or --adaptive_lr, or raise --batch_size"
             )
+
+
+def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
+    """a (B, 1) or (B, L) as it is, and its gradient less the mean over the masked tokens of all B images.
+
+    What all images share is for v(u) to learn: the adaptive part, whose many weights would move it in large steps, gets
+    the gradient of the differences. An order head has no v. The mean is over a process's own micro-batch: images that
+    finish early leave it, so that processes may not all take part in a step, and none waits for another.
+    """
+    if name != "order" and a.requires_grad:
+        weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)
+        a.register_hook(lambda g: g - weight * (g.sum() / weight.sum().clamp(min=1)))
+    return a
 
 
 def _spread(values: dict) -> dict:

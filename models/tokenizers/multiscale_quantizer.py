@@ -80,7 +80,9 @@ class MultiScaleQuantizer(nn.Module):
         """Ids (B, L), or codes (B, L, C), as one (B, p_s², …) a scale; another number of them raises ValueError."""
         if ids.dim() < 2 or ids.shape[1] != sum(self.num_tokens):
             scales = ",".join(map(str, self.scales))
-            raise ValueError(f"ids of the scales {scales} must be (B, {sum(self.num_tokens)}), got {tuple(ids.shape)}")
+            raise ValueError(
+                f"ids of the scales {scales} must be (B, {sum(self.num_tokens)}), got {tuple(ids.shape[:2])}"
+            )
         return list(ids.split(self.num_tokens, dim=1))
 
     @torch.no_grad()

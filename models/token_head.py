@@ -40,7 +40,7 @@ class TokenHead(Protocol):
     """p(token | z) with its training loss. What it predicts is a NamedTuple of tensors (N, …)."""
 
     has_steps: bool  # is a token drawn in diffusion steps, over which guidance may have a profile?
-    discrete: bool  # are tokens ids (B, L) long? They have no gradient: what they depend on learns by `log_prob`
+    discrete: bool  # are tokens ids (B, L) long? They have no gradient: what they depend on learns by `log_probs`
 
     def empty(self, batch: int, length: int) -> torch.Tensor:
         """Tokens (B, L, …) of which nothing is known."""

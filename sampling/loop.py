@@ -68,7 +68,7 @@ def decode(
 
     Of gradients: recompute keeps no activations of the draws, nor of the passes where the family can, and computes them
     again, step by step, in the backward pass, for which the model must be in eval mode. local: later steps see the
-    tokens without gradient.
+    tokens without gradient, and log p of the ids drawn is added to no plan's log_prob.
     """
     labels = _checked_labels(getattr(model, "num_labels", model.config.class_num), labels)
     num_iter = _checked_steps(model, num_iter, refresh_every)

@@ -27,7 +27,7 @@ class GreyIds(Tokenizer):
         means = torch.nn.functional.avg_pool2d(images.mean(dim=1, keepdim=True), self.stride).squeeze(1)
         return ((means + 1) / 2 * (self.codebook_size - 1)).round().long()
 
-    def _codes(self):
+    def codes(self):
         return torch.linspace(-1, 1, self.codebook_size).unsqueeze(1).to(self._scale.device)
 
     def _images_of_codes(self, vectors):

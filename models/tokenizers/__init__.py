@@ -7,6 +7,7 @@ The interface, documented in `models.tokenizers.continuous.Tokenizer`:
     encode_moments(images) -> (B, moment_channels, h, w), raw; from_moments(moments, sample, generator) -> latents
     tokens: which of "continuous", "discrete", "multiscale" they can be used as; where ids, codebook_size entries,
     encode_ids(images) -> ids (B, h, w) long, of all scales (B, L); decode_ids(ids) -> images; ids_shape(img_size)
+    codes() -> entries (V, C); render_codes(entries in the place of ids) -> images, differentiable
     scales: sides of the grids of a multi-scale one, else ()
     stride (pixels of a latent's side), channels, scale, mean, clip ((lo, hi) for a predicted x₀, or None), fingerprint
 """

@@ -61,7 +61,7 @@ class AutoencoderTokenizer(Tokenizer):
         ids = [self.autoencoder.quantize(latents[None])[2][2] for latents in raw]
         return torch.stack(ids).reshape(len(raw), *raw.shape[2:])
 
-    def _codes(self):
+    def codes(self):
         return self.autoencoder.quantize.embedding.weight
 
     def _images_of_codes(self, vectors):

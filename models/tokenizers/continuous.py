@@ -21,8 +21,9 @@ class Tokenizer(nn.Module):
     moments are its mean and log-variance (2c channels)? Else they are the raw latents (c channels). scale and mean: a
     number, or one for each channel. A sub-class may set `clip`, (lo, hi) for a predicted x₀ in normalised units, and
     `settings`, plain values which besides the weights decide its moments. tokens: what a model can take them as, see
-    `models.families.Family`. Where these can be ids a sub-class sets codebook_size, the number of entries, and has
-    `_ids`, `_codes`, `_images_of_codes`; where they are "multiscale", scales too, the sides p of the grids of tokens.
+    `models.families.Family`. Where these can be ids a sub-class sets codebook_size, the number of entries V, and
+    has `_ids`, `_images_of_codes` and `codes()`, the entries (V, C) as the decoder reads them; where they are
+    "multiscale", scales too, the sides p of the grids of tokens.
     """
 
     tokens: tuple[str, ...] = ("continuous",)
@@ -93,10 +94,6 @@ class Tokenizer(nn.Module):
             wrong = low if low < 0 else high
             raise ValueError(f"ids for the tokenizer {self.kind} are 0 to {self.codebook_size - 1}, got {wrong}")
         return self.render_codes(self.codes()[ids])
-
-    def codes(self) -> torch.Tensor:
-        """The entries of the codebook (V, C) as the decoder reads them."""
-        return self._codes()
 
     def render_codes(self, vectors: torch.Tensor) -> torch.Tensor:
         """As `decode_ids`, of vectors (B, h, w, C) or (B, L, C) in the place of entries; differentiable."""

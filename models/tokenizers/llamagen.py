@@ -43,7 +43,7 @@ class LlamaGenTokenizer(Tokenizer):
     def _ids(self, images):
         return self.model.encode_ids(images.float())
 
-    def _codes(self):
+    def codes(self):
         return self.model.quantize.entries()
 
     def _images_of_codes(self, vectors):

@@ -80,7 +80,7 @@ class MultiScaleTokenizer(Tokenizer):
     def _ids(self, images):
         return torch.cat(self.model.encode(images.float()), dim=1)
 
-    def _codes(self):
+    def codes(self):
         return self.quantize.embedding.weight
 
     def _images_of_codes(self, vectors):

@@ -99,6 +99,12 @@ def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, i
     return network.eval(), tokenizer, config
 
 
+def num_parameters(checkpoint) -> int:
+    """Of the model of a checkpoint of ours: what is trained, without the constants that a file has too."""
+    network, _, _ = load_model(checkpoint, ema=False)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
 def find_places(config: dict, place) -> tuple[dict, dict]:
     """(config with the paths in it as `find_stored` finds them, {those found nowhere: the words of it})."""
     nowhere = {}

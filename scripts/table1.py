@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
+from models.loading import num_parameters
 from util.door import run_main
 from util.evaluation.trials import Trials, costs, metric, trials_parser
 from util.images.folders import check_output_folder
@@ -164,7 +165,7 @@ class Table:
             "tokens a step": "several" if row.several else "1",
             "loss": "cross-entropy" if row.loss == "ce" else "diffusion",
             "tokens": row.tokenizer,
-            "parameters": self.trials.parameters(row.model),
+            "parameters": f"{num_parameters(self.trials.checkpoint(row.model, self.trials.seeds[0])):,}",
         }
         plain, guided = (self.trials.lines(f"{row.name}/{name}") for name in ("plain", "guided"))
         for title, lines in (("FID", plain), ("FID, guided", guided)):

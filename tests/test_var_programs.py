@@ -11,7 +11,7 @@ from PIL import Image
 import main_mar
 import sample
 from models import families
-from models.loading import load_model
+from models.loading import load_model, num_parameters
 from models.tokenizers.multiscale import save_multiscale
 from models.tokenizers.multiscale_vq import SCALES as SIDES
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
@@ -70,6 +70,15 @@ def test_it_trains_and_resumes_to_the_bit(run, tmp_path):
     assert main_mar.main([*words[:-1], str(middle), "--resume", str(middle)]) == 0
     for name, value in load_checkpoint(middle)["model"].items():
         assert value.equal(whole["model"][name])
+
+
+def test_constants_in_a_file_are_not_counted_as_parameters(run):
+    """The scales of tokens, the mask of attention and the bias of keys are published beside the weights."""
+    folder, _ = run
+    weights = load_checkpoint(folder)["model"]
+    constants = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
+    sizes = [value.numel() for name, value in weights.items() if not name.endswith(constants)]
+    assert num_parameters(folder) == sum(sizes) < sum(value.numel() for value in weights.values())
 
 
 @pytest.mark.slow

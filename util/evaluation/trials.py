@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.args import OneLineParser
-from util.checkpoint import FILE_NAME, atomic_file, load_checkpoint
+from util.checkpoint import atomic_file
 from util.evaluation.tables import read_lines, shown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,11 +92,6 @@ class Trials:
         files = [self.checkpoint(model, seed) / SECONDS for seed in self.seeds]
         taken = [int(file.read_text()) for file in files if file.is_file()]
         return f"{sum(taken) / len(taken):.0f}" if taken else ""
-
-    def parameters(self, model: str) -> str:
-        """How many parameters a model has."""
-        weights = load_checkpoint(self.checkpoint(model, self.seeds[0]) / FILE_NAME)["model"]
-        return f"{sum(value.numel() for value in weights.values()):,}"
 
     def write(self, name: str, rows: list[dict[str, str]]) -> None:
         """Print rows as a table, and keep it as out/NAME.md and .csv."""

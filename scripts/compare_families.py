@@ -116,7 +116,8 @@ ROWS = [
 HEADS = "--objective image --reward digits,pixels --reward_weights 1,3 --bank 1024 --lr 1.6e-2 --adaptive_lr 0.03"
 HEADS += " --no-grad_checkpointing --eval_freq 1000"
 HEAD_EPOCHS = 10
-TRAIN_VQ = "--data digits --vq --codebook_size 256 --stride 2 --latent_channels 4 --epochs"
+TRAIN_VQ = "--data digits --vq --codebook_size 256 --stride 2 --latent_channels 4"
+VQ_EPOCHS = {"vq": 150, "vq_20": 20}
 TRAIN_SCALES = "--data digits --multiscale --stride 1 --width 16 --latent_channels 8 --codebook_size 64"
 TRAIN_SCALES += " --batch_size 64 --lr 3e-3 --epochs 10 --features digits"
 
@@ -131,8 +132,8 @@ class Families:
 
     def prepare(self) -> None:
         """Train the tokenizers and the judge."""
-        for name, epochs in (("vq", "150"), ("vq_20", "20")):
-            self.trials.tokenizer(name, [*TRAIN_VQ.split(), epochs], "autoencoder")
+        for name, epochs in VQ_EPOCHS.items():
+            self.trials.tokenizer(name, [*TRAIN_VQ.split(), "--epochs", str(epochs)], "autoencoder")
         self.trials.tokenizer("scales", TRAIN_SCALES.split(), "tokenizer.pth")
         if not self.judge.is_file():
             self.trials.run("scripts/train_classifier.py", "--seed", 1, "--output", self.judge)

@@ -34,10 +34,8 @@ def test_both_tables_of_a_tiny_budget(tmp_path, monkeypatch):
     small = [replace(row, steps=few) if "group" in row.learn else row for row in small]
     monkeypatch.setattr(compare_families, "ROWS", small)
     monkeypatch.setattr(compare_families, "HEADS", compare_families.HEADS.replace("--bank 1024", "--bank 512"))
-    for name in ("TRAIN_VQ", "TRAIN_SCALES"):
-        monkeypatch.setattr(compare_families, name, getattr(compare_families, name).rsplit("--epochs", 1)[0])
-    monkeypatch.setattr(compare_families, "TRAIN_VQ", compare_families.TRAIN_VQ + "--epochs 1")
-    monkeypatch.setattr(compare_families, "TRAIN_SCALES", compare_families.TRAIN_SCALES + "--epochs 1")
+    monkeypatch.setattr(compare_families, "VQ_EPOCHS", dict.fromkeys(compare_families.VQ_EPOCHS, 1))
+    monkeypatch.setattr(compare_families, "TRAIN_SCALES", f"{compare_families.TRAIN_SCALES} --epochs 1")
     flags = ["--out", str(tmp_path / "t"), "--seeds", "1", "--epochs", "1", "--few", "20", "--num_images", "20"]
     assert compare_families.main(flags) == 0
     first = (tmp_path / "t" / "families.md").read_text().splitlines()

@@ -14,7 +14,10 @@ from sampling.inspector.spec import read_spec
 from scripts.inspector_screenshots import CHROMIUM, Browser
 from tests.helpers_inspector import serving, tiny_gallery
 
-NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+IN_A_BROWSER = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium"),
+    pytest.mark.slow,  # a second or more each, most of it the browser's
+]
 SETTINGS = {"num_iter": "4", "cfg": "2"}
 
 

@@ -43,7 +43,9 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", params=["ids", pytest.param("latents", marks=pytest.mark.slow), "causal_gpt"])
+@pytest.fixture(
+    scope="module", params=[*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ids", "latents")), "causal_gpt"]
+)
 def trained(request, tmp_path_factory):
     """(kind, folder of a run of two epochs without a stop)."""
     folder = tmp_path_factory.mktemp(request.param.split()[0]) / "run"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers_browser import (
     FIXTURES,
-    NEEDS_CHROMIUM,
+    IN_A_BROWSER,
     SETTINGS,
     click,
     done,
@@ -19,7 +19,7 @@ from tests.helpers_browser import (
     value,
 )
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = IN_A_BROWSER
 browser, gallery, server, page = FIXTURES
 
 

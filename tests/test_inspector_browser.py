@@ -11,7 +11,7 @@ from sampling.inspector.recording import record
 from sampling.inspector.spec import read_spec
 from tests.helpers_browser import (
     FIXTURES,
-    NEEDS_CHROMIUM,
+    IN_A_BROWSER,
     SETTINGS,
     click,
     done,
@@ -22,7 +22,7 @@ from tests.helpers_browser import (
     value,
 )
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = IN_A_BROWSER
 browser, gallery, server, page = FIXTURES
 
 
@@ -168,10 +168,7 @@ def test_a_batch_shows_whether_rules_are_a_schedule(page):
     )
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("mar_ar", "causal_gpt")]
-
-
-@pytest.mark.parametrize("family", ["ids", "var", *SLOW])
+@pytest.mark.parametrize("family", ["ids", "var", "mar_ar", "causal_gpt"])
 def test_other_families_are_shown(page, gallery, family):
     settings = {"cfg": "2", **({"order": "confidence", "num_iter": "4"} if family == "ids" else {})}
     page.show(checkpoint=family, settings=settings)

@@ -5,10 +5,10 @@ import numpy as np
 from sampling.inspector.export import as_npz
 from sampling.inspector.view import events_of_trace, json_events
 from sampling.trace import load_trace
-from tests.helpers_browser import FIXTURES, NEEDS_CHROMIUM, click, done, images_of, set_value, shown, text, value
+from tests.helpers_browser import FIXTURES, IN_A_BROWSER, click, done, images_of, set_value, shown, text, value
 from tests.helpers_inspector import made, picture, serving
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = IN_A_BROWSER
 browser, gallery, server, page = FIXTURES
 
 VAR = {"checkpoint": "var", "settings": {"cfg": "2"}}

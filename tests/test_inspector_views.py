@@ -9,7 +9,7 @@ import pytest
 from sampling.trace import load_trace
 from tests.helpers_browser import (
     FIXTURES,
-    NEEDS_CHROMIUM,
+    IN_A_BROWSER,
     SETTINGS,
     click,
     done,
@@ -20,7 +20,7 @@ from tests.helpers_browser import (
 )
 from tests.helpers_inspector import Client, picture, request
 
-pytestmark = NEEDS_CHROMIUM
+pytestmark = IN_A_BROWSER
 browser, gallery, server, page = FIXTURES
 PIXELS = "pixels($('{}')).data.reduce((sum, value) => sum + value)"
 

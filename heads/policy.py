@@ -292,7 +292,7 @@ def build_rules(
             if heads is None or kind not in heads.learn:
                 raise ValueError(
                     f"infer_mode {mode!r} needs the learned {kind} head, which this checkpoint does not have; train it "
-                    f"with main_mar.py --init_from DIR --freeze_backbone --learn {kind}"
+                    f"with main_mar.py --init_from DIR --objective image --learn {kind}"
                 )
             rule = RULES[kind][1](heads, rule, options)
         rules[kind] = rule

@@ -16,6 +16,7 @@ from models.celoss import CELinear
 from models.kv_cache import CausalConditions, Extension, raster_only
 from models.mar import compile_all
 from models.passes import MOST_PASSES
+from models.tokenizers.ldm import PLACES
 from util.args import flag
 from util.graphs import Graphs
 from util.sizes import check_square
@@ -47,7 +48,7 @@ CAUSAL_GPT_CONFIGS = {
 
 
 # of the published models of classes, where scripts/download_weights.py puts it
-PUBLISHED_TOKENIZER = {"tokenizer": "llamagen_vq16", "vae_path": "pretrained_models/vq_ds16_c2i.pt"}
+PUBLISHED_TOKENIZER = {"tokenizer": "llamagen_vq16", "vae_path": PLACES["llamagen_vq16"]}
 
 
 def read_published(weights: dict) -> tuple[dict, dict]:

@@ -144,7 +144,8 @@ def stored_model_config(content: dict, family: str) -> dict:
         return _read_published(content, family)[0]
     if family_of(config) != family:
         raise ValueError(
-            f"the checkpoint is of the family {family_of(config)}, the model that --model names of {family}"
+            f"the checkpoint is of the family {family_of(config)}, the model that --model names of {family}; "
+            f"name one of {', '.join(FAMILIES[family_of(config)].sizes)}"
         )
     return _sizes(config)
 

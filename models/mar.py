@@ -18,7 +18,7 @@ from models.diffloss import DiffLoss
 from models.mar_cache import FeatureCache
 from models.passes import MOST_PASSES
 from models.token_head import LOSSES, TokenHead
-from models.tokenizers.ldm import KL16_PATH
+from models.tokenizers.ldm import PLACES
 from models.vit import Block
 from util.args import flag
 from util.graphs import Graphs
@@ -121,7 +121,7 @@ def read_published(weights: dict) -> tuple[dict, dict]:
     if weights["class_emb.weight"].dim() != 2:
         shape = tuple(weights["class_emb.weight"].shape)
         raise ValueError(f"the checkpoint is not one of MAR: its class embedding has the shape {shape}, not two axes")
-    return {"class_num": len(weights["class_emb.weight"])}, {"tokenizer": "kl16", "vae_path": KL16_PATH}
+    return {"class_num": len(weights["class_emb.weight"])}, {"tokenizer": "kl16", "vae_path": PLACES["kl16"]}
 
 
 class MAR(nn.Module):

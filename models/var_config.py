@@ -3,11 +3,10 @@
 from dataclasses import InitVar, dataclass
 from typing import ClassVar
 
+from models.tokenizers.ldm import PLACES
 from models.tokenizers.multiscale_vq import SCALES, check_sides
 from util.args import flag
 from util.sizes import Size, check_counts, check_square, image_size
-
-VAE_PATH = "pretrained_models/vae_ch160v4096z32.pth"  # where scripts/download_weights.py puts it
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def read_published(weights: dict) -> tuple[dict, dict]:
     known |= dict(num_heads=num_heads, attn_l2_norm=scales is not None)
     known |= dict(vocab_size=vocab_size, vae_embed_dim=channels, patch_nums=sides, img_size=16 * sides[-1])
     known |= dict(shared_aln="shared_ada_lin.1.weight" in weights)
-    return known, {"tokenizer": fitting[0], "vae_path": VAE_PATH}
+    return known, {"tokenizer": fitting[0], "vae_path": PLACES[fitting[0]]}
 
 
 def _published(depth: int, patch_nums=SCALES["var_vq"], shared_aln: bool = False) -> VARConfig:

@@ -3,11 +3,11 @@
     python scripts/compare_families.py --out output_dir/families
 
 Each family's smallest model is trained with every seed in --seeds on the tokens that it takes: pixels in patches of
-2×2, ids of a VQ tokenizer, or ids of a multi-scale one. The causal model has a VQ tokenizer of 20 epochs: with that of
-150, which the others have, its samples are seldom digits. Models differ by 3 % in their parameters, by the width of
-MAR's token head and VAR's shared modulation; parameters and seconds of training, of all cores, are columns. Temperature
-and guidance are those of the smallest FID in a small grid, by the model of the first seed with seed 0; what is reported
-is sampled with the seeds of training.
+2×2, ids of a VQ tokenizer, or ids of a multi-scale one. The causal model has a VQ tokenizer of 20 epochs: with
+MaskGIL's, of 150, its samples are seldom digits. Models of the first table differ by 2 % in their parameters, by the
+width of MAR's token head and VAR's shared modulation; parameters and seconds of training, of all cores, are columns.
+Temperature and guidance are those of the smallest FID in a small grid, by the model of the first seed with seed 0; what
+is reported is sampled with the seeds of training.
 
 Heads are trained by --objective image on each frozen model, and measured beside hand-made rules by a classifier that
 took no part: a row is compared with the hand-made rule that the judge likes best among those of no larger pixel

@@ -11,7 +11,7 @@ from heads.policy import FLAGS, SCOPES, PolicyHeads
 from heads.schedules import default_num_iter, needed_steps
 from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
-from models.tokenizers.ldm import KL16_PATH
+from models.tokenizers.ldm import PLACES
 from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
@@ -62,7 +62,7 @@ class TokenizerConfig:
         "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, "
         "diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
     )
-    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default: download_weights.py's place for them)")
     vae_scale: str | None = flag(
         None, "factor of the latents, or one a channel (default: the tokenizer's)", metavar="X"
     )
@@ -325,8 +325,8 @@ def derive(chosen: dict, given: dict) -> dict:
     """The settings that follow from others, where they are not given by hand."""
     data, tokenizer = chosen["data"] or "imagefolder", chosen["tokenizer"] or "kl16"
     derived = dict(data=data, tokenizer=tokenizer, log_dir=chosen["log_dir"] or chosen["output_dir"])
-    if tokenizer == "kl16":
-        derived["vae_path"] = chosen["vae_path"] or KL16_PATH
+    if tokenizer in PLACES:
+        derived["vae_path"] = chosen["vae_path"] or PLACES[tokenizer]
     if tokenizer == "pixel":  # the image itself decides these
         channels = PRESETS.get(data, {}).get("vae_embed_dim", 3)
         derived |= dict(vae_stride=given.get("vae_stride", 1), vae_embed_dim=given.get("vae_embed_dim", channels))

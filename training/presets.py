@@ -1,7 +1,5 @@
 """Defaults of known settings: what --preset stands for, and where MAR's command line differs from its constructor."""
 
-from models.var_config import VAE_PATH
-
 # where MAR's command line and its constructor disagree, the command line counts; the size of the diffusion MLP only
 # with the models that MAR has published
 CLI_DEFAULTS = dict(diffusion_batch_mul=1)
@@ -24,7 +22,7 @@ _VAR = dict(
     tokenizer="var_vq", lr_schedule="lin0", weight_decay=0.05, ema_rate=0.0, grad_clip=2.0, flip=False
 )  # without an average of the weights
 _VAR_IMAGENET = dict(  # on 8 processes
-    _VAR, data="imagefolder", vae_path=VAE_PATH, img_size=256, batch_size=96, blr=1e-4, init_adaln_gamma=1e-3, wpe=0.1,
+    _VAR, data="imagefolder", img_size=256, batch_size=96, blr=1e-4, init_adaln_gamma=1e-3, wpe=0.1,
     eval_bsz=64, cfg=2.5, top_k=900, top_p=0.96,
 )  # fmt: skip
 _DIGITS = dict(

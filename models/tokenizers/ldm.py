@@ -12,7 +12,13 @@ import torch
 from models.tokenizers.autoencoder import AutoencoderTokenizer
 from util.checkpoint import read_file
 
-KL16_PATH = "pretrained_models/vae/kl16.ckpt"  # the path in MAR's commands
+# name -> where scripts/download_weights.py puts the weights; kl16's is the path in MAR's commands
+PLACES = {
+    "kl16": "pretrained_models/vae/kl16.ckpt",
+    "llamagen_vq16": "pretrained_models/vq_ds16_c2i.pt",
+    "llamagen_vq8": "pretrained_models/vq_ds8_c2i.pt",
+    **dict.fromkeys(("var_vq", "var_vq_512", "var_vq_1024"), "pretrained_models/vae_ch160v4096z32.pth"),
+}
 WIDTHS = (128, 128, 256, 256, 512)  # channels of the levels, in both autoencoders
 LAST = len(WIDTHS) - 1  # the level at the latents
 # name -> class in diffusers, scale (1/std of the latents; LDM publishes none for VQ-16: scripts/measure_latents.py)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from models.tokenizers import Tokenizer, tokenizer_of
-from models.tokenizers.ldm import KL16_PATH
+from models.tokenizers.ldm import PLACES
 from util.args import flag
 from util.images.datasets import ImagesArgs
 from util.rng import generator, seed_of
@@ -22,13 +22,13 @@ class MeasuringArgs(ImagesArgs):
         "kl16",
         "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, diffusers:PATH_OR_REPO",
     )
-    vae_path: str | None = flag(None, "weights of the autoencoder (default for kl16: MAR's place for them)")
+    vae_path: str | None = flag(None, "weights of the autoencoder (default: download_weights.py's place for them)")
     num_workers: int = flag(0, "processes that load images", low=0)
 
     @property
     def weights_path(self) -> str | None:
         """Path of the autoencoder's weights; None for a tokenizer whose name contains it or that needs no weights."""
-        return self.vae_path or (KL16_PATH if self.tokenizer == "kl16" else None)
+        return self.vae_path or PLACES.get(self.tokenizer)
 
     def build(self, image_channels: int, **normalisation) -> Tokenizer:
         """The tokenizer for such images; normalisation: vae_scale, vae_mean. Errors as in `tokenizer_of`."""

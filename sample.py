@@ -236,9 +236,7 @@ def open_reference(evaluation: EvalConfig, config: dict, args: SampleArgs, sourc
         reference = build_reference(evaluation, config["data"]["name"], source, img_size, reading)
         evaluation.check(reference, img_size)
     except ValueError as error:
-        unmeasured = "" if args.img_size is None else "; with --metrics none images of any size are made"
-        places = looked_for(error, find_places(config, args.checkpoint)[1])
-        raise ValueError(f"{error}{places}{unmeasured}") from None
+        raise ValueError(f"{error}{looked_for(error, find_places(config, args.checkpoint)[1])}") from None
     return reference
 
 

@@ -52,7 +52,7 @@ class AblateArgs(ImagesArgs):
     """The flags."""
 
     tokenizer: str | None = flag(None, "one of ids, such as diffusers:DIR of train_tokenizer.py --vq")
-    vae_path: str | None = flag(None, "weights of a published tokenizer")
+    vae_path: str | None = flag(None, "its weights (default: download_weights.py's place for them)")
     model: str = flag("maskgil_tiny", "size", choices=OF_CLASSES)
     steps: int = flag(600, "steps of each run", low=1)
     lr: float = flag(1e-2, "learning rate, constant after the warm-up", low=0)

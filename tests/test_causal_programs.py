@@ -43,9 +43,10 @@ def losses(folder):
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(
-    scope="module", params=[*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ids", "latents")), "causal_gpt"]
-)
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("ids", "latents")]
+
+
+@pytest.fixture(scope="module", params=[*SLOW, "causal_gpt"])
 def trained(request, tmp_path_factory):
     """(kind, folder of a run of two epochs without a stop)."""
     folder = tmp_path_factory.mktemp(request.param.split()[0]) / "run"

@@ -10,7 +10,6 @@ import pytest
 import main_mar
 import sample
 from heads.policy import INFER_MODES
-from models.tokenizers.ldm import PLACES
 from scripts import (
     ablate_norms,
     bench,
@@ -21,7 +20,6 @@ from scripts import (
     cache_text,
     demo_shapes,
     demo_text,
-    download_weights,
     export_weights,
     plot_training,
     torture,
@@ -153,14 +151,6 @@ def test_mars_sizes(capsys, model, sizes):
 def test_the_published_autoencoder_is_the_default(capsys, name):
     """MAR's evaluation commands do not pass --vae_path."""
     assert dry(capsys, *PUBLISHED_COMMANDS[name].split())["vae_path"] == "pretrained_models/vae/kl16.ckpt"
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_a_published_tokenizer_is_looked_for_where_it_is_downloaded_to(capsys, name):
-    download_weights.main([name.removesuffix("_512").removesuffix("_1024"), "--dry_run"])
-    [shown] = json.loads(capsys.readouterr().out).values()
-    kind = "var_d16" if "var" in name else "mar_base" if name == "kl16" else "maskgil_b"
-    assert dry(capsys, "--tokenizer", name, "--model", kind, "--data_path", "X")["vae_path"] == shown["file"]
 
 
 def test_every_flag_of_mar_exists(capsys):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import main_mar
+from models.tokenizers.ldm import PLACES
 from models.tokenizers.vq import VQ_CONFIGS
 from scripts import download_weights
-from tests.test_cli import refused
+from tests.test_cli import dry, refused
 from tests.test_sample import SMALL, train_tiny
 from util.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 
@@ -208,6 +209,14 @@ def test_vars_files_have_the_names_of_its_rows_and_sizes(tmp_path, monkeypatch, 
     shown = json.loads(capsys.readouterr().out)
     assert shown["var_vq"]["file"] == "pretrained_models/vae_ch160v4096z32.pth"
     assert shown["var_d36_s"]["url"].endswith("/FoundationVision/var/resolve/main/var_d36.pth")
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_published_tokenizer_is_looked_for_where_it_is_downloaded_to(capsys, name):
+    download_weights.main([name.removesuffix("_512").removesuffix("_1024"), "--dry_run"])
+    [shown] = json.loads(capsys.readouterr().out).values()
+    kind = "var_d16" if "var" in name else "mar_base" if name == "kl16" else "maskgil_b"
+    assert dry(capsys, "--tokenizer", name, "--model", kind, "--data_path", "X")["vae_path"] == shown["file"]
 
 
 def test_what_was_fetched_is_evaluated_with_mars_command(server, get, tmp_path, capsys):

@@ -54,6 +54,14 @@ def run(tmp_path_factory):
     return folder
 
 
+def test_a_size_that_has_no_reference_is_refused_with_the_way_out(run, tmp_path, capsys):
+    """The model makes it, the digits to compare with have another size."""
+    words = ["--checkpoint", str(run), "--output_dir", str(tmp_path / "out"), *SAMPLE, "--img_size", "8x16"]
+    line = refused(sample.main, [*words, "--metrics", "fid", "--features", "digits"], capsys)
+    assert "8x16" in line and line.rstrip().endswith(", or use --metrics none")
+    assert not (tmp_path / "out").exists() and sample.main(words) == 0
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 

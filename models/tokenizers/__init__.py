@@ -15,7 +15,7 @@ The interface, documented in `models.tokenizers.continuous.Tokenizer`:
 from functools import partial
 
 from models.tokenizers.continuous import Tokenizer
-from models.tokenizers.ldm import LDM, load_ldm
+from models.tokenizers.ldm import LDM, PLACES, load_ldm
 from models.tokenizers.llamagen import load_llamagen
 from models.tokenizers.multiscale import SCALES, load_multiscale
 from models.tokenizers.pixel import PixelTokenizer
@@ -50,7 +50,8 @@ def build_tokenizer(name: str, **options) -> Tokenizer:
 def tokenizer_of(settings: dict, image_channels: int | None) -> Tokenizer:
     """The tokenizer of the flags, or a checkpoint's config: their tokenizer, vae_path, vae_scale and vae_mean.
 
-    image_channels: None if unknown; pixel needs it. A tokenizer of images with other channels raises ValueError.
+    Published weights are those in PLACES unless vae_path names others. image_channels: None if unknown; pixel needs it.
+    A tokenizer of images with other channels raises ValueError.
     """
     name = settings["tokenizer"]
     given = {key: settings[key] for key in _OPTIONS if settings.get(key) is not None}
@@ -59,6 +60,8 @@ def tokenizer_of(settings: dict, image_channels: int | None) -> Tokenizer:
         if unused:
             raise ValueError(f"--{unused[0]} has no meaning for the tokenizer pixel, whose latents are the pixels")
         return build_tokenizer(name, channels=image_channels)
+    if name in PLACES:
+        given.setdefault("vae_path", PLACES[name])
     tokenizer = build_tokenizer(name, **given)
     if image_channels not in (None, tokenizer.image_channels):
         channels = f"images of {tokenizer.image_channels} channels, the data have {image_channels}"

@@ -203,7 +203,7 @@ def check_classes(labels) -> None:
     if len(set(labels)) < 2:
         raise ValueError(
             f"--features digits needs reference images of at least 2 classes, got {len(set(labels))}: name others with "
-            "--data_path, or use --metrics none"
+            "--data_path"
         )
 
 

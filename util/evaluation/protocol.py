@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,15 @@ from util.images.reading import DEFAULT, MARS_WAY, Reading
 from util.sizes import Size
 
 READ = 2**26  # bytes of a folder's files that are compared
+
+
+@contextmanager
+def way_out():
+    """A ValueError of what the metrics need says that they can be left out."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}, or use --metrics none") from None
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,7 @@ class EvalConfig:
         """With the metrics named that a default leaves open."""
         return replace(self, metrics=",".join(self.metric_names) or "none")
 
+    @way_out()
     def check(self, reference, img_size: Size | None = None) -> None:
         """Raise ValueError, before anything is sampled, where the metrics could not be computed afterwards.
 
@@ -64,7 +75,7 @@ class EvalConfig:
         smallest = self.num_images if isinstance(reference, FIDStats) else min(self.num_images, len(reference))
         if smallest < needed:
             names = ",".join(self.metric_names)
-            raise ValueError(f"the metrics {names} need {needed} images, got {smallest}; or use --metrics none")
+            raise ValueError(f"the metrics {names} need {needed} images, got {smallest}")
         if isinstance(reference, FIDStats):
             reference.check(self.features, img_size)
         elif self.features == "digits":
@@ -77,6 +88,7 @@ class EvalConfig:
                 raise ValueError(f"--judge {self.judge}: {error}") from None
 
 
+@way_out()
 def build_reference(config: EvalConfig, name: str, data_path, img_size: Size, reading: Reading = DEFAULT):
     """What the metrics compare with: FIDStats with --fid_stats, else the data set `name` in the split --eval_split.
 

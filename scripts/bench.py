@@ -5,9 +5,13 @@
 
 Seconds are medians of up to --repeats runs (none starts after ROW_SECONDS), ratios compare rows of this run. FLOPs are
 counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed
-in the same run. 100 diffusion steps are timed as 5 and multiplied: every step is the same work. A row that differs from
-an earlier one in diffusion settings only has its transformer's seconds and does not run it. The tables of
+in the same run. On a CPU 100 diffusion steps are timed as 5 and multiplied: every step is the same work; and a row that
+differs from an earlier one in diffusion settings only has its transformer's seconds and does not run it. On a GPU every
+row is run whole, after a first run that captures CUDA graphs, and has GPU_COLUMNS as well: the share of the time in
+which a kernel runs, kernels an autoregressive step, and what the first run took more than the later ones. The tables of
 training, of ids and of scales are those of bench_training.py, bench_ids.py and bench_scales.py.
+
+    python scripts/bench.py --only sampling,training --batch_size 64 --num_iter 64 --train_batch_size 64  # GPU; and 256
 """
 
 import json
@@ -41,7 +45,7 @@ from training.presets import PRESETS
 from util import dist
 from util.args import flag, make_parser
 from util.door import run_main
-from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
+from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, print_table, run_seconds, short_number
 
 TIMED_STEPS = 5  # diffusion steps that stand for a constant number above 20
 ROW_SECONDS = 45
@@ -60,6 +64,8 @@ SAMPLING = {
     "--fast, heads in mode both": dict(mode="both"),
     "--fast, --compile": dict(mode="baseline", compile=True),
 }
+
+GPU_COLUMNS = ["images/s", "busy", "kernels a step", "first run, s more"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,16 @@ class Bench:
         self.peak = PeakMemory(self.device)
         self.forget()
 
+    @property
+    def has_int8(self) -> bool:
+        """Can this device sample in int8?"""
+        return self.device.type == "cpu" and is_exact()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Are rows run whole, and GPU_COLUMNS filled?"""
+        return self.device.type == "cuda"
+
     @cached_property
     def fast(self) -> dict:
         """The settings of --fast."""
@@ -142,13 +158,12 @@ class Bench:
         """
         mar = self.model(row["dtype"])
         batch_size, num_steps = batch_size or self.args.batch_size, row["num_sampling_steps"]
-        shortened = ":" not in num_steps and int(num_steps) > 4 * TIMED_STEPS
+        shortened = not self.on_gpu and ":" not in num_steps and int(num_steps) > 4 * TIMED_STEPS
         rules = build_rules(row["mode"], self.heads, cfg=self.args.cfg)
         watch, steps = Stopwatch(self.device), []
 
         def record(step, rows, plan, tokens):
-            guided = (plan.cfg != 1).expand_as(plan.select)[plan.select].nonzero().squeeze(1)
-            steps.append((rows, guided.cpu(), num_steps if shortened else plan.num_steps))
+            steps.append((rows, plan))  # looked at later: a GPU would be waited for
 
         with ExitStack() as stack:
             stack.enter_context(dist.autocast(self.device, dist.DTYPES[row["dtype"]]))
@@ -169,11 +184,13 @@ class Bench:
                 callback=record,
             )
             total = watch.now() - began
-        transformer, diffusion = watch.seconds["transformer"], watch.seconds["diffusion"]
+        seconds = {**watch.seconds, "total": total}
         if shortened:
-            left_out = diffusion * (int(num_steps) / TIMED_STEPS - 1)
-            diffusion, total = diffusion + left_out, total + left_out
-        return dict(transformer=transformer, diffusion=diffusion, total=total), steps
+            left_out = seconds["diffusion"] * (int(num_steps) / TIMED_STEPS - 1)
+            seconds = {**seconds, "diffusion": seconds["diffusion"] + left_out, "total": total + left_out}
+        guided = [(plan.cfg != 1).expand_as(plan.select)[plan.select].nonzero().squeeze(1).cpu() for _, plan in steps]
+        many = [num_steps if shortened else plan.num_steps for _, plan in steps]
+        return seconds, [(rows, *rest) for (rows, _), *rest in zip(steps, guided, many)]
 
     def sampling_flops(self, steps: list, refresh_every: int) -> dict:
         """FLOPs of {transformer, diffusion} for a batch, counted on the twin with tensors of the same shapes."""
@@ -204,34 +221,24 @@ class Bench:
         return counter.get_total_flops()
 
 
-def has_int8(device) -> bool:
-    """Can this device sample in int8?"""
-    return device.type == "cpu" and is_exact()
-
-
 def sampling(bench: Bench) -> None:
     """The levers of sampling, one added after the other."""
     args, settings, table, transformers, totals = bench.args, PUBLISHED, [], {}, []
     for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
         settings = {**settings, **change}
         settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
-        impossible = settings["dtype"] == "int8" and not has_int8(bench.device)
-        if impossible or (settings["compile"] and args.quick):
+        if (settings["dtype"] == "int8" and not bench.has_int8) or (settings["compile"] and args.quick):
             continue
         # all settings that the transformer's seconds depend on
         passes = tuple(settings[k] for k in ("dtype", "mode", "refresh_every", "compile"))
-        stub = passes in transformers
+        stub = passes in transformers and not bench.on_gpu
         if settings["compile"]:
             try:
                 bench.model(settings["dtype"]).compile_parts()
             except ValueError as error:  # the other rows need no compiler
                 tqdm.write(f"warning: no row {name!r}: {error}", file=sys.stderr)
                 continue
-            bench.sample(settings)  # compiles
-        bench.peak.reset()
-        runs, began = [], time.perf_counter()
-        while len(runs) < args.repeats and time.perf_counter() - began < ROW_SECONDS:
-            runs.append(bench.sample(settings, stub=stub))
+        first, runs = timed_runs(bench, settings, stub)
         seconds = {k: statistics.median(run[k] for run, _ in runs) for k in runs[0][0]}
         memory = "=" if stub else f"{bench.peak.read() / 1e9:.1f}"
         if stub:
@@ -244,16 +251,38 @@ def sampling(bench: Bench) -> None:
             name += f" ({settings['dtype']})"
         if "both" in name:
             name += f" ({totals[-1] / totals[-2] - 1:+.1%})"
-        per_image = [f"{seconds[k] / args.batch_size:.2f}" for k in ("total", "transformer", "diffusion")]
-        rate = bench.rate(settings["dtype"])
-        of_peak = [f"{flops[k] / seconds[k] / rate:.0%}" for k in ("transformer", "diffusion")]
+        per_image = [short_number(seconds[k] / args.batch_size) for k in ("total", "transformer", "diffusion")]
+        peak = bench.rate(settings["dtype"])
+        of_peak = [f"{flops[k] / seconds[k] / peak:.0%}" for k in ("transformer", "diffusion")]
         work = f"{sum(flops.values()) / args.batch_size / 1e12:.2f}"
-        table.append([name, *per_image, f"{totals[0] / totals[-1]:.2f}", work, *of_peak, memory, len(runs)])
+        row = [name, *per_image, f"{totals[0] / totals[-1]:.2f}", work, *of_peak, memory, len(runs)]
+        table.append(row + (gpu_cells(bench, settings, seconds["total"], first) if bench.on_gpu else []))
     bench.forget()  # the compiled model
     head = ["", "seconds", "transformer", "diffusion", "faster by", "TFLOPs", "transformer, of peak"]
-    head += ["diffusion, of peak", "peak memory, GB", "runs"]
+    head += ["diffusion, of peak", "peak memory, GB", "runs", *(GPU_COLUMNS if bench.on_gpu else [])]
     sizes = f"{args.num_iter} steps, batch {args.batch_size}, cfg {args.cfg:g}"
     print_table(f"Sampling: {args.preset}, {sizes}, seconds an image", head, table)
+
+
+def timed_runs(bench: Bench, settings: dict, stub: bool) -> tuple[float | None, list]:
+    """(seconds of a first run, [what `Bench.sample` gives] of up to --repeats runs after it).
+
+    There is a first run where it compiles or captures: with --compile, and on a GPU. None: there was none.
+    """
+    warm_up = settings["compile"] or bench.on_gpu
+    first = run_seconds(bench.device, lambda: bench.sample(settings)) if warm_up else None
+    bench.peak.reset()
+    runs, began = [], time.perf_counter()
+    while len(runs) < bench.args.repeats and time.perf_counter() - began < ROW_SECONDS:
+        runs.append(bench.sample(settings, stub=stub))
+    return first, runs
+
+
+def gpu_cells(bench: Bench, settings: dict, total: float, first: float) -> list[str]:
+    """The cells of GPU_COLUMNS for a row that takes `total` seconds a batch; the profiler watches one more run."""
+    kernels, busy = device_work(bench.device, lambda: bench.sample(settings))
+    images = short_number(bench.args.batch_size / total)
+    return [images, f"{busy / total:.0%}", f"{kernels / bench.args.num_iter:.0f}", f"{first - total:.1f}"]
 
 
 def training(bench: Bench) -> None:
@@ -288,7 +317,7 @@ def scaling(bench: Bench) -> None:
     points = [(b, args.num_iter) for b in (1, 2, 4, 8, 16, 32)] + [(2, k) for k in (8, 32, 64)]
     for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
         seconds = bench.sample(bench.fast, batch_size, num_iter)[0]["total"]
-        table.append([batch_size, num_iter, 1, f"{seconds / batch_size:.2f}"])
+        table.append([batch_size, num_iter, 1, short_number(seconds / batch_size)])
     bench.forget()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     flags = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
@@ -298,7 +327,7 @@ def scaling(bench: Bench) -> None:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["see --only fast"]
         raise ValueError(f"the run in two processes ended with code {done.returncode}: {errors[0]}")
     seconds = max(json.loads(line)["total"] for line in done.stdout.splitlines() if line.startswith("{"))
-    table.append([f"{args.batch_size} each", args.num_iter, 2, f"{seconds / args.batch_size / 2:.2f}"])
+    table.append([f"{args.batch_size} each", args.num_iter, 2, short_number(seconds / args.batch_size / 2)])
     title = f"--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each"
     print_table(title, ["batch", "steps", "processes", "seconds"], table)
 
@@ -311,14 +340,7 @@ def fast(bench: Bench) -> None:
     print(json.dumps({**seconds, "rank": dist.rank()}), flush=True)
 
 
-SECTIONS = {
-    "sampling": sampling,
-    "training": training,
-    "ids": ids,
-    "scales": scales,
-    "scaling": scaling,
-    "fast": fast,
-}
+SECTIONS = {section.__name__: section for section in (sampling, training, ids, scales, scaling, fast)}
 
 
 def main(argv=None) -> int:
@@ -338,7 +360,7 @@ def main(argv=None) -> int:
         dist.init(dist.pick_device(args.device))
         bench = Bench(args)
         if "fast" not in names:
-            dtypes = ("fp32", "bf16", "int8") if has_int8(bench.device) else ("fp32", "bf16")
+            dtypes = ("fp32", "bf16", "int8") if bench.has_int8 else ("fp32", "bf16")
             rates = ", ".join(f"{bench.rate(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in dtypes)
             print(f"{bench.device.type}, {torch.get_num_threads()} threads; large matrix products: {rates}")
         for name in names:

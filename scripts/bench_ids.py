@@ -28,7 +28,7 @@ from sampling.loop import generate
 from util import dist
 from util.args import flag, make_parser
 from util.door import run_main
-from util.timing import Stopwatch, print_table, run_seconds
+from util.timing import Stopwatch, print_table, run_seconds, short_number
 
 STRIDE = 16
 CAUSAL_SIZES = [size for size, family in SIZES.items() if family in ("mar_ar", "causal_gpt")]
@@ -138,7 +138,7 @@ def in_steps(family: str, conditions: type, args: BenchIdsArgs) -> None:
 def seconds_and_ratio(turns: list[tuple[float, float]], batch_size: int) -> list[str]:
     """The medians of both seconds, an image, and median, lowest and highest of the second over the first."""
     ratios = [second / first for first, second in turns]
-    seconds = [f"{statistics.median(part) / batch_size:.2f}" for part in zip(*turns)]
+    seconds = [short_number(statistics.median(part) / batch_size) for part in zip(*turns)]
     return [*seconds, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
 
 

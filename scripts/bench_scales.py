@@ -36,7 +36,7 @@ from training.step import training_step
 from util import dist
 from util.args import flag, run_with
 from util.door import run_main
-from util.timing import PeakMemory, print_table, run_seconds
+from util.timing import PeakMemory, print_table, run_seconds, short_number
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def sampling(args: BenchScalesArgs) -> None:
     kinds = {"with the cache": NextScaleConditions, "with a pass over each prefix": WholePrefix}
     calls = [partial(sample, model, tokenizer, args, kind) for kind in kinds.values()]
     turns = [[run_seconds(dist.pick_device(args.device), call) for call in calls] for _ in range(args.repeats)]
-    seconds = [f"{statistics.median(column) / args.batch_size:.2f}" for column in zip(*turns)]
+    seconds = [short_number(statistics.median(column) / args.batch_size) for column in zip(*turns)]
     ratios = [whole / kept for kept, whole in turns]
     row = [args.model, *seconds, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
     title = f"{model.config.seq_len} tokens in {len(model.config.patch_nums)} scales, batch {args.batch_size}"
@@ -123,7 +123,7 @@ def training(args: BenchScalesArgs) -> None:
     rest = torch.arange(args.batch_size) % sizes.class_num, torch.arange(args.batch_size)
     step = partial(training_step, state, ids, *rest, config.lr, config)
     seconds = [run_seconds(device, step) for _ in range(args.repeats + 1)][1:]
-    row = [args.model, f"{statistics.median(seconds):.2f}", f"{peak.read() / 1e9:.1f}"]
+    row = [args.model, short_number(statistics.median(seconds)), f"{peak.read() / 1e9:.1f}"]
     recomputed = ", activations recomputed" if args.grad_checkpointing else ""
     title = f"Training: batch {args.batch_size}, {args.dtype}{recomputed}"
     print_table(title, ["", "seconds a step", "peak memory, GB"], [row])

@@ -31,7 +31,7 @@ from training.step import forward_backward, optimizer_step
 from util import dist
 from util.args import flag, make_parser
 from util.door import run_main
-from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table
+from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table, short_number
 
 NUM_STEPS = 8  # of a turn in the table of heads
 # name: (flags of main_mar.py, does the diffusion MLP compute all tokens instead of the masked ones?)
@@ -133,9 +133,8 @@ def training(args: BenchTrainingArgs, device) -> None:
         medians.append(statistics.median(times[1:]))
         memory, flops = peak.read() / 1e9, training_flops(state, config)
         of_peak = flops / medians[-1] / matmul_rate(device, dist.DTYPES[flags["dtype"]])
-        ratio = medians[0] / medians[-1]
-        row = [name, f"{medians[-1]:.2f}", f"{ratio:.2f}", f"{flops / 1e12:.2f}", f"{of_peak:.0%}", f"{memory:.1f}"]
-        table.append(row)
+        times_faster = [short_number(medians[-1]), f"{medians[0] / medians[-1]:.2f}"]
+        table.append([name, *times_faster, f"{flops / 1e12:.2f}", f"{of_peak:.0%}", f"{memory:.1f}"])
         del state  # before the next one is made: memory holds one large model
     head = ["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB"]
     print_table(f"Training: {args.preset}, batch {args.batch_size}, seconds a step", head, table)

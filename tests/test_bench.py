@@ -5,12 +5,14 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from models import int8
 from models.mar import MAR
 from scripts import bench, bench_ids, bench_scales, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
-from util.timing import PeakMemory, Stopwatch, matmul_rate
+from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, run_seconds, union_length
 
 
 @pytest.fixture(autouse=True)
@@ -65,6 +67,31 @@ def test_every_lever_has_a_row(capsys, monkeypatch):
     assert len(compiled) == 1
     stubbed = [row for row, rest in rows.items() if rest[-2] == "="]  # they run no transformer
     assert [row.split(",")[0] for row in stubbed][:2] == ["fp32", "+ annealing"]
+
+
+def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
+    """On a CPU operators are in place of kernels."""
+    runs, sample = [], Bench.sample
+
+    def counted(run, row, *sizes, **options):
+        seconds, steps = sample(run, row, *sizes, **options)
+        runs.append((row["num_sampling_steps"], options.get("stub", False), {str(count) for *_, count in steps}))
+        return seconds, steps
+
+    monkeypatch.setattr(Bench, "sample", counted)
+    monkeypatch.setattr(Bench, "on_gpu", True)
+    names = list(SAMPLING)[:4:3]  # the published settings, and those that differ in diffusion settings only
+    monkeypatch.setattr(bench, "SAMPLING", {name: SAMPLING[name] for name in names})
+    assert main([*SMALL, "--num_iter", "2", "--only", "sampling", "--device", "cpu"]) == 0
+    assert not any(stub for _, stub, _ in runs)
+    assert runs[0][::2] == ("100", {"100"})  # none is timed as a few
+    assert len(runs) == 2 * 3  # the first, one that is timed, one for the profiler
+    rows = rows_of(capsys.readouterr().out)
+    assert rows[""][-4:] == bench.GPU_COLUMNS
+    many, few = (rows[name][-4:] for name in names)
+    assert float(few[0]) > float(many[0]) > 0
+    assert all(row[1].endswith("%") and float(row[3]) < 60 for row in (many, few))
+    assert int(many[2]) > 5 * int(few[2]) > 0  # 100 steps have more than 12
 
 
 def test_where_nothing_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):
@@ -147,6 +174,29 @@ def test_flops_are_those_of_the_formula(cfg):
     a_step = 2 * (256 * w + w**2)  # the embedding of the time, one for all rows
     condition = 2 * num_rows * width * w
     assert flops["diffusion"] == 100 * (num_rows * a_row + len(steps) * a_step) + condition
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 20))))
+def test_the_union_of_intervals(spans):
+    spans = [(begin, begin + length) for begin, length in spans]
+    assert union_length(spans) == len({x for begin, end in spans for x in range(begin, end)})
+
+
+@pytest.mark.gpu
+def test_kernels_and_their_seconds_on_a_gpu():
+    device = torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+    run_seconds(device, lambda: a @ a)
+    seconds, (kernels, busy) = (
+        run_seconds(device, lambda: [a @ a for _ in range(20)]),
+        device_work(device, lambda: a @ a),
+    )
+    assert 1 <= kernels < 10
+    assert 0 < busy < seconds  # one product takes less than twenty
+    watch = Stopwatch(device)
+    with watch.watch(torch, "mm", "product"):
+        torch.mm(a, a)
+    assert 0 < watch.seconds["product"] < seconds
 
 
 def test_stopwatch_and_memory():

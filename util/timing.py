@@ -3,18 +3,24 @@
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 
 class Stopwatch:
-    """Seconds spent in methods of classes, while they are watched."""
+    """Seconds spent in methods of classes, while they are watched.
+
+    On CUDA they are those of the device, between events in its queue: nothing waits for it meanwhile.
+    """
 
     def __init__(self, device: torch.device):
-        self.device, self.seconds = device, {}
+        self.device, self.marks = device, []  # (name, begin, end) of each call
 
     def now(self) -> float:
         """The time, in seconds, at which the device has finished its queue."""
@@ -24,18 +30,35 @@ class Stopwatch:
             torch.mps.synchronize()
         return time.perf_counter()
 
+    def _mark(self):
+        if self.device.type != "cuda":
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
     def watch(self, owner, method: str, name: str):
         """A context in which the time of owner.method is added to seconds[name]."""
         original = getattr(owner, method)
 
         def timed(*args, **kwargs):
-            began = self.now()
+            began = self._mark()
             try:
                 return original(*args, **kwargs)
             finally:
-                self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - began
+                self.marks.append((name, began, self._mark()))
 
         return patch.object(owner, method, timed)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """{name: seconds of all its calls so far}."""
+        self.now()
+        totals = {}
+        for name, began, ended in self.marks:
+            took = began.elapsed_time(ended) / 1e3 if self.device.type == "cuda" else ended - began
+            totals[name] = totals.get(name, 0.0) + took
+        return totals
 
 
 class PeakMemory:
@@ -68,6 +91,30 @@ def run_seconds(device: torch.device, run) -> float:
     return watch.now() - began
 
 
+def device_work(device: torch.device, run) -> tuple[int, float]:
+    """(number of kernels, seconds in which at least one of them ran) of run(), by the profiler.
+
+    Copies and fills of memory count as kernels, and those in a CUDA graph one by one. On a CPU they are operators.
+    """
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as profiler:
+        run_seconds(device, run)
+    # `profiler.events()` makes an object of Python of each of a million.
+    events = profiler.profiler.kineto_results.events()
+    wanted = DeviceType.CUDA if cuda else DeviceType.CPU
+    spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.device_type() == wanted]
+    return len(spans), union_length(spans) / 1e9
+
+
+def union_length(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of what intervals (begin, end) cover together."""
+    covered, reached = 0, float("-inf")
+    for begin, end in sorted(spans):
+        covered += max(end - max(begin, reached), 0)
+        reached = max(reached, end)
+    return covered
+
+
 @cache
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
     """Operations a second in a product of two square matrices, median of 5, measured once in a process."""
@@ -84,3 +131,8 @@ def print_table(title: str, head: list, rows: list[list]) -> None:
     print("| --- |" + " ---: |" * (len(head) - 1))
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def short_number(value: float) -> str:
+    """A number with two decimals, or three digits where it is below 1."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"

@@ -31,6 +31,7 @@ class CrossEntropy:
 
     has_steps = False
     discrete = True
+    exceeds_top_p = True  # must the ids that top_p leaves hold more than it, or is as much enough?
 
     @property
     def num_ids(self) -> int:
@@ -78,7 +79,8 @@ class CrossEntropy:
         self, *, num_steps=1, solver=None, spacing=None, clip=None, top_k: int = 0, top_p: float = 1.0
     ) -> "CategoricalSampler":
         """What draws ids from the top_k likeliest entries (0: all) and of these the fewest that hold more than top_p
-        (0 or 1: all). The other settings are those of diffusion steps, of which there are none.
+        (0 or 1: all; where `exceeds_top_p` is off, that hold as much). The other settings are those of diffusion steps,
+        of which there are none.
 
         A top_k below 0, or a top_p outside 0 … 1, raises ValueError.
         """
@@ -175,25 +177,27 @@ class CategoricalSampler:
                 logits = logits.index_copy(0, guided, guide(logits[guided], uncond, w))
         tau = _column(tau)
         logits = logits / (tau.clamp(min=SMALLEST_TAU) if isinstance(tau, torch.Tensor) else max(tau, SMALLEST_TAU))
-        return filter_logits(logits, self.top_k, self.top_p) if self._filters else logits
+        return filter_logits(logits, self.top_k, self.top_p, self.head.exceeds_top_p) if self._filters else logits
 
     @property
     def _filters(self) -> bool:
         return 0 < self.top_k < self.head.num_ids or 0 < self.top_p < 1
 
 
-def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 0.0) -> torch.Tensor:
+def filter_logits(
+    logits: torch.Tensor, top_k: int = 0, top_p: float = 0.0, exceeds_top_p: bool = False
+) -> torch.Tensor:
     """Logits (…, V) with −∞ where `kept` takes an entry away; a new tensor. A top_k above V is V."""
     rows = logits.flatten(0, -2)
-    return rows.masked_fill(~kept(rows, top_k, top_p), -math.inf).view_as(logits)
+    return rows.masked_fill(~kept(rows, top_k, top_p, exceeds_top_p), -math.inf).view_as(logits)
 
 
 @torch.no_grad()
-def kept(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def kept(logits: torch.Tensor, top_k: int, top_p: float, exceeds_top_p: bool = False) -> torch.Tensor:
     """Which entries (N, V) bool of logits (N, V) a filter leaves, top-k first, then top-p of what top-k leaves.
 
-    top_k keeps everything that is at least the k-th largest; top_p the likeliest entries up to the one with which their
-    sum exceeds it.
+    top_k keeps everything that is at least the k-th largest; top_p the fewest of the likeliest entries
+    that hold as much (VAR), or with exceeds_top_p more (LlamaGen): one entry differs where their sum is top_p exactly.
     """
     keep = torch.ones_like(logits, dtype=torch.bool)
     if 0 < top_k < logits.shape[-1]:
@@ -201,7 +205,8 @@ def kept(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if 0 < top_p < 1:
         p, order = logits.masked_fill(~keep, -math.inf).softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
         before = p.cumsum(dim=-1) - p
-        keep &= torch.zeros_like(keep).scatter(1, order, before <= top_p)
+        wanted = before <= top_p if exceeds_top_p else before < top_p
+        keep &= torch.zeros_like(keep).scatter(1, order, wanted)
     return keep
 
 

@@ -55,6 +55,7 @@ class VAR(nn.Module):
         self.blocks = nn.ModuleList(Block(c, rate) for rate in rates)
         self.head_nm = HeadNorm(c.embed_dim, c.norm_eps)
         self.head = CELinear(c.embed_dim, c.vocab_size, bias=True)
+        self.head.exceeds_top_p = False
         self.head.label_smoothing = c.label_smoothing
         self.init_weights(init_adaln_gamma=c.init_adaln_gamma)
         self.graphs = Graphs()

@@ -61,6 +61,7 @@ class SampleConfig(RuleOptions):
         for kind, rule in fixed_rules.items():
             if getattr(self, kind) not in (None, rule):
                 raise ValueError(f"--{kind} {getattr(self, kind)} does not fit {model}, which needs {rule}")
+        self._check_mode(fixed_rules, model)
         if self.group == "scale" and fixed_rules.get("group") != "scale":
             raise ValueError(f"--group scale does not fit {model}, whose tokens are of one scale")
         num_iter = default_num_iter(fixed_rules, length) if self.num_iter is None else self.num_iter
@@ -68,6 +69,20 @@ class SampleConfig(RuleOptions):
         linear = self.cfg_schedule == "linear" and fixed_rules.get("group") == "scale"
         ramp = dict(cfg_schedule="ramp") if linear else {}
         return replace(self, **fixed_rules, **ramp, num_iter=num_iter)
+
+    def _check_mode(self, fixed_rules: dict[str, str], model: str) -> None:
+        """Raise ValueError where the mode has an order or groups of its own, and the model has fixed ones."""
+        usual = rule_names("baseline")
+
+        def fits(mode: str) -> bool:
+            own = rule_names(mode)
+            return all(own[kind] in (usual[kind], fixed_rules.get(kind, own[kind])) for kind in ("order", "group"))
+
+        if not fits(self.infer_mode):
+            valid = ", ".join(filter(fits, INFER_MODES))
+            raise ValueError(
+                f"--infer_mode {self.infer_mode} does not fit {model}, whose order is fixed; valid: {valid}"
+            )
 
     def rules(self, heads=None) -> Rules:
         """The rules these settings name; see `build_rules` for what raises ValueError."""

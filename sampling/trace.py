@@ -113,8 +113,11 @@ def _is_trace(trace: dict[str, np.ndarray]) -> bool:
     return bool(order_step.min() >= -1 and 0 <= order_step.max() < steps)
 
 
-def load_trace(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a trace, described in `sampling.trace.Trace`; another file raises ValueError."""
+def load_trace(path: Path, of_scales: bool = False) -> dict[str, np.ndarray]:
+    """The arrays of a trace, described in `sampling.trace.Trace`; another file raises ValueError.
+
+    And so does, without of_scales, one whose tokens are no grid, because its model draws scales.
+    """
     if not path.is_file():
         raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
     try:
@@ -123,11 +126,16 @@ def load_trace(path: Path) -> dict[str, np.ndarray]:
         trace = None
     if trace is None or not _is_trace(trace):
         raise ValueError(f"{path} is not a trace written by sample.py --save_trace")
-    if token_grid(trace["order_step"].shape[1], *trace["frames"].shape[2:4]) is None:
+    if not (of_scales or has_grid(trace)):
         raise ValueError(
-            f"{path} is of a model of several scales, whose tokens are no grid: its frames are all there is"
+            f"{path} is of a model of several scales, whose tokens are no grid: plot_trace.py draws its pictures"
         )
     return trace
+
+
+def has_grid(trace: dict[str, np.ndarray]) -> bool:
+    """Are the tokens of a trace cells of one grid? Those of several scales are not."""
+    return token_grid(trace["order_step"].shape[1], *trace["frames"].shape[2:4]) is not None
 
 
 def as_grid(values: np.ndarray, frames: np.ndarray) -> np.ndarray:
@@ -141,9 +149,10 @@ def picture(frame: np.ndarray) -> np.ndarray:
 
 
 def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
-    """The GIF of image i: image and mask side by side, a frame a step, a pause at the end."""
-    frames = trace["frames"][i]
-    order = as_grid(trace["order_step"][i], frames)
+    """The GIF of image i, a frame a step, a pause at the end; beside it its mask, where its tokens are a grid."""
+    frames, order, masked = trace["frames"][i], trace["order_step"][i], has_grid(trace)
+    if masked:
+        order = as_grid(order, frames)
     height, width = frames.shape[1:3]
     zoom = math.ceil(GIF_SIDE / min(height, width))
     size = (width * zoom, height * zoom)
@@ -151,8 +160,9 @@ def draw_gif(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     for step in range(order.max() + 1):
         mask = np.full((*order.shape, 3), UNKNOWN, np.uint8)
         mask[order < step], mask[order == step] = KNOWN, NEW
-        sheet = Image.new("RGB", (2 * size[0] + 8, size[1]), "white")
-        for x, pixels in ((0, picture(frames[step])), (size[0] + 8, mask)):
+        parts = [picture(frames[step]), *([mask] if masked else [])]
+        sheet = Image.new("RGB", (len(parts) * (size[0] + 8) - 8, size[1]), "white")
+        for x, pixels in zip((0, size[0] + 8), parts):
             sheet.paste(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.NEAREST), (x, 0))
         sheets.append(sheet)
     pace = max(80, min(500, 8000 // len(sheets)))  # milliseconds

@@ -5,9 +5,8 @@
 # SEEDS (1,2,3): those of the images, and of the heads, which scripts/train_heads.sh trains in HEADS/seedN, and those of
 # each step alone, without an adaptive part, in HEADS/stepsN; their images have the seed of their training. SCHEDULE=FILE is a
 # searched schedule (made if not given, on images of other seeds).
-# Hand-made rules of up to 8 steps are chosen from the whole grid, of others from the small one (GRID=whole: from all).
-# Seed 0 chooses among hand-made rules. Several hours on 2 CPU cores; interrupted, the same command continues. Further
-# arguments go to sample.py.
+# Seed 0 chooses among the 64 hand-made rules of GRID=small, or with GRID=whole among all 152 of scripts/search_grid.sh.
+# Several hours on 2 CPU cores; interrupted, the same command continues. Further arguments go to sample.py.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 base=${BASE:-output_dir/quickstart}
@@ -27,9 +26,7 @@ for seed in "${seeds[@]}"; do
 done
 files=()
 for number in "${numbers[@]}"; do
-    grid=whole
-    [ "$number" -le 8 ] || grid=small
-    GRID=${GRID:-$grid} NUM_ITER=$number STEPS=8 CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
+    GRID=${GRID:-small} NUM_ITER=$number STEPS=8 CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
         bash scripts/search_grid.sh "${pass[@]}" "$@"
     files+=(--hand "$out/grid$number/judged/results.jsonl")
 done

@@ -6,7 +6,8 @@
 The lines have the figures of the reward, by features and by pixels, and of a judge (sample.py --judge). --hand:
 hand-made rules; each --row: the settings of a file under a name, or under those of their inference modes. Guidance
 trades pixels against features, so a row is compared with the hand-made rule of the smallest judge distance among those
-whose pixel distance is not larger than its own. `beyond` is the difference over the root of the sum of both variances.
+whose pixel distance is not larger than its own, or if there is none with the one that comes nearest. `beyond` is the
+difference over the root of the sum of both variances.
 """
 
 import sys
@@ -26,16 +27,16 @@ Rules side by side on digits, at equal numbers of steps, printed by `bash script
 base is frozen; nothing but the rules differs. Heads are those of `bash scripts/train_heads.sh`, one set for all
 numbers of steps, trained for 4 to 8 of them, once for each seed.
 
-Reward: the Fréchet distances that schedules and heads were optimised by, and hand-made rules chosen by, on the
-features of the digit classifier and on pixels. Judge: the same distance on the features of another classifier, which
-took no part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds: of the images, and for
-heads of their training too. Guidance trades pixels against features, so a row is compared with the hand-made rule that
-the judge likes best among those of no larger pixel distance; `none` where no hand-made rule comes that near on pixels,
-or where it is that rule itself. `beyond` is the difference over the root of the sum of both variances. Hand-made rules:
-those that no other beats in both reward features, of the 152 of `search_grid.sh` at 4 and 8 steps, and of its 64 of
-`GRID=small` at 16. The searched schedule is of 4 steps, found on other seeds; other numbers of steps interpolate it.
-Evaluations are those of an image; images/s were measured on two shared CPU cores and say little. CIFAR-10 at 8 steps
-needs a GPU and has not been measured.""",
+Reward: the Fréchet distances that schedules and heads were optimised by, and hand-made rules chosen by, on the features
+of the digit classifier and on pixels. Judge: the same distance on the features of another classifier, which took no
+part. 1,800 images against the 1,797 real ones; mean and standard deviation over seeds: of the images, and for heads of
+their training too. Guidance trades pixels against features, so a row is compared with the hand-made rule that the judge
+likes best among those of no larger pixel distance. Where none comes that near, it is the one that comes nearest, and
+its larger pixel distance stands there too; `none` where the row is that rule itself. `beyond` is the difference over
+the root of the sum of both variances. Hand-made rules: those of the 64 of `search_grid.sh`, `GRID=small`, that no other
+beats in both reward features on images of another seed. The searched schedule is of 4 steps, found on other seeds;
+other numbers of steps interpolate it. Evaluations are those of an image; images/s were measured on two shared CPU cores
+and say little. CIFAR-10 at 8 steps needs a GPU and has not been measured.""",
     "cotrained": """## A co-trained backbone
 
 Printed by `bash scripts/train_policy.sh`, on the quickstart's base after more epochs on the states that halton's order

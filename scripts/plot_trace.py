@@ -6,7 +6,7 @@ DIR/rules.png: τ and guidance scale of each step in all traced images, and how 
 between images and between tokens: a schedule differs between steps only.
 DIR/trace_<i>.png: maps of the step, τ and guidance scale of each token, tokens a step, the image after each step.
 DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange. The tokens that an
-edited image had from the start are blank in the maps.
+edited image had from the start are blank in the maps. Of a model that draws scales there are neither maps nor mask.
 """
 
 import math
@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
 
 from sampling.adaptive import shares_of
-from sampling.trace import as_grid, draw_gif, load_trace, picture
+from sampling.trace import as_grid, draw_gif, has_grid, load_trace, picture
 from util.args import OneLineParser
 from util.checkpoint import atomic_file
 from util.door import run_main
@@ -130,8 +130,7 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    order = np.ma.masked_less(as_grid(trace["order_step"][i], trace["frames"][i]) + 1, 1)
-    taken = int(order.max())  # steps until the image was complete
+    taken = int(trace["order_step"][i].max()) + 1  # steps until the image was complete
     shown = np.unique(np.linspace(0, taken - 1, min(taken, FILM_MAX)).round().astype(int))
     rows = math.ceil(len(shown) / FILM_ROW)
     figure = plt.figure(figsize=(13, 3.7 + 1.75 * rows), layout="constrained")
@@ -139,12 +138,13 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     top, film = figure.subfigures(2, 1, height_ratios=[3.7, 1.75 * rows])
     maps = top.subplots(1, 4)
     top.suptitle(f"image {i}, label {trace['labels'][i]}: complete after {taken} steps", fontsize=12)
-    draw_map(top, maps[0], order, "step at which a token came", "viridis", numbers=max(order.shape) <= 16)
     draw_bars(maps[1], trace["group_size"][i][:taken])
     maps[1].set_box_aspect(1)
-    tau, cfg = (np.ma.array(as_grid(trace[key][i], trace["frames"][i]), mask=order.mask) for key in ("tau", "cfg"))
-    draw_map(top, maps[2], tau, "temperature τ", "magma")
-    draw_map(top, maps[3], cfg, "guidance scale w", "cividis")
+    if has_grid(trace):
+        draw_maps(top, maps[[0, 2, 3]], trace, i)
+    else:
+        for axis in maps[[0, 2, 3]]:
+            axis.axis("off")
     panels = film.subplots(rows, FILM_ROW, squeeze=False).ravel()
     for axis in panels:
         axis.axis("off")
@@ -156,6 +156,18 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     plt.close(figure)
 
 
+def draw_maps(figure, axes, trace: dict[str, np.ndarray], i: int) -> None:
+    """The step, τ and guidance scale of each token of image i, on three axes."""
+    frames = trace["frames"][i]
+    order = np.ma.masked_less(as_grid(trace["order_step"][i], frames) + 1, 1)
+    draw_map(figure, axes[0], order, "step at which a token came", "viridis", numbers=max(order.shape) <= 16)
+    for axis, key, title, colors in (
+        (axes[1], "tau", "temperature τ", "magma"),
+        (axes[2], "cfg", "guidance scale w", "cividis"),
+    ):
+        draw_map(figure, axis, np.ma.array(as_grid(trace[key][i], frames), mask=order.mask), title, colors)
+
+
 def main(argv=None) -> int:
     """Read, draw; returns the exit code."""
     parser = OneLineParser(prog="plot_trace.py", description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -163,7 +175,7 @@ def main(argv=None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
     parser.add_argument("--images", help="comma list of image numbers (default: all that were traced)")
     args = parser.parse_args(argv)
-    trace = load_trace(args.trace)
+    trace = load_trace(args.trace, of_scales=True)
     images = parse_images(args.images, len(trace["labels"]))
     check_output_folder("out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,10 @@ def test_filters_by_hand():
     # the entry with which the sum exceeds p is the last one
     assert kept(logits, 0, 0.6).tolist() == [[True, True, False, False]] * 2
     assert kept(logits, 0, 0.01).tolist() == [[True, False, False, False]] * 2
+    # where a sum is p exactly: VAR's rule has as much, LlamaGen's more
+    equal = torch.zeros(1, 4)
+    for exceeds, half, quarter in ((False, 2, 1), (True, 3, 2)):
+        assert kept(equal, 0, 0.5, exceeds).sum() == half and kept(equal, 0, 0.25, exceeds).sum() == quarter
     # top-p counts shares of what top-k leaves: 4/7 is less than 0.6
     assert kept(logits[1:], 2, 0.5).tolist() == [[True, False, False, False]]
     assert kept(logits[1:], 2, 0.6).tolist() == [[True, True, False, False]]

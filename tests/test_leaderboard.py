@@ -60,6 +60,15 @@ def test_a_row_that_is_hand_made_is_not_its_own_rival(tmp_path, capsys):
     assert rows["best"]["best hand-made judge"] == rows["other"]["best hand-made judge"] == "none"
 
 
+def test_a_row_that_beats_all_on_pixels_meets_the_nearest_of_them(tmp_path, capsys):
+    hand = lines([1], 1.0, 1.1, [0.8], cfg=1.2) + lines([1], 1.0, 1.2, [0.5], cfg=1.5)
+    hand += lines([1], 1.0, 1.05, [0.1], num_iter=8, cfg=1.2)  # of another number of steps
+    learned = written(tmp_path / "r.jsonl", lines([1], 0.5, 1.0, [0.4]))
+    mine = table(capsys, "--hand", written(tmp_path / "hand.jsonl", hand), "--row", f"mine={learned}")["mine"]
+    assert mine["best hand-made judge"].startswith("0.800") and "cfg 1.2 linear" in mine["best hand-made judge"]
+    assert mine["best hand-made judge"].endswith(", pixels 1.1)") and mine["difference"] == "-50 %"
+
+
 def test_what_has_no_judge_is_no_row(tmp_path, capsys):
     hand = written(tmp_path / "hand.jsonl", lines([1], 1.0, 1.0, 1.0))
     other = written(tmp_path / "other.jsonl", lines([1], 1.0, 1.0, None))

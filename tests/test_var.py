@@ -148,6 +148,7 @@ def test_filters_leave_what_the_published_ones_do():
             kept = filter_logits(array("filter/logits"), int(top_k), float(top_p))
             assert kept.isfinite().equal(array(name)) and kept[array(name)].equal(array("filter/logits")[array(name)])
     assert filter_logits(array("filter/logits_with_ties"), 4).isfinite().equal(array("filter/kept_with_ties_k4"))
+    assert filter_logits(torch.zeros(1, 4), top_p=0.5).isfinite().sum() == 2  # 1/4 + 1/4 <= 1 - p are removed
     assert filter_logits(array("filter/logits"), 900).equal(array("filter/logits"))  # above V: all
 
 

@@ -16,10 +16,10 @@ from models.tokenizers.multiscale import save_multiscale
 from models.tokenizers.multiscale_vq import SCALES as SIDES
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
 from models.var import VAR, VAR_CONFIGS, VARConfig
-from scripts import cache_latents, plot_trace, search_schedule
+from scripts import cache_latents, export_weights, inspector, plot_trace, search_schedule
 from tests.helpers_ids import in_two_processes
 from tests.test_cli import refused
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, weights_hash
 
 SCALES = (1, 2, 4)  # 21 tokens of 2×2 pixels in the last scale
 TRAIN = "--data digits --model var_tiny --tokenizer var_vq --batch_size 600 --lr 3e-3 --warmup_epochs 0".split()
@@ -46,6 +46,23 @@ def run(vae, tmp_path_factory):
     words = [*TRAIN, *vae, *extra, "--output_dir", str(folder)]
     assert main_mar.main(words) == 0
     return folder, words
+
+
+def test_it_is_exported_and_read_back(run, tmp_path):
+    folder, _ = run
+    path = tmp_path / "var.safetensors"
+    assert export_weights.main(["--checkpoint", str(folder), "--output", str(path)]) == 0
+    (model, _, config), (model_0, _, config_0) = (load_model(place, ema=True) for place in (path, folder))
+    assert model.config == model_0.config and isinstance(model.config.patch_nums, tuple)
+    assert weights_hash(model.state_dict()) == weights_hash(model_0.state_dict())
+
+
+def test_modes_with_an_order_of_their_own_are_refused(run, tmp_path, capsys):
+    for mode in ("policy", "both", "maskgil"):
+        words = ["--checkpoint", str(run[0]), "--output_dir", str(tmp_path / "x"), "--infer_mode", mode]
+        line = refused(sample.main, words, capsys)
+        assert f"--infer_mode {mode} does not fit" in line and line.endswith("valid: baseline, guidance")
+    assert not (tmp_path / "x").exists()
 
 
 def results(folder) -> list[dict]:
@@ -118,8 +135,13 @@ def test_a_trace_has_a_picture_of_each_scale(run, tmp_path, capsys):
         frames = trace["frames"].astype(int)
     made = np.asarray(Image.open(path.parent / "0.png"))
     assert np.array_equal(frames[0, 2].squeeze(), made) and (frames[0, 0] != frames[0, 2]).any()
-    line = refused(plot_trace.main, [str(path), "--out", str(tmp_path / "pictures")], capsys)
-    assert "is of a model of several scales" in line
+    pictures = tmp_path / "pictures"
+    assert plot_trace.main([str(path), "--out", str(pictures), "--images", "1"]) == 0
+    assert sorted(file.name for file in pictures.iterdir()) == ["rules.png", "trace_1.gif", "trace_1.png"]
+    with Image.open(pictures / "trace_1.gif") as growing:  # an image a scale, without a mask
+        assert growing.n_frames == 3 and growing.width == growing.height
+    line = refused(inspector.main, ["--trace", str(path), "--export", str(tmp_path / "page.html")], capsys)
+    assert "of several scales" in line and not (tmp_path / "page.html").exists()
 
 
 def test_a_part_of_a_picture_is_kept(run, tmp_path):

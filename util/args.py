@@ -208,6 +208,7 @@ def check_values(config_class, values: dict, source) -> None:
         if field.name not in values:
             continue
         value, meta, hint = values[field.name], field.metadata, hints[field.name]
+        value = tuple(value) if isinstance(value, list) and hint is tuple else value  # JSON has no tuples
         takes_float = float in (hint, *typing.get_args(hint))
         if not isinstance(value, hint | int if takes_float else hint):  # 1 may stand for 1.0
             raise ValueError(f"{source} is damaged: its {field.name} is {value!r}")

@@ -2,7 +2,8 @@
 
 The lines of results have the figures of the reward, by features and by pixels, and of a judge (sample.py --judge). A
 rule is compared with the hand-made one of the smallest judge distance among those whose pixel distance is not larger
-than its own. `beyond` is the difference over the root of the sum of both variances.
+than its own, or if it beats all of them on pixels with the one that comes nearest there. `beyond` is the difference
+over the root of the sum of both variances.
 """
 
 import math
@@ -59,9 +60,15 @@ def mean(values: list[float]) -> float:
 
 
 def rival(entry: Entry, hand: list[Entry]) -> Entry | None:
-    """The hand-made rule of as many steps and no larger pixel distance that the judge likes best; None without one."""
-    same = [other for other in hand if mean(other.pixels) <= mean(entry.pixels) and steps(other) == steps(entry)]
-    return min(same, key=lambda other: mean(other.judge), default=None)
+    """The hand-made rule of as many steps and no larger pixel distance that the judge likes best.
+
+    Without one that of the smallest pixel distance; None without hand-made rules of as many steps.
+    """
+    same = [other for other in hand if steps(other) == steps(entry)]
+    near = [other for other in same if mean(other.pixels) <= mean(entry.pixels)]
+    if not near:
+        return min(same, key=lambda other: mean(other.pixels), default=None)
+    return min(near, key=lambda other: mean(other.judge))
 
 
 def steps(entry: Entry) -> tuple:
@@ -77,7 +84,8 @@ def cells(entry: Entry, hand: list[Entry]) -> list[str]:
         spreads = [mean_and_spread(values)[1] or 0.0 for values in (entry.judge, other.judge)]
         error = math.hypot(*spreads)
         beyond = f"{abs(mean(entry.judge) - mean(other.judge)) / error:.1f}" if error else "–"
-        against = [f"{shown(other.judge)} ({other.name})", f"{100 * difference:+.0f} %", beyond]
+        farther = f", pixels {mean(other.pixels):.4g}" if mean(other.pixels) > mean(entry.pixels) else ""
+        against = [f"{shown(other.judge)} ({other.name}{farther})", f"{100 * difference:+.0f} %", beyond]
     costs = [f"{entry.costs[key]:.4g}" if key in entry.costs else "–" for key in COSTS]
     return [
         entry.name,

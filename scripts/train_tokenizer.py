@@ -250,6 +250,15 @@ def as_begun(args: TokenizerArgs, content) -> TokenizerArgs:
     return replace(args, **before)
 
 
+NEEDS = {  # flag: the one without which it has no meaning
+    "patch_nums": "multiscale",
+    "partial_share": "multiscale",
+    "perceptual_weight": "perceptual",
+    "adversarial_start": "adversarial_weight",
+    "fid_weights": "features",
+}
+
+
 def check_args(args: TokenizerArgs) -> None:
     """Raise ValueError where the autoencoder cannot or must not be written, and for flags wrong by themselves."""
     check_output_folder("output_dir", args.output_dir, args.data, args.data_path, args.split_dir)
@@ -259,7 +268,7 @@ def check_args(args: TokenizerArgs) -> None:
     stored = Path(args.output_dir, FILE if args.multiscale else "autoencoder")
     if stored.exists() and not path.exists():
         raise ValueError(f"{stored} is not of a run in this folder, and would be replaced: choose another --output_dir")
-    for name in ("epochs", "max_minutes"):
+    for name in ("epochs", "max_minutes", "lr"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} must be above 0, got 0")
     if args.multiscale and args.codebook_size < len(args.scales):
@@ -267,9 +276,10 @@ def check_args(args: TokenizerArgs) -> None:
             f"--codebook_size {args.codebook_size} must be at least {len(args.scales)}, the scales of --patch_nums "
             f"{args.patch_nums}"
         )
-    for name in ("patch_nums", "partial_share"):
-        if not args.multiscale and getattr(args, name) != getattr(TokenizerArgs, name):
-            raise ValueError(f"--{name} {getattr(args, name)} has no meaning without --multiscale")
+    for name, needed in NEEDS.items():
+        off = getattr(args, needed) in (False, 0, None, "none")
+        if off and getattr(args, name) != getattr(TokenizerArgs, name):
+            raise ValueError(f"--{name} {getattr(args, name)} has no meaning without --{needed}")
     if args.has_codebook and args.kl_weight != TokenizerArgs.kl_weight:
         raise ValueError(f"--kl_weight {args.kl_weight:g} has no meaning for ids, which have no KL divergence")
     if args.vq and args.multiscale:

@@ -118,6 +118,10 @@ def test_a_cache_holds_the_ids_of_all_scales_and_of_mirror_images(pictures, tmp_
         ),
         ("--patch_nums 1,2,4", "--patch_nums 1,2,4 has no meaning without --multiscale"),
         ("--vq --partial_share 0.5", "--partial_share 0.5 has no meaning without --multiscale"),
+        ("--perceptual_weight 3", "--perceptual_weight 3.0 has no meaning without --perceptual"),
+        ("--adversarial_start 0.7", "--adversarial_start 0.7 has no meaning without --adversarial_weight"),
+        ("--fid_weights nowhere", "--fid_weights nowhere has no meaning without --features"),
+        ("--lr 0", "--lr must be above 0"),
         ("--multiscale --kl_weight 3", "--kl_weight 3 has no meaning for ids"),
     ],
 )

@@ -71,17 +71,18 @@ class SampleConfig(RuleOptions):
         return replace(self, **fixed_rules, **ramp, num_iter=num_iter)
 
     def _check_mode(self, fixed_rules: dict[str, str], model: str) -> None:
-        """Raise ValueError where the mode has an order or groups of its own, and the model has fixed ones."""
+        """Raise ValueError where the model has fixed rules for all that the mode decides of order and groups."""
         usual = rule_names("baseline")
 
         def fits(mode: str) -> bool:
-            own = rule_names(mode)
-            return all(own[kind] in (usual[kind], fixed_rules.get(kind, own[kind])) for kind in ("order", "group"))
+            own = {kind: rule for kind, rule in rule_names(mode).items() if kind in ("order", "group")}
+            own = {kind: rule for kind, rule in own.items() if rule != usual[kind]}
+            return not own or any(fixed_rules.get(kind, rule) == rule for kind, rule in own.items())
 
         if not fits(self.infer_mode):
             valid = ", ".join(filter(fits, INFER_MODES))
             raise ValueError(
-                f"--infer_mode {self.infer_mode} does not fit {model}, whose order is fixed; valid: {valid}"
+                f"--infer_mode {self.infer_mode} does not fit {model}, whose order and groups are fixed; valid: {valid}"
             )
 
     def rules(self, heads=None) -> Rules:

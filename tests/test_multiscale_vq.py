@@ -149,3 +149,32 @@ def test_codes_in_place_of_ids_add_the_same():
 )
 def test_sizes_that_cannot_be_are_one_line(changes):
     assert str(list(changes)[0]) in message(MultiScaleVQConfig, **changes)
+
+
+def test_names_of_tensors_and_buffers():
+    tok = tokenizer()
+    assert {key: list(value.shape) for key, value in tok.state_dict().items()} == shapes("vq/keys")
+    assert [name for name, _ in tok.named_buffers()] == REFERENCE["vq/buffer_keys"].tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_left_after_each_scale(variant):
+    tok, f = tokenizer(variant), array("vq/f")
+    with torch.no_grad():
+        f_hats = torch.stack(tok.ids_to_features(tok.features_to_ids(f)))
+    close((f_hats - f).square().mean(dim=(1, 2, 3, 4)).double(), f"vq/{variant}/scale_mse")
+
+
+def test_the_running_mean_of_hits_is_the_published_one_of_a_step_that_counts_scales():
+    """The published counter goes on with each scale, ours with each step: scale s of step k is its number 4k + s."""
+    tok, f = tokenizer(), array("vq/f")
+    published = array("vq/hits_after_f_times_1_half_minus1_then_2")
+    ids = [tok.features_to_ids(factor * f) for factor in (1, 0.5, -1, 2)]
+    for scale in range(4):
+        tok.quantize.ema_vocab_hit_SV.zero_()
+        for number, (first, chosen) in enumerate(zip((0, 4, 8, 100), ids)):  # the counter was set to 100 for the last
+            tok.quantize.count(chosen, first + scale)
+            torch.testing.assert_close(tok.quantize.ema_vocab_hit_SV[scale], published[number, scale])
+    threshold = 0.08 * tok.quantize.num_tokens[-1] * len(f) / len(tok.quantize.embedding.weight)
+    used = (published[0] >= threshold).float().mean(dim=1)  # the last scale's, for all scales
+    np.testing.assert_allclose(100 * used, REFERENCE["vq/usages_percent"])

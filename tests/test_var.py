@@ -46,6 +46,7 @@ def test_published_sizes_have_the_published_keys_and_shapes(name):
 def test_forward_loss_and_gradients(block):
     model, ids, labels, inputs = tiny(block), array("vq/partial4/ids"), array("labels"), array("vq/partial4/inputs")
     assert {key: list(value.shape) for key, value in model.state_dict().items()} == shapes(f"var/{block}/keys")
+    assert {name for name, _ in model.named_buffers()} <= set(REFERENCE["var/buffer_keys"].tolist())
     seen = []
     for each in model.blocks:
         each.register_forward_hook(lambda block, args, out: seen.append(out))

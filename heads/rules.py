@@ -12,7 +12,7 @@ import torch
 
 from heads.luce import PlackettLuce
 from heads.orders import ORDERS, Confidence, check_square, is_known_ahead
-from heads.schedules import annealed_steps, constant_profile
+from heads.schedules import annealed_steps, constant_profile, is_hand_made
 from heads.step import StepPlan, StepState
 
 if TYPE_CHECKING:
@@ -55,6 +55,13 @@ class Rules:
             profile=self.profile(state),
             **parts,
         )
+
+    def num_selected(self, known: StepState) -> torch.Tensor | None:
+        """How many tokens (B,) the plan will select, of what is known on the host; None where the model decides it."""
+        if not is_hand_made(self.group):
+            return None
+        there = known.mask.sum(dim=1)
+        return there if isinstance(self.order, Confidence) else torch.minimum(whole_group(self.group, known), there)
 
     def after_draw(self, state: StepState, plan: StepPlan, log_prob, gumbel) -> StepPlan:
         """The plan whose selection is what is kept of it; log_prob (B, L) of what was drawn, gumbel (B, L) draws."""

@@ -251,6 +251,11 @@ CFGS = {
 PROFILES = {"constant": constant_profile, "interval": interval_profile, "schedule": searched_profile}
 
 
+def is_hand_made(group) -> bool:
+    """Is this a rule of GROUPS with its options, which needs nothing that the model computes?"""
+    return getattr(group, "func", None) in GROUPS.values()
+
+
 def annealed_steps(state: StepState) -> int:
     """Diffusion steps T of this step: from the first number asked for to the last, since early tokens vary most.
 

@@ -85,8 +85,11 @@ def decode(
                 break
             seen = canvas.tokens.detach() if local else canvas.tokens
             z, positions = conditions.look(step, seen, canvas.unknown, images)
-            state = canvas.state(step, num_iter, images, z, positions, sampler.num_steps)
+            known = canvas.known(step, num_iter, images, positions, sampler.num_steps)
+            state = canvas.state(known, z, positions)
             plan = rules(state)
+            if noise_fn is None:
+                canvas.foresee(sampler, rules.num_selected(known), images, plan.num_steps)
             chosen = canvas.select(plan, images)
             rows, guided = chosen.rows, chosen.guided
             canvas.renew(images, plan.gumbel)
@@ -176,6 +179,7 @@ class Canvas:
         self.generators = [generator(seed) for seed in seeds]
         self.gumbel = torch.stack([_gumbel(shape[1], g) for g in self.generators]).to(device)
         self.orders = self.gumbel.argsort(dim=1, descending=True)
+        self.ahead = None  # (rows, noise) of the step, where it was foreseen
         if orders is not None:
             self.orders = torch.as_tensor(orders, device=device).flip(1)
 
@@ -188,12 +192,24 @@ class Canvas:
         if given:
             return replace(rules, order=self.published_order)
         if is_known_ahead(rules.order):
-            state = self.state(0, 1, torch.arange(len(self.unknown)), None, None, (1, 1))
-            self.orders = rules.order(state).argsort(dim=1, descending=True, stable=True)
+            known = self.known(0, 1, torch.arange(len(self.unknown)), None, (1, 1))
+            self.orders = rules.order(self.state(known, None, None)).argsort(dim=1, descending=True, stable=True)
         return rules
+
+    def foresee(self, sampler, counts, images, num_steps: int) -> None:
+        """Make the noise of a step while the device still computes z: counts (B',) tokens of the images, None: later."""
+        self.ahead = None
+        if counts is not None and counts.any() and self.tokens.device.type != "mps":  # whose counts are of float32
+            rows = torch.stack([images, torch.zeros_like(images)], dim=1).repeat_interleave(counts.long(), dim=0)
+            self.ahead = rows, send(sampler.noise(self.generators, rows, num_steps), self.tokens.device)
 
     def noise(self, sampler, noise_fn, step: int, rows, num_steps: int) -> torch.Tensor:
         """What the sampler draws the tokens at rows (N, 2) with, or what noise_fn(step, rows) gives, on the device."""
+        if self.ahead is not None:
+            foreseen, noise = self.ahead
+            if not torch.equal(foreseen[:, 0], rows[:, 0]):
+                raise RuntimeError(f"the group rule gave {len(foreseen)} tokens on the host, {len(rows)} on the device")
+            return noise
         noise = noise_fn(step, rows) if noise_fn else sampler.noise(self.generators, rows, num_steps)
         return send(noise, self.tokens.device)
 
@@ -206,29 +222,34 @@ class Canvas:
         """Images (B',) long on the host with unknown tokens; the others have left the batch."""
         return self.unknown.any(dim=1).nonzero().squeeze(1)
 
-    def state(self, step, num_iter, images, z, positions, num_steps) -> StepState:
-        """What the rules see of these images. z (B', P, D) at positions (B', P) is spread over all L.
+    def known(self, step, num_iter, images, positions, num_steps) -> StepState:
+        """What is known of these images on the host, before z is computed.
 
-        Where z is of some positions only, these are the ones to choose from.
+        Where z is of some positions (B', P) only, these are the ones to choose from.
         """
-        device, unknown = self.tokens.device, self.unknown[images]
-        mask = unknown
+        unknown = mask = self.unknown[images]
         if positions is not None:
             mask = unknown & torch.zeros_like(unknown).scatter(1, positions, True)
-            places = send(positions, device).unsqueeze(-1).expand(-1, -1, z.shape[-1])
-            z = z.new_zeros(*unknown.shape, z.shape[-1]).scatter(1, places, z)
-        index = send(images, device)
         return StepState(
             step=step,
             num_iter=num_iter,
-            mask=send(mask, device),
-            num_unknown=send(unknown.sum(dim=1).float(), device),
-            num_start=send(self.num_start[images], device),
-            gumbel=self.gumbel[index],
-            z=z,
-            images=index,
+            mask=mask,
+            num_unknown=unknown.sum(dim=1).float(),
+            num_start=self.num_start[images],
+            gumbel=None,
+            z=None,
+            images=images,
             num_steps=num_steps,
         )
+
+    def state(self, known: StepState, z, positions) -> StepState:
+        """What the rules see: the same on the device, with z (B', P, D) at positions (B', P) spread over all L."""
+        device = self.tokens.device
+        if positions is not None:
+            places = send(positions, device).unsqueeze(-1).expand(-1, -1, z.shape[-1])
+            z = z.new_zeros(*known.mask.shape, z.shape[-1]).scatter(1, places, z)
+        parts = {name: send(getattr(known, name), device) for name in ("mask", "num_unknown", "num_start", "images")}
+        return replace(known, gumbel=self.gumbel[parts["images"]], z=z, **parts)
 
     def select(self, plan: StepPlan, images) -> Chosen:
         """The tokens that the plan (B', L) for these images selects; the one wait for the device of a step.

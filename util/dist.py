@@ -190,8 +190,14 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.deterministic = on
 
 
+PINNED_FROM = 1 << 16  # bytes; less is copied at once, whatever memory it is in
+
+
 def send(tensor: torch.Tensor, device) -> torch.Tensor:
     """A copy on the device, without waiting for its queue; the CPU tensor must not be written to afterwards."""
+    to_gpu = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
+    if to_gpu and tensor.nbytes >= PINNED_FROM:  # from other memory CUDA waits for all that is queued
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

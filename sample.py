@@ -22,8 +22,8 @@ from engine_mar import evaluate
 from heads.policy import load_heads
 from heads.schedules import needed_steps
 from models.families import takes_any_size
-from models.int8 import fast_dtype, quantize
 from models.loading import find_places, looked_for
+from models.low_precision import fast_dtype, prepare
 from models.text import reads_text
 from sampling.editing import Edit, editing_defaults, open_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
@@ -283,9 +283,8 @@ def run(args: SampleArgs, given: dict) -> int:
         setting.sampling.check(model, heads)  # what cannot be sampled is an error before the work, not after it
     note_top_k([setting.sampling for setting in settings], model)
     networks = [model] + ([prefix.model] if prefix else [])
-    if parts.dtype == torch.int8:
-        for network in networks:
-            quantize(network)
+    for network in networks:
+        prepare(network, parts.dtype)
     with dist.main_first():
         reference = open_reference(evaluation, config, args, source, model.config.img_size)
     sweep.rows(settings, reference)

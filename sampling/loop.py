@@ -79,10 +79,7 @@ def decode(
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
     with eval_mode(model):
         conditions = model.conditions(labels.to(canvas.tokens.device), **options)
-        for step in range(num_iter if num_taken is None else num_taken):
-            images = canvas.unfinished()
-            if not len(images):
-                break
+        for step, images in canvas.steps(num_iter if num_taken is None else num_taken):
             seen = canvas.tokens.detach() if local else canvas.tokens
             z, positions = conditions.look(step, seen, canvas.unknown, images)
             known = canvas.known(step, num_iter, images, positions, sampler.num_steps)
@@ -197,7 +194,7 @@ class Canvas:
         return rules
 
     def foresee(self, sampler, counts, images, num_steps: int) -> None:
-        """Make the noise of a step while the device still computes z: counts (B',) tokens of the images, None: later."""
+        """Make the noise of counts (B',) tokens of the images while the device still computes z; None: not yet."""
         self.ahead = None
         if counts is not None and counts.any() and self.tokens.device.type != "mps":  # whose counts are of float32
             rows = torch.stack([images, torch.zeros_like(images)], dim=1).repeat_interleave(counts.long(), dim=0)
@@ -218,9 +215,13 @@ class Canvas:
         if num_taken is None and self.unknown.any():
             raise ValueError(f"num_iter {num_iter} is too small: {int(self.unknown.sum())} tokens are left to draw")
 
-    def unfinished(self) -> torch.Tensor:
-        """Images (B',) long on the host with unknown tokens; the others have left the batch."""
-        return self.unknown.any(dim=1).nonzero().squeeze(1)
+    def steps(self, num: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(step, images (B',) long on the host with unknown tokens) of so many steps, or until no image has any."""
+        for step in range(num):
+            images = self.unknown.any(dim=1).nonzero().squeeze(1)
+            if not len(images):
+                return
+            yield step, images
 
     def known(self, step, num_iter, images, positions, num_steps) -> StepState:
         """What is known of these images on the host, before z is computed.

@@ -93,8 +93,8 @@ def sample_images(
     """Write image i of labels[i] to folder/<i>.png for all i, sharing the batches between the processes.
 
     Image i depends on (seed, i), its label, the weights and the settings only (in int8, by less than its rounding, on
-    its batch too, see models/int8.py); these stand in folder/run.json, and files of another run are removed. A batch
-    whose files are all there and whole is skipped, any other is made again whole. num_traced: the growth of so many
+    its batch too, see `models.low_precision`); these stand in folder/run.json, and files of another run are removed. A
+    batch whose files are all there and whole is skipped, any other is made again. num_traced: the growth of so many
     images goes to folder/trace.npz (see `sampling.trace`); where that is missing their batches, which all belong to
     the first process, are made again. edit, a `sampling.editing.Edit`: all images are made of its source, whose known
     tokens (the mean of the tokenizer's posterior) stay as they are, and so do the pixels that belong to them. Returns

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from diffusion.schedule import step_range
 from heads.policy import PolicyHeads, build_rules
 from models.diffusion_sampler import DiffusionSampler
-from models.int8 import fast_dtype, is_exact, quantize
+from models.low_precision import fast_dtype, is_exact, prepare
 from models.mar import MAR
 from models.mar_cache import FeatureCache
 from sampling.loop import generate
@@ -137,19 +137,19 @@ class Bench:
 
     def forget(self) -> None:
         """Free the models' memory."""
-        self.mar = self.int8 = self.meta = None
+        self.mar = self.narrow = self.meta = None
 
     def model(self, dtype: str) -> MAR:
-        """The model to sample in this dtype; that of int8 shares the parameters of the other."""
+        """The model to sample in this dtype, which shares its parameters with that of float32; one other is kept."""
         if self.mar is None:
             self.build()
-        if dtype != "int8":
-            self.int8 = None
+        if dtype == "fp32":
             return self.mar
-        if self.int8 is None:
-            self.int8 = deepcopy(self.mar, {id(parameter): parameter for parameter in self.mar.parameters()})
-            quantize(self.int8)
-        return self.int8
+        if self.narrow is None or self.narrow[0] != dtype:
+            model = deepcopy(self.mar, {id(parameter): parameter for parameter in self.mar.parameters()})
+            prepare(model, dist.DTYPES[dtype])
+            self.narrow = dtype, model
+        return self.narrow[1]
 
     def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:
         """({transformer, diffusion, total}: seconds of a batch, [(rows, which of them are guided, T) of each step]).

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from heads.policy import build_rules
 from models.families import FAMILIES, SIZES
 from models.kv_cache import KeyValueCache
+from models.low_precision import prepare
 from models.mar_cache import FeatureCache
 from models.maskgil import OF_CLASSES, WholePasses
 from sampling.loop import generate
@@ -59,7 +60,9 @@ def build(size: str, args: BenchIdsArgs):
     changes |= dict(loss="ce") if "loss" in {field.name for field in fields(family.config)} else {}
     torch.manual_seed(0)
     model = family.model(replace(family.sizes[size], **changes))
-    return model.to(dist.pick_device(args.device)).eval().requires_grad_(False)
+    model = model.to(dist.pick_device(args.device)).eval().requires_grad_(False)
+    prepare(model, dist.DTYPES[args.dtype])
+    return model
 
 
 def sample(

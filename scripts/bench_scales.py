@@ -23,6 +23,7 @@ import torch
 
 from heads.policy import build_rules
 from models.families import FAMILIES
+from models.low_precision import prepare
 from models.next_scale import NextScaleConditions
 from models.tokenizers.multiscale import MultiScaleTokenizer
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
@@ -90,6 +91,7 @@ def sample(model, tokenizer, args: BenchScalesArgs, conditions=NextScaleConditio
 def sampling(args: BenchScalesArgs) -> None:
     """The table of both ways of sampling, timed in turns."""
     model, tokenizer = parts(args)
+    prepare(model, dist.DTYPES[args.dtype])
     kinds = {"with the cache": NextScaleConditions, "with a pass over each prefix": WholePrefix}
     calls = [partial(sample, model, tokenizer, args, kind) for kind in kinds.values()]
     turns = [[run_seconds(dist.pick_device(args.device), call) for call in calls] for _ in range(args.repeats)]

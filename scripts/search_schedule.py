@@ -36,6 +36,7 @@ from heads.schedules import needed_steps
 from heads.searched import read_schedule
 from models.coding import render
 from models.loading import load_model
+from models.low_precision import prepare
 from sampling.loop import generate
 from sampling.run import Parts
 from sampling.settings import SampleConfig
@@ -109,6 +110,7 @@ class Sampled:
         self.sampling.check(model)
         self.order = self.sampling.order or "random"
         self.parts = Parts(model.to(device), tokenizer.to(device), device, dist.pick_dtype(None, device))
+        prepare(model, self.parts.dtype)
         data, reading = config["data"], stored_reading(config["data"].get("reading"))
         place = args.data_path or data["path"]
         check_output_folder("out", Path(args.out).parent, data["name"], place, reading.split_dir)

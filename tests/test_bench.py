@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import int8
+from models import low_precision
 from models.mar import MAR
 from scripts import bench, bench_ids, bench_scales, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
@@ -30,14 +30,14 @@ def small_products(monkeypatch):
     ],
 )
 def test_the_fast_dtype_of_a_cpu_is_measured(monkeypatch, seconds, expected):
-    monkeypatch.setattr(int8, "layer_seconds", lambda width: dict(seconds))
-    assert int8.fast_dtype(torch.device("cpu"), 64) == expected
+    monkeypatch.setattr(low_precision, "layer_seconds", lambda width: dict(seconds))
+    assert low_precision.fast_dtype(torch.device("cpu"), 64) == expected
 
 
 @pytest.mark.parametrize("exact", (True, False))
 def test_every_dtype_that_is_there_is_timed(monkeypatch, exact):
-    monkeypatch.setattr(int8, "is_exact", lambda: exact)
-    seconds_of = int8.layer_seconds(8)
+    monkeypatch.setattr(low_precision, "is_exact", lambda: exact)
+    seconds_of = low_precision.layer_seconds(8)
     assert set(seconds_of) == {"fp32", "bf16", "int8"} - (set() if exact else {"int8"})
     assert all(0 < seconds < 1 for seconds in seconds_of.values())
 
@@ -60,7 +60,7 @@ def test_every_lever_has_a_row(capsys, monkeypatch):
     first = list(SAMPLING)[0]
     assert rows[first][3] == "1.00"
     for name in (*SAMPLING, *bench_training.TRAINING):
-        if "int8" in name and not int8.is_exact():
+        if "int8" in name and not low_precision.is_exact():
             continue
         cells = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(cells[0]) > 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from heads.policy import build_rules
-from models.int8 import is_exact, quantize
+from models.low_precision import is_exact, prepare
 from sampling.loop import generate
 from tests.helpers import tiny_mar
 
@@ -33,7 +33,7 @@ def test_compiled_images_are_those_of_the_others(dtype, refresh_every):
     if dtype == "int8":
         if not is_exact():
             pytest.skip("this processor's 8-bit products are not exact")
-        quantize(mar)
+        prepare(mar, torch.int8)
     compiled = deepcopy(mar)
     compiled.compile_parts()
     assert compiled.compiled and not mar.compiled

@@ -1,6 +1,5 @@
 """A step's noise is made while the device computes z, wherever the host knows how many tokens come; it is the same."""
 
-
 import pytest
 import torch
 
@@ -19,15 +18,18 @@ RULES = [dict(order=order) for order in ORDERS] + [dict(group=group, schedule=SC
 
 @pytest.fixture
 def events(monkeypatch):
-    """"noise" and "wait" as they happen."""
+    """ "noise" and "wait" as they happen."""
     happened = []
-    for owner, method, name in ((DiffusionSampler, "noise", "noise"), (Canvas, "select", "wait")):
 
-        def watched(*args, method=getattr(owner, method), name=name):
+    def watched(name, method):
+        def call(*args):
             happened.append(name)
             return method(*args)
 
-        monkeypatch.setattr(owner, method, watched)
+        return call
+
+    monkeypatch.setattr(DiffusionSampler, "noise", watched("noise", DiffusionSampler.noise))
+    monkeypatch.setattr(Canvas, "select", watched("wait", Canvas.select))
     return happened
 
 

@@ -24,7 +24,7 @@ from tests.helpers_ids import add_tokenizers
 from tests.helpers_maskgil import shrink, tiny_maskgil
 from tests.parity import generate_ids_causal
 from tests.test_cli import refused
-from tests.test_int8 import needs_int8
+from tests.test_low_precision import needs_int8
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --img_size 8 --batch_size 256 --lr 1e-3 --lr_schedule constant --warmup_epochs 0".split()
@@ -165,12 +165,12 @@ def test_the_causal_model_is_sampled_with_the_settings_given(runs, tmp_path):
 
 def test_int8_and_compile_are_for_both_models(runs, tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr("sample.quantize", lambda model: done.append(("int8", type(model))))
+    monkeypatch.setattr("sample.prepare", lambda model, dtype: done.append((dtype, type(model))))
     for family in (MaskGIL, CausalGPT):
         monkeypatch.setattr(family, "compile_parts", lambda model: done.append(("compile", type(model))))
     words = ["--prefix_from", str(runs / "gpt"), "--dtype", "int8", "--compile"]
     images(runs, tmp_path, "maskgil", *words)
-    assert done == [(how, family) for how in ("int8", "compile") for family in (MaskGIL, CausalGPT)]
+    assert done == [(how, family) for how in (torch.int8, "compile") for family in (MaskGIL, CausalGPT)]
 
 
 @needs_int8

@@ -150,7 +150,7 @@ def check_devices(device: torch.device, **modules) -> None:
 
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPES = FLOATS | {"int8": torch.int8}  # for sampling, see models/int8.py
+DTYPES = FLOATS | {"int8": torch.int8}  # for sampling, see models/low_precision.py
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:

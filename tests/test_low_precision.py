@@ -1,4 +1,6 @@
-"""Sampling in 8-bit integers: exact where nothing is rounded, bounded elsewhere, and the same weights to everybody."""
+"""Sampling with weights in 16 bits, which is what autocast does, and in 8-bit integers: exact where nothing is rounded,
+bounded elsewhere, and the same weights to everybody.
+"""
 
 from copy import deepcopy
 
@@ -9,10 +11,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from heads.policy import build_rules
-from models import int8
-from models.int8 import ROWS, Int8Linear, is_exact, quantize
+from models import low_precision
+from models.low_precision import ROWS, HeldLinear, Int8Linear, is_exact, prepare
 from sampling.loop import generate
 from tests.helpers import tiny_mar
+from tests.helpers_causal import tiny_ar, tiny_gpt
+from tests.helpers_ids import tiny_ids
+from tests.helpers_maskgil import tiny_maskgil
+from tests.helpers_var import tokenizer as scales_tokenizer
+from tests.test_var import tiny as tiny_var
 from util import dist
 from util.checkpoint import weights_hash
 
@@ -79,25 +86,72 @@ def test_zeros_and_what_is_not_finite():
     assert not torch.isfinite(y[1:]).any()
 
 
-def quantized(mar):
-    mar = deepcopy(mar)
-    quantize(mar)
-    return mar
+def prepared(model, dtype=torch.int8):
+    model = deepcopy(model)
+    prepare(model, dtype)
+    return model
 
 
-@needs_int8
+@pytest.mark.parametrize("dtype", [pytest.param(torch.int8, marks=needs_int8), torch.bfloat16])
 @pytest.mark.parametrize("width", (1, 16))
-def test_the_parameters_stay_the_checkpoints(width):
+def test_the_parameters_stay_the_checkpoints(width, dtype):
     """Names, values and their hash are those of the floats; only layers inside blocks are replaced."""
     plain = tiny_mar(diffloss_w=width)
-    mar = quantized(plain)
+    mar = prepared(plain, dtype)
     assert list(mar.state_dict()) == list(plain.state_dict())
     assert weights_hash(mar.state_dict()) == weights_hash(plain.state_dict())
     inside = ("encoder_blocks.", "decoder_blocks.", "diffloss.net.res_blocks.")
     for name, module in mar.named_modules():
         if isinstance(module, nn.Linear):
             replaced = name.startswith(inside) and module.in_features > 1
-            assert isinstance(module, Int8Linear) == replaced, name
+            assert (type(module) is not nn.Linear) == replaced, name
+    assert all(
+        type(module) is type(other) for module, other in zip(prepared(plain, torch.float32).modules(), plain.modules())
+    )
+
+
+FAMILIES = {
+    "mar": (tiny_mar, dict(cfg=2.0), 4),
+    "mar, cache": (tiny_mar, dict(cfg=2.0, refresh_every=2), 4),
+    "mar, ids": (tiny_ids, dict(cfg=2.0), 4),
+    "causal": (tiny_gpt, dict(cfg=2.0, order="raster", group="one"), None),
+    "causal, latents": (lambda: tiny_ar("diffusion"), dict(cfg=2.0, group="one"), None),
+    "maskgil": (tiny_maskgil, dict(cfg=2.0, order="confidence", group="step_arccos"), 4),
+    "var": (tiny_var, dict(cfg=2.5, order="raster", group="scale"), None),
+}
+
+
+def drawn(model, options: dict, num_iter, dtype, device=CPU):
+    """Latents or ids of a batch under autocast."""
+    rules = build_rules("baseline", **{name: value for name, value in options.items() if name != "refresh_every"})
+    more = dict(refresh_every=options.get("refresh_every", 1), tokenizer=deepcopy(scales_tokenizer()).to(device))
+    with dist.autocast(device, dtype):
+        return generate(model, torch.tensor([0, 2, -1]), rules, num_iter, num_steps=4, seeds=[1, 2, 3], **more)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_held_weights_compute_what_autocast_does(name):
+    """Bit for bit, in every family."""
+    make, options, num_iter = FAMILIES[name]
+    model = make()
+    narrow = prepared(model, torch.bfloat16)
+    held = [module for module in narrow.modules() if isinstance(module, HeldLinear)]
+    assert held and all(module.held_weight.dtype == torch.bfloat16 for module in held)
+    made = [drawn(m, options, num_iter, torch.bfloat16) for m in (model, narrow)]
+    assert made[0].equal(made[1]) and not made[0].equal(drawn(model, options | dict(cfg=1.0), num_iter, torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_held_weights_compute_what_autocast_does_on_a_gpu(name, dtype, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    monkeypatch.setenv("CUDA_GRAPHS", "0")  # padded rows are others' rounding
+    make, options, num_iter = FAMILIES[name]
+    model, device = make().to("cuda"), torch.device("cuda")
+    made = [drawn(m, options, num_iter, dtype, device) for m in (model, prepared(model, dtype))]
+    assert made[0].equal(made[1])
 
 
 @needs_int8
@@ -111,8 +165,8 @@ def test_images_are_near_those_of_float32(refresh_every):
     def images(mar, seeds=range(6), rows=slice(None)):
         return generate(mar, labels[rows], rules, seeds=seeds[rows], **options)
 
-    exact, rounded, other = images(mar), images(quantized(mar)), images(mar, range(6, 12))
-    parts = torch.cat([images(quantized(mar), rows=slice(i, i + 4)) for i in (0, 4)])
+    exact, rounded, other = images(mar), images(prepared(mar)), images(mar, range(6, 12))
+    parts = torch.cat([images(prepared(mar), rows=slice(i, i + 4)) for i in (0, 4)])
 
     def distance(a, b):
         return (a - b).abs().mean()
@@ -123,9 +177,9 @@ def test_images_are_near_those_of_float32(refresh_every):
 
 def test_a_processor_that_loses_bits_is_refused(monkeypatch):
     saturated = lambda a, b: (a.int() @ b.int()).clamp(max=2**15)  # noqa: E731
-    monkeypatch.setattr(int8.torch, "_int_mm", saturated)
+    monkeypatch.setattr(low_precision.torch, "_int_mm", saturated)
     with pytest.raises(ValueError, match="int8 needs a processor with exact 8-bit products .* valid here: fp32, bf16"):
-        quantize(tiny_mar())
+        prepare(tiny_mar(), torch.int8)
 
 
 def test_int8_is_for_the_cpu():

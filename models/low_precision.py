@@ -1,9 +1,10 @@
-"""Linear layers in 8-bit integers, for sampling on CPUs, which multiply these several times faster than floats.
+"""Linear layers for sampling: weights held in the 16 bits that autocast computes in, or products of 8-bit integers.
 
-y = x·Wᵀ + b with each row of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of
-integers are exact, so a row of y depends on its row of x only. The other layers compute in floats, whose last bit
-depends on the batch size and can change the rounding of a value. So in int8 an image depends on its batch, by less than
-one rounding step.
+Under autocast each call rounds the weights anew, and a CUDA graph does at every replay; here they are rounded once, to
+the same values. CPUs multiply 8-bit integers several times faster than floats: y = x·Wᵀ + b with each row of x and of W
+rounded to 255 levels between minus and plus its largest magnitude. Products of integers are exact, so a row of y
+depends on its row of x only. The other layers compute in floats, whose last bit depends on the batch size and can
+change the rounding of a value. So in int8 an image depends on its batch, by less than one rounding step.
 """
 
 from copy import deepcopy
@@ -11,12 +12,28 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from util import dist
 from util.timing import run_seconds
 
 CPU = torch.device("cpu")
 ROWS = 256  # computed at a time: their intermediate results stay in the processor's cache
+
+
+class HeldLinear(nn.Linear):
+    """A linear layer in a float of 16 bits that shares the parameters of `layer`, which must not change afterwards."""
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("held_weight", layer.weight.detach().to(dtype), persistent=False)
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        self.register_buffer("held_bias", bias, persistent=False)
+
+    def forward(self, x):
+        """x (..., in) to (..., out) in this dtype, bit for bit what `layer` gives under autocast."""
+        return F.linear(x.to(self.held_weight.dtype), self.held_weight, self.held_bias)
 
 
 class Int8Linear(nn.Linear):
@@ -49,18 +66,22 @@ def _round_rows(x):
     return (x / steps).round_().to(torch.int8), steps
 
 
-def quantize(model) -> None:
-    """Let the blocks of a `models.families.Backbone` on the CPU compute in 8 bits, in place.
+def prepare(model, dtype: torch.dtype) -> None:
+    """Let the blocks of a `models.families.Backbone` compute in this dtype, for sampling, in place.
 
-    Raises ValueError on a processor whose 8-bit products are not exact.
+    The parameters stay as they are, and so do their names; for float32 nothing changes. int8 is for a model on the CPU;
+    on a processor whose 8-bit products are not exact it raises ValueError.
     """
-    if not is_exact():
+    if dtype == torch.int8 and not is_exact():
         raise ValueError("dtype int8 needs a processor with exact 8-bit products (VNNI); valid here: fp32, bf16")
+    if not dist.is_half(dtype) and dtype != torch.int8:
+        return
+    make = Int8Linear if dtype == torch.int8 else partial(HeldLinear, dtype=dtype)
     for block in model.blocks:
         for module in list(block.modules()):
             for name, layer in module.named_children():
                 if type(layer) is nn.Linear and layer.in_features > 1:  # torch._int_mm is wrong for 1
-                    setattr(module, name, Int8Linear(layer))
+                    setattr(module, name, make(layer))
 
 
 def is_exact() -> bool:

@@ -140,11 +140,14 @@ class CategoricalSampler:
     def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
         """Ids (N,) long by Gumbel-max, that is a categorical draw, with noise (N, V); without gradient.
 
-        z (N, D), z_uncond (G, D), guided and profile as in `models.token_head.Sampler`; cfg, tau: float or (N,).
+        −1 where the logits are not finite. z (N, D), z_uncond (G, D), guided and profile as in
+        `models.token_head.Sampler`; cfg, tau: float or (N,).
         """
         check_no_profile(profile)
         with torch.no_grad():
-            return self._filtered(z, z_uncond, cfg, tau, guided).add_(noise).argmax(dim=-1)
+            noisy = self._filtered(z, z_uncond, cfg, tau, guided).add_(noise)
+            ids = noisy.argmax(dim=-1)  # of a number that is none, where there is one
+            return torch.where(noisy.gather(1, ids.unsqueeze(1)).squeeze(1).isfinite(), ids, -1)
 
     def log_prob(self, drawn, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
         """log p (N,) of the ids drawn (N,) under what `draw` draws from; differentiable in z, cfg, tau and weights."""

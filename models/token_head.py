@@ -25,6 +25,7 @@ class Sampler(Protocol):
     def draw(self, z, z_uncond, cfg, tau, noise, num_steps: int, guided=None, profile=None) -> torch.Tensor:
         """Tokens (N, …) under z (N, D), guided by z_uncond (G, D) in the rows guided (G,); differentiable.
 
+        An id that cannot be drawn, since what it depends on is not finite, is −1.
         profile(t / 1000) -> m, a float or (N,), scales guidance over diffusion steps: w(t) = 1 + (w − 1)·m; None: 1.
         A head without diffusion steps refuses any other one with `check_no_profile`.
         """

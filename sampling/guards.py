@@ -10,7 +10,7 @@ from util.dist import is_half
 
 
 def draw_finite(draw, num_images: int, dtype) -> tuple[torch.Tensor, list[int], list[int]]:
-    """(latents (B, …), images drawn twice, images that are still not finite) of draw(images, dtype), B images.
+    """(latents or ids (B, …), images drawn twice, images that are still not finite) of draw(images, dtype), B images.
 
     In floats of 16 bits a token may overflow. Its image is then drawn again in float32; draw must use the same seed.
     The finished batch is checked, so that the host does not wait for the device between the steps.
@@ -25,8 +25,9 @@ def draw_finite(draw, num_images: int, dtype) -> tuple[torch.Tensor, list[int], 
 
 
 def _not_finite(latents) -> list[int]:
-    """The images in the batch that have a number which is not finite."""
-    return (~torch.isfinite(latents).flatten(1).all(dim=1)).nonzero().squeeze(1).tolist()
+    """The images in the batch that have a number which is not finite, or an id that is none."""
+    wrong = ~torch.isfinite(latents) if latents.is_floating_point() else latents < 0
+    return wrong.flatten(1).any(dim=1).nonzero().squeeze(1).tolist()
 
 
 def is_plain(image: np.ndarray) -> bool:

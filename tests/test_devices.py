@@ -141,7 +141,7 @@ def test_sampling_waits_once_a_step(flags, trained, waits, tmp_path):
     call = ["--checkpoint", str(trained), "--output_dir", str(tmp_path), *flags.split(), "--dtype", "fp32"]
     assert sample.main([*call, "--num_iter", "3", "--num_images", "20"]) == 0
     most = 3 * (len(rows(tmp_path)) + flags.count("off"))
-    assert waits is None or 0 < waits["sampling/loop.py:select"] <= most
+    assert waits is None or 0 < waits["sampling/canvas.py:select"] <= most
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -160,7 +160,7 @@ def test_causal_tokens_are_those_of_the_cpu_and_a_step_waits_once(model, guided,
         torch.testing.assert_close(here, there, rtol=1e-3, atol=1e-3)
     else:
         assert (here == there).float().mean() > 0.9
-    assert waits is None or 0 < waits["sampling/loop.py:select"] <= 16
+    assert waits is None or 0 < waits["sampling/canvas.py:select"] <= 16
 
 
 @pytest.mark.gpu
@@ -194,7 +194,7 @@ def test_scales_are_those_of_the_cpu_and_each_waits_once(schedule, waits):
         scales_of(place, torch.float32, **options) for place in (torch.device("cpu"), dist.pick_device("auto"))
     )
     assert (here == there).float().mean() > 0.9
-    assert waits is None or 0 < waits["sampling/loop.py:select"] <= 4
+    assert waits is None or 0 < waits["sampling/canvas.py:select"] <= 4
 
 
 @pytest.mark.gpu

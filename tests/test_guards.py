@@ -15,6 +15,8 @@ from sampling.run import sample_images
 from sampling.settings import SampleConfig
 from tests.helpers import named_weights, on_cpu, tiny_mar, untrained
 from tests.helpers_heads import OF_LATENTS
+from tests.helpers_ids import GreyIds, tiny_ids
+from tests.test_low_precision import FAMILIES, drawn
 from util.images.pictures import read_png
 from util.rng import image_seeds
 
@@ -102,6 +104,41 @@ def test_draw_finite_asks_for_the_rows_that_are_not():
     assert (twice, lost) == ([1, 3], [3]) and torch.isfinite(latents).flatten(1).all(1).tolist() == [1, 1, 1, 0, 1]
     assert asked == [([0, 1, 2, 3, 4], torch.float16), ([1, 3], torch.float32)]
     assert draw_finite(made, 5, torch.float32)[1:] == ([], [3])
+
+
+@pytest.mark.parametrize("name", [name for name, (make, *_) in FAMILIES.items() if make().token_head.discrete])
+def test_ids_that_cannot_be_drawn(name):
+    """Of an image whose logits are not finite all ids are −1, and the other images are what they were."""
+    make, options, num_iter = FAMILIES[name]
+    model = make()
+    expected = drawn(model, options, num_iter, torch.float32)
+    rows = [model.get_parameter(parameter) for parameter in model.per_class] or [model.tok_emb.weight[-5:]]
+    for of_class in rows:
+        of_class.data[2] = torch.nan  # the label of image 1
+    ids = drawn(model, options, num_iter, torch.float32)
+    assert ids[1].eq(-1).all() and ids[[0, 2]].equal(expected[[0, 2]]) and (expected >= 0).all()
+    assert draw_finite(lambda rows, dtype: ids[list(rows)].clone(), 3, torch.float32)[1:] == ([], [1])
+
+
+def test_ids_that_cannot_be_drawn_in_low_precision_are_drawn_again_and_else_left_black(tmp_path, monkeypatch, capsys):
+    def without(rows):
+        def ids(model, labels, *args, **more):
+            made = generate(model, labels, *args, **more)
+            made[[i for i in rows if i < len(made)]] = -1
+            return made
+
+        return ids
+
+    low, high = without([1, 2]), without([1])  # of the two that are asked for again the second
+    monkeypatch.setattr(
+        "sampling.run.generate",
+        lambda *args, **more: (low if torch.is_autocast_enabled("cpu") else high)(*args, **more),
+    )
+    parts = on_cpu(tiny_ids(), GreyIds(), dtype=torch.bfloat16)
+    found = sample_images(parts, SampleConfig(num_iter=2), [0, 1, 2], 5, tmp_path, batch_size=3)
+    assert (found["redone_fp32"], found["not_finite"]) == (2, 1)
+    images = [read_png(tmp_path / f"{i}.png") for i in range(3)]
+    assert not images[2].any() and images[1].any() and "are left black: 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", OF_LATENTS)

@@ -8,7 +8,8 @@ from heads.policy import HEADS, PolicyHeads, build_rules
 from heads.rules import Rules
 from heads.schedules import GROUPS, MIN_STEPS
 from models.diffusion_sampler import DiffusionSampler
-from sampling.loop import Canvas, generate
+from sampling.canvas import Canvas
+from sampling.loop import generate
 from tests.helpers import randn
 from tests.helpers_generate import BATCH, LABELS, LENGTH, SCHEDULE, SEEDS, ragged_rules, rules_of, run
 from tests.helpers_ids import tiny_ids

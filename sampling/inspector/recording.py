@@ -14,9 +14,9 @@ import torch
 
 from heads.policy import FLAGS, moved_rule
 from heads.rules import Rules, whole_group
+from sampling.canvas import of_rows
 from sampling.inspector.spec import Spec, tokens_of
 from sampling.inspector.steering import Observed, Steered
-from sampling.loop import of_rows
 from sampling.run import SamplingRun
 from sampling.settings import SampleConfig
 from util.rng import generator, seed_of

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import gaussian
@@ -24,7 +25,10 @@ def modulate(x, shift, scale):
 
 
 class TimestepEmbedder(nn.Module):
-    """Diffusion timesteps (N,) to vectors (N, W), through 256 cosines and sines and a two-layer MLP."""
+    """Diffusion timesteps (N,) to vectors (N, W), through 256 cosines and sines and a two-layer MLP.
+
+    Of more rows than there are timesteps each timestep is embedded once; its gradient is summed in float32.
+    """
 
     def __init__(self, width: int, num_frequencies: int = 256):
         super().__init__()
@@ -32,6 +36,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
+        if len(t) > NUM_TRAIN_STEPS:
+            every = self(torch.arange(NUM_TRAIN_STEPS, device=t.device))
+            return F.embedding(t, every.float()).to(every.dtype)
         half = self.num_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (N, half)
@@ -40,7 +47,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block on (N, W) whose LayerNorm and gate follow the condition (N, W) or (1, W)."""
+    """Residual block on x (N, W) whose LayerNorm and gate follow y = SiLU(condition), (N, W)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -48,13 +55,13 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x, condition):
-        shift, scale, gate = self.adaLN_modulation(condition).chunk(3, dim=-1)
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear map (N, W) -> (N, out_channels)."""
+    """Modulated LayerNorm and a linear map, x (N, W) -> (N, out_channels); y as in `ResBlock`."""
 
     def __init__(self, width: int, out_channels: int):
         super().__init__()
@@ -62,8 +69,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x, condition):
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+    def forward(self, x, y):
+        shift, scale = self.adaLN_modulation[1](y).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
@@ -106,7 +113,7 @@ class SimpleMLPAdaLN(nn.Module):
 
     def forward(self, x, time, condition):
         x = self.input_proj(x.to(self.input_proj.weight.dtype))  # (N, W)
-        y = time + condition  # (N, W)
+        y = F.silu(time + condition)  # (N, W), which each block's adaLN_modulation begins with
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, y, use_reentrant=False)

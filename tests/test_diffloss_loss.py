@@ -1,10 +1,13 @@
 """The training loss of DiffLoss: the formula, its gradients, independent rows, dtypes and devices."""
 
+import pytest
 import torch
 
 from diffusion import gaussian
-from diffusion.schedule import cosine_schedule
+from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule
+from models.diffloss import TimestepEmbedder
 from models.mar import MAR, MAR_CONFIGS
+from tests.helpers import randn
 from tests.helpers_diffusion import CLIP, NUM_STEPS, N, inputs, training_inputs
 
 
@@ -66,6 +69,28 @@ def test_rows_of_the_loss_are_independent(diffloss):
     torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-6)
     turned = diffloss.token_loss(*(x.flip(0) for x in (target, z, t, noise))).flip(0)
     torch.testing.assert_close(whole, turned, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_timestep_is_embedded_once_where_there_are_more_rows(dtype):
+    """With the values and the gradients of row by row; in bf16 the gradients are as exact as those of a product."""
+    net, rows = TimestepEmbedder(8), NUM_TRAIN_STEPS * 5
+    t = torch.randint(0, NUM_TRAIN_STEPS, (rows,), generator=torch.Generator().manual_seed(0))
+    upstream, lengths = randn(rows, 8), []
+    net.mlp.register_forward_hook(lambda module, args, out: lengths.append(len(out)))
+
+    def gradients(parts) -> list:
+        net.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            values = torch.cat([net(part) for part in parts])
+        (values.float() * upstream).sum().backward()
+        return [values, *(parameter.grad.clone() for parameter in net.parameters())]
+
+    made, expected = gradients([t]), gradients(t.split(NUM_TRAIN_STEPS))
+    assert lengths == [NUM_TRAIN_STEPS] * 6 and made[0].dtype == expected[0].dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for a, b in zip(made, expected):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 def test_bfloat16_autocast_gives_finite_float32(diffloss):

@@ -27,7 +27,7 @@ _VAR_IMAGENET = dict(  # on 8 processes
 )  # fmt: skip
 _DIGITS = dict(
     _PIXELS, img_size=8, patch_size=1, vae_embed_dim=1, epochs=45, warmup_epochs=3, diffloss_w=64,
-    diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=300, features="digits",
+    diffusion_batch_mul=2, eval_freq=20, save_last_freq=10, cfg=1.5, num_images=1800, eval_bsz=150, features="digits",
 )  # fmt: skip
 PRESETS = {
     "digits": dict(_DIGITS, data="digits"),

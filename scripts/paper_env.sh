@@ -2,7 +2,7 @@
 #   PRESET=imagenet|digits   ImageNet 256 as published, or the same experiment in small on scikit-learn's digits
 #   OUT=DIR                  folder of all files (output_dir/<script>/<preset>); the same command continues a run
 #   SEEDS=0,1,2              seeds to average over; NUM_IMAGES: images a figure; EPOCHS: of the digits
-#   IMAGENET_PATH=DIR GPUS=N for ImageNet; the global batch is the published 2048 on any number of GPUs up to 32
+#   IMAGENET_PATH=DIR GPUS=N for ImageNet; in training N must divide the published batch
 # With --dry_run they show their commands and stop.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -15,10 +15,22 @@ case $preset in
     imagenet)
         seeds=${SEEDS:-0} num_images=${NUM_IMAGES:-50000} data=${IMAGENET_PATH:-data/imagenet}
         gpus=$(num_gpus)
-        accum=$((gpus < 32 ? 32 / gpus : 1)) # of 64 images each
         ;;
     *) fail "unknown PRESET '$preset'; valid: digits, imagenet" ;;
 esac
+
+# share_batch IMAGES MOST: what a GPU has of a published batch, as `accum` parts of `batch` images, at most MOST each.
+share_batch() {
+    local share=$(($1 / gpus)) number valid=()
+    for ((number = 1; number <= 64; number++)); do
+        (($1 % number)) || valid+=("$number")
+    done
+    ((share > 0 && $1 % gpus == 0)) ||
+        fail "GPUS must divide the published batch of $1 images, got $gpus; valid up to 64: ${valid[*]}"
+    accum=$(((share + $2 - 1) / $2))
+    while ((share % accum)); do accum=$((accum + 1)); done
+    batch=$((share / accum))
+}
 
 # The guidance scale of a published model.
 cfg_of() {

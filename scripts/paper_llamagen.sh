@@ -52,7 +52,7 @@ else
     for name in ${names//,/ }; do
         llamagen_cfg_of "$name" >/dev/null # fails for an unknown name, before hours of training
     done
-    results=() batch=$((gpus < 256 ? 256 / gpus : 1))
+    results=()
     for name in ${names//,/ }; do
         run=$out/$name model=${name%_384} cfg=$(llamagen_cfg_of "$name") side=256 weights=$out/weights/$name raw=()
         [[ $name != *_384 ]] || side=384
@@ -60,6 +60,7 @@ else
         if [ -n "${WEIGHTS:-}" ]; then
             weights=$WEIGHTS/$(file_of "$name") raw=(--no_ema)
         else
+            share_batch 256 256
             run torchrun --nproc_per_node="$gpus" main_mar.py --data_path "$data" --img_size "$side" --model "$model" \
                 --tokenizer llamagen_vq16 --vae_path "$vq" --epochs 300 --warmup_epochs 0 --lr 1e-4 \
                 --weight_decay 0.05 --grad_clip 1 --batch_size "$batch" --output_dir "$weights" --resume "$weights"

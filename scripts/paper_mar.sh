@@ -24,8 +24,11 @@ else
     for model in ${models//,/ }; do
         run=$out/$model weights=${WEIGHTS:-$out/weights}/$model cfg=$(cfg_of "$model")
         results+=("$run/results.jsonl")
-        [ -n "${WEIGHTS:-}" ] || run torchrun --nproc_per_node="$gpus" main_mar.py --preset "$model" \
-            --data_path "$data" --accum_iter "$accum" --output_dir "$weights" --resume "$weights"
+        if [ -z "${WEIGHTS:-}" ]; then
+            share_batch 2048 64
+            run torchrun --nproc_per_node="$gpus" main_mar.py --preset "$model" --data_path "$data" \
+                --batch_size "$batch" --accum_iter "$accum" --output_dir "$weights" --resume "$weights"
+        fi
         run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --model "$model" --output_dir "$run" \
             --data_path "$data" --cfg "1,$cfg" --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \
             --seed "$seeds" --num_images "$num_images" "$@"

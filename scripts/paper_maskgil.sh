@@ -39,7 +39,7 @@ else
             *) fail "unknown model '$model'; valid: maskgil_b, maskgil_l, maskgil_xl, maskgil_xxl" ;;
         esac
     done
-    batch=$((256 / gpus))
+    share_batch 256 256
     tokenizer=(--tokenizer llamagen_vq16 --vae_path "${VAE_DIR:-pretrained_models}/vq_ds16_c2i.pt")
     for model in ${models//,/ }; do
         run=$out/$model weights=${WEIGHTS:-$out/weights}/$model

@@ -10,6 +10,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/paper_env.sh"
 widths=${WIDTHS:-256,512,1024,1536}
 if [ "$preset" = digits ]; then
     widths=${WIDTHS:-16,32,64,128}
+else
+    share_batch 2048 64
 fi
 results=()
 for width in ${widths//,/ }; do
@@ -24,8 +26,8 @@ for width in ${widths//,/ }; do
                 --num_images "$num_images"
         else
             run torchrun --nproc_per_node="$gpus" main_mar.py --preset mar_large --diffloss_d 3 --diffloss_w "$width" \
-                --epochs 400 --data_path "$data" --accum_iter "$accum" --seed "$seed" --output_dir "$weights" \
-                --resume "$weights" "$@"
+                --epochs 400 --data_path "$data" --batch_size "$batch" --accum_iter "$accum" --seed "$seed" \
+                --output_dir "$weights" --resume "$weights" "$@"
             run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
                 --data_path "$data" --cfg 1,3.0 --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \
                 --seed "$seed" --num_images "$num_images"

@@ -26,6 +26,7 @@ for name in ${tokenizers//,/ }; do
         *) fail "unknown tokenizer '$name' in TOKENIZERS; valid: kl16, vq16, kl8, consistency" ;;
     esac
 done
+[ "$preset" = digits ] || share_batch 2048 64
 results=()
 for name in ${tokenizers//,/ }; do
     run=$out/$name
@@ -55,7 +56,7 @@ for name in ${tokenizers//,/ }; do
                 --num_images "$num_images"
         else
             run torchrun --nproc_per_node="$gpus" main_mar.py --preset mar_large "${training[@]}" --epochs 400 \
-                --data_path "$data" --accum_iter "$accum" --seed "$seed" \
+                --data_path "$data" --batch_size "$batch" --accum_iter "$accum" --seed "$seed" \
                 --output_dir "$weights" --resume "$weights" "$@"
             run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
                 --data_path "$data" --cfg 1,3.0 --num_iter 256 --num_sampling_steps 100 --eval_bsz 256 \

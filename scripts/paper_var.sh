@@ -50,14 +50,14 @@ else
     for model in ${names//,/ }; do
         file_of "$model" >/dev/null # fails for an unknown name, before days of training
     done
-    results=() accum=$((gpus < 8 ? 8 / gpus : 1)) # of the 96 or 128 images that one of 8 GPUs has
+    results=()
     for model in ${names//,/ }; do
         run=$out/$model weights=$out/weights/$model size=()
         results+=("$run/results.jsonl")
         if [ -n "${WEIGHTS:-}" ]; then
             weights=$WEIGHTS/$(file_of "$model") size=(--model "$model")
         else
-            batch=$(($(batch_of "$model") / gpus / accum))
+            share_batch "$(batch_of "$model")" "$(($(batch_of "$model") / 8))" # as one of 8 GPUs has
             run torchrun --nproc_per_node="$gpus" main_mar.py --preset "$model" --data_path "$data" --vae_path "$vq" \
                 --batch_size "$batch" --accum_iter "$accum" --output_dir "$weights" --resume "$weights"
         fi

@@ -105,6 +105,29 @@ def test_the_published_settings(run):
     assert value(arguments, "--checkpoint") == "published/mar_huge"
 
 
+BATCHES = dict(paper_mar=2048, paper_mlp_width=2048, paper_tokenizers=2048, paper_llamagen=256, paper_maskgil=256)
+
+
+@pytest.mark.parametrize("script", BATCHES)
+def test_the_published_batch_on_any_number_of_gpus_that_divides_it(script, run):
+    for gpus in (1, 4, 32, 128):
+        code, _, commands = run(script, **{**IMAGENET, "GPUS": str(gpus)})
+        trained = [arguments for _, program, arguments in commands if program == "main_mar.py"]
+        assert code == 0 and trained
+        for words in trained:
+            parts = int(value(words, "--accum_iter")) if "--accum_iter" in words else 1
+            assert gpus * int(value(words, "--batch_size")) * parts == BATCHES[script]
+
+
+@pytest.mark.parametrize("script", [*BATCHES, "paper_var"])
+def test_gpus_that_do_not_divide_the_published_batch_are_refused(script, run):
+    """Before anything runs; weights that are there are only sampled, on any number of them."""
+    code, errors, commands = run(script, **{**IMAGENET, "GPUS": "5"})
+    assert code == 2 and not commands and len(errors.splitlines()) == 1 and "got 5; valid up to 64: 1 2" in errors
+    if script in ("paper_mar", "paper_llamagen", "paper_var"):
+        assert run(script, **{**IMAGENET, "GPUS": "5"}, WEIGHTS="published")[0] == 0
+
+
 def test_the_published_settings_of_llamagen(run):
     models = "llamagen_ar_b,llamagen_ar_xl_384"
     _, _, commands = run("paper_llamagen", **IMAGENET, MODELS=models)

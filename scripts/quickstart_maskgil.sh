@@ -26,9 +26,10 @@ done
 [ "$i" -le "${#words[@]}" ] || fail "${words[-1]} needs a value"
 
 vq=$out/tokenizer
+model=(python main_mar.py --preset digits --model maskgil_tiny --tokenizer "diffusers:$vq/autoencoder" --loss_tokens masked
+    --label_smoothing 0 --epochs 40 --eval_freq 1000 "${training[@]}" --output_dir "$out")
+[ -d "$vq/autoencoder" ] || check "${model[@]}"
 run python scripts/train_tokenizer.py --data digits --vq --stride 2 --codebook_size 256 --latent_channels 4 \
     --epochs "${TOKENIZER_EPOCHS:-20}" --output_dir "$vq" --resume
-run python main_mar.py --preset digits --model maskgil_tiny --tokenizer "diffusers:$vq/autoencoder" \
-    --loss_tokens masked --label_smoothing 0 --epochs 40 --eval_freq 1000 "${training[@]}" --output_dir "$out" \
-    --resume "$out"
+run "${model[@]}" --resume "$out"
 run python sample.py --checkpoint "$out" --output_dir "$out/samples" --num_iter 8 --cfg 2 "${sampling[@]}"

@@ -31,12 +31,13 @@ for ((i = 0; i < ${#words[@]}; i++)); do
 done
 [ "$i" -le "${#words[@]}" ] || fail "${words[-1]} needs a value"
 
+model=(python main_mar.py --preset var_digits --eval_freq 1000 "${training[@]}" --output_dir "$out")
 ids=$out/tokenizer/tokenizer.pth
+[ -f "$ids" ] || check "${model[@]}"
 [ -f "$ids" ] || run python scripts/train_tokenizer.py --data digits --multiscale --stride 1 --width 16 \
     --latent_channels 8 --codebook_size 64 --batch_size 64 --lr 3e-3 "${tokenizer[@]}" --features digits \
     --output_dir "$out/tokenizer" --resume
 
-run python main_mar.py --preset var_digits --vae_path "$ids" --eval_freq 1000 "${training[@]}" --output_dir "$out" \
-    --resume "$out"
+run "${model[@]}" --vae_path "$ids" --resume "$out"
 
 run python sample.py --checkpoint "$out" --output_dir "$out/samples" "${sampling[@]}"

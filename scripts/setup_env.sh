@@ -26,6 +26,11 @@ run() {
     if [ -n "$dry_run" ]; then show "$@"; else "$@"; fi
 }
 
+# Before long work: ends the script with what a command says of its flags, and says nothing if they are right.
+check() {
+    [ -n "$dry_run" ] || "$@" --dry_run >/dev/null
+}
+
 # into FILE COMMAND …: its output is printed and kept in the file.
 into() {
     local file=$1

@@ -92,7 +92,10 @@ def test_a_dry_run_shows_commands_and_does_nothing(script, preset, place, tmp_pa
 
 @pytest.mark.parametrize("script, preset", CASES)
 def test_what_is_shown_is_what_runs(script, preset, place, tmp_path):
-    """In an environment that has everything, whatever else is given, and wherever --dry_run stands."""
+    """In an environment that has everything, whatever else is given, and wherever --dry_run stands.
+
+    What checks the flags of a later command, by its --dry_run, is not shown.
+    """
     _, run = place
     venv, out = tmp_path / "venv", tmp_path / "out"
     for folder in (venv, out / "heads" / "modes"):
@@ -106,6 +109,8 @@ def test_what_is_shown_is_what_runs(script, preset, place, tmp_path):
     _, *lines = shown.splitlines()
     code, _, errors, calls = run(script, *more, "--class_labels", "a b", **variables)
     assert (code, errors) == (0, "")
+    checks, calls = [[c for c in calls if (c[-1] == "--dry_run") == is_check] for is_check in (True, False)]
+    assert all(any(call[: len(check) - 1] == check[:-1] for call in calls) for check in checks)
     assert [shlex.split(line.split(" | tee ")[0]) for line in lines] == calls
     assert script == "ablate_speed" or any("a b" in words for words in calls)
     assert {word for line in lines if " | tee " in line for word in [Path(line.split(" | tee ")[1])]} <= {

@@ -26,15 +26,17 @@ def quickstart(tmp_path_factory):
     return run, run(), out
 
 
-def output_of(script: str, *words: str) -> str:
-    """What a script prints, run in this environment."""
-    environment = {
-        **os.environ,
-        "VIRTUAL_ENV": sys.prefix,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+def ended(script: str, *words: str) -> subprocess.CompletedProcess:
+    """A script, run in this environment."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": path}
     command = ["bash", f"scripts/{script}", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def output_of(script: str, *words: str) -> str:
+    """What a script prints that succeeds."""
+    done = ended(script, *words)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -77,6 +79,15 @@ def test_the_quickstart_of_var_and_its_second_run(tmp_path):
     check_the_end(first, tmp_path)
     assert "_cfg2_" in first and (tmp_path / "tokenizer" / "scales.png").is_file()
     assert "is trained already" in second and second.strip().splitlines()[-3:] == first.strip().splitlines()[-3:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["quickstart_var.sh", "quickstart_maskgil.sh"])
+def test_a_wrong_flag_is_an_error_before_the_tokenizer_is_trained(script, tmp_path):
+    out = tmp_path / "out"
+    done = ended(script, "--output_dir", str(out), "--lr", "-1")
+    assert done.returncode == 2 and not out.exists()
+    assert done.stderr.splitlines()[-1].startswith("main_mar.py: error: argument --lr: invalid value '-1'")
 
 
 @pytest.mark.slow

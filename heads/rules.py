@@ -12,7 +12,7 @@ import torch
 
 from heads.luce import PlackettLuce
 from heads.orders import ORDERS, Confidence, check_square, is_known_ahead
-from heads.schedules import annealed_steps, constant_profile, is_hand_made
+from heads.schedules import annealed_steps, constant_profile, is_size_known_ahead
 from heads.step import StepPlan, StepState
 
 if TYPE_CHECKING:
@@ -56,12 +56,15 @@ class Rules:
             **parts,
         )
 
-    def num_selected(self, known: StepState) -> torch.Tensor | None:
-        """How many tokens (B,) the plan will select, of what is known on the host; None where the model decides it."""
-        if not is_hand_made(self.group):
+    def num_selected(self, here: StepState) -> torch.Tensor | None:
+        """How many tokens (B,) the plan will select, of a state on the host without z; None where a head decides it.
+
+        Whoever answers `__call__` otherwise answers this otherwise too.
+        """
+        if not is_size_known_ahead(self.group):
             return None
-        there = known.mask.sum(dim=1)
-        return there if isinstance(self.order, Confidence) else torch.minimum(whole_group(self.group, known), there)
+        there = here.mask.sum(dim=1)
+        return there if isinstance(self.order, Confidence) else torch.minimum(whole_group(self.group, here), there)
 
     def after_draw(self, state: StepState, plan: StepPlan, log_prob, gumbel) -> StepPlan:
         """The plan whose selection is what is kept of it; log_prob (B, L) of what was drawn, gumbel (B, L) draws."""

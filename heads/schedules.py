@@ -251,8 +251,8 @@ CFGS = {
 PROFILES = {"constant": constant_profile, "interval": interval_profile, "schedule": searched_profile}
 
 
-def is_hand_made(group) -> bool:
-    """Is this a rule of GROUPS with its options, which needs nothing that the model computes?"""
+def is_size_known_ahead(group) -> bool:
+    """Is this a hand-made group rule, the same whatever the model computes?"""
     return getattr(group, "func", None) in GROUPS.values()
 
 

@@ -145,9 +145,9 @@ class CategoricalSampler:
         """
         check_no_profile(profile)
         with torch.no_grad():
-            noisy = self._filtered(z, z_uncond, cfg, tau, guided).add_(noise)
-            ids = noisy.argmax(dim=-1)  # of a number that is none, where there is one
-            return torch.where(noisy.gather(1, ids.unsqueeze(1)).squeeze(1).isfinite(), ids, -1)
+            logits = self._guided(z, z_uncond, cfg, tau, guided)
+            finite = logits.amax(dim=-1).isfinite()
+            return torch.where(finite, self._filter(logits).add_(noise).argmax(dim=-1), -1)
 
     def log_prob(self, drawn, z, z_uncond, cfg, tau, guided=None) -> torch.Tensor:
         """log p (N,) of the ids drawn (N,) under what `draw` draws from; differentiable in z, cfg, tau and weights."""
@@ -169,7 +169,11 @@ class CategoricalSampler:
         return (logits / max(0.27 * (1 - 0.95 * share), 0.005)).softmax(dim=-1)
 
     def _filtered(self, z, z_uncond, cfg, tau, guided) -> torch.Tensor:
-        """Guided logits / τ (N, V), −∞ where the filter takes an entry away; a new tensor."""
+        """Guided logits / τ (N, V), −∞ where the filter takes an entry away."""
+        return self._filter(self._guided(z, z_uncond, cfg, tau, guided))
+
+    def _guided(self, z, z_uncond, cfg, tau, guided) -> torch.Tensor:
+        """Guided logits / τ (N, V), a new tensor."""
         logits = self.head.logits(z)
         if z_uncond is not None:
             uncond, w = self.head.logits(z_uncond), _column(cfg)
@@ -179,12 +183,13 @@ class CategoricalSampler:
                 w = w[guided] if isinstance(w, torch.Tensor) and w.dim() else w
                 logits = logits.index_copy(0, guided, guide(logits[guided], uncond, w))
         tau = _column(tau)
-        logits = logits / (tau.clamp(min=SMALLEST_TAU) if isinstance(tau, torch.Tensor) else max(tau, SMALLEST_TAU))
-        return filter_logits(logits, self.top_k, self.top_p, self.head.exceeds_top_p) if self._filters else logits
+        return logits / (tau.clamp(min=SMALLEST_TAU) if isinstance(tau, torch.Tensor) else max(tau, SMALLEST_TAU))
 
-    @property
-    def _filters(self) -> bool:
-        return 0 < self.top_k < self.head.num_ids or 0 < self.top_p < 1
+    def _filter(self, logits) -> torch.Tensor:
+        """Logits (N, V), −∞ where the filter takes an entry away."""
+        if not 0 < self.top_k < self.head.num_ids and not 0 < self.top_p < 1:
+            return logits
+        return filter_logits(logits, self.top_k, self.top_p, self.head.exceeds_top_p)
 
 
 def filter_logits(

@@ -17,5 +17,16 @@ def encode(model, tokenizer, images: torch.Tensor) -> torch.Tensor:
 
 
 def render(tokenizer, drawn: torch.Tensor) -> torch.Tensor:
-    """Images (B, C, H, W), about in [−1, 1], of latents (B, c, h, w), differentiable, or of ids (B, h, w)."""
-    return tokenizer.render(drawn) if drawn.is_floating_point() else tokenizer.decode_ids(drawn)
+    """Images (B, C, H, W), about in [−1, 1], of latents (B, c, h, w), differentiable, or of ids (B, h, w).
+
+    An image of ids −1, which could not be drawn, is NaN.
+    """
+    if drawn.is_floating_point():
+        return tokenizer.render(drawn)
+    return blanked(tokenizer.decode_ids(drawn.clamp(min=0)), drawn)
+
+
+def blanked(images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Images (B, …), NaN where one of the ids (B, …) is −1."""
+    none = (ids < 0).flatten(1).any(dim=1)
+    return images.masked_fill(none.view(-1, *[1] * (images.dim() - 1)), torch.nan)

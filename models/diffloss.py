@@ -16,6 +16,7 @@ from diffusion import gaussian
 from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule, step_range
 from models.diffusion_sampler import DiffusionSampler, column
 from models.token_head import check_no_filter, guide
+from util.dist import is_half
 from util.graphs import Graphs
 
 
@@ -27,7 +28,8 @@ def modulate(x, shift, scale):
 class TimestepEmbedder(nn.Module):
     """Diffusion timesteps (N,) to vectors (N, W), through 256 cosines and sines and a two-layer MLP.
 
-    Of more rows than there are timesteps each timestep is embedded once; its gradient is summed in float32.
+    Of more rows than there are timesteps, whole numbers below 1000, each timestep is embedded once; of half precision
+    its gradient is summed in float32.
     """
 
     def __init__(self, width: int, num_frequencies: int = 256):
@@ -36,9 +38,9 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        if len(t) > NUM_TRAIN_STEPS:
+        if len(t) > NUM_TRAIN_STEPS and not t.is_floating_point():
             every = self(torch.arange(NUM_TRAIN_STEPS, device=t.device))
-            return F.embedding(t, every.float()).to(every.dtype)
+            return F.embedding(t.long(), every.float() if is_half(every.dtype) else every).to(every.dtype)
         half = self.num_frequencies // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)  # (N, half)

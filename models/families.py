@@ -69,9 +69,7 @@ class Backbone(Protocol):
     # of order and group those that it cannot do without, by name, such as {"order": "raster"}; and as cfg_base the
     # guidance schedule that is its default, if it has one of its own
     fixed_rules: dict[str, str]
-    blocks: (
-        tuple  # modules with most of the linear layers, those of the token head included, for `models.low_precision`
-    )
+    blocks: tuple  # modules with most of the linear layers, those of the token head included
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:
         """A tokenizer's latents as tokens (B, L, …)."""

@@ -1,10 +1,10 @@
 """Linear layers for sampling: weights held in the 16 bits that autocast computes in, or products of 8-bit integers.
 
-Under autocast each call rounds the weights anew, and a CUDA graph does at every replay; here they are rounded once, to
-the same values. CPUs multiply 8-bit integers several times faster than floats: y = x·Wᵀ + b with each row of x and of W
-rounded to 255 levels between minus and plus its largest magnitude. Products of integers are exact, so a row of y
-depends on its row of x only. The other layers compute in floats, whose last bit depends on the batch size and can
-change the rounding of a value. So in int8 an image depends on its batch, by less than one rounding step.
+Under autocast a CUDA graph rounds the weights anew at every replay; here they are rounded once, to the same values, and
+held beside those of float32. CPUs multiply 8-bit integers several times faster than floats: y = x·Wᵀ + b with each row
+of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of integers are exact, so a
+row of y depends on its row of x only. The other layers compute in floats, whose last bit depends on the batch size and
+can change the rounding of a value. So in int8 an image depends on its batch, by less than one rounding step.
 """
 
 from copy import deepcopy
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from util import dist
+from util.graphs import autocast_state
 from util.timing import run_seconds
 
 CPU = torch.device("cpu")
@@ -22,7 +23,10 @@ ROWS = 256  # computed at a time: their intermediate results stay in the process
 
 
 class HeldLinear(nn.Linear):
-    """A linear layer in a float of 16 bits that shares the parameters of `layer`, which must not change afterwards."""
+    """A linear layer that shares the parameters of `layer`, which must not change afterwards, and has them rounded too.
+
+    The rounded ones are those that autocast to this dtype, a float of 16 bits, computes with.
+    """
 
     def __init__(self, layer: nn.Linear, dtype: torch.dtype):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -32,7 +36,9 @@ class HeldLinear(nn.Linear):
         self.register_buffer("held_bias", bias, persistent=False)
 
     def forward(self, x):
-        """x (..., in) to (..., out) in this dtype, bit for bit what `layer` gives under autocast."""
+        """x (..., in) to (..., out), bit for bit what `layer` gives, under autocast or not."""
+        if autocast_state(x.device) != self.held_weight.dtype:
+            return F.linear(x, self.weight, self.bias)
         return F.linear(x.to(self.held_weight.dtype), self.held_weight, self.held_bias)
 
 
@@ -69,13 +75,16 @@ def _round_rows(x):
 def prepare(model, dtype: torch.dtype) -> None:
     """Let the blocks of a `models.families.Backbone` compute in this dtype, for sampling, in place.
 
-    The parameters stay as they are, and so do their names; for float32 nothing changes. int8 is for a model on the CPU;
-    on a processor whose 8-bit products are not exact it raises ValueError.
+    The parameters stay as they are, and so do their names, but must not change any more; for float32 nothing changes.
+    int8 is for a model on the CPU; on a processor whose 8-bit products are not exact it raises ValueError. A second
+    time, for another dtype, is a RuntimeError.
     """
     if dtype == torch.int8 and not is_exact():
         raise ValueError("dtype int8 needs a processor with exact 8-bit products (VNNI); valid here: fp32, bf16")
     if not dist.is_half(dtype) and dtype != torch.int8:
         return
+    if any(isinstance(module, Int8Linear | HeldLinear) for module in model.modules()):
+        raise RuntimeError("the model is prepared for a dtype already")
     make = Int8Linear if dtype == torch.int8 else partial(HeldLinear, dtype=dtype)
     for block in model.blocks:
         for module in list(block.modules()):

@@ -104,6 +104,7 @@ _SIZE_KEYS = ("embed_dim", "depth", "num_heads")
 MAR_CONFIGS = {
     "mar_tiny": _size(64, 2, 4, diffloss_d=3, diffloss_w=128),  # for CPU
     "mar_mini": _size(128, 3, 4, diffloss_d=3, diffloss_w=192),  # for CPU and 32 px
+    "mar_small": _size(384, 5, 6, diffloss_d=4, diffloss_w=640),  # 28 M, for 32 px on a GPU
     "mar_base": _size(768, 12, 12, diffloss_d=6, diffloss_w=1024),  # published: FID 2.31, IS 281.7 at cfg 2.9
     "mar_large": _size(1024, 16, 16, diffloss_d=8, diffloss_w=1280),  # published: FID 1.78, IS 296.0 at cfg 3.0
     "mar_huge": _size(1280, 20, 16, diffloss_d=12, diffloss_w=1536),  # published: FID 1.55, IS 303.7 at cfg 3.2

@@ -75,10 +75,11 @@ class Canvas:
         shape, device = empty.shape[:2], empty.device
         known = tokens is not None
         self.tokens = tokens.to(device, empty.dtype) if known else empty
+        self.unknown = mask.to("cpu", torch.bool, copy=True) if known else torch.ones(shape, dtype=torch.bool)
         self.broken = torch.zeros(shape[0], dtype=torch.bool, device=device)  # images of which an id is −1
         if known and not self.tokens.is_floating_point():
-            self.broken, self.tokens = (self.tokens < 0).any(dim=1), self.tokens.clamp(min=0)
-        self.unknown = mask.to("cpu", torch.bool, copy=True) if known else torch.ones(shape, dtype=torch.bool)
+            none = (self.tokens < 0) & ~self.unknown.to(device)
+            self.broken, self.tokens = none.any(dim=1), self.tokens.clamp(min=0)
         self.num_start = self.unknown.sum(dim=1).float()  # (B,), M
         if seeds is None:
             seeds = torch.randint(0, 2**32, (shape[0],)).tolist()
@@ -98,14 +99,14 @@ class Canvas:
         if given:
             return replace(rules, order=self.published_order)
         if is_known_ahead(rules.order):
-            known = self.known(0, 1, torch.arange(len(self.unknown)), None, (1, 1))
-            self.orders = rules.order(self.state(known, None, None)).argsort(dim=1, descending=True, stable=True)
+            here = self.host_state(0, 1, torch.arange(len(self.unknown)), None, (1, 1))
+            self.orders = rules.order(self.state(here, None, None)).argsort(dim=1, descending=True, stable=True)
         return rules
 
-    def foresee(self, sampler, counts, images, num_steps: int) -> None:
+    def make_noise(self, sampler, counts, images, num_steps: int) -> None:
         """Make the noise of counts (B',) tokens of the images while the device still computes z; None: not yet."""
         self.ahead = None
-        if counts is not None and counts.any() and self.tokens.device.type != "mps":  # whose counts are of float32
+        if counts is not None and counts.any() and self.tokens.device.type != "mps":  # which rounds sizes in float32
             rows = torch.stack([images, torch.zeros_like(images)], dim=1).repeat_interleave(counts.long(), dim=0)
             self.ahead = rows, send(sampler.noise(self.generators, rows, num_steps), self.tokens.device)
 
@@ -114,7 +115,8 @@ class Canvas:
         if self.ahead is not None:
             foreseen, noise = self.ahead
             if not torch.equal(foreseen[:, 0], rows[:, 0]):
-                raise RuntimeError(f"the group rule gave {len(foreseen)} tokens on the host, {len(rows)} on the device")
+                said, chosen = (x[:, 0].bincount(minlength=len(self.unknown)).tolist() for x in (foreseen, rows))
+                raise RuntimeError(f"tokens of each image: {said} by the group rule on the host, {chosen} were chosen")
             return noise
         noise = noise_fn(step, rows) if noise_fn else sampler.noise(self.generators, rows, num_steps)
         return send(noise, self.tokens.device)
@@ -132,8 +134,8 @@ class Canvas:
                 return
             yield step, images
 
-    def known(self, step, num_iter, images, positions, num_steps) -> StepState:
-        """What is known of these images on the host, before z is computed.
+    def host_state(self, step, num_iter, images, positions, num_steps) -> StepState:
+        """What the rules see, as far as it is known on the host, before z is computed: without z and gumbel.
 
         Where z is of some positions (B', P) only, these are the ones to choose from.
         """
@@ -152,14 +154,14 @@ class Canvas:
             num_steps=num_steps,
         )
 
-    def state(self, known: StepState, z, positions) -> StepState:
+    def state(self, here: StepState, z, positions) -> StepState:
         """What the rules see: the same on the device, with z (B', P, D) at positions (B', P) spread over all L."""
         device = self.tokens.device
         if positions is not None:
             places = send(positions, device).unsqueeze(-1).expand(-1, -1, z.shape[-1])
-            z = z.new_zeros(*known.mask.shape, z.shape[-1]).scatter(1, places, z)
-        parts = {name: send(getattr(known, name), device) for name in ("mask", "num_unknown", "num_start", "images")}
-        return replace(known, gumbel=self.gumbel[parts["images"]], z=z, **parts)
+            z = z.new_zeros(*here.mask.shape, z.shape[-1]).scatter(1, places, z)
+        parts = {name: send(getattr(here, name), device) for name in ("mask", "num_unknown", "num_start", "images")}
+        return replace(here, gumbel=self.gumbel[parts["images"]], z=z, **parts)
 
     def select(self, plan: StepPlan, images) -> Chosen:
         """The tokens that the plan (B', L) for these images selects; the one wait for the device of a step.

@@ -160,8 +160,6 @@ class SamplingRun:
     def draw_batch(self, batch: range, trace: Trace, progress):
         """The images uint8 (B, H, W, C) of a batch, what is wrong with them noted."""
         latents, twice, lost = draw_finite(partial(self.latents, batch, trace, progress), len(batch), self.parts.dtype)
-        if lost:
-            latents[lost] = 0  # an id that is none has no picture
         images = self.pictures(latents)
         images[lost] = 0
         self.spread.end_batch()

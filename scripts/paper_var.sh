@@ -49,6 +49,7 @@ else
     names=${MODELS:-var_d16,var_d20,var_d24,var_d30}
     for model in ${names//,/ }; do
         file_of "$model" >/dev/null # fails for an unknown name, before days of training
+        [ -n "${WEIGHTS:-}" ] || share_batch "$(batch_of "$model")" 1024 # and for a number of GPUs
     done
     results=()
     for model in ${names//,/ }; do

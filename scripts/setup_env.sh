@@ -78,7 +78,7 @@ num_gpus() {
         count=8
     fi
     [ "$count" != 0 ] || fail "no GPU here; GPUS says how many to use, PRESET=digits needs none"
-    [[ $count =~ ^[0-9]+$ ]] || fail "GPUS must be a number above 0, got '$count'"
+    [[ $count =~ ^[1-9][0-9]*$ ]] || fail "GPUS must be a number above 0, got '$count'"
     echo "$count"
 }
 

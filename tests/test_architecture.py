@@ -212,8 +212,10 @@ def test_functions_fit_on_a_screen():
 
 
 def test_the_loop_knows_no_family_and_no_token_head():
-    names = {name for name, *_ in imports(ROOT / "sampling" / "loop.py")}
-    assert "heads.step" in names and not [name for name in names if name.split(".")[0] in ("models", "diffusion")]
+    names = {name for file in ("loop.py", "canvas.py") for name, *_ in imports(ROOT / "sampling" / file)}
+    assert {"heads.step", "sampling.canvas"} <= names and not [
+        name for name in names if name.split(".")[0] in ("models", "diffusion")
+    ]
 
 
 def test_settings_travel_as_parts():

@@ -88,6 +88,7 @@ def test_each_timestep_is_embedded_once_where_there_are_more_rows(dtype):
 
     made, expected = gradients([t]), gradients(t.split(NUM_TRAIN_STEPS))
     assert lengths == [NUM_TRAIN_STEPS] * 6 and made[0].dtype == expected[0].dtype == dtype
+    assert torch.equal(net(t.short()), net(t)) and len(net(t.double())) == rows
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     for a, b in zip(made, expected):
         assert (a - b).abs().max() <= tolerance * b.abs().max()

@@ -1,6 +1,7 @@
 """Numbers that are not finite, and pictures that show nothing: drawn again, counted, named."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,15 +9,18 @@ import torch
 
 import sample
 from heads.policy import PolicyHeads, build_rules
+from models.coding import render
+from models.low_precision import prepare
 from models.tokenizers import build_tokenizer
 from sampling.guards import draw_finite, is_plain
 from sampling.loop import generate
 from sampling.run import sample_images
 from sampling.settings import SampleConfig
-from tests.helpers import named_weights, on_cpu, tiny_mar, untrained
+from tests.helpers import named_weights, on_cpu, randn, tiny_mar, untrained
 from tests.helpers_heads import OF_LATENTS
 from tests.helpers_ids import GreyIds, tiny_ids
 from tests.test_low_precision import FAMILIES, drawn
+from training.objectives.decisions import ExpectedCost
 from util.images.pictures import read_png
 from util.rng import image_seeds
 
@@ -118,6 +122,53 @@ def test_ids_that_cannot_be_drawn(name):
     ids = drawn(model, options, num_iter, torch.float32)
     assert ids[1].eq(-1).all() and ids[[0, 2]].equal(expected[[0, 2]]) and (expected >= 0).all()
     assert draw_finite(lambda rows, dtype: ids[list(rows)].clone(), 3, torch.float32)[1:] == ([], [1])
+
+
+def test_logits_that_are_not_finite_are_noticed_where_a_filter_leaves_them_out(monkeypatch):
+    head = tiny_ids().celoss
+    sampler = head.sampler(top_k=3)
+    z, noise = randn(4, 16), torch.zeros(4, head.num_ids)
+    logits = head.logits(z)
+    logits[1, 5], logits[2, 0], logits[3, 1:] = torch.nan, torch.inf, -torch.inf
+    monkeypatch.setattr(type(head), "logits", lambda self, z: logits)
+    assert sampler.draw(z, None, 1.0, 1.0, noise, 1).tolist() == [int(logits[0].argmax()), -1, -1, 0]
+
+
+def test_what_stands_at_unknown_tokens_may_be_no_id():
+    model, mask = tiny_ids(), torch.ones(3, 16, dtype=torch.bool)
+    mask[:, 3:6] = False
+    given = torch.arange(48).reshape(3, 16) % 16
+    options = dict(num_iter=3, seeds=[1, 2, 3], mask=mask)
+    ids = generate(model, torch.tensor([0, 2, -1]), build_rules("baseline"), tokens=given, **options)
+    blank = torch.where(mask, -1, given)
+    assert generate(model, torch.tensor([0, 2, -1]), build_rules("baseline"), tokens=blank, **options).equal(ids)
+    blank[1, 4] = -1  # one that is known
+    broken = generate(model, torch.tensor([0, 2, -1]), build_rules("baseline"), tokens=blank, **options)
+    assert broken[1].eq(-1).all() and broken[[0, 2]].equal(ids[[0, 2]])
+
+
+def test_images_of_ids_that_are_none_are_not_finite():
+    """So that a reward leaves them out; the others keep their gradient."""
+    ids, expected = torch.randint(0, 16, (3, 4, 4)), ExpectedCost()
+    ids[1] = -1
+    for images in (render(GreyIds(), ids), expected.render(GreyIds(), ids)):
+        assert images[1].isnan().all() and images[[0, 2]].isfinite().all()
+    (slopes,) = torch.autograd.grad(images[[0, 2]].sum(), expected.vectors)
+    assert slopes[[0, 2]].ne(0).all() and slopes[1].eq(0).all()
+
+
+def test_what_overflows_with_held_weights_is_drawn_again_in_float32(tmp_path):
+    """As `sample.py --dtype fp16` does it: the images are those of float32, of another batch."""
+    mar = tiny_mar()
+    mar.decoder_blocks[0].mlp.fc2.weight.data[0] *= 3e6  # too much for fp16 alone
+    settings = dict(sampling=SampleConfig(num_iter=3, num_sampling_steps=2, cfg=2.0), labels=[0, 1, 2], seed=5)
+    parts = on_cpu(mar, build_tokenizer("pixel", channels=1))
+    sample_images(parts, **settings, folder=tmp_path / "fp32", batch_size=3)
+    prepare(mar, torch.float16)
+    found = sample_images(replace(parts, dtype=torch.float16), **settings, folder=tmp_path / "fp16", batch_size=3)
+    assert (found["redone_fp32"], found["not_finite"]) == (3, 0)
+    for i in range(3):
+        assert (tmp_path / "fp16" / f"{i}.png").read_bytes() == (tmp_path / "fp32" / f"{i}.png").read_bytes()
 
 
 def test_ids_that_cannot_be_drawn_in_low_precision_are_drawn_again_and_else_left_black(tmp_path, monkeypatch, capsys):

@@ -138,7 +138,14 @@ def test_held_weights_compute_what_autocast_does(name):
     held = [module for module in narrow.modules() if isinstance(module, HeldLinear)]
     assert held and all(module.held_weight.dtype == torch.bfloat16 for module in held)
     made = [drawn(m, options, num_iter, torch.bfloat16) for m in (model, narrow)]
+    assert drawn(narrow, options, num_iter, torch.float32).equal(drawn(model, options, num_iter, torch.float32))
     assert made[0].equal(made[1]) and not made[0].equal(drawn(model, options | dict(cfg=1.0), num_iter, torch.bfloat16))
+
+
+def test_a_model_is_prepared_for_one_dtype():
+    model = prepared(tiny_mar(), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="prepared for a dtype already"):
+        prepare(model, torch.float16)
 
 
 @pytest.mark.gpu

@@ -37,6 +37,12 @@ PRESETS = {
         _PIXELS, data="cifar10", model="mar_mini", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_w=192,
         batch_size=32, diffusion_batch_mul=1, epochs=100, warmup_epochs=2, num_images=10000,
     ),
+    "cifar10_small": dict(  # 28 M, for a GPU
+        _PIXELS, data="cifar10", model="mar_small", img_size=32, patch_size=4, vae_embed_dim=3, diffloss_d=4,
+        diffloss_w=640, buffer_size=16, batch_size=256, diffusion_batch_mul=4, epochs=68, warmup_epochs=2, cfg=2.0,
+        cfg_schedule="constant", num_sampling_steps=10, solver="dpmpp_sde", num_images=5000, eval_bsz=100,
+        features="cifar10",
+    ),
     "canvases": dict(_DIGITS, data="canvases"),
     "var_digits": dict(
         _VAR, data="digits", model="var_tiny", img_size=8, batch_size=32, blr=8e-2, epochs=12, warmup_epochs=0.5,

@@ -186,7 +186,7 @@ def set_deterministic(on: bool) -> None:
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once, when it starts
-    if on != torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler, a second
+    if on or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler, a second
         torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.deterministic = on
 

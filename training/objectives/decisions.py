@@ -2,6 +2,7 @@
 
 import torch
 
+from models.coding import blanked
 from util import dist
 from util.rng import generator, seed_of
 
@@ -58,8 +59,8 @@ class ExpectedCost:
     def render(self, tokenizer, ids: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) of ids, differentiable in the codes that they stand for."""
         self.codes = tokenizer.codes().detach()
-        self.vectors = self.codes[ids].requires_grad_()
-        return tokenizer.render_codes(self.vectors)
+        self.vectors = self.codes[ids.clamp(min=0)].requires_grad_()
+        return blanked(tokenizer.render_codes(self.vectors), ids)
 
     def loss(self, cost: torch.Tensor) -> torch.Tensor:
         """Σ over tokens and ids of p·⟨∂c/∂e, e_v⟩ for the costs (B,) of the images; 0 where no p has a gradient."""

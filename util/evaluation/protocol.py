@@ -14,6 +14,7 @@ from util.args import flag
 from util.evaluation.features import FEATURES, check_features, features_name
 from util.evaluation.fid_stats import FIDStats, load_fid_stats
 from util.evaluation.metrics import METRICS, check_classes, compute_metrics, digit_metrics, possible_metrics
+from util.evaluation.reward import pixel_distance
 from util.images.datasets import build_dataset, labels_of
 from util.images.reading import DEFAULT, MARS_WAY, Reading
 from util.sizes import Size
@@ -43,7 +44,9 @@ class EvalConfig:
     features: str = flag("inception", "features of the metrics", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the published weights of the features, or another classifier's")
     judge: str | None = flag(
-        None, "file of another classifier, which took no part in what is measured: FID by its features is judge_fid"
+        None,
+        "file of another classifier, or name of other features, which took no part in what is measured: FID by these "
+        "is judge_fid",
     )
     eval_split: str = flag("train", "images of the data set to compare with", choices=("train", "val"))
     fid_stats: str | None = flag(None, "file (.npz with mu and sigma) to compare with instead of images")
@@ -58,6 +61,11 @@ class EvalConfig:
             if name not in METRICS:
                 raise ValueError(f"unknown --metrics {name!r}; valid: {', '.join(METRICS)}, none")
         return possible_metrics(names, self.features, self.fid_stats is not None)
+
+    @property
+    def judge_of(self) -> tuple[str, str | None]:
+        """(features, file of their weights) of the judge."""
+        return (self.judge, None) if self.judge in FEATURES else (self.features, self.judge)
 
     def resolved(self) -> "EvalConfig":
         """With the metrics named that a default leaves open."""
@@ -82,8 +90,10 @@ class EvalConfig:
             check_classes(labels_of(reference))
         check_features(self.features, self.fid_weights, img_size)
         if self.judge is not None:
+            if self.judge == self.features:
+                raise ValueError(f"--judge {self.judge} must be other features than --features")
             try:
-                check_features(self.features, self.judge, img_size)
+                check_features(*self.judge_of, img_size)
             except ValueError as error:
                 raise ValueError(f"--judge {self.judge}: {error}") from None
 
@@ -107,8 +117,8 @@ def build_reference(config: EvalConfig, name: str, data_path, img_size: Size, re
 def score(images, labels, reference, config: EvalConfig, device) -> dict[str, float]:
     """The figures that config names for images (a Dataset of uint8 (C, H, W)) against a data set or FIDStats.
 
-    With the digit features and reference images also those of `util.evaluation.metrics.digit_metrics`. labels: classes,
-    None where captions are asked for.
+    With reference images also, of the digit features, those of `util.evaluation.metrics.digit_metrics`, and of
+    CIFAR-10's the distance in pixels. labels: classes, None where captions are asked for.
     """
     if not config.metric_names:
         return {}
@@ -122,8 +132,11 @@ def score(images, labels, reference, config: EvalConfig, device) -> dict[str, fl
         verbose=len(images) > 5000,  # torch-fidelity's progress bars, for what takes minutes
     )
     if config.judge is not None:
-        options = dict(features=config.features, weights=config.judge, metrics=("fid",), device=device)
+        features, weights = config.judge_of
+        options = dict(features=features, weights=weights, metrics=("fid",), device=device)
         figures["judge_fid"] = compute_metrics(images, reference, **options)["fid"]
+    if config.features == "cifar10" and not isinstance(reference, FIDStats):
+        figures["frechet_pixels"] = pixel_distance(images, reference)
     if config.features == "digits" and not isinstance(reference, FIDStats):
         generated = np.stack([images[i].numpy()[0] for i in range(len(images))])
         real, real_labels, _ = zip(*(reference[i] for i in range(len(reference))))
@@ -226,7 +239,7 @@ def protocol(
         name, split, count = data, config.eval_split, len(reference)
     record = dict(sampled, reference=name, split=split, num_reference=count)
     record["features"] = features_name(config.features, config.fid_weights)
-    return record | (dict(judge=features_name(config.features, config.judge)) if config.judge else {})
+    return record | (dict(judge=features_name(*config.judge_of)) if config.judge else {})
 
 
 def protocol_line(record: dict) -> str:

@@ -4,6 +4,8 @@ Kinds are the rows of FEATURES and `pixels`. What is optimised by them is judged
 Shapes: n images, H x W pixels, C channels (1 or 3), d features, p of them kept.
 """
 
+import weakref
+
 import numpy as np
 import torch
 
@@ -12,6 +14,7 @@ from util.evaluation.metrics import frechet_distance, gaussian_statistics
 
 KINDS = (*FEATURES, "pixels")
 MOST_DIRECTIONS = 192
+KEPT = weakref.WeakKeyDictionary()  # reference data set -> its `RewardDistance` in pixels
 
 
 def reward_kinds(text: str) -> tuple[str, ...]:
@@ -71,6 +74,18 @@ class RewardDistance:
             return images.reshape(len(images), -1) / 127.5 - 1
         batches = feature_batches(RGBImages(images, "reward"), kind, batch_size=256, device=self.device)
         return torch.cat([batch for (batch,) in batches]).double().numpy()
+
+
+def pixel_distance(images, reference) -> float:
+    """The distance in pixels of two data sets of uint8 (C, H, W), or of tuples that start with one.
+
+    What is computed of the reference alone is kept as long as it.
+    """
+    if reference not in KEPT:
+        KEPT[reference] = RewardDistance(reference, ("pixels",))
+    made = [images[i] for i in range(len(images))]
+    made = [image[0] if isinstance(image, tuple | list) else image for image in made]
+    return KEPT[reference](np.stack([np.moveaxis(image.numpy(), 0, -1) for image in made]))["pixels"]
 
 
 def principal_directions(rows: np.ndarray, most: int = MOST_DIRECTIONS) -> np.ndarray:

@@ -230,6 +230,17 @@ def build_torchvision(
     return MemoryDataset(images, raw.targets, raw.classes, flip and reading.flip)
 
 
+def build_cifar10(*, data_path=None, img_size=None, split="train", download=True, reading=DEFAULT) -> ImageDataset:
+    """torchvision's CIFAR-10; or, of a folder with `<split>/` and none of its files, the pictures in that."""
+    source = Source("CIFAR10", 32, True, "cifar-10-batches-py/*")
+    folder = Path(data_path or "./data").expanduser()
+    if not (folder / split).is_dir() or (folder / "cifar-10-batches-py").exists():
+        options = dict(split=split, download=download, reading=reading)
+        return build_torchvision(source, data_path=data_path, img_size=img_size, **options)
+    _check_native_size(source.name, img_size, source.size)
+    return build_imagefolder(data_path=folder, img_size=source.size, split=split, reading=reading)
+
+
 def build_imagefolder(*, data_path=None, img_size=None, split="train", download=True, reading=DEFAULT) -> FolderDataset:
     """Images below `data_path/<split>/<class>/`, or `data_path/<class>/` for train; img_size in pixels (256).
 
@@ -255,7 +266,7 @@ def build_imagefolder(*, data_path=None, img_size=None, split="train", download=
 DATASETS = {
     "digits": build_digits,
     "canvases": build_canvases,
-    "cifar10": partial(build_torchvision, Source("CIFAR10", 32, True, "cifar-10-batches-py/*")),
+    "cifar10": build_cifar10,
     "mnist": partial(build_torchvision, Source("MNIST", 28, False, "MNIST/raw/*-ubyte")),
     "fashion_mnist": partial(build_torchvision, Source("FashionMNIST", 28, True, "FashionMNIST/raw/*-ubyte")),
     "imagefolder": build_imagefolder,

@@ -7,15 +7,23 @@
 # searched schedule (made if not given, on images of other seeds).
 # Seed 0 chooses among the 64 hand-made rules of GRID=small, or with GRID=whole among all 152 of scripts/search_grid.sh.
 # Several hours on 2 CPU cores; interrupted, the same command continues. Further arguments go to sample.py.
+#   PRESET=cifar10 BASE=output_dir/cifar10_small DATA="--data_path data" bash scripts/leaderboard.sh
+# CIFAR-10 at 8 steps of 10, on a GPU, on a base of --preset cifar10_small, with ImageNet's features as judge.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
-base=${BASE:-output_dir/quickstart}
-heads=${HEADS:-output_dir/heads}
-out=${OUT:-output_dir/leaderboard}
+preset=${PRESET:-digits}
+heads=${HEADS:-$(out_of heads "$preset")}
+out=${OUT:-$(out_of leaderboard "$preset")}
+case $preset in
+    digits) base=${BASE:-output_dir/quickstart} judge=$out/judge.npz numbers=${STEPS:-4 8 16} steps=8 count=1800 ;;
+    cifar10) base=${BASE:-output_dir/cifar10_small} judge=efficientnet_lite0 numbers=${STEPS:-8} steps=10 count=5000 ;;
+    *) fail "unknown PRESET '$preset'; valid: digits, cifar10" ;;
+esac
 schedule=${SCHEDULE:-$out/schedule.json}
 IFS=, read -ra seeds <<<"${SEEDS:-1,2,3}"
-read -ra numbers <<<"${STEPS:-4 8 16}"
-budget=(--num_sampling_steps 8 --solver dpmpp_sde)
+read -ra numbers <<<"$numbers"
+read -ra data <<<"${DATA:-}"
+budget=(--num_sampling_steps $steps --solver dpmpp_sde)
 pass=() # --dry_run goes on to the scripts that this one calls
 [ -z "$dry_run" ] || pass=(--dry_run)
 
@@ -26,18 +34,18 @@ for seed in "${seeds[@]}"; do
 done
 files=()
 for number in "${numbers[@]}"; do
-    GRID=${GRID:-small} NUM_ITER=$number STEPS=8 CHECKPOINT=$base OUT=$out/grid$number JUDGE=$out/judge.npz SEEDS=${SEEDS:-1,2,3} \
-        bash scripts/search_grid.sh "${pass[@]}" "$@"
+    GRID=${GRID:-small} NUM_ITER=$number STEPS=$steps CHECKPOINT=$base OUT=$out/grid$number JUDGE=$judge \
+        SEEDS=${SEEDS:-1,2,3} bash scripts/search_grid.sh "${pass[@]}" "$@"
     files+=(--hand "$out/grid$number/judged/results.jsonl")
 done
-[ -n "${SCHEDULE:-}" ] || run python scripts/search_schedule.py --checkpoint "$base" --out "$schedule" --num_iter 4 \
-    "${budget[@]}" --reward_weights 1,3 --seed 100
+[ -n "${SCHEDULE:-}" ] || run python scripts/search_schedule.py --checkpoint "$base" "${data[@]}" --out "$schedule" \
+    --num_iter "${numbers[0]}" "${budget[@]}" --features "$preset,pixels" --reward_weights 1,3 --seed 100
 
 more=("$@")
 measure() { # FOLDER CHECKPOINT SEEDS flags
-    run python sample.py --checkpoint "$2" --output_dir "$out/$1" "${budget[@]}" --seed "$3" \
-        --num_iter "$(IFS=,; echo "${numbers[*]}")" --num_images 1800 --metrics fid --features digits \
-        --judge "$out/judge.npz" "${@:4}" "${more[@]}"
+    run python sample.py --checkpoint "$2" --output_dir "$out/$1" "${data[@]}" "${budget[@]}" --seed "$3" \
+        --num_iter "$(IFS=,; echo "${numbers[*]}")" --num_images $count --metrics fid --features "$preset" \
+        --judge "$judge" "${@:4}" "${more[@]}"
 }
 by_hand() { # FOLDER NAME flags: a row of the table, on the base
     measure "$1" "$base" "$(IFS=,; echo "${seeds[*]}")" --infer_mode baseline "${@:3}"
@@ -57,4 +65,6 @@ by_heads steps "heads: tau and w of each step" steps --infer_mode guidance --gro
 by_heads off "heads: tau and w of each image, that part off" seed --infer_mode guidance --group staged --heads_adaptive off
 by_heads guidance "heads: tau and w of each image" seed --infer_mode guidance --group staged
 by_heads both "heads: order and groups too" seed --infer_mode both
-into "$out/leaderboard.md" python scripts/make_leaderboard.py --page frozen "${files[@]}"
+page=(--page frozen)
+[ "$preset" = digits ] || page=()
+into "$out/leaderboard.md" python scripts/make_leaderboard.py "${page[@]}" "${files[@]}"

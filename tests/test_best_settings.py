@@ -15,7 +15,7 @@ from scripts import best_settings, make_table, train_classifier
 from tests.helpers import untrained
 from tests.test_cli import refused
 from tests.test_sample import draw, pngs, rows
-from util.evaluation.features import build_extractor
+from util.evaluation.features import FEATURES, build_extractor
 from util.evaluation.protocol import EvalConfig, protocol
 from util.images.datasets import build_dataset
 
@@ -136,6 +136,17 @@ def test_another_classifier_judges_by_features_of_its_own(tmp_path):
     (_, _, beside) = rows(out)
     assert beside["num_made"] == 0 and beside["protocol"]["judge"] == f"digits of {judge}"
     assert beside["metrics"] == own["metrics"] | {"judge_fid": judged["metrics"]["fid"]}
+
+
+def test_other_features_judge_by_their_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURES, "others", FEATURES["digits"])
+    checkpoint, out = untrained(tmp_path / "c"), tmp_path / "out"
+    common = ["--num_images", "20", "--metrics", "fid", "--features", "digits", "--judge"]
+    assert draw(checkpoint, out, *common, "others") == 0
+    (row,) = rows(out)
+    assert row["metrics"]["judge_fid"] == row["metrics"]["fid"] and row["protocol"]["judge"] == "others"
+    with pytest.raises(ValueError, match="--judge digits must be other features than --features"):
+        draw(checkpoint, out, *common, "digits")
 
 
 def test_a_classifier_that_is_none_is_one_line(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
+from tests.helpers import image_folder
 from util.evaluation.protocol import reference_hash
 from util.images.datasets import DATASETS, build_dataset
 
@@ -117,6 +118,20 @@ def test_cifar10_layout(monkeypatch, tmp_path):
     assert (ds.channels, ds.img_size, ds.num_classes, ds.flip) == (3, 32, 10, True)
     image, label, _ = ds[0]
     assert label == 7 and image.dtype == torch.uint8 and np.array_equal(image, data[0].transpose(2, 0, 1))
+
+
+def test_cifar10_of_pictures_in_a_folder(monkeypatch, tmp_path):
+    """A folder of the split; where torchvision's files are too, or only other folders, it is torchvision's."""
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda *args, **kwargs: pytest.fail("torchvision's"))
+    image_folder(tmp_path, {"train": 2})
+    ds = build_dataset("cifar10", data_path=tmp_path)
+    assert (len(ds), ds.img_size, ds.channels, ds.classes) == (4, 32, 3, ["dark", "light"])
+    with pytest.raises(ValueError, match="img_size is 64"):
+        build_dataset("cifar10", data_path=tmp_path, img_size=64)
+    for split in ("val", "train"):
+        with pytest.raises(pytest.fail.Exception):
+            build_dataset("cifar10", data_path=tmp_path, split=split)
+        (tmp_path / "cifar-10-batches-py").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ PROGRAMS = ("python", "python3", "torchrun", "ruff", "pip")
 PRESETS = {"paper": ("digits", "imagenet"), "ablate_infer_mode": ("digits", "mar_base"), "ablate_speed": ("",)}
 PRESETS |= {"train_policy": ("digits", "cifar10", "mar_base"), "quickstart": ("",), "test": ("",), "test_gpu": ("",)}
 PRESETS |= {name: ("",) for name in ("quickstart_var", "quickstart_maskgil", "demo_text", "demo_shapes")}
-PRESETS |= {"search_grid": ("digits", "cifar10"), "train_heads": ("",), "leaderboard": ("",)}
+PRESETS |= {"search_grid": ("digits", "cifar10"), "train_heads": ("digits", "cifar10")}
+PRESETS |= {"leaderboard": ("digits", "cifar10")}
 PRESETS |= {"ablate_prefix": ("digits", "cifar10")}
 CASES = [(s, preset) for s in SCRIPTS for preset in PRESETS["paper" if s.startswith("paper_") else s]]
 

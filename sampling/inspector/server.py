@@ -135,6 +135,7 @@ class Inspector(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = MOST_CONNECTIONS  # with fewer, those that come together wait for seconds
 
     def __init__(self, host: str, port: int, gallery: dict[str, Loaded], content: dict, token: str | None = None):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -33,10 +33,10 @@ part. 1,800 images against the 1,797 real ones; mean and standard deviation over
 their training too. Guidance trades pixels against features, so a row is compared with the hand-made rule that the judge
 likes best among those of no larger pixel distance. Where none comes that near, it is the one that comes nearest, and
 its larger pixel distance stands there too; `none` where the row is that rule itself. `beyond` is the difference over
-the root of the sum of both variances. Hand-made rules: those of the 64 of `search_grid.sh`, `GRID=small`, that no other
-beats in both reward features on images of another seed. The searched schedule is of 4 steps, found on other seeds;
-other numbers of steps interpolate it. Evaluations are those of an image; images/s were measured on two shared CPU cores
-and say little. CIFAR-10 at 8 steps needs a GPU and has not been measured.""",
+the root of the sum of both variances. Hand-made rules: those of `search_grid.sh` that no other beats in both
+reward features on images of another seed. The searched schedule is of 4 steps, found on other seeds; other numbers of
+steps interpolate it. Evaluations are those of an image; images/s were measured on two shared CPU cores and say little.
+CIFAR-10 at 8 steps (`PRESET=cifar10`) needs a GPU and has not been measured.""",
     "cotrained": """## A co-trained backbone
 
 Printed by `bash scripts/train_policy.sh`, on the quickstart's base after more epochs on the states that halton's order

@@ -55,7 +55,7 @@ run python main_mar.py --preset digits --init_from "$out" --objective image --le
 
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
-[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --output "$judge"
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --no-held_out --output "$judge"
 measured() { # FOLDER flags
     run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
         "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"

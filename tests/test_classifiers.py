@@ -43,6 +43,11 @@ def test_training_script(tmp_path, capsys):
     assert train_classifier.main(["--epochs", "2", "--output", str(output)]) == 0
     assert "held-out accuracy" in capsys.readouterr().out
     assert list(output.parent.iterdir()) == [output]  # no partial file left
+    quick = tmp_path / "quick.npz"
+    assert train_classifier.main(["--epochs", "2", "--no-held_out", "--output", str(quick)]) == 0
+    assert "held-out" not in capsys.readouterr().out
+    states = [load_classifier(DigitClassifier, path).state_dict() for path in (output, quick)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     x, y = train_classifier.load_images()
     assert train_classifier.accuracy(load_classifier(DigitClassifier, output), x, y) > 0.5
     first, second = (train_classifier.train(x[:200], y[:200], 2, seed=3).state_dict() for _ in range(2))

@@ -13,6 +13,7 @@ from tests.helpers import image_folder
 from tests.test_cli import ROOT, commands_in, refused, shell_lines
 from tests.test_sample import SMALL, draw, folder_of, rows, train_tiny
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.evaluation.classifiers import DIGITS_WEIGHTS
 from util.evaluation.fid_stats import FIDStats, load_fid_stats, save_fid_stats
 from util.evaluation.protocol import EvalConfig, build_reference, class_balance, protocol, protocol_line, reference_hash
 from util.images.datasets import build_dataset
@@ -46,6 +47,15 @@ def test_sampling_against_statistics_is_sampling_against_their_images(checkpoint
     ]
     assert draw(checkpoint, tmp_path / "stats", *flags, "--fid_stats", stats_file, "--metrics", "fid,isc") == 0
     assert len(rows(tmp_path / "stats")) == 1 and start in capsys.readouterr().out  # also where it is there already
+
+
+def test_a_judge_is_refused_where_there_are_statistics_only(checkpoint, stats_file, tmp_path):
+    """They are of other features than the judge's, whose distance to them would mean nothing."""
+    flags = ["--features", "digits", "--metrics", "fid", "--num_images", 4, "--fid_stats", stats_file]
+    for judge in (DIGITS_WEIGHTS, "efficientnet_lite0"):
+        with pytest.raises(ValueError, match="^--judge .* needs reference images: --fid_stats are of other features"):
+            draw(checkpoint, tmp_path, *flags, "--judge", judge)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_default_metrics_follow_the_reference(checkpoint, stats_file, tmp_path):

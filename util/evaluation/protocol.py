@@ -90,6 +90,8 @@ class EvalConfig:
             check_classes(labels_of(reference))
         check_features(self.features, self.fid_weights, img_size)
         if self.judge is not None:
+            if isinstance(reference, FIDStats):
+                raise ValueError(f"--judge {self.judge} needs reference images: --fid_stats are of other features")
             if self.judge == self.features:
                 raise ValueError(f"--judge {self.judge} must be other features than --features")
             try:

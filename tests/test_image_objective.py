@@ -83,6 +83,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(base, tmp_pa
     } <= row.keys()
 
 
+@pytest.mark.slow
 def test_without_the_adaptive_part_it_stays_as_it_is_and_a_next_stage_starts_from_the_average(base, tmp_path):
     assert train(tmp_path / "one", base, "--epochs", 1, "--no-adaptive") == 0
     content = load_checkpoint(tmp_path / "one")

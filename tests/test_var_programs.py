@@ -159,6 +159,7 @@ def test_a_part_of_a_picture_is_kept(run, tmp_path):
         assert trace["group_size"].tolist() == [[0, 2, 8]]  # the scale of one token is kept whole
 
 
+@pytest.mark.slow
 def test_ids_of_a_cache_train_the_same_steps(run, vae, tmp_path):
     folder, words = run
     cache = tmp_path / "cache"

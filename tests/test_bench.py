@@ -52,6 +52,7 @@ def rows_of(text):
     return {first: rest for first, *rest in cells}
 
 
+@pytest.mark.slow
 def test_every_lever_has_a_row(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(MAR, "compile_parts", lambda mar: compiled.append(mar))  # which takes long, see test_compile.py

@@ -297,6 +297,7 @@ def test_class_count_mismatch_is_one_line(tmp_path, pictures, capsys):
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.slow
 def test_a_group_signal_with_loading_processes_saves_too(tmp_path):
     """A scheduler signals every process of a job: the loading ones must not die before the step is finished."""
     import time

@@ -56,15 +56,15 @@ class Rules:
             **parts,
         )
 
-    def num_selected(self, here: StepState) -> torch.Tensor | None:
+    def num_selected(self, on_host: StepState) -> torch.Tensor | None:
         """How many tokens (B,) the plan will select, of a state on the host without z; None where a head decides it.
 
-        Whoever answers `__call__` otherwise answers this otherwise too.
+        A subclass that changes `__call__` changes this too.
         """
         if not is_size_known_ahead(self.group):
             return None
-        there = here.mask.sum(dim=1)
-        return there if isinstance(self.order, Confidence) else torch.minimum(whole_group(self.group, here), there)
+        most = on_host.mask.sum(dim=1)
+        return most if isinstance(self.order, Confidence) else torch.minimum(whole_group(self.group, on_host), most)
 
     def after_draw(self, state: StepState, plan: StepPlan, log_prob, gumbel) -> StepPlan:
         """The plan whose selection is what is kept of it; log_prob (B, L) of what was drawn, gumbel (B, L) draws."""

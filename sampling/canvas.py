@@ -86,7 +86,7 @@ class Canvas:
         self.generators = [generator(seed) for seed in seeds]
         self.gumbel = torch.stack([_gumbel(shape[1], g) for g in self.generators]).to(device)
         self.orders = self.gumbel.argsort(dim=1, descending=True)
-        self.ahead = None  # (rows, noise) of the step, where it was foreseen
+        self.ahead = None  # (rows, noise) of the step, where `make_noise` made it
         if orders is not None:
             self.orders = torch.as_tensor(orders, device=device).flip(1)
 
@@ -99,8 +99,8 @@ class Canvas:
         if given:
             return replace(rules, order=self.published_order)
         if is_known_ahead(rules.order):
-            here = self.host_state(0, 1, torch.arange(len(self.unknown)), None, (1, 1))
-            self.orders = rules.order(self.state(here, None, None)).argsort(dim=1, descending=True, stable=True)
+            on_host = self.host_state(0, 1, torch.arange(len(self.unknown)), None, (1, 1))
+            self.orders = rules.order(self.state(on_host, None, None)).argsort(dim=1, descending=True, stable=True)
         return rules
 
     def make_noise(self, sampler, counts, images, num_steps: int) -> None:
@@ -113,9 +113,9 @@ class Canvas:
     def noise(self, sampler, noise_fn, step: int, rows, num_steps: int) -> torch.Tensor:
         """What the sampler draws the tokens at rows (N, 2) with, or what noise_fn(step, rows) gives, on the device."""
         if self.ahead is not None:
-            foreseen, noise = self.ahead
-            if not torch.equal(foreseen[:, 0], rows[:, 0]):
-                said, chosen = (x[:, 0].bincount(minlength=len(self.unknown)).tolist() for x in (foreseen, rows))
+            expected, noise = self.ahead
+            if not torch.equal(expected[:, 0], rows[:, 0]):
+                said, chosen = (x[:, 0].bincount(minlength=len(self.unknown)).tolist() for x in (expected, rows))
                 raise RuntimeError(f"tokens of each image: {said} by the group rule on the host, {chosen} were chosen")
             return noise
         noise = noise_fn(step, rows) if noise_fn else sampler.noise(self.generators, rows, num_steps)
@@ -154,14 +154,14 @@ class Canvas:
             num_steps=num_steps,
         )
 
-    def state(self, here: StepState, z, positions) -> StepState:
+    def state(self, on_host: StepState, z, positions) -> StepState:
         """What the rules see: the same on the device, with z (B', P, D) at positions (B', P) spread over all L."""
         device = self.tokens.device
         if positions is not None:
             places = send(positions, device).unsqueeze(-1).expand(-1, -1, z.shape[-1])
-            z = z.new_zeros(*here.mask.shape, z.shape[-1]).scatter(1, places, z)
-        parts = {name: send(getattr(here, name), device) for name in ("mask", "num_unknown", "num_start", "images")}
-        return replace(here, gumbel=self.gumbel[parts["images"]], z=z, **parts)
+            z = z.new_zeros(*on_host.mask.shape, z.shape[-1]).scatter(1, places, z)
+        parts = {name: send(getattr(on_host, name), device) for name in ("mask", "num_unknown", "num_start", "images")}
+        return replace(on_host, gumbel=self.gumbel[parts["images"]], z=z, **parts)
 
     def select(self, plan: StepPlan, images) -> Chosen:
         """The tokens that the plan (B', L) for these images selects; the one wait for the device of a step.

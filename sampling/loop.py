@@ -76,11 +76,11 @@ def decode(
         for step, images in canvas.steps(num_iter if num_taken is None else num_taken):
             seen = canvas.tokens.detach() if local else canvas.tokens
             z, positions = conditions.look(step, seen, canvas.unknown, images)
-            here = canvas.host_state(step, num_iter, images, positions, sampler.num_steps)
-            state = canvas.state(here, z, positions)
+            on_host = canvas.host_state(step, num_iter, images, positions, sampler.num_steps)
+            state = canvas.state(on_host, z, positions)
             plan = rules(state)
             if noise_fn is None:
-                canvas.make_noise(sampler, rules.num_selected(here), images, plan.num_steps)
+                canvas.make_noise(sampler, rules.num_selected(on_host), images, plan.num_steps)
             chosen = canvas.select(plan, images)
             rows, guided = chosen.rows, chosen.guided
             canvas.renew(images, plan.gumbel)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The best hand-made settings for given numbers of steps: 152 of them on one seed; those that no other beats in both
-# reward features again on three other seeds, measured by the reward features and by a judge, another classifier.
+# reward features again on three other seeds, measured by the reward features and by a judge, other features.
 #   CHECKPOINT=output_dir/quickstart OUT=output_dir/grid NUM_ITER=4 STEPS=8 bash scripts/search_grid.sh
 # Digits (default): 900 images to choose by, 1,800 of the chosen; 15 to 25 minutes on 2 CPU cores with 4 x 8 steps.
 #   PRESET=cifar10 NUM_ITER=8 STEPS=10 CHECKPOINT=DIR DATA="--data_path data" bash scripts/search_grid.sh
 # The judge of CIFAR-10 is ImageNet's features, for which a GPU is needed.
 # GRID=small: the 64 settings of groups cosine and staged, tau 0.85 to 1 and cfg 1.1 to 1.8, about those that led the whole grid at
-# 4 steps. SOLVER, SEEDS (of the best; 0 chooses) and JUDGE (made if missing) as well. Interrupted, the same command continues. Further
+# 4 steps. SOLVER, SEEDS (of the best; 0 chooses) and JUDGE (of digits made if missing) as well. Interrupted, the same command continues. Further
 # arguments go to sample.py, where the last one counts.
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -15,8 +15,8 @@ out=${OUT:-$(out_of grid "$preset")}
 steps=${NUM_ITER:-4}
 [[ $steps =~ ^[0-9]+$ ]] || fail "NUM_ITER must be a whole number, got '$steps'"
 case $preset in
-    digits) checkpoint=${CHECKPOINT:-output_dir/quickstart} few=900 num_images=1800 by=(fid,frechet_pixels --front) ;;
-    cifar10) checkpoint=${CHECKPOINT:-output_dir/cifar10} few=5000 num_images=5000 by=(fid,frechet_pixels --front) ;;
+    digits) checkpoint=${CHECKPOINT:-output_dir/quickstart} few=900 num_images=1800 ;;
+    cifar10) checkpoint=${CHECKPOINT:-output_dir/cifar10} few=5000 num_images=5000 ;;
     *) fail "unknown PRESET '$preset'; valid: digits, cifar10" ;;
 esac
 read -ra data <<<"${DATA:-}"
@@ -56,12 +56,13 @@ case ${GRID:-whole} in
         ;;
     *) fail "unknown GRID '$GRID'; valid: whole, small" ;;
 esac
-run python scripts/best_settings.py "$out/grid/results.jsonl" --by "${by[@]}" --out "$out/best.jsonl"
+run python scripts/best_settings.py "$out/grid/results.jsonl" --by fid,frechet_pixels --front --out "$out/best.jsonl"
 
-judge=${JUDGE:-efficientnet_lite0}
 if [ "$preset" = digits ]; then # the classifier's seed is not that of the committed one: other features
     judge=${JUDGE:-$out/judge.npz}
     [ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --output "$judge"
+else
+    judge=${JUDGE:-efficientnet_lite0}
 fi
 images judged --settings_of "$out/best.jsonl" --seed "${SEEDS:-1,2,3}" --judge "$judge" "$@"
 into "$out/table.md" python scripts/make_table.py "$out/judged/results.jsonl" --csv "$out/table.csv"

@@ -170,9 +170,9 @@ def main(argv=None) -> int:
     try:
         x, y = load_images(args.classifier, args.data_path)
         check_images(x, y, net, args.classifier)
-        rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
-        held_out, kept = rows.tensor_split([math.ceil(len(x) / recipe.held_out)])
         if args.held_out:
+            rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(args.seed))
+            held_out, kept = rows.tensor_split([math.ceil(len(x) / recipe.held_out)])
             net = train(x[kept], y[kept], epochs, args.seed, recipe)
             print(f"held-out accuracy {accuracy(net, x[held_out], y[held_out]):.2%} on {len(held_out)} images")
         if recipe.final or not args.held_out:

@@ -44,7 +44,7 @@ def test_noise_is_made_before_the_wait_and_is_the_noise_made_after_it(mar, optio
     made = [run(mar, rules_of(**options, cfg=2.0), **settings) for settings in runs]
     waits = "".join(event[0] for event in events).split("w")
     assert waits[-1] == "" and set(waits[:-1]) == {"n"}  # all noise, and nothing after a wait
-    monkeypatch.setattr(Rules, "num_selected", lambda self, here: None)
+    monkeypatch.setattr(Rules, "num_selected", lambda self, on_host: None)
     events.clear()
     assert all(torch.equal(run(mar, rules_of(**options, cfg=2.0), **settings), x) for settings, x in zip(runs, made))
     assert events[:2] == ["wait", "noise"]
@@ -67,7 +67,7 @@ def test_sizes_of_a_rule_of_ones_own_are_not_foreseen(mar, events):
 def test_ids_are_the_same(order, monkeypatch):
     model, rules = tiny_ids(), build_rules("baseline", order=order, cfg=2.0)
     ids = generate(model, LABELS, rules, 4, seeds=SEEDS)
-    monkeypatch.setattr(Rules, "num_selected", lambda self, here: None)
+    monkeypatch.setattr(Rules, "num_selected", lambda self, on_host: None)
     assert torch.equal(generate(model, LABELS, rules, 4, seeds=SEEDS), ids)
 
 
@@ -75,6 +75,6 @@ def test_counts_that_differ_are_an_error(mar, monkeypatch):
     """Of one image too many and of another too few, so that their sum is right."""
     counts = Rules.num_selected
     wrong = torch.tensor([1, -1, 0])
-    monkeypatch.setattr(Rules, "num_selected", lambda self, here: counts(self, here) + wrong)
+    monkeypatch.setattr(Rules, "num_selected", lambda self, on_host: counts(self, on_host) + wrong)
     with pytest.raises(RuntimeError, match=r"each image: \[3, 1, 2\] by the group rule on the host, \[2, 2, 2\]"):
         run(mar, rules_of(), 3)

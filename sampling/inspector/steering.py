@@ -64,10 +64,10 @@ class Steered(Rules):
                     plan = replace(plan, cfg=torch.full_like(plan.cfg, change.cfg))
         return plan
 
-    def num_selected(self, here: StepState) -> torch.Tensor | None:
-        here = self.placed(here)
-        order, group = self.painted(here)
-        return replace(self.plain(), order=order, group=group).num_selected(here)
+    def num_selected(self, on_host: StepState) -> torch.Tensor | None:
+        on_host = self.placed(on_host)
+        order, group = self.painted(on_host)
+        return replace(self.plain(), order=order, group=group).num_selected(on_host)
 
     def after_draw(self, state: StepState, plan: StepPlan, log_prob, gumbel) -> StepPlan:
         state = self.placed(state)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set up; train mar_tiny on scikit-learn's digits, then its heads, by --objective image on the frozen model; compare the
-# inference modes with a small grid of hand-made settings, by features that were not optimised; draw traces of images;
-# sample 1,800 digits with the heads and measure them. Finished parts are not run again.
+# Set up; train mar_tiny on scikit-learn's digits, then its heads, by --objective image on the frozen model; sample with
+# all inference modes and a small grid of hand-made settings, and compare them by features that were not optimised; draw
+# how images grow under the heads. Finished parts are not run again.
 #   bash scripts/quickstart.sh [--output_dir DIR] [--epochs N] [--seed S,… of the comparison] [--dry_run] [other flags]
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
@@ -10,7 +10,7 @@ epochs=()
 training=()
 heads=()
 sampling=()
-images=(--num_images 600)
+images=(--num_images 450)
 seeds=(--seed 1,2)
 rules=()
 groups=(--group staged)
@@ -39,7 +39,7 @@ for ((i = 0; i < ${#words[@]}; i++)); do
             heads+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
         --seed) seeds=(--seed "${words[i + 1]-}") && i=$((i + 1)) ;;
-        --num_images) images=(--num_images "${words[i + 1]-}") && sampling+=("${images[@]}") && i=$((i + 1)) ;;
+        --num_images) images=(--num_images "${words[i + 1]-}") && i=$((i + 1)) ;;
         *) training+=("${words[i]}") ;;
     esac
 done
@@ -58,17 +58,16 @@ judge=$out/judge.npz
 [ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --no-held_out --output "$judge"
 measured() { # FOLDER flags
     run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
-        "${images[@]}" "${seeds[@]}" --metrics fid --features digits --judge "$judge"
+        "${images[@]}" "${seeds[@]}" --judge "$judge"
 }
-measured "$out/hand" --infer_mode baseline "${groups[@]}" "${rules[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
-measured "$out/modes" --infer_mode baseline,guidance "${groups[@]}"
+measured "$out/hand" --metrics fid --infer_mode baseline "${groups[@]}" "${rules[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
+measured "$out/modes" --metrics fid --infer_mode baseline,guidance "${groups[@]}"
 measured "$out/modes" --infer_mode policy,both --save_trace 10
 first=${seeds[1]%%,*}
-trace=("$out"/modes/both_*_seed"$first"_*/trace.npz)
-run python scripts/plot_trace.py "${trace[0]}" --out "$out/trace" --images 0
+both=("$out"/modes/both_*_seed"$first"_n"${images[1]}"*)
+run python scripts/plot_trace.py "${both[0]}/trace.npz" --out "$out/trace" --images 0
 say
 into "$out/table.md" python scripts/make_leaderboard.py --hand "$out/hand/results.jsonl" --row "$out/modes/results.jsonl"
 say
-
-run python sample.py --checkpoint "$out/heads" --output_dir "$out/samples" --infer_mode both "${budget[@]}" \
-    "${sampling[@]}"
+say "how images grow: $out/trace"
+say "picture: ${both[0]}/grid.png"

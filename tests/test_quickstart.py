@@ -41,42 +41,59 @@ def output_of(script: str, *words: str) -> str:
     return done.stdout
 
 
-def check_the_end(output: str, out: Path) -> None:
-    """Its last three lines name 20 images, their figures and their picture, which is in the folder."""
-    *_, images, figures, picture = output.strip().splitlines()
+def check_figures(images: str, figures: str, picture: str, out: Path) -> None:
+    """Three lines, which name 20 images, their figures and their picture, which is in the folder."""
     assert images.startswith("20 images in ")
     for name in ("FID", "IS", "KID", "precision", "recall", "SVC accuracy", "Fréchet (pixels)"):
         assert re.search(rf"{re.escape(name)} -?\d", figures)
-    path = Path(picture.removeprefix("picture: "))
+    check_picture(picture, out)
+
+
+def check_picture(line: str, out: Path) -> None:
+    path = Path(line.removeprefix("picture: "))
     assert path.read_bytes().startswith(b"\x89PNG") and out in path.parents
 
 
+def table_of(output: str) -> list[str]:
+    """What a row of the quickstart's table is of, row after row."""
+    return [line.split(" | ")[0].removeprefix("| ") for line in output.splitlines() if line.startswith("| ")][2:]
+
+
 @pytest.mark.slow
-def test_quickstart_ends_with_the_figures_and_the_picture(quickstart):
-    check_the_end(*quickstart[1:])
+def test_quickstart_ends_with_a_table_of_all_modes_and_the_picture(quickstart):
+    _, output, out = quickstart
+    lines = output.strip().splitlines()
+    check_picture(lines[-1], out)
+    assert "/both_" in lines[-1]
+    start = max(i for i, line in enumerate(lines) if line.startswith("20 images in "))  # of the last setting: both
+    check_figures(*lines[start : start + 3], out)
+    rows = table_of(output)
+    assert rows[0].startswith("cfg 1.8 linear") and rows[1:4] == ["guidance", "policy", "both"] and len(rows) == 8
 
 
 @pytest.mark.slow
 def test_quickstart_run_again_reuses_what_is_there(quickstart):
     run, first, out = quickstart
+    measured = [(out / name / "results.jsonl").read_text() for name in ("hand", "modes")]
     second = run()
     assert "is trained already" in second and "already in" in second
-    assert second.strip().splitlines()[-3:] == first.strip().splitlines()[-3:]
-    assert len((out / "samples" / "results.jsonl").read_text().splitlines()) == 1
+    assert table_of(second) == table_of(first) and second.splitlines()[-1] == first.splitlines()[-1]
+    assert [(out / name / "results.jsonl").read_text() for name in ("hand", "modes")] == measured
 
 
 @pytest.mark.slow
 def test_the_quickstart_of_maskgil_ends_with_the_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENIZER_EPOCHS", "0.2")
     words = "--epochs 1 --batch_size 256 --num_images 20 --num_iter 2 --seed 0".split()
-    check_the_end(output_of("quickstart_maskgil.sh", *words, "--output_dir", str(tmp_path)), tmp_path)
+    output = output_of("quickstart_maskgil.sh", *words, "--output_dir", str(tmp_path))
+    check_figures(*output.strip().splitlines()[-3:], tmp_path)
 
 
 @pytest.mark.slow
 def test_the_quickstart_of_var_and_its_second_run(tmp_path):
     words = "--epochs 1 --batch_size=256 --num_images 20 --cfg 2".split()
     first, second = (output_of("quickstart_var.sh", *words, "--output_dir", str(tmp_path)) for _ in range(2))
-    check_the_end(first, tmp_path)
+    check_figures(*first.strip().splitlines()[-3:], tmp_path)
     assert "_cfg2_" in first and (tmp_path / "tokenizer" / "scales.png").is_file()
     assert "is trained already" in second and second.strip().splitlines()[-3:] == first.strip().splitlines()[-3:]
 

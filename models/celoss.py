@@ -67,6 +67,11 @@ class CrossEntropy:
         """−log p of the ids target (N,)."""
         return _cross_entropy(prediction.logits, target)
 
+    @torch.no_grad()
+    def measures(self, prediction: Logits, target) -> dict[str, torch.Tensor]:
+        """{accuracy (N,)}: 1 where the likeliest entry is the id of target (N,), else 0."""
+        return {"accuracy": (prediction.logits.argmax(dim=-1) == target).float()}
+
     def comparable(self, loss, draws) -> torch.Tensor:
         """The losses (N,): nothing about them is drawn."""
         return loss

@@ -189,6 +189,10 @@ class DiffLoss(nn.Module):
         """ε under guidance w (N,); v stays the conditional one."""
         return cond._replace(eps=guide(cond.eps, uncond.eps, column(w)))
 
+    def measures(self, prediction, target) -> dict[str, torch.Tensor]:
+        """{}: a diffusion loss is all there is."""
+        return {}
+
     def comparable(self, loss, draws) -> torch.Tensor:
         """Losses (N,) over the mean of their timesteps' bin in this batch: louder noise is easier for every token."""
         bins = draws["t"] * _T_BINS // NUM_TRAIN_STEPS

@@ -58,6 +58,9 @@ class TokenHead(Protocol):
     def fit(self, prediction, target, draws: dict) -> torch.Tensor:
         """The term (N,) that says how well the prediction fits target (N, …), which guidance is trained on."""
 
+    def measures(self, prediction, target) -> dict[str, torch.Tensor]:
+        """What is reported of a prediction beside the losses, each (N,), without gradient; {}: nothing."""
+
     def comparable(self, loss, draws: dict) -> torch.Tensor:
         """Losses (N,) such that tokens can be compared by them: without what their draws alone make of them."""
 

@@ -71,6 +71,9 @@ class NormalHead(nn.Module):
     def fit(self, prediction, target, draws):
         return (prediction.mean - prediction.drawn).square().mean(dim=1)
 
+    def measures(self, prediction, target):
+        return {}
+
     def comparable(self, loss, draws):
         return loss
 

@@ -39,6 +39,13 @@ def test_the_first_loss_of_a_zero_head_is_ln_v(smoothing, entries):
     torch.testing.assert_close(loss["ce"], torch.full((5,), math.log(entries)), rtol=1e-6, atol=0)
 
 
+def test_accuracy_counts_the_likeliest_ids():
+    logits = randn(5, ENTRIES)
+    target = logits.argmax(dim=1)
+    target[1] = (target[1] + 1) % ENTRIES
+    assert CELoss(WIDTH, ENTRIES).measures(Logits(logits), target)["accuracy"].tolist() == [1, 0, 1, 1, 1]
+
+
 def test_the_start_is_small_and_without_bias():
     torch.manual_seed(0)
     head = CELoss(64, 4096)

@@ -243,6 +243,7 @@ FORMS = {
     "ema": (lambda c: {"ema": c["model"], "steps": 5}, True, False),
     "model None": (lambda c: {"model": None, "model_ema": c["model"]}, True, False),
     "both": (lambda c: {"model": c["model"], "ema": c["model"]}, True, True),
+    "VAR's trainer": (lambda c: {"epoch": 3, "trainer": {"config": {"lr": 1}, "var_wo_ddp": c["model"]}}, True, True),
 }
 
 

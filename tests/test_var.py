@@ -18,6 +18,8 @@ from scripts import bench_scales
 from tests.helpers_causal import disturbed
 from tests.helpers_var import REFERENCE, SHAPES, array, close, fill_by_name, options, shapes, tokenizer
 from tests.parity import generate_var, lr_and_wd, no_decay_names
+from training.objectives.draws import DrawSettings, training_draws
+from training.objectives.token import Batch, TokenObjective
 from training.schedules import ScheduleConfig, stage_weights
 from training.step import training_step
 from util.dist import autocast
@@ -68,6 +70,19 @@ def test_forward_loss_and_gradients(block):
     gradients = torch.autograd.grad(loss, [parameters[str(name)] for name in REFERENCE[f"var/{block}/grad_names"]])
     norms = [float(g.norm()) for g in gradients]
     np.testing.assert_allclose(norms, REFERENCE[f"var/{block}/grad_norms"], rtol=2e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_loss_and_accuracy_are_reported_of_all_tokens_and_of_the_last_scale():
+    model, ids, inputs, labels = tiny(), array("vq/partial4/ids"), array("vq/partial4/inputs"), array("labels")
+    draws = training_draws(0, 0, [0, 1], model.token_head, DrawSettings(ENDS[-1], 1.0, 0.0, loss_tokens="all"))
+    terms = TokenObjective(model)(Batch(ids, labels, draws, inputs, tail=16), ids.numel())
+    logits = model(labels, inputs)
+    each, right = -logits.log_softmax(dim=-1).gather(2, ids.unsqueeze(2)).squeeze(2), (logits.argmax(dim=2) == ids)
+    expected = dict(loss=each, ce=each, accuracy=right, ce_tail=each[:, -16:], accuracy_tail=right[:, -16:])
+    assert terms.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(terms[name], values.float().mean(), msg=name)
 
 
 def test_buffers_of_the_mask():

@@ -174,9 +174,11 @@ def test_ids_of_a_cache_train_the_same_steps(run, vae, tmp_path):
 def test_a_progressive_run_begins_with_the_first_scales(vae, tmp_path):
     words = [*TRAIN, *vae, "--epochs", "2", "--pg", "0.9", "--pg0", "0", "--output_dir", str(tmp_path / "pg")]
     assert main_mar.main(words) == 0
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "pg" / "log.jsonl").read_text().splitlines()]
-    assert losses[0] == pytest.approx(np.log(16) / 21, rel=0.1)  # one token of 21
-    assert losses[-1] > 10 * losses[0]
+    log = [json.loads(line) for line in (tmp_path / "pg" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["loss"] == pytest.approx(np.log(16) / 21, rel=0.1)  # one token of 21
+    assert log[-1]["loss"] > 10 * log[0]["loss"]
+    assert log[0]["ce_tail"] == pytest.approx(np.log(16), rel=0.1)  # of the last scale there is, whatever it weighs
+    assert log[0]["accuracy_tail"] == pytest.approx(log[0]["accuracy"])  # there is one scale
 
 
 def test_heads_are_learned_on_images(run, tmp_path, capsys):

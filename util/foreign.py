@@ -118,6 +118,9 @@ def as_checkpoint(content, source) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{source}, which is {type_of(content)}, {_NO_CHECKPOINT}")
     result = dict(content)
+    trainer = result.get("trainer")  # what VAR's training program saves, with a config of its own kind in it
+    if isinstance(trainer, dict) and are_weights(trainer.get("var_wo_ddp")):
+        return as_checkpoint(trainer["var_wo_ddp"], source)
     for ours, *others in (MODEL, AVERAGED, ("heads",), ("heads_ema",)):
         key = next((key for key in (ours, *others) if are_weights(result.get(key))), None)
         if key is not None:

@@ -126,6 +126,22 @@ class RowsOf:
         """Of x (m·N,) the targets of the loss (m, ·)."""
         return x.view(self.repeats, -1)[:, : self.tokens.num_targets]
 
+    def mean(self, x, num_targets) -> torch.Tensor:
+        """Of x (m·N,) the sum over the targets as a mean over num_targets tokens."""
+        return self.targets(x).sum() / (self.repeats * num_targets)
+
+    def reported(self, losses: dict, measures: dict, tail: int, num_targets) -> dict[str, torch.Tensor]:
+        """Means of the measures (m·N,); of an image's last `tail` tokens, if any, those of losses too: <name>_tail."""
+        means = {name: self.mean(x, num_targets) for name, x in measures.items()}
+        if not tail:
+            return means
+        length = self.shape[1]
+        last = torch.arange(length, device=self.tokens.rows.device) >= length - tail
+        last = self.spread(last.float().unsqueeze(0))
+        for name, x in (losses | measures).items():
+            means[f"{name}_tail"] = self.mean(x.detach() * last, num_targets) * length / tail
+        return means
+
     def with_and_without_gradient(self) -> list[torch.Tensor]:
         """Indices into m·N rows: those of the targets, and the others."""
         index = torch.arange(self.repeats * len(self.tokens.rows), device=self.tokens.rows.device)

@@ -102,6 +102,7 @@ class Batch:
     draws: Draws
     inputs: torch.Tensor | None = None  # what the model reads of the tokens, where it is not the tokens
     weights: torch.Tensor | None = None  # (L,) of the tokens' losses; None: 1
+    tail: int = 0  # so many tokens at the end are the last scale, which is reported apart
     shape: dict = field(default_factory=dict)  # {grid: (h, w)} of images of any size, for `Backbone.encode_decode`
 
     @property
@@ -120,7 +121,7 @@ class Preparation:
     """What `TokenObjective.prepare` makes batches with.
 
     flip: may images be mirrored? visits: makes the masks; None for the published ones. heads_from: the epoch from which
-    heads decide; before it, hand-made rules do. patch_nums: of a model that is trained progressively (--pg), else None.
+    heads decide; before it, hand-made rules do. patch_nums: of a model that draws scales, else None.
     """
 
     seed: int
@@ -185,7 +186,7 @@ class TokenObjective(nn.Module):
         )
         if train.pg and model.fixed_rules.get("group") != "scale":
             raise ValueError(f"--pg {train.pg:g} has no meaning for this model, whose tokens are of one scale")
-        patch_nums = sizes.patch_nums if train.pg else None
+        patch_nums = sizes.patch_nums if model.fixed_rules.get("group") == "scale" else None
         if train.pg and train.pg0 >= len(patch_nums) - 1:
             raise ValueError(
                 f"--pg0 {train.pg0} must be below {len(patch_nums) - 1}, the last of {len(patch_nums)} scales"
@@ -276,13 +277,16 @@ class TokenObjective(nn.Module):
         sides = self.preparation.patch_nums
         if sides is None:
             return batch
+        batch = replace(batch, tail=sides[-1] ** 2)
+        if not self.settings.pg:
+            return batch
         stage, weight = self.settings.stage(state.step, state.num_steps, state.steps_per_epoch, len(sides))
         if stage == len(sides) - 1:
             return batch
         weights = stage_weights(sides, stage, weight).to(state.device)
         num = len(weights)
         inputs = batch.inputs[:, : num - sides[0] ** 2]
-        return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights)
+        return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights, sides[stage] ** 2)
 
     def _score(self, tokens, labels, mask, num_visible, **shape):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""
@@ -297,8 +301,8 @@ class TokenObjective(nn.Module):
         """Sums over the target tokens of the batch divided by num_targets, the number they are a mean over.
 
         Only the rows that the draws name go through the token head, those that are no targets without gradient. Keys:
-        loss (the one to minimise), the token head's terms, and with heads their losses and the mean and spread of what
-        they say.
+        loss (the one to minimise), the token head's terms and measures, with heads their losses and the mean and spread
+        of what they say.
         """
         draws, head = batch.draws, self.model.token_head
         z = self.model.encode_decode(
@@ -312,10 +316,11 @@ class TokenObjective(nn.Module):
         target = rows(batch.tokens)
         prediction = self._predict(target, rows(z), rows.draws, tau, rows)
         losses = head.losses(prediction, target, rows.draws)  # each (m·N,)
+        reported = rows.reported(losses, head.measures(prediction, target), batch.tail, num_targets)
         if batch.weights is not None:
             weights = rows.spread(batch.weights.unsqueeze(0))
             losses = {name: loss * weights for name, loss in losses.items()}
-        terms = {name: rows.targets(loss).sum() / (rows.repeats * num_targets) for name, loss in losses.items()}
+        terms = {name: rows.mean(loss, num_targets) for name, loss in losses.items()}
         loss = sum(terms.values())
         if plan:
             difficulty = head.comparable(sum(losses.values()).detach(), rows.draws)
@@ -326,6 +331,7 @@ class TokenObjective(nn.Module):
             terms |= learned | plan.statistics()
         elif self.heads is not None:  # DistributedDataParallel waits for a gradient of every parameter
             loss = loss + 0.0 * sum(p.sum() for p in self.heads.parameters())
+        terms |= reported
         return {"loss": loss, **{name: value.detach() for name, value in terms.items()}}
 
     def _predict(self, target, z, draws, tau, rows):

@@ -110,9 +110,10 @@ class Options(NamedTuple):
 class Search:
     """CMA-ES over schedules; what it has measured stands in `state` and, after each generation, in a file.
 
-    measure(values) -> {kind: distance > 0}, a function of the values alone. The points of a generation follow from the
-    seed and from what was measured before, so that the file needs no more than that. settings: what must be the same
-    for the file to be gone on with. A file that does not fit raises ValueError.
+    measure(values, draw) -> {kind: distance > 0}, a function of the two alone; points are compared under one draw of
+    random numbers, 0 for the grid and one more for each generation, so that the search fits no draw's images. The
+    points of a generation follow from the seed and from what was measured before, so that the file needs no more than
+    that. settings: what must be the same for the file to be gone on with. A file that does not fit raises ValueError.
     """
 
     def __init__(self, measure, grid: list[dict], path: Path, settings: dict, options: Options):
@@ -133,19 +134,19 @@ class Search:
         done = len(self.state["grid"]) + len(self.state["generations"]) * self.options.popsize
         with tqdm(total=total, initial=done, unit="eval", desc="grid", disable=quiet, leave=False) as progress:
             for values in self.grid[len(self.state["grid"]) :]:
-                self.state["grid"].append(self._timed(values, progress))
+                self.state["grid"].append(self._timed(values, 0, progress))
                 self._write()
             self._begin()
             progress.set_description("search")
             while len(self.state["generations"]) < iterations and self.state["seconds"] < max_seconds:
                 if self.strategy.stop():
                     break
-                points = self.strategy.ask()
-                measured = [self._timed(moved(self.start, x), progress) for x in points]
+                points, draw = self.strategy.ask(), len(self.state["generations"]) + 1
+                measured = [self._timed(moved(self.start, x), draw, progress) for x in points]
                 self.state["generations"].append({"points": digest(np.stack(points).tobytes()), "distances": measured})
-                self._tell(points, measured)
+                ratios = self._tell(points, measured)
                 self._write()
-                progress.set_postfix_str(f"distance {self.best[0]:.3f} of the start's")
+                progress.set_postfix_str(f"the generation's mean {np.mean(ratios):.3f} of the start's distance")
 
     def _begin(self) -> None:
         """The strategy at the best point of the grid, told again what was measured."""
@@ -155,7 +156,6 @@ class Search:
         scores = [sum(weights[k] * np.log(d) for k, d in distances.items()) for distances in self.state["grid"]]
         number = int(np.argmin(scores))
         self.start, self.unit = self.grid[number], self.state["grid"][number]
-        self.best = (1.0, self.start)
         random = np.random.RandomState(self.options.seed)  # its own: cma would seed and use numpy's global one
         options = dict(popsize=self.options.popsize, randn=random.randn, seed=np.nan, verbose=-9, verb_log=0)
         size = sum(len(numbers) for numbers in self.start.values())
@@ -166,16 +166,14 @@ class Search:
                 raise ValueError(f"{self.path} was made by another version of cma or numpy: name another --out")
             self._tell(points, generation["distances"])
 
-    def _tell(self, points, measured) -> None:
+    def _tell(self, points, measured) -> list[float]:
         ratios = [ratio(distances, self.unit, self.options.reward_weights) for distances in measured]
         self.strategy.tell(points, ratios)
-        number = int(np.argmin(ratios))
-        if ratios[number] < self.best[0]:
-            self.best = (ratios[number], moved(self.start, points[number]))
+        return ratios
 
-    def _timed(self, values, progress) -> dict[str, float]:
+    def _timed(self, values, draw: int, progress) -> dict[str, float]:
         began = time.perf_counter()
-        distances = self.measure(values)
+        distances = self.measure(values, draw)
         self.state["seconds"] += time.perf_counter() - began
         progress.update()
         return distances
@@ -185,8 +183,8 @@ class Search:
             temporary.write_text(json.dumps(self.state))
 
     def candidates(self) -> dict[str, dict]:
-        """{name: schedule}: the start, the best point that was measured, the mean of the last generation."""
-        return {"start": self.start, "best": self.best[1], "mean": moved(self.start, self.strategy.result.xfavorite)}
+        """{name: schedule}: the start, and the mean that the search has come to."""
+        return {"start": self.start, "mean": moved(self.start, self.strategy.result.xfavorite)}
 
 
 def digest(data: bytes) -> str:

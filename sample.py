@@ -30,7 +30,7 @@ from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, uns
 from sampling.prefix import PrefixArgs, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
 from sampling.run import Parts, claim_folder, identity, own_folder, sample_images, size_of_images
-from sampling.settings import FAST, SampleConfig, note_top_k
+from sampling.settings import FAST, SampleConfig, check_read, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
 from util import dist
@@ -259,6 +259,7 @@ def run(args: SampleArgs, given: dict) -> int:
     for point in settings_of(args.settings_of, given):
         base_point, length = replace(base, **point), needed_steps(model)
         settings += span(given, base_point, model.fixed_rules, heads is not None, length)
+    check_read(given, [setting.sampling for setting in settings])
     edit = open_edit(args.edit_image, args.edit_mask, model.config, tokenizer.image_channels, args.dry_run)
     if edit is not None:
         edit.check(model.fixed_rules)

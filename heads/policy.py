@@ -242,7 +242,7 @@ def moved_rule(kind: str, options: RuleOptions) -> str:
     """Name of the hand-made rule that the learned one moves: the schedule's where it has values, else its base."""
     if kind in schedule_values(options.schedule):
         return "schedule"
-    bases = {"group": options.group_base, "cfg": options.cfg_base}
+    bases = {"order": options.order_base, "group": options.group_base, "cfg": options.cfg_base}
     return bases.get(kind) or RULES[kind][2]
 
 

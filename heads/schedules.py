@@ -69,6 +69,22 @@ class RuleOptions:
         return schedule_values(self.schedule)[kind]
 
 
+_CONFIDENT = ("order", tuple(AFTER_DRAW))
+READ_BY = {  # number -> (kind, the rules of it that read it); the others are read whatever the rules are
+    "temperature_end": ("tau", ("linear",)),
+    "group_a": ("group", ("exp",)),
+    "group_p": ("group", ("power",)),
+    "cfg_power": ("cfg", ("power_cosine",)),
+    "cfg_interval": ("cfg", ("interval",)),
+    "cfg_t_interval": ("profile", ("interval",)),
+    "confidence_noise": _CONFIDENT,
+    "confidence_score": _CONFIDENT,
+    "order_noise": ("order", ("learned",)),
+    "order_base": ("order", ("learned",)),
+    "group_base": ("group", ("learned",)),
+}
+
+
 def interpolate(knots, share: float):
     """Knots (..., P), a tensor or an array, evenly spread over [0, 1], linearly interpolated at the share: (...)."""
     last = knots.shape[-1] - 1

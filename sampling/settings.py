@@ -7,7 +7,7 @@ from diffusion.solvers import SOLVERS
 from heads.orders import check_square
 from heads.policy import FLAGS, INFER_MODES, build_rules, choices, moved_rule, rule_names
 from heads.rules import Rules, has_square_images
-from heads.schedules import NUM_ITER, RuleOptions, check_num_iter, default_num_iter, needed_steps
+from heads.schedules import NUM_ITER, READ_BY, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
 from models.token_head import check_no_profile
 from util import dist
@@ -136,6 +136,16 @@ class SampleConfig(RuleOptions):
         names["num_iter"] = NUM_ITER
         return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
 
+    def acting(self, learn=()) -> dict[str, set[str]]:
+        """{kind: the rule that decides, with the one that it moves if it is learned}; learn: kinds that training learns
+        beside what is sampled with."""
+        resolved, acting = self.resolved(), {}
+        for kind, rule in FLAGS.items():
+            name = getattr(resolved, rule)
+            learned = name in ("learned", None) or kind in learn
+            acting[kind] = {name} | ({"learned", moved_rule(kind, self)} if learned else set())
+        return acting
+
     def name(self) -> str:
         """A folder name that tells settings apart: the usual ones always, the others where they are not the default."""
         steps = str(self.num_sampling_steps).replace(":", "-")  # a colon is no part of a file name everywhere
@@ -161,3 +171,23 @@ def note_top_k(settings: list[SampleConfig], model) -> None:
 
 # What --fast stands for, besides the dtype; quality and speed of each: docs/speed.md
 FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:5", refresh_every=8)
+
+
+def check_read(given: dict, settings: list[SampleConfig], learn=()) -> None:
+    """Raise ValueError for a number given by hand, not its default, that no rule of these settings reads.
+
+    given: {flag: value or, of a sweep, values}; learn: as in `SampleConfig.acting`.
+    """
+    acting = [each.acting(learn) for each in settings]
+    learned = any("learned" in rules for each in acting for rules in each.values())
+    if "off" in given.get("heads_adaptive", ()) and not learned:
+        raise ValueError(
+            "--heads_adaptive off has no meaning without a learned rule: --infer_mode policy, guidance, both"
+        )
+    for name in READ_BY.keys() & given.keys():
+        kind, rules = READ_BY[name]
+        values = given[name] if isinstance(given[name], list) else [given[name]]
+        others = [value for value in values if value != getattr(SampleConfig, name)]
+        if others and not any(each[kind].intersection(rules) for each in acting):
+            readers = " or ".join(f"--{FLAGS[kind]} {rule}" for rule in rules)
+            raise ValueError(f"--{name} {others[0]} has no meaning without {readers}, which is what reads it")

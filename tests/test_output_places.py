@@ -186,9 +186,10 @@ def test_a_dry_run_refuses_what_the_run_would(program, some, inputs, tmp_path, m
     assert filled(words) in lines[0] and lines[0] == lines[1] and content(tmp_path) == before
 
 
-LONG = "--order_noise 0.123456 --temperature 0.912345 --temperature_end 1.012345 --group_a 1.23456 --group_p 2.34567"
-LONG += " --cfg_power 1.23456 --cfg_interval 0.123456,0.987654 --cfg_t_interval 0.123456,0.987654 --order checkerboard"
-LONG += " --group constant --tau_schedule linear --cfg_schedule power_cosine --cfg_profile interval --cfg 1.23456"
+LONG = "--order checkerboard --group power --group_p 2.34567 --tau_schedule linear --temperature 0.912345"
+LONG += " --temperature_end 1.012345 --cfg_schedule power_cosine --cfg_power 1.23456 --cfg 1.23456"
+LONG += " --cfg_profile interval --cfg_t_interval 0.123456,0.987654 --solver dpmpp_sde --spacing uniform"
+LONG += " --num_sampling_steps 12:5 --refresh_every 3"
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])

@@ -70,7 +70,7 @@ class RuleOptions:
 
 
 _CONFIDENT = ("order", tuple(AFTER_DRAW))
-READ_BY = {  # number -> (kind, the rules of it that read it); the others are read whatever the rules are
+READ_BY = {  # number of single rules -> (kind, the rules of it that read it when sampling)
     "temperature_end": ("tau", ("linear",)),
     "group_a": ("group", ("exp",)),
     "group_p": ("group", ("power",)),

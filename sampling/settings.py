@@ -136,14 +136,12 @@ class SampleConfig(RuleOptions):
         names["num_iter"] = NUM_ITER
         return replace(self, **{name: getattr(self, name) or default for name, default in names.items()})
 
-    def acting(self, learn=()) -> dict[str, set[str]]:
-        """{kind: the rule that decides, with the one that it moves if it is learned}; learn: kinds that training learns
-        beside what is sampled with."""
+    def acting(self) -> dict[str, set[str]]:
+        """{kind: the rule that decides, with the one that it moves if it is learned}."""
         resolved, acting = self.resolved(), {}
         for kind, rule in FLAGS.items():
             name = getattr(resolved, rule)
-            learned = name in ("learned", None) or kind in learn
-            acting[kind] = {name} | ({"learned", moved_rule(kind, self)} if learned else set())
+            acting[kind] = {"learned", moved_rule(kind, self)} if name in ("learned", None) else {name}
         return acting
 
     def name(self) -> str:
@@ -173,21 +171,20 @@ def note_top_k(settings: list[SampleConfig], model) -> None:
 FAST = dict(solver="dpmpp_sde", num_sampling_steps="12:5", refresh_every=8)
 
 
-def check_read(given: dict, settings: list[SampleConfig], learn=()) -> None:
-    """Raise ValueError for a number given by hand, not its default, that no rule of these settings reads.
+def check_read(given: dict, settings: list[SampleConfig]) -> None:
+    """Raise ValueError for a number of single rules, given by hand and not its default, that none of these reads.
 
-    given: {flag: value or, of a sweep, values}; learn: as in `SampleConfig.acting`.
+    given: {flag: value or, of a sweep, values}.
     """
-    acting = [each.acting(learn) for each in settings]
+    acting = [each.acting() for each in settings]
     learned = any("learned" in rules for each in acting for rules in each.values())
     if "off" in given.get("heads_adaptive", ()) and not learned:
-        raise ValueError(
-            "--heads_adaptive off has no meaning without a learned rule: --infer_mode policy, guidance, both"
-        )
-    for name in READ_BY.keys() & given.keys():
+        raise ValueError("--heads_adaptive off has no meaning without a learned rule (--infer_mode guidance, both)")
+    for name in sorted(READ_BY.keys() & given.keys()):
         kind, rules = READ_BY[name]
         values = given[name] if isinstance(given[name], list) else [given[name]]
         others = [value for value in values if value != getattr(SampleConfig, name)]
         if others and not any(each[kind].intersection(rules) for each in acting):
-            readers = " or ".join(f"--{FLAGS[kind]} {rule}" for rule in rules)
-            raise ValueError(f"--{name} {others[0]} has no meaning without {readers}, which is what reads it")
+            readers = " or ".join(f"--{FLAGS[kind]} {rule}" for rule in rules if rule != "learned")
+            readers = readers or f"a learned {kind} (--infer_mode policy, both)"
+            raise ValueError(f"--{name} {others[0]} has no meaning without {readers}")

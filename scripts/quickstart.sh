@@ -20,17 +20,18 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
         --output_dir) out=${words[i + 1]-} && i=$((i + 1)) ;;
         --epochs) epochs=(--epochs "${words[i + 1]-}") && i=$((i + 1)) ;;
-        --order | --group | --tau_schedule | --cfg_schedule | --cfg_profile) # of hand-made rules, not of what is learned
+        --order | --group | --group_[ap] | --tau_schedule | --temperature_end | --cfg_schedule | --cfg_power | \
+            --cfg_profile | --cfg_*interval) # of hand-made rules, not of what is learned
             rules+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
-        --cfg | --cfg_power | --temperature* | --num_iter | --num_sampling_steps | --solver)
+        --cfg | --temperature | --num_iter | --num_sampling_steps | --solver)
             sampling+=("${words[i]}" "${words[i + 1]-}")
             first=${words[i + 1]-}
             training+=("${words[i]}" "${first%%,*}") # samples may be of several, training is for the first
             [[ ${words[i]} != --num_iter || ,${words[i + 1]-}, != *,[12],* ]] || groups=() base=() # staged needs three
             i=$((i + 1))
             ;;
-        --schedule | --cfg_*interval | --eval_bsz | --metrics | --features | --device | --dtype)
+        --schedule | --eval_bsz | --device | --dtype)
             sampling+=("${words[i]}" "${words[i + 1]-}")
             training+=("${words[i]}" "${words[i + 1]-}")
             i=$((i + 1))
@@ -56,18 +57,18 @@ run python main_mar.py --preset digits --init_from "$out" --objective image --le
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
 [ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --no-held_out --output "$judge"
-measured() { # FOLDER flags
-    run python sample.py --checkpoint "$out/heads" --output_dir "$1" "${budget[@]}" "${@:2}" "${sampling[@]}" \
-        "${images[@]}" "${seeds[@]}" --judge "$judge"
-}
-measured "$out/hand" --metrics fid --infer_mode baseline "${groups[@]}" "${rules[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95
-measured "$out/modes" --metrics fid --infer_mode baseline,guidance "${groups[@]}"
-measured "$out/modes" --infer_mode policy,both --save_trace 10
-first=${seeds[1]%%,*}
-both=("$out"/modes/both_*_seed"$first"_n"${images[1]}"*)
-run python scripts/plot_trace.py "${both[0]}/trace.npz" --out "$out/trace" --images 0
+sample=(python sample.py --checkpoint "$out/heads" "${budget[@]}")
+shared=("${sampling[@]}" "${images[@]}" "${seeds[@]}" --features digits --judge "$judge")
+run "${sample[@]}" --output_dir "$out/hand" --infer_mode baseline "${groups[@]}" "${rules[@]}" --cfg 1.2,1.5 \
+    --temperature 0.85,0.95 "${shared[@]}" --metrics fid
+run "${sample[@]}" --output_dir "$out/modes" --infer_mode baseline,guidance "${groups[@]}" "${shared[@]}" --metrics fid
+into "$out/figures.md" "${sample[@]}" --output_dir "$out/modes" --infer_mode policy,both --save_trace 10 "${shared[@]}" \
+    --metrics fid,isc,kid,prc
+both=$(sed -n 's/^picture: \(.*\)\/grid\.png$/\1/p' "$out/figures.md" 2>/dev/null | tail -n 1) || true
+both=${both:-$out/modes/both_*}
+run python scripts/plot_trace.py "$both/trace.npz" --out "$out/trace" --images 0
 say
 into "$out/table.md" python scripts/make_leaderboard.py --hand "$out/hand/results.jsonl" --row "$out/modes/results.jsonl"
 say
 say "how images grow: $out/trace"
-say "picture: ${both[0]}/grid.png"
+say "picture: $both/grid.png"

@@ -12,8 +12,9 @@ split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
     case ${words[i]} in
         --output_dir) out=${words[i + 1]-} && i=$((i + 1)) ;;
-        --order | --group | --cfg | --cfg_schedule | --confidence_* | --temperature | --num_iter | --num_images | --eval_bsz | \
-            --metrics | --features | --seed | --save_trace)
+        --order | --group | --group_[ap] | --cfg | --cfg_schedule | --cfg_power | --cfg_interval | --confidence_* | \
+            --tau_schedule | --temperature | --temperature_end | --num_iter | --num_images | --eval_bsz | --metrics | \
+            --features | --seed | --save_trace)
             sampling+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
         --device | --dtype)

@@ -223,8 +223,8 @@ def run(args: SearchArgs) -> int:
         temporary.write_text(json.dumps({"provenance": provenance, "values": candidates[name]}, indent=1) + "\n")
     if generations:
         draw(search, picture)
-    found = f"the mean of the search has {ratios['mean']:.3f} of the start's distance on images it has not seen"
-    print(f"{evaluations} evaluations; {found}; {out} has the {name}")
+    unseen = f"on images that neither has seen the mean is at {ratios['mean']:.3f} times the start's distance"
+    print(f"{evaluations} evaluations; {unseen}; {out} has the {name}")
     for kind in check["start"]:
         print(f"Fréchet ({kind}) on these: start {check['start'][kind]:.3f}, written {check[name][kind]:.3f}")
     return 0

@@ -66,12 +66,12 @@ for arm in ${ARMS-random visited anneal policy early joint}; do
             share=100 masks=(--train_masks visited --train_targets next --order halton --mix_anneal $((epochs / 2)))
             ;;
         joint)
-            share=93 masks=(--train_masks visited --train_targets next --learn group --order halton)
+            share=93 masks=(--train_masks visited --train_targets next --learn group --order halton --order_base halton)
             ;;
         policy | early)
-            share=72 masks=(--train_masks policy --train_targets next --learn "$learn")
+            share=72 masks=(--train_masks policy --train_targets next --learn "$learn" --order_base halton)
             [[ $arm == policy ]] && share=93 masks+=(--heads_from $((epochs * 73 / 100)))
-            if [[ ,$learn, == *,order,* ]]; then masks+=(--order_base halton); else masks+=(--order halton); fi
+            [[ ,$learn, == *,order,* ]] || masks+=(--order halton)
             ;;
     esac
     mode=policy

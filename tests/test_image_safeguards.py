@@ -48,8 +48,8 @@ def test_flags_that_would_not_be_obeyed_are_refused(given, message):
 def test_rules_of_what_is_not_learned_may_be_named():
     config = resolve(dict(IMAGE, learn="tau,cfg", order="halton", group="staged", mix_random=0.5))
     assert (config.sampling.order, config.sampling.group) == ("halton", "staged")
-    masks = dict(preset="digits", train_masks="visited", group="power", group_p=3.0, order="halton")
-    assert resolve(dict(masks, learn="group")).sampling.group == "power"  # makes the masks
+    masks = dict(preset="digits", train_masks="visited", group="cosine", order="halton", order_base="halton")
+    assert resolve(dict(masks, learn="group")).sampling.group == "cosine"  # makes the masks
 
 
 @pytest.mark.slow

@@ -236,7 +236,7 @@ def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
     assert search_schedule.main(flags) == 0 and out.read_bytes() == before  # nothing is left to do
     assert draw(checkpoint, tmp_path / "images", "--num_images", "4", "--schedule", out) == 0
     assert json.loads(rows(tmp_path / "images")[0]["settings"]["schedule"]) == content["values"]
-    assert "has not seen" in capsys.readouterr().out
+    assert "neither has seen" in capsys.readouterr().out
     assert "with seed 1, not 2" in refused(search_schedule.main, [*flags, "--seed", "2"], capsys)
     out.write_text("mine")
     assert "not of the kind" in refused(search_schedule.main, flags, capsys) and out.read_text() == "mine"

@@ -127,7 +127,7 @@ def test_heads_that_rest_change_nothing_and_learn_afterwards(tmp_path, masks):
     usual = ("--train_targets", "next", "--order", "halton", "--mask_ratio_per_image", "--lr", 1e-3)
     alone = train(tmp_path / "alone", "--epochs", 1, "--train_masks", masks, *usual)
     policy = "policy" if masks == "visited" else masks
-    learn = ("--train_masks", policy, "--learn", "group,tau", "--heads_from", 1, *usual)
+    learn = ("--train_masks", policy, "--learn", "group,tau", "--order_base", "halton", "--heads_from", 1, *usual)
     first = train(tmp_path / "heads", "--epochs", 1, *learn)
     assert_same(first["model"], alone["model"])
     assert_same(first["model_ema"], alone["model_ema"])

@@ -12,7 +12,7 @@ from heads.schedules import default_num_iter, needed_steps
 from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
 from models.tokenizers.ldm import PLACES
-from sampling.settings import SampleConfig, check_read
+from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.settings import ObjectiveSettings, RewardConfig, check_learned_rules
@@ -372,7 +372,6 @@ def check(config: RunConfig, given: dict) -> None:
         return
     heads = config.build_heads(1)
     config.sampling.rules(heads)
-    check_read(given, [config.sampling], heads.learn if heads is not None else ())
     if train.objective != "token" or config.masks.train_masks == "random":  # else they make the masks
         check_learned_rules(heads, given)
     OBJECTIVES[train.objective].check(heads, config.for_objective(flip=False))

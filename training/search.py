@@ -119,6 +119,7 @@ class Search:
     def __init__(self, measure, grid: list[dict], path: Path, settings: dict, options: Options):
         self.measure, self.grid, self.path, self.options = measure, grid, path, options
         settings = {**settings, **options._asdict(), "grid": digest(json.dumps(grid).encode())}
+        settings["draws"] = "one for each generation"  # in older files all had the same
         settings = json.loads(json.dumps(settings))
         self.state = {"settings": settings, "seconds": 0.0, "grid": [], "generations": []}
         if path.exists():

@@ -18,8 +18,8 @@ for ((i = 0; i < ${#words[@]}; i++)); do
             training+=(--epochs "${words[i + 1]-}")
             i=$((i + 1))
             ;;
-        --cfg | --cfg_schedule | --cfg_power | --cfg_interval | --temperature* | --tau_schedule | --top_k | --top_p | --infer_mode | --seed | --num_images | \
-            --eval_bsz | --metrics | --features | --device | --dtype)
+        --cfg | --cfg_schedule | --cfg_power | --cfg_interval | --temperature* | --tau_schedule | --top_k | --top_p | \
+            --infer_mode | --seed | --num_images | --eval_bsz | --metrics | --features | --device | --dtype)
             training+=("${words[i]}" "${words[i + 1]-}")
             sampling+=("${words[i]}" "${words[i + 1]-}")
             i=$((i + 1))

@@ -302,7 +302,7 @@ def test_the_reader_of_shell_finds_commands():
 
 def test_the_quickstarts_commands_were_found():
     found = [c[1] for c in COMMANDS if c[0] == Path("scripts/quickstart.sh")]
-    assert found == ["main_mar.py"] * 2 + ["train_classifier.py"] + ["sample.py"] * 2
+    assert found == ["main_mar.py"] * 2 + ["train_classifier.py"] + ["sample.py"] * 3
     if FILES[0].is_file():
         assert {c[1] for c in COMMANDS if c[0] == Path("README.md")} >= {"main_mar.py", "sample.py"}
 

@@ -10,7 +10,7 @@ epochs=()
 training=()
 heads=()
 sampling=()
-images=(--num_images 450)
+images=(--num_images 600)
 seeds=(--seed 1,2)
 rules=()
 groups=(--group staged)
@@ -51,7 +51,7 @@ run python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epoc
 budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
 run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
     "${budget[@]}" "${base[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,4 --bank 512 \
-    --lr 1.6e-2 --adaptive_lr 0.03 --batch_size 128 --no-grad_checkpointing --epochs 3 "${training[@]}" "${heads[@]}" "${epochs[@]}" \
+    --lr 2.4e-2 --adaptive_lr 0.03 --batch_size 128 --no-grad_checkpointing --epochs 2 "${training[@]}" "${heads[@]}" "${epochs[@]}" \
     --output_dir "$out/heads" --resume "$out/heads"
 
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.

@@ -30,7 +30,7 @@ if [ "$preset" = digits ]; then
     run python main_mar.py --preset digits --model maskgil_tiny --tokenizer "diffusers:$vq/autoencoder" \
         "${variant[@]}" --epochs "$epochs" --output_dir "$weights" --resume "$weights"
     run python sample.py --checkpoint "$weights" --output_dir "$out/maskgil_tiny" --cfg "$cfgs" --num_iter 8 \
-        --confidence_noise "$noises" --seed "$seeds" --num_images "$num_images" "$@"
+        --infer_mode maskgil --confidence_noise "$noises" --seed "$seeds" --num_images "$num_images" "$@"
 else
     models=${MODELS:-maskgil_b,maskgil_l,maskgil_xl,maskgil_xxl}
     for model in ${models//,/ }; do
@@ -48,8 +48,8 @@ else
             "${tokenizer[@]}" "${variant[@]}" --epochs 300 --batch_size "$batch" --lr 1e-4 --warmup_epochs 0 \
             --weight_decay 1e-5 --beta2 0.96 --grad_clip 1 --output_dir "$weights" --resume "$weights"
         run torchrun --nproc_per_node="$gpus" sample.py --checkpoint "$weights" --output_dir "$run" \
-            --data_path "$data" --cfg "$cfgs" --num_iter 8 --confidence_noise "$noises" --eval_bsz 256 \
-            --seed "$seeds" --num_images "$num_images" "$@"
+            --data_path "$data" --cfg "$cfgs" --num_iter 8 --infer_mode maskgil --confidence_noise "$noises" \
+            --eval_bsz 256 --seed "$seeds" --num_images "$num_images" "$@"
     done
 fi
 finish "${results[@]}" --metrics fid,is_mean --x cfg

@@ -109,7 +109,7 @@ def test_a_search_fits_no_draw(tmp_path):
 
     for name, measure in (("new", listened), ("one", lambda values, draw: noisy(values, 1))):
         searching = search(tmp_path / f"{name}.json", measure)
-        searching.run(100, 1e9, quiet=True)
+        searching.run(50, 1e9, quiet=True)
         far[name] = np.square(np.subtract(searching.candidates()["mean"]["tau"], GOAL["tau"])).sum()
     assert draws == [0, 0, *(1 + i // 8 for i in range(len(draws) - 2))]
     assert far["new"] < 0.5 * far["one"]

@@ -57,13 +57,13 @@ run python main_mar.py --preset digits --init_from "$out" --objective image --le
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
 [ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --no-held_out --output "$judge"
-shared=("${budget[@]}" "${sampling[@]}" "${images[@]}" "${seeds[@]}" --judge "$judge")
+shared=("${budget[@]}" "${sampling[@]}" "${images[@]}" "${seeds[@]}" --features digits --judge "$judge")
 run python sample.py --checkpoint "$out/heads" --output_dir "$out/hand" --infer_mode baseline "${groups[@]}" "${rules[@]}" \
-    --cfg 1.2,1.5 --temperature 0.85,0.95 "${shared[@]}" --features digits --metrics fid
+    --cfg 1.2,1.5 --temperature 0.85,0.95 "${shared[@]}" --metrics fid
 run python sample.py --checkpoint "$out/heads" --output_dir "$out/modes" --infer_mode baseline,guidance "${groups[@]}" \
-    "${shared[@]}" --features digits --metrics fid
+    "${shared[@]}" --metrics fid
 into "$out/figures.md" python sample.py --checkpoint "$out/heads" --output_dir "$out/modes" --infer_mode policy,both \
-    "${shared[@]}" --features digits --metrics fid,isc,kid,prc --save_trace 10
+    "${shared[@]}" --metrics fid,isc,kid,prc --save_trace 10
 both=$(sed -n 's/^picture: \(.*\)\/grid\.png$/\1/p' "$out/figures.md" 2>/dev/null | tail -n 1) || true
 both=${both:-$out/modes/both_*}
 run python scripts/plot_trace.py "$both/trace.npz" --out "$out/trace" --images 0

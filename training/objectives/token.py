@@ -277,16 +277,18 @@ class TokenObjective(nn.Module):
         sides = self.preparation.patch_nums
         if sides is None:
             return batch
-        batch = replace(batch, tail=sides[-1] ** 2)
-        if not self.settings.pg:
-            return batch
-        stage, weight = self.settings.stage(state.step, state.num_steps, state.steps_per_epoch, len(sides))
+        stage, weight = len(sides) - 1, 1.0
+        if self.settings.pg:
+            stage, weight = self.settings.stage(state.step, state.num_steps, state.steps_per_epoch, len(sides))
+        batch = replace(batch, tail=sides[stage] ** 2)
         if stage == len(sides) - 1:
             return batch
         weights = stage_weights(sides, stage, weight).to(state.device)
         num = len(weights)
         inputs = batch.inputs[:, : num - sides[0] ** 2]
-        return Batch(batch.tokens[:, :num], batch.labels, batch.draws.first(num), inputs, weights, sides[stage] ** 2)
+        return replace(
+            batch, tokens=batch.tokens[:, :num], draws=batch.draws.first(num), inputs=inputs, weights=weights
+        )
 
     def _score(self, tokens, labels, mask, num_visible, **shape):
         """z for labels on the host; where nothing is visible yet, once for each class, not for each image."""

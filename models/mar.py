@@ -249,8 +249,9 @@ class MAR(nn.Module):
         """Condition z (B, L, D) of every token, the diffusion position embedding included.
 
         tokens (B, L, …), read where mask (B, L) bool is False; labels (B,) long, −1 = unconditional, None = all
-        unconditional. Rows of mask may have different counts. num_visible: those counts as a list of B ints, for a
-        caller that knows them; otherwise finding them waits for the device once. orders play no part.
+        unconditional. Rows of mask may have different counts. num_visible: those counts as a list of B ints, or bounds
+        on them (fewest, most), for a caller that knows them; otherwise finding them waits for the device once. orders
+        play no part.
         """
         if num_visible is None:
             num_visible = (~mask).sum(dim=1).tolist()
@@ -258,9 +259,9 @@ class MAR(nn.Module):
         return self.decode(self.encode(tokens, visible, padding, labels), visible, padding)
 
     def visible_positions(self, mask, num_visible):
-        """(visible (B, V) long, padding (B, V) bool or None) of a mask (B, L) with so many visible tokens, B ints.
+        """(visible (B, V) long, padding (B, V) bool or None) of a mask (B, L); num_visible as in `encode_decode`.
 
-        Visible positions come first, in order; rows with fewer than the maximum are padded with hidden ones.
+        Visible positions come first, in order; rows with fewer than the maximum, V, are padded with hidden ones.
         """
         visible = torch.argsort(mask.to(torch.uint8), dim=1, stable=True)[:, : max(num_visible)]
         return visible, mask.gather(1, visible) if min(num_visible) != max(num_visible) else None

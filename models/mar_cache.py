@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from models.kv_cache import put
-from models.passes import whole_pass
+from models.passes import padded_counts, whole_pass
 from models.vit import Block
 from util.dist import send
 
@@ -193,10 +193,9 @@ class FeatureCache:
             return self.whole(content, mask, labels, num_visible)
         self.known[sequences] = ~hidden
         tensors = [content, mask, send(sequences, tokens.device), *([labels] if labelled else [])]
-        function = partial(self.features.whole, num_visible=num_visible)
-        if min(num_visible) != max(num_visible):  # shapes that hardly come again
-            return function(*tensors)
-        return self._captured(("whole", num_visible[0], labelled), function, tensors)
+        counts = num_visible if self.static is None else padded_counts(num_visible, mask.shape[1])
+        function = partial(self.features.whole, num_visible=counts)
+        return self._captured(("whole", tuple(counts), labelled), function, tensors)
 
     def _partial_pass(self, tokens, unknown, rows):
         """z (N, D) at rows (N, 2) of sequences and positions, new tokens and wanted ones computed."""
@@ -211,7 +210,7 @@ class FeatureCache:
         share = (2 * new.sum(dim=1) + wanted.sum(dim=1)) / (2 * size + length + known.sum(dim=1))
         self.passes += share.sum().item()
 
-        new_at, wanted_at = _positions(new), _positions(wanted)
+        new_at, wanted_at = self._positions(new), self._positions(wanted)
         real = (wanted_at < length).flatten().nonzero().squeeze(1)  # (N,), of B'·w; on the host without waiting
         keys = torch.cat([known.new_ones(len(known), size), known], dim=1)  # the buffer, and all that is known
         on_host = (images, new_at, wanted_at, keys, sequences, real)
@@ -221,6 +220,12 @@ class FeatureCache:
         z = self._captured(("partial", num_first), function, [tokens[index], new_at, wanted_at, keys, stored])
         return z.flatten(0, 1)[real]
 
+    def _positions(self, chosen) -> torch.Tensor:
+        """Positions (B', n) where chosen (B', L) is True, in order; rows with fewer are filled up with L."""
+        length, counts = chosen.shape[1], chosen.sum(dim=1).tolist()
+        places = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
+        return places[:, : max(counts) if self.static is None else padded_counts(counts, length)[1]]
+
     def _captured(self, key, function, tensors) -> torch.Tensor:
         """function(*tensors), of a graph where keys and values stay in one place."""
         return function(*tensors) if self.static is None else self.mar.graphs.run_again(key, function, tensors)
@@ -229,10 +234,3 @@ class FeatureCache:
 @cache
 def _compiled(part):
     return torch.compile(part, dynamic=True)
-
-
-def _positions(chosen):
-    """Positions (B', n) where chosen (B', L) is True, in order; rows with fewer are filled up with L."""
-    length = chosen.shape[1]
-    places = torch.where(chosen, torch.arange(length), length).sort(dim=1).values
-    return places[:, : int(chosen.sum(dim=1).max())]

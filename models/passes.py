@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from util.graphs import bucket
+
 MOST_PASSES = 512  # captures of a model: 256 autoregressive steps, with label and without
 
 
@@ -23,18 +25,26 @@ def whole_pass(model, recompute: bool) -> Callable:
     return partial(_captured, model)
 
 
+def padded_counts(counts: list[int], length: int) -> tuple[int, int]:
+    """(fewest, most) of the counts of tokens of some images, each of `length`; where they differ, bounds on them.
+
+    These are few, so that the shapes that images are padded to come again, whatever their counts.
+    """
+    fewest, most = min(counts), max(counts)
+    return (fewest, most) if fewest == most else (0, min(bucket(most), length))
+
+
 def _captured(model, tokens, mask, labels=None, num_visible=None) -> torch.Tensor:
     """z, of a graph from the second time on that as many images with as many visible tokens each are asked for.
 
-    Eager are images of different counts, whose shapes hardly come again, and conditions other than labels (B,).
+    Images of different counts are padded. Conditions other than labels (B,) are computed eagerly.
     """
-    count = num_visible[0] if num_visible else None
     tensors = [tokens, mask] if labels is None else [tokens, mask, labels]
-    plain = all(isinstance(x, torch.Tensor) for x in tensors) and (num_visible is None or set(num_visible) == {count})
-    if not plain or not model.graphs.usable(model, tokens.device):
+    if not all(isinstance(x, torch.Tensor) for x in tensors) or not model.graphs.usable(model, tokens.device):
         return model.encode_decode(tokens, mask, labels, num_visible)
+    counts = num_visible and padded_counts(num_visible, mask.shape[1])
 
     def encode_decode(tokens, mask, labels=None):
-        return model.encode_decode(tokens, mask, labels, None if count is None else [count] * len(tokens))
+        return model.encode_decode(tokens, mask, labels, counts)
 
-    return model.graphs.run_again((count, labels is None), encode_decode, tensors)
+    return model.graphs.run_again((counts, labels is None), encode_decode, tensors)

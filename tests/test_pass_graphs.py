@@ -1,5 +1,7 @@
 """Captured passes of MAR and MaskGIL are the eager ones: plain calls on a CPU, under the rules of captures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,18 +64,46 @@ def test_what_comes_again_is_captured_and_computes_the_same(name, captured, monk
     assert not model.graphs.captures
 
 
+def replays(model) -> int:
+    """How often a pass of the model was one, of the captures that it has."""
+    return sum(capture.replays for capture, _ in model.graphs.captures.values())
+
+
 @pytest.mark.parametrize("name", ["mar", "cache"])
 def test_images_with_different_numbers_of_known_tokens(name, captured, monkeypatch):
-    """Their whole passes are eager."""
-    model, settings = tiny_mar(img_size=8), FAMILIES[name][1]
+    model, settings, passes = tiny_mar(img_size=8), *FAMILIES[name][1:]
     length = model.config.seq_len
     known = torch.zeros(3, length, dtype=torch.bool)
     known[1, :3], known[2, : length // 2] = True, True
     given = dict(tokens=torch.rand(3, length, model.config.token_dim), mask=~known)
     expected = eagerly(monkeypatch, lambda: sample(model, settings, **given))
+    replayed = []
     for _ in range(3):
         torch.testing.assert_close(sample(model, settings, **given), expected, rtol=1e-5, atol=1e-5)
-    assert len(model.graphs.captures) == (0 if name == "mar" else 2)
+        replayed.append(replays(model))
+    assert len(model.graphs.captures) <= passes and replayed[2] - replayed[1] == passes
+
+
+@pytest.mark.parametrize("refresh_every, passes", [(1, 12), (3, 8)])
+def test_groups_of_learned_sizes_share_a_few_captures(refresh_every, passes, captured, monkeypatch):
+    """Images are padded, whole passes to 0, 16, 24, 32, 48 or 64 tokens, so that batches of other counts find them."""
+    model, sizes, replayed = tiny_mar(img_size=8), set(), []
+    rules = build_rules("baseline", cfg=2.0, cfg_schedule="constant")
+    rules = replace(rules, group=lambda state: (state.num_unknown * state.gumbel[:, 0].sigmoid() / 2).round())
+
+    def count(step, rows, plan, tokens):
+        sizes.add(tuple(rows[:, 0].bincount(minlength=3).tolist()))
+
+    for batch in range(12):
+        options = dict(num_iter=6, num_steps=2, seeds=[3 * batch, 3 * batch + 1, 3 * batch + 2])
+        options["refresh_every"] = refresh_every
+        before = replays(model)
+        made = generate(model, LABELS.roll(batch), rules, **options, callback=count)
+        replayed.append(replays(model) - before)
+        expected = eagerly(monkeypatch, lambda b=batch, o=options: generate(model, LABELS.roll(b), rules, **o))
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    assert len(sizes) > 50, "the groups should vary"
+    assert len(model.graphs.captures) <= 2 * 6 and sum(replayed[2:]) > 0.8 * 10 * passes
 
 
 def test_each_dtype_of_autocast_has_captures_of_its_own(captured):

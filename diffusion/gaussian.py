@@ -1,7 +1,8 @@
 """The Gaussian process over tokens: adding noise, what an ε-prediction says about x₀ and x_{t−1}, the training loss.
 
-Legend: N token rows, C channels of a token. `v` is the network's second output, in [−1, 1], which places the log
-variance between its two bounds (learned range, arXiv 2102.09672, Eq. 15). All arithmetic here is float32.
+Legend: N token rows, C channels of a token; steps t are (N,), or one whole number for all rows. `v` is the network's
+second output, in [−1, 1], which places the log variance between its two bounds (learned range, arXiv 2102.09672, Eq.
+15). All arithmetic here is float32.
 """
 
 import math
@@ -11,8 +12,11 @@ import torch
 from diffusion.schedule import Schedule
 
 
-def _rows(schedule: Schedule, name: str, t: torch.Tensor) -> torch.Tensor:
-    return schedule.table(name, t.device)[t].unsqueeze(-1)  # (N, 1)
+def _rows(schedule: Schedule, name: str, t: torch.Tensor | int) -> torch.Tensor | float:
+    """A table at steps t (N,) as (N, 1), or at one step for all rows as a number."""
+    if isinstance(t, int):
+        return float(schedule.values(name)[t])
+    return schedule.table(name, t.device)[t].unsqueeze(-1)
 
 
 def q_sample(schedule, x_start, t, noise):

@@ -106,28 +106,32 @@ class Schedule:
         self.posterior_log_variance_clipped = np.log(clipped)
         self.posterior_mean_coef_x0 = betas * np.sqrt(previous) / (1.0 - self.alphas_cumprod)
         self.posterior_mean_coef_xt = (1.0 - previous) * np.sqrt(alphas) / (1.0 - self.alphas_cumprod)
-        self._on_device = {}
+        self._values, self._on_device = {}, {}
 
     def __len__(self) -> int:
         return len(self.betas)
 
-    def table(self, name: str, device) -> torch.Tensor:
-        """Table `name` as float32 (T,) on `device`; names beyond the attributes are the roots and logs defined here.
+    def values(self, name: str) -> np.ndarray:
+        """Table `name` (T,), float32; names beyond the attributes are the roots and logs defined here.
 
         float32 whatever the model's dtype: the process is numerically part of the result, not of the network.
         """
-        key = (name, str(device))
-        if key not in self._on_device:
+        if name not in self._values:
             derived = {
                 "sqrt_alphas_cumprod": lambda: np.sqrt(self.alphas_cumprod),
                 "sqrt_one_minus_alphas_cumprod": lambda: np.sqrt(1.0 - self.alphas_cumprod),
                 "sqrt_recip_alphas_cumprod": lambda: np.sqrt(1.0 / self.alphas_cumprod),
                 "sqrt_recipm1_alphas_cumprod": lambda: np.sqrt(1.0 / self.alphas_cumprod - 1.0),
                 "log_betas": lambda: np.log(self.betas),
-                "timesteps": lambda: self.timesteps,
             }
-            values = derived[name]() if name in derived else getattr(self, name)
-            self._on_device[key] = torch.tensor(values, dtype=torch.float32, device=device)
+            self._values[name] = (derived[name]() if name in derived else getattr(self, name)).astype(np.float32)
+        return self._values[name]
+
+    def table(self, name: str, device) -> torch.Tensor:
+        """`values` on `device`."""
+        key = (name, str(device))
+        if key not in self._on_device:
+            self._on_device[key] = torch.from_numpy(self.values(name)).to(device, copy=True)
         return self._on_device[key]
 
 

@@ -26,8 +26,7 @@ from diffusion import gaussian
 
 
 def _predict_x_start(schedule, x, i, eps, clip):
-    t = torch.full((1,), i, dtype=torch.long, device=x.device)  # one row of tables serves all N
-    x_start = gaussian.predict_x_start(schedule, x, t, eps)
+    x_start = gaussian.predict_x_start(schedule, x, i, eps)
     return x_start if clip is None else x_start.clamp(*clip)
 
 
@@ -36,10 +35,9 @@ def ddpm(predict, schedule, noise, tau, clip):
     x = noise[0]
     for draw, i in enumerate(reversed(range(len(schedule))), start=1):
         eps, v = predict(x, i)
-        t = torch.full((1,), i, dtype=torch.long, device=x.device)
-        x = gaussian.posterior_mean(schedule, _predict_x_start(schedule, x, i, eps, clip), x, t)
+        x = gaussian.posterior_mean(schedule, _predict_x_start(schedule, x, i, eps, clip), x, i)
         if i > 0:
-            x = x + torch.exp(0.5 * gaussian.log_variance(schedule, v, t)) * noise[draw] * tau
+            x = x + torch.exp(0.5 * gaussian.log_variance(schedule, v, i)) * noise[draw] * tau
     return x
 
 

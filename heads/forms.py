@@ -7,9 +7,11 @@ hand-made value bit for bit as it is, and every network starts at r = 0.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from diffusion.schedule import NUM_TRAIN_STEPS
 from heads.schedules import interpolate
 from heads.step import StepState
 
@@ -45,7 +47,9 @@ class KnotHead(Head):
         self.values = nn.Parameter(torch.zeros(NUM_KNOTS))
 
     def shared(self, state: StepState) -> torch.Tensor:
-        """v(u) (B, 1)."""
+        """v(u) (B, 1); one number where all images are at the same step."""
+        if not isinstance(state.step, torch.Tensor):
+            return interpolate(self.values, (state.step + 1) / state.num_iter)
         shares, which = state.per_image(lambda u, k: u).unique(return_inverse=True)
         v = torch.stack([interpolate(self.values, share) for share in shares.tolist()])
         return v[which.to(v.device, non_blocking=True)].unsqueeze(1)
@@ -64,9 +68,17 @@ class ProfileHead(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.values = nn.Parameter(torch.zeros(PROFILE_KNOTS))
+        place = np.linspace(0, PROFILE_KNOTS - 1, NUM_TRAIN_STEPS + 1)
+        left = place.astype(np.int64)
+        sides = np.stack([left, np.minimum(left + 1, PROFILE_KNOTS - 1)])
+        self.register_buffer("sides", torch.from_numpy(sides), persistent=False)
+        self.register_buffer("nearness", torch.from_numpy(place - left).float(), persistent=False)
 
-    def forward(self, share: float) -> torch.Tensor:
-        return 1 + torch.tanh(interpolate(self.values, share))
+    def forward(self) -> Callable:
+        """The function m of t / 1000, t a whole number between 0 and 1000, that gives a tensor ()."""
+        below, above = self.values[self.sides]
+        m = 1 + torch.tanh(below + self.nearness * (above - below))  # of all t, since each is asked for at every step
+        return lambda share: m[round(share * NUM_TRAIN_STEPS)]
 
 
 def bounded(base: torch.Tensor, r: torch.Tensor, low: float, high: float) -> torch.Tensor:

@@ -90,15 +90,11 @@ class PolicyHeads(nn.Module):
         Inputs are z, detached, and what tells the step: the share of tokens revealed, num_iter, the base cfg.
         """
         with torch.autocast(state.z.device.type, enabled=False):
-            z = state.z.detach().float()
-            num_iter = torch.as_tensor(state.num_iter, device=z.device).float().expand(len(z))
-            base_cfg = torch.as_tensor(base_cfg, device=z.device).float().flatten().expand(len(z))
-            revealed = 1 - state.num_unknown / state.mask.shape[1]
             head = self.heads[name]
-            r = head(z, torch.stack([revealed, num_iter.log2() / 4, base_cfg - 1], dim=1)).squeeze(-1)
+            r = head(state.z.detach().float(), state.numbers(base_cfg)).squeeze(-1)
             if self.scope[name] == "global":
-                masked = state.mask.float()
-                r = ((r * masked).sum(dim=1) / masked.sum(dim=1).clamp(min=1)).unsqueeze(1)
+                masked, count = state.masked
+                r = ((r * masked).sum(dim=1) / count).unsqueeze(1)
             return self.explored(name, state, head.shared(state) + self.adaptive(name, state, r))
 
     @staticmethod
@@ -131,8 +127,8 @@ class PolicyHeads(nn.Module):
 
     def profile(self, base):
         """The profile m, as `heads.step.StepPlan` has it: the hand-made one times 1 + tanh(r)."""
-        head = self.heads["profile"]
-        return head if base is None else lambda share: base(share) * head(share)
+        learned = self.heads["profile"]()
+        return learned if base is None else lambda share: base(share) * learned(share)
 
 
 def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:

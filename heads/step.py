@@ -6,6 +6,7 @@ K = num_iter, u = (step + 1) / K. `mask` (B, L) bool is True where a token is un
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -30,6 +31,28 @@ class StepState:
         if not isinstance(steps, list):
             return torch.full(self.num_unknown.shape, function((steps + 1) / totals, totals), dtype=torch.float64)
         return torch.tensor([function((s + 1) / k, k) for s, k in zip(steps, totals)], dtype=torch.float64)
+
+    @cached_property
+    def masked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the mask as numbers (B, L), how many are True (B,), at least 1), float32."""
+        masked = self.mask.float()
+        return masked, masked.sum(dim=1).clamp(min=1)
+
+    @cached_property
+    def known_share(self) -> torch.Tensor:
+        """Share (B,) of the tokens that are known."""
+        return 1 - self.num_unknown / self.mask.shape[1]
+
+    def numbers(self, base_cfg: float | torch.Tensor) -> torch.Tensor:
+        """What tells heads the step (B, 3): the share of known tokens, log₂ K / 4, and base_cfg − 1."""
+        share = self.known_share
+        num_iter, base_cfg = (
+            x.to(share.device, torch.float32, non_blocking=True).flatten().expand(len(share))
+            if isinstance(x, torch.Tensor)
+            else torch.full_like(share, x)
+            for x in (self.num_iter, base_cfg)
+        )
+        return torch.stack([share, num_iter.log2() / 4, base_cfg - 1], dim=1)
 
     @property
     def is_last(self) -> bool | torch.Tensor:

@@ -55,11 +55,12 @@ def near(value):
 
 
 class _Operations(TorchDispatchMode):
-    """Runs every operation; `waits` counts by "file:function" what waits for DEVICE."""
+    """Runs every operation; `waits` counts by "file:function" what waits for DEVICE, `launches` by name what computes
+    there or copies."""
 
     def __init__(self):
         super().__init__()
-        self.waits = Counter()
+        self.waits, self.launches = Counter(), Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -76,6 +77,8 @@ class _Operations(TorchDispatchMode):
         goes_near = name == "aten::_to_copy" and target is not None and not is_far(target)
         if name in ("aten::_local_scalar_dense", "aten::nonzero") or (far and goes_near):
             self.waits[_caller()] += 1
+        if not _launches_nothing(function):
+            self.launches[name] += 1
         options = kwargs | ({"device": torch.device("cpu")} if is_far(target) else {})
         result = function(*tree_map(near, args), **tree_map(near, options))
         written = {id(x.near): x for x in far}  # an operation in place gives back its own tensor
@@ -89,6 +92,13 @@ class _Operations(TorchDispatchMode):
             return written[id(x)] if id(x) in written else FarTensor(x)
 
         return tree_map(wrapped, result)
+
+
+def _launches_nothing(function) -> bool:
+    """Is this a view, or memory alone?"""
+    aliases = [x.alias_info for x in function._schema.returns]
+    name = function._schema.name.removeprefix("aten::")
+    return any(x is not None and not x.is_write for x in aliases) or "empty" in name or name == "_unsafe_view"
 
 
 class _Functions(TorchFunctionMode):
@@ -116,8 +126,8 @@ def _caller() -> str:
 
 
 @contextlib.contextmanager
-def pretended(monkeypatch):
-    """All programs run on DEVICE inside; gives the Counter of waits."""
+def pretended(monkeypatch, launches: bool = False):
+    """All programs run on DEVICE inside; gives the Counter of waits, or of launches."""
     autocast, of_overwriting = torch.autocast, torch.__future__.get_overwrite_module_params_on_conversion()
     operations = _Operations()
     with monkeypatch.context() as patch:
@@ -126,6 +136,6 @@ def pretended(monkeypatch):
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             with operations, _Functions():
-                yield operations.waits
+                yield operations.launches if launches else operations.waits
         finally:
             torch.__future__.set_overwrite_module_params_on_conversion(of_overwriting)

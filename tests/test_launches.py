@@ -1,0 +1,47 @@
+"""What a batch asks a GPU for once its passes and draws are captured: operations beside replays, counted."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from heads.policy import LEARNABLE, PolicyHeads, build_rules
+from sampling.loop import generate
+from tests.helpers import named_weights, tiny_mar
+from tests.helpers_device import DEVICE, pretended
+from tests.helpers_graphs import PlainCalls
+from util import graphs
+
+LABELS, STEPS = torch.tensor([0, 2, -1]), 4
+
+
+def launched(monkeypatch, mode: str, num_steps: int, **options) -> Counter:
+    """The launches of a batch of 4 steps; "replay" counts those of captures, whatever they hold."""
+    with pretended(monkeypatch, launches=True) as launches:
+
+        class Replays(PlainCalls):
+            def replay(self):
+                before = launches.copy()
+                result = super().replay()
+                launches.clear()
+                launches.update(before + Counter(replay=1))
+                return result
+
+        monkeypatch.setitem(graphs.CAPTURES, DEVICE.type, Replays)
+        model = tiny_mar(img_size=8).to(DEVICE)
+        heads = named_weights(PolicyHeads(16, LEARNABLE, form="knots"), scale=0.1).to(DEVICE)
+        rules = build_rules(mode, heads, cfg=2.0)
+        for _ in range(3):  # the passes of the second are captured, of the third replays
+            launches.clear()
+            generate(model, LABELS, rules, STEPS, num_steps, seeds=[1, 2, 3], clip=(-2.0, 2.0), **options)
+        return launches
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+@pytest.mark.parametrize("mode, most", [("baseline", 80), ("both", 230)])
+def test_a_step_launches_a_few_operations_however_many_diffusion_steps_it_takes(mode, most, refresh_every, monkeypatch):
+    """A whole pass with label, one without and a draw are one replay each; a partial pass is one for both."""
+    few, many = (launched(monkeypatch, mode, n, refresh_every=refresh_every) for n in (2, 5))
+    assert few == many
+    assert few["replay"] == (3 * STEPS if refresh_every == 1 else 3 * 2 + 2 * 2)
+    assert few.total() - few["replay"] <= most * STEPS

@@ -210,7 +210,8 @@ def main(argv=None) -> int:
         if dry:
             show(config)
             return 0
-        return run(config)
+        with dist.tf32(not config.launch.deterministic):
+            return run(config)
     finally:
         dist.shutdown()
 

@@ -27,7 +27,7 @@ from sampling.trace import GREY, Trace, over_pixels
 from util import dist
 from util.checkpoint import weights_hash
 from util.evaluation.results import other_weights
-from util.images.pictures import begin_folder, image_path, is_readable, prepare_folder, save_png, to_uint8
+from util.images.pictures import Writer, begin_folder, image_path, is_readable, prepare_folder, to_uint8
 from util.rng import image_seeds
 
 
@@ -143,13 +143,13 @@ class SamplingRun:
         mine = traced + batches[len(to_trace) :][dist.rank() :: dist.world_size()]
         mine = [batch for batch in mine if batch in again or not self.is_made(batch)]
         began, quiet = time.perf_counter(), not (mine and dist.is_main())
-        with tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False) as progress:
+        bar = tqdm(total=sum(map(len, mine)), unit="image", desc="sampling", disable=quiet, leave=False)
+        with bar as progress, Writer() as writer:
             for batch in mine:
                 trace.begin(batch if batch in again else None)
                 images = self.draw_batch(batch, trace, progress)
                 trace.end(self.growth, images)
-                for i, image in zip(batch, images):
-                    save_png(image_path(self.folder, i), image)
+                writer.save([image_path(self.folder, i) for i in batch], images)
                 progress.update(len(batch))
         self.seconds = time.perf_counter() - began
 

@@ -176,8 +176,9 @@ def main(argv=None) -> int:
     if args.dry_run:
         print("\n".join([*TRAINING, *HEAD_COSTS]))
         return 0
-    for name in names:
-        SECTIONS[name](args, dist.pick_device(args.device))
+    with dist.tf32(True):  # as main_mar.py
+        for name in names:
+            SECTIONS[name](args, dist.pick_device(args.device))
     return 0
 
 

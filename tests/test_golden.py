@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from models.mar import MAR, MARConfig
@@ -18,17 +19,17 @@ from training.optim import EMA, make_optimizer
 GOLDEN = Path(__file__).parent / "fixtures" / "golden_loss.json"
 
 
-def losses() -> list[float]:
+def losses(device: str = "cpu") -> list[float]:
     """Loss of ten AdamW steps of the tiny model on ramps, and at the end one with the averaged weights."""
-    mar = named_weights(MAR(MARConfig(**{**TINY, "diffusion_batch_mul": 2})), scale=0.1)
+    mar = named_weights(MAR(MARConfig(**{**TINY, "diffusion_batch_mul": 2})), scale=0.1).to(device)
     module, ema = TokenObjective(mar), EMA(mar, 0.99)
     optimizer = make_optimizer(mar, mar.token_head, 1e-3, 0.02)
-    images = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
-    labels = torch.tensor([0, 1, 2, 0])
+    images = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8).to(device)
+    labels = torch.tensor([0, 1, 2, 0], device=device)
 
     def loss(step):
         settings = DrawSettings(seq_len=64, mask_ratio_min=0.7, label_drop_prob=0.1)
-        draws = training_draws(0, step, [5, 6, 7, 8], mar.token_head, settings)
+        draws = training_draws(0, step, [5, 6, 7, 8], mar.token_head, settings).to(device)
         dropped = torch.where(draws.drop, -1, labels)
         return module(Batch(mar.patchify(images), dropped, draws), len(draws.tokens.rows))["loss"]
 
@@ -47,6 +48,14 @@ def losses() -> list[float]:
 
 def test_losses_are_the_committed_ones():
     np.testing.assert_allclose(losses(), json.loads(GOLDEN.read_text()), rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_losses_on_a_gpu():
+    """Sums in another order, from which AdamW's first steps, of the sign of each gradient, go other ways."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    np.testing.assert_allclose(losses("cuda"), json.loads(GOLDEN.read_text()), rtol=1e-3)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """samples.npz: the form that ADM's evaluator reads, of any size, and this project's own loader of it."""
 
+import errno
 import re
 import resource
+import threading
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -11,7 +13,17 @@ import pytest
 from numpy.lib.format import read_array_header_1_0, read_magic
 
 import sample
-from util.images.pictures import PNGFolder, image_path, is_whole, load_samples, prepare_folder, save_png
+from util.images import pictures as module
+from util.images.pictures import (
+    PNGFolder,
+    Writer,
+    image_path,
+    is_whole,
+    load_samples,
+    prepare_folder,
+    read_png,
+    save_png,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,6 +88,52 @@ def test_a_limit_leaves_the_pictures_alone(tmp_path):
     assert not (tmp_path / "samples.npz").exists()
     PNGFolder(tmp_path, 5).save_npz([0] * 5, limit=images.nbytes)
     assert (tmp_path / "samples.npz").exists()
+
+
+def test_pictures_are_written_while_the_next_are_made(tmp_path, monkeypatch):
+    """But not before those of the call before are there; all are when the block ends."""
+    seen, go = [], threading.Event()
+
+    def slow(path, image):
+        assert go.wait(60)
+        save_png(path, image)
+
+    monkeypatch.setattr(module, "save_png", slow)
+    images = np.random.default_rng(0).integers(0, 256, (6, 5, 4, 3), dtype=np.uint8)
+    with Writer() as writer:
+        writer.save([image_path(tmp_path, i) for i in range(3)], images[:3])
+        seen.append(len(list(tmp_path.iterdir())))
+        go.set()
+        writer.save([image_path(tmp_path, i) for i in range(3, 6)], images[3:])
+        seen.append(all(image_path(tmp_path, i).is_file() for i in range(3)))
+    assert seen == [0, True]
+    assert all(np.array_equal(read_png(image_path(tmp_path, i)), image) for i, image in enumerate(images))
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_full_disk_ends_the_writing(more, tmp_path, monkeypatch):
+    """At the next batch, or at the end; what was written is whole."""
+
+    def full(path, image):
+        if path.name == "1.png":
+            raise OSError(errno.ENOSPC, "no space left")
+        save_png(path, image)
+
+    monkeypatch.setattr(module, "save_png", full)
+    images = np.zeros((4, 5, 4, 3), dtype=np.uint8)
+    with pytest.raises(OSError, match="no space left"), Writer() as writer:
+        writer.save([image_path(tmp_path, i) for i in range(3)], images[:3])
+        if more:
+            writer.save([image_path(tmp_path, 3)], images[3:])
+            pytest.fail("the second call should raise")
+    assert {path.name for path in tmp_path.iterdir()} == {"0.png", "2.png"}
+
+
+def test_an_error_elsewhere_is_not_hidden_by_that_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "save_png", lambda path, image: 1 / 0)
+    with pytest.raises(KeyboardInterrupt), Writer() as writer:
+        writer.save([image_path(tmp_path, 0)], np.zeros((1, 5, 4, 3), dtype=np.uint8))
+        raise KeyboardInterrupt
 
 
 def test_pictures_of_several_sizes_are_one_line(tmp_path):

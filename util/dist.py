@@ -191,6 +191,20 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.deterministic = on
 
 
+@contextlib.contextmanager
+def tf32(on: bool):
+    """In this context CUDA rounds the factors of float32 products and convolutions to 10 bits (TF32), or to none."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = on
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
+
+
 PINNED_FROM = 1 << 16  # bytes; less is copied at once, whatever memory it is in
 
 

@@ -7,6 +7,8 @@ import os
 import re
 import warnings
 import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,35 @@ def save_png(path: Path, image: np.ndarray) -> None:
     """Write uint8 (H, W, 1 or 3) atomically."""
     with atomic_file(path) as temporary:
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, format="png")
+
+
+class Writer:
+    """Writes PNG files in threads, a batch of them while the next one is computed.
+
+    What goes wrong with a file is raised by the next call, or where the `with` block ends.
+    """
+
+    def __init__(self):
+        self.pool, self.writing = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), []
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        with self.pool:
+            if kind is None:
+                self.wait()
+
+    def save(self, paths: list[Path], images: Iterable[np.ndarray]) -> None:
+        """Begin to write images uint8 (H, W, 1 or 3), once those of the last call are written."""
+        self.wait()
+        self.writing = [self.pool.submit(save_png, path, image) for path, image in zip(paths, images)]
+
+    def wait(self) -> None:
+        """Return when all files are there."""
+        writing, self.writing = self.writing, []
+        for file in writing:
+            file.result()
 
 
 def read_png(path: Path) -> np.ndarray:

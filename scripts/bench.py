@@ -133,6 +133,8 @@ class Bench:
         torch.manual_seed(0)
         self.mar = MAR(self.config).to(self.device).eval()
         self.heads = PolicyHeads(self.config.decoder_embed_dim).to(self.device).eval()
+        for head in self.heads.heads.values():  # so that images differ in how many tokens they draw
+            torch.nn.init.normal_(head.out.weight, std=0.02)
         self.meta = MAR(self.config).to("meta").eval()
 
     def forget(self) -> None:

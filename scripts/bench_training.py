@@ -2,9 +2,12 @@
 
     python scripts/bench_training.py                           # MAR-B, random weights, batch 4
     python scripts/bench_training.py --only heads --preset digits
+    python scripts/bench_training.py --trace trace.json        # of the loop: what loads, draws and computes when
 
 Seconds are medians of --repeats steps after one that warms up, ratios compare rows of this run. FLOPs are counted on
-the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, also timed.
+the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, also timed. A
+GPU has GPU_COLUMNS as well, and a compiled row. --trace writes a file that chrome://tracing and ui.perfetto.dev show:
+the threads of TRACED_STEPS steps of main_mar.py's loop, with a data loader, and on a GPU its kernels.
 """
 
 import statistics
@@ -15,9 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from engine_mar import train_one_epoch
 from heads.policy import HEADS
 from models.mar import MAR
 from models.tokenizers import build_tokenizer
@@ -27,19 +33,24 @@ from training.objectives import OBJECTIVES
 from training.objectives.token import Batch, TokenObjective
 from training.presets import PRESETS
 from training.state import TrainState
-from training.step import forward_backward, optimizer_step
+from training.step import foresee, training_step
 from util import dist
-from util.args import flag, make_parser
+from util.args import check_output_file, flag, make_parser
+from util.checkpoint import atomic_file
 from util.door import run_main
-from util.timing import PeakMemory, Stopwatch, matmul_rate, print_table, short_number
+from util.images.folders import check_output_folder
+from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, print_table, short_number
 
 NUM_STEPS = 8  # of a turn in the table of heads
+TRACED_STEPS = 6
 # name: (flags of main_mar.py, does the diffusion MLP compute all tokens instead of the masked ones?)
 TRAINING = {
     "all rows, fp32": (dict(dtype="fp32"), True),
     "masked rows, fp32": (dict(dtype="fp32"), False),
     "masked rows, bf16": (dict(dtype="bf16"), False),
+    "masked rows, bf16, --compile": (dict(dtype="bf16", compile=True), False),  # on a GPU
 }
+GPU_COLUMNS = ["images/s", "busy", "kernels a step"]
 STAGE = dict(mask_ratio_min=0.0, mask_ratio_per_image=True)  # the masks that heads are trained on
 NEXT = dict(order="halton", train_targets="next")
 POLICY = dict(train_masks="policy", train_targets="next", learn="order,group")
@@ -65,6 +76,7 @@ class BenchTrainingArgs:
     batch_size: int = flag(4, "images a training step; --only heads has the preset's", low=1)
     repeats: int = flag(3, "repeats, their median counts", low=1)
     only: str = flag("training", "comma list of training, heads")
+    trace: str | None = flag(None, "write a trace of the training loop to this file, and measure nothing")
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dry_run: bool = flag(False, "print the rows and stop")
 
@@ -74,6 +86,8 @@ def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainC
     config = resolve({"preset": preset, **flags})
     torch.manual_seed(0)
     mar = MAR(config.model.build()).to(device)
+    if config.launch.compile:
+        mar.compile_parts()
     heads = config.build_heads(mar.width)
     heads = heads.to(device) if heads is not None else None
     tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim).to(device)
@@ -92,15 +106,12 @@ def random_batch(config, batch_size):
 
 
 def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: int = 1) -> float:
-    """Time of some steps on random images."""
+    """Time of some steps of the loop on random images, without loading them."""
     batch, watch = random_batch(state.model.config, args.batch_size), Stopwatch(device)
     began = watch.now()
     for _ in range(num_steps):
-        terms = forward_backward(state, *batch, args.accum_iter)
-        state.scaler.unscale_(state.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(state.wrapped.parameters(), args.grad_clip)
-        _ = terms["loss"].item()
-        optimizer_step(state, norm.item())
+        foresee(state, batch[0], batch[2], args.accum_iter)
+        training_step(state, *batch, lr=args.lr, config=args)
     return watch.now() - began
 
 
@@ -121,8 +132,10 @@ def training_flops(state: TrainState, args: TrainConfig) -> int:
 
 def training(args: BenchTrainingArgs, device) -> None:
     """The table of TRAINING: a step on all tokens, on the masked ones, and in bf16."""
-    peak, table, medians = PeakMemory(device), [], []
+    peak, table, medians, on_gpu = PeakMemory(device), [], [], is_gpu(device)
     for name, (flags, every_token) in tqdm(TRAINING.items(), desc="training", leave=False):
+        if flags.get("compile") and not on_gpu:
+            continue
         state, config = training_state(args.preset, device, {**flags, "batch_size": args.batch_size})
         if every_token:
             preparation = state.objective.preparation
@@ -135,9 +148,21 @@ def training(args: BenchTrainingArgs, device) -> None:
         of_peak = flops / medians[-1] / matmul_rate(device, dist.DTYPES[flags["dtype"]])
         times_faster = [short_number(medians[-1]), f"{medians[0] / medians[-1]:.2f}"]
         table.append([name, *times_faster, f"{flops / 1e12:.2f}", f"{of_peak:.0%}", f"{memory:.1f}"])
+        table[-1] += gpu_cells(device, state, config, medians[-1]) if on_gpu else []
         del state  # before the next one is made: memory holds one large model
-    head = ["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB"]
+    head = ["", "seconds", "faster by", "TFLOPs", "of peak", "peak memory, GB", *(GPU_COLUMNS if on_gpu else [])]
     print_table(f"Training: {args.preset}, batch {args.batch_size}, seconds a step", head, table)
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Is there a compiled row, and are GPU_COLUMNS filled?"""
+    return device.type == "cuda"
+
+
+def gpu_cells(device, state: TrainState, config: TrainConfig, seconds: float) -> list[str]:
+    """The cells of GPU_COLUMNS for a step that takes so many seconds; the profiler watches one more."""
+    kernels, busy = device_work(device, lambda: training_seconds(device, state, config))
+    return [short_number(config.batch_size / seconds), f"{busy / seconds:.0%}", str(kernels)]
 
 
 def heads(args: BenchTrainingArgs, device) -> None:
@@ -161,6 +186,30 @@ def heads(args: BenchTrainingArgs, device) -> None:
     print_table(f"Training: {args.preset}, batch {plain[1].batch_size}", head, table)
 
 
+def write_trace(args: BenchTrainingArgs, device) -> None:
+    """The trace of one epoch of the loop, after another one that warms up, to the file --trace."""
+    state, config = training_state(args.preset, device, dict(batch_size=args.batch_size))
+    images, labels, indices = random_batch(state.model.config, TRACED_STEPS * args.batch_size)
+    loader = DataLoader(
+        TensorDataset(images, labels, indices), args.batch_size, num_workers=2, pin_memory=device.type == "cuda"
+    )
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    threads = _ExperimentalConfig(profile_all_threads=True)
+    with tqdm(total=2 * TRACED_STEPS, desc="tracing", unit="step", leave=False) as progress:
+        train_one_epoch(state, loader, 0, config, progress, None)
+        with profile(activities=activities, experimental_config=threads) as profiler:
+            train_one_epoch(state, loader, 1, config, progress, None)
+    with atomic_file(Path(args.trace)) as temporary:
+        profiler.export_chrome_trace(str(temporary))
+    print(f"{TRACED_STEPS} steps: {args.trace}")
+
+
+def is_trace(path: Path) -> bool:
+    """Does a file begin as a trace does?"""
+    with open(path, "rb") as file:
+        return b'"schemaVersion"' in file.read(100)
+
+
 SECTIONS = {"training": training, "heads": heads}
 
 
@@ -173,10 +222,16 @@ def main(argv=None) -> int:
     for name in names:
         if name not in SECTIONS:
             raise ValueError(f"--only {name!r} is not a section; valid: {', '.join(SECTIONS)}")
+    if args.trace is not None:
+        check_output_file("trace", args.trace, is_trace)
+        check_output_folder("trace", Path(args.trace).parent)
     if args.dry_run:
         print("\n".join([*TRAINING, *HEAD_COSTS]))
         return 0
     with dist.tf32(True):  # as main_mar.py
+        if args.trace is not None:
+            write_trace(args, dist.pick_device(args.device))
+            return 0
         for name in names:
             SECTIONS[name](args, dist.pick_device(args.device))
     return 0

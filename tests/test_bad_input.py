@@ -378,7 +378,12 @@ CLASSIFIER = [
     ("--output /proc/x/y.npz", "--output /proc/x"),
 ]
 BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
-BENCH_TRAINING = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "training, heads")]
+BENCH_TRAINING = [
+    ("--device nope", "'nope'", "cpu"),
+    ("--only speed", "'speed'", "training, heads"),
+    ("--trace {empty}", "--trace", "{empty}", "file"),
+    ("--trace {file}", "--trace", "{file}"),
+]
 BENCH_IDS = [
     ("--device nope", "'nope'", "cpu"),
     ("--only speed", "'speed'", "causal, mar, maskgil"),

@@ -1,5 +1,6 @@
 """The benchmark: its tables have their rows, its FLOPs are those of the formula, its stopwatch sees what it watches."""
 
+import json
 import mmap
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,6 +14,8 @@ from models import low_precision
 from models.mar import MAR
 from scripts import bench, bench_ids, bench_scales, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
+from training import state
+from training.ahead import Ahead
 from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, run_seconds, union_length
 
 
@@ -62,7 +65,7 @@ def test_every_lever_has_a_row(capsys, monkeypatch):
     first = list(SAMPLING)[0]
     assert rows[first][3] == "1.00"
     for name in (*SAMPLING, *bench_training.TRAINING):
-        if "int8" in name and not low_precision.is_exact():
+        if name not in SAMPLING and "--compile" in name or "int8" in name and not low_precision.is_exact():
             continue
         cells = next(rest for row, rest in rows.items() if row.startswith(name))
         assert float(cells[0]) > 0
@@ -94,6 +97,41 @@ def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
     assert float(few[0]) > float(many[0]) > 0
     assert all(row[1].endswith("%") and float(row[3]) < 60 for row in (many, few))
     assert int(many[2]) > 5 * int(few[2]) > 0  # 100 steps have more than 12
+
+
+def test_a_trace_shows_that_draws_and_steps_overlap(tmp_path, monkeypatch, capsys):
+    """In a thread of their own, as on a GPU; and the loader's part of the loop."""
+    monkeypatch.setattr(state, "Ahead", lambda active: Ahead(True))
+    path = tmp_path / "trace.json"
+    assert bench_training.main([*SMALL, "--trace", str(path), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"6 steps: {path}\n"
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+    steps, draws = (
+        [event for event in events if event["name"] == name] for name in ("training_step", "what the next step needs")
+    )
+    assert len(steps) == 6 and len(draws) == 5 and any("DataLoader" in event["name"] for event in events)
+    assert not {event["tid"] for event in steps} & {event["tid"] for event in draws}
+
+    def overlap(a, b):
+        return a["ts"] < b["ts"] + b["dur"] and b["ts"] < a["ts"] + a["dur"]
+
+    assert sum(any(overlap(draw, step) for step in steps) for draw in draws) >= 4
+    assert bench_training.main([*SMALL, "--trace", str(path), "--device", "cpu"]) == 0  # its own is replaced
+
+
+def test_a_gpu_has_columns_and_a_compiled_row_of_training(capsys, monkeypatch):
+    """On a CPU operators are in place of kernels."""
+    compiled = []
+    monkeypatch.setattr(MAR, "compile_parts", lambda mar: compiled.append(mar))
+    monkeypatch.setattr(bench_training, "is_gpu", lambda device: True)
+    names = list(bench_training.TRAINING)[2:]
+    monkeypatch.setattr(bench_training, "TRAINING", {name: bench_training.TRAINING[name] for name in names})
+    assert bench_training.main([*SMALL, "--device", "cpu"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows[""][-3:] == bench_training.GPU_COLUMNS and len(compiled) == 1
+    for name in names:
+        seconds, (images, busy, kernels) = float(rows[name][0]), rows[name][-3:]
+        assert float(images) == pytest.approx(2 / seconds, rel=0.02) and busy.endswith("%") and int(kernels) > 100
 
 
 def test_where_nothing_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):

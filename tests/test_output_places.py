@@ -9,6 +9,7 @@ import pytest
 import main_mar
 import sample
 from scripts import (
+    bench_training,
     best_settings,
     cache_latents,
     download_weights,
@@ -47,6 +48,7 @@ WRITERS = {
     "download_weights": (download_weights, ["mar_base"], "out", "", True),
     "torture": (torture, [], "work_dir", "/new", True),
     "plot_training": (plot_training, ["."], "out", "/x.png", True),
+    "bench_training": (bench_training, ["--preset", "digits"], "trace", "/x.json", True),
     "inspector": (inspector, ["--trace", "TRACE"], "export", "/x.html", False),
     "plot_trace": (plot_trace, ["TRACE"], "out", "", False),
     "make_table": (make_table, ["RESULTS"], "csv", "/x.csv", False),

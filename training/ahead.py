@@ -3,6 +3,8 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from torch.profiler import record_function
+
 
 class Ahead:
     """Values of functions that depend on nothing but their key, begun before they are asked for.
@@ -17,7 +19,7 @@ class Ahead:
     def begin(self, key: Hashable, function: Callable) -> None:
         """Compute function() in the thread, if there is one."""
         if self.thread is not None:
-            self.begun[key] = self.thread.submit(function)
+            self.begun[key] = self.thread.submit(record_function("what the next step needs")(function))
 
     def value(self, key: Hashable, function: Callable):
         """function(), once: that which was begun under this key, an error of it included, else computed now."""

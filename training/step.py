@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from training.config import TrainConfig
 from training.state import TrainState
@@ -14,6 +15,7 @@ from util.rng import seed_of
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
 
 
+@record_function("training_step")
 def training_step(state: TrainState, batch, labels, indices, lr: float, config: TrainConfig) -> dict[str, float]:
     """One step on images or moments (b, …) with labels and indices (b,): the loss terms, grad_norm and lr.
 

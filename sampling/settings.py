@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
 from heads.orders import check_square
-from heads.policy import FLAGS, INFER_MODES, build_rules, choices, moved_rule, rule_names
+from heads.policy import FLAGS, HEADS, INFER_MODES, build_rules, choices, moved_rule, rule_names
 from heads.rules import Rules, has_square_images
 from heads.schedules import NUM_ITER, READ_BY, RuleOptions, check_num_iter, default_num_iter, needed_steps
 from heads.searched import schedule_name
@@ -177,13 +177,12 @@ def check_read(given: dict, settings: list[SampleConfig]) -> None:
     given: {flag: value or, of a sweep, values}.
     """
     acting = [each.acting() for each in settings]
-    learned = any("learned" in rules for each in acting for rules in each.values())
+    learned = any("learned" in each[kind] for each in acting for kind in HEADS)
     if "off" in given.get("heads_adaptive", ()) and not learned:
         raise ValueError("--heads_adaptive off has no meaning without a learned rule (--infer_mode guidance, both)")
     for name in sorted(READ_BY.keys() & given.keys()):
         kind, rules = READ_BY[name]
-        values = given[name] if isinstance(given[name], list) else [given[name]]
-        others = [value for value in values if value != getattr(SampleConfig, name)]
+        others = [value for each in settings if (value := getattr(each, name)) != getattr(SampleConfig, name)]
         if others and not any(each[kind].intersection(rules) for each in acting):
             readers = " or ".join(f"--{FLAGS[kind]} {rule}" for rule in rules if rule != "learned")
             readers = readers or f"a learned {kind} (--infer_mode policy, both)"

@@ -100,7 +100,7 @@ def digits():
 def stats_file(tmp_path_factory):
     """Statistics of all digits, made by the program."""
     path = tmp_path_factory.mktemp("stats") / "digits.npz"
-    assert make_fid_stats.main(["--data", "digits", "--features", "digits", "--out", str(path), "--device", "cpu"]) == 0
+    assert make_fid_stats.main(["--data", "digits", "--features", "digits", "--out", str(path)]) == 0
     return path
 
 

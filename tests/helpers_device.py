@@ -127,11 +127,12 @@ def _caller() -> str:
 
 @contextlib.contextmanager
 def pretended(monkeypatch, launches: bool = False):
-    """All programs run on DEVICE inside; gives the Counter of waits, or of launches."""
+    """Programs that pick a device by themselves run on DEVICE inside; gives the Counter of waits, or of launches."""
     autocast, of_overwriting = torch.autocast, torch.__future__.get_overwrite_module_params_on_conversion()
+    pick = dist.pick_device
     operations = _Operations()
     with monkeypatch.context() as patch:
-        patch.setattr(dist, "pick_device", lambda name: DEVICE)
+        patch.setattr(dist, "pick_device", lambda name: DEVICE if name == "auto" else pick(name))
         patch.setattr(torch, "autocast", lambda kind, **options: autocast("cpu" if is_far(kind) else kind, **options))
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:

@@ -19,7 +19,7 @@ NAMES = [f"{c}/{n}" for c in ("7", "a b", "Été ☀") for n in ("0.png", "1.png
     "Été ☀/deep/0.png"
 ]
 NUM = len(NAMES)
-SMALL = "--data imagefolder --tokenizer pixel --img_size 8 --device cpu --num_workers 0".split()
+SMALL = "--data imagefolder --tokenizer pixel --img_size 8 --num_workers 0".split()
 CACHE = [*SMALL, "--batch_size", "2", "--shard_size", "6"]  # units of packed: 0..5, 6..11, 12
 TRAIN = "--model mar_tiny --buffer_size 2 --attn_dropout 0 --proj_dropout 0 --diffloss_w 16 --diffloss_d 1".split()
 TRAIN += "--diffusion_batch_mul 1 --batch_size 4 --epochs 2 --blr 0.02 --warmup_epochs 0 --num_iter 2".split()

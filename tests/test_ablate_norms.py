@@ -12,7 +12,7 @@ from tests.helpers_ids import add_tokenizers
 from tests.helpers_maskgil import ENTRIES, LENGTH, shrink, tiny_maskgil
 from tests.test_cli import refused
 
-FLAGS = "--data digits --tokenizer grey16 --steps 3 --batch_size 64 --seeds 1,2 --device cpu".split()
+FLAGS = "--data digits --tokenizer grey16 --steps 3 --batch_size 64 --seeds 1,2".split()
 
 
 @pytest.fixture(autouse=True)

@@ -46,7 +46,7 @@ from util.evaluation.fid_stats import FIDStats, save_fid_stats
 
 HERE = "{tmp}/missing"
 TRAIN = [*TINY]
-DRAW = "--checkpoint {good} --output_dir {out} --device cpu".split()
+DRAW = "--checkpoint {good} --output_dir {out}".split()
 FOLDER = "--data imagefolder --tokenizer pixel --img_size 8 --batch_size 1 --data_path"
 # of every program that reads a folder of images, on a run of digits
 READING = [
@@ -462,33 +462,33 @@ INSPECTOR = [
     ("--trace {trace} --export {trace}", "--export {trace}", "input"),
     ("--trace {trace} --export {file}", "--export {file}", "choose another name"),
 ]
-DIGITS = "--data digits --tokenizer pixel --img_size 8 --device cpu"
-STATS = "--data digits --features digits --device cpu"
-SMALL = "--data digits --stride 2 --latent_channels 2 --width 4 --device cpu --output_dir {out}"
+DIGITS = "--data digits --tokenizer pixel --img_size 8"
+STATS = "--data digits --features digits"
+SMALL = "--data digits --stride 2 --latent_channels 2 --width 4 --output_dir {out}"
 # program -> (flags of a run that would work, its cases)
 CATALOGUE = {
     main_mar: (TRAIN, TRAINING),
     sample: (DRAW, SAMPLING),
     cache_latents: (f"{DIGITS} --num_workers 0 --cached_path {{out}}".split(), CACHING),
-    cache_text: ("--data digits --text_encoder {empty} --device cpu --cached_text {out}".split(), TEXTS),
+    cache_text: ("--data digits --text_encoder {empty} --cached_text {out}".split(), TEXTS),
     demo_shapes: ("--output_dir {out}".split(), SHAPES),
     demo_text: ("--output_dir {out}".split(), DEMO),
     make_fid_stats: (f"{STATS} --out {{out}}.npz".split(), STATISTICS),
     measure_reconstruction: (f"{DIGITS} --features digits --output_dir {{out}}".split(), RECONSTRUCTION),
     measure_latents: (f"{DIGITS} --num_workers 0".split(), MEASURING),
     train_tokenizer: (SMALL.split(), AUTOENCODER),
-    ablate_norms: ("--data digits --tokenizer pixel --output_dir {out} --device cpu".split(), NORMS),
-    search_schedule: ("--checkpoint {good} --out {out}.json --device cpu".split(), SEARCH),
+    ablate_norms: ("--data digits --tokenizer pixel --output_dir {out}".split(), NORMS),
+    search_schedule: ("--checkpoint {good} --out {out}.json".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
-    bench: ("--device cpu".split(), BENCH),
-    bench_ids: ("--device cpu".split(), BENCH_IDS),
-    bench_scales: ("--device cpu".split(), BENCH_SCALES),
-    bench_training: ("--device cpu".split(), BENCH_TRAINING),
+    bench: ([], BENCH),
+    bench_ids: ([], BENCH_IDS),
+    bench_scales: ([], BENCH_SCALES),
+    bench_training: ([], BENCH_TRAINING),
     bench_loader: ([], BENCH_LOADER),
     export_weights: ("--checkpoint {good} --output {out}.safetensors".split(), EXPORT),
     download_weights: ("--base_url http://127.0.0.1:9 --out {out} mar_base".split(), DOWNLOAD),
     make_table: ([], TABLE),
-    inspector: ("--port 0 --device cpu".split(), INSPECTOR),
+    inspector: ("--port 0".split(), INSPECTOR),
     plot_trace: ([], TRACE),
     plot_training: ([], CURVES),
 }

@@ -6,6 +6,7 @@ import torch
 from models.diffloss import DiffusionSampler
 from tests.helpers import randn
 from tests.helpers_generate import BATCH, LABELS, LENGTH, check_decode, ragged_rules, recorded, rules_of, run
+from util import rng
 
 
 @torch.no_grad()
@@ -25,6 +26,8 @@ def test_ragged_encode_decode_equals_each_image_alone(mar, counts):
             z = mar.encode_decode(content, mask, labels)
             torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(mar.encode_decode(content, mask, labels, list(counts)), z, rtol=0, atol=0)
+            padded = mar.encode_decode(content, mask, labels, (0, 12))  # bounds on the counts
+            torch.testing.assert_close(padded, z, rtol=1e-4, atol=1e-5)
     assert (expected[0] - expected[1]).abs().max() > 0.1  # the images do differ
 
 
@@ -129,3 +132,19 @@ def test_orders_stay_with_their_image_when_others_are_finished(mar):
     _, steps = recorded(mar, rules_of(), LENGTH, orders=orders, tokens=randn(BATCH, LENGTH, 1), mask=mask)
     revealed = [torch.cat([rows[rows[:, 0] == i, 1] for _, rows in steps]).tolist() for i in range(BATCH)]
     assert revealed == [[0], [8, 7, 6, 5, 4, 3, 2, 1, 0], [1, 3, 5, 7]]
+
+
+def test_draws_in_threads_are_those_of_one(monkeypatch):
+    """Of images with different numbers of rows, one with none; the generators go on from the same place."""
+    counts = torch.tensor([3, 1, 0, 40, 7, 2, 2, 9])
+    rows = torch.stack([torch.arange(8).repeat_interleave(counts), torch.zeros(64, dtype=torch.long)], dim=1)
+    made, drawn = [], rng.draw_by_image
+
+    def draws():
+        generators = [rng.generator(seed) for seed in range(8)]
+        return torch.cat([drawn(generators, rows, lambda k: (5, k, 4), dim=1) for _ in range(2)])
+
+    for limit in (10**9, 1):
+        monkeypatch.setattr(rng, "THREADED_FROM", limit)
+        made.append(draws())
+    assert made[0].equal(made[1]) and made[0].shape == (10, 64, 4)

@@ -57,6 +57,6 @@ def test_it_evaluates_to_the_pictures_of_then(run):
 
 def test_it_samples_the_pictures_of_then(run, tmp_path):
     """Named by their settings; the seed was 0 by default."""
-    flags = "--infer_mode both --cfg_schedule linear --order random --cfg 1.5 --num_images 10 --device cpu --seed 0"
+    flags = "--infer_mode both --cfg_schedule linear --order random --cfg 1.5 --num_images 10 --seed 0"
     assert sample.main(["--checkpoint", str(run), "--output_dir", str(tmp_path / "out"), *flags.split()]) == 0
     assert_alike(tmp_path / "out" / EXPECTED["folder"], EXPECTED["images"])

@@ -87,7 +87,7 @@ def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
     monkeypatch.setattr(Bench, "on_gpu", True)
     names = list(SAMPLING)[:4:3]  # the published settings, and those that differ in diffusion settings only
     monkeypatch.setattr(bench, "SAMPLING", {name: SAMPLING[name] for name in names})
-    assert main([*SMALL, "--num_iter", "2", "--only", "sampling", "--device", "cpu"]) == 0
+    assert main([*SMALL, "--num_iter", "2", "--only", "sampling"]) == 0
     assert not any(stub for _, stub, _ in runs)
     assert runs[0][::2] == ("100", {"100"})  # none is timed as a few
     assert len(runs) == 2 * 3  # the first, one that is timed, one for the profiler
@@ -103,7 +103,7 @@ def test_a_trace_shows_that_draws_and_steps_overlap(tmp_path, monkeypatch, capsy
     """In a thread of their own, as on a GPU; and the loader's part of the loop."""
     monkeypatch.setattr(state, "Ahead", lambda active: Ahead(True))
     path = tmp_path / "trace.json"
-    assert bench_training.main([*SMALL, "--trace", str(path), "--device", "cpu"]) == 0
+    assert bench_training.main([*SMALL, "--trace", str(path)]) == 0
     assert capsys.readouterr().out == f"6 steps: {path}\n"
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
     steps, draws = (
@@ -116,7 +116,7 @@ def test_a_trace_shows_that_draws_and_steps_overlap(tmp_path, monkeypatch, capsy
         return a["ts"] < b["ts"] + b["dur"] and b["ts"] < a["ts"] + a["dur"]
 
     assert sum(any(overlap(draw, step) for step in steps) for draw in draws) >= 4
-    assert bench_training.main([*SMALL, "--trace", str(path), "--device", "cpu"]) == 0  # its own is replaced
+    assert bench_training.main([*SMALL, "--trace", str(path)]) == 0  # its own is replaced
 
 
 def test_a_gpu_has_columns_and_a_compiled_row_of_training(capsys, monkeypatch):
@@ -126,7 +126,7 @@ def test_a_gpu_has_columns_and_a_compiled_row_of_training(capsys, monkeypatch):
     monkeypatch.setattr(bench_training, "is_gpu", lambda device: True)
     names = list(bench_training.TRAINING)[2:]
     monkeypatch.setattr(bench_training, "TRAINING", {name: bench_training.TRAINING[name] for name in names})
-    assert bench_training.main([*SMALL, "--device", "cpu"]) == 0
+    assert bench_training.main([*SMALL]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert rows[""][-3:] == bench_training.GPU_COLUMNS and len(compiled) == 1
     for name in names:
@@ -175,7 +175,7 @@ def test_other_tables_are_made_in_a_process_of_their_own(section, other, given, 
 def test_models_of_ids_have_a_row_for_each_batch_size(capsys):
     words = "--models causal_gpt_tiny,mar_ar_tiny --mar mar_tiny --maskgil maskgil_tiny --img_size 32".split()
     words += "--vocab_size 8 --num_iter 2".split()
-    assert bench_ids.main([*words, "--repeats", "1", "--batch_sizes", "1,2", "--device", "cpu"]) == 0
+    assert bench_ids.main([*words, "--repeats", "1", "--batch_sizes", "1,2"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| m") or line.startswith("| c")]
     assert [line.split(" | ")[:2] for line in lines] == [
         [f"| {size}", batch] for size in (*words[1].split(","), "mar_tiny", "maskgil_tiny") for batch in "12"

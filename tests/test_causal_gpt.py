@@ -124,12 +124,12 @@ def test_it_trains_samples_loads_and_refuses(tmp_path, monkeypatch, capsys):
     helpers_ids.add_tokenizers(monkeypatch)
     folder = tmp_path / "run"
     words = "--data digits --model causal_gpt_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 3e-3".split()
-    words += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
+    words += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0".split()
     words += ["--warmup_epochs", "0", "--output_dir", str(folder)]
     assert main_mar.main([*words, "--epochs", "1"]) == 0
     losses = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < math.log(16)
-    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    place = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / "out")]
     place += "--num_images 4 --metrics none --cfg 1.5 --top_k 4".split()
     capsys.readouterr()
     assert sample.main([*place, "--top_k", "17,99", "--eval_bsz", "2"]) == 0  # two batches each
@@ -171,7 +171,7 @@ def test_published_files_load_at_any_size_of_image_and_sample(published, wrapped
         assert all(value.equal(loaded.state_dict()[name]) for name, value in model.state_dict().items())
         assert len(config["data"]["classes"]) == 3
     words = ["--checkpoint", str(path), "--model", "causal_gpt_tiny", "--img_size", "48", "--no_ema"]
-    words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--metrics", "none", "--num_images", "1"]
+    words += ["--output_dir", str(tmp_path / "out"), "--metrics", "none", "--num_images", "1"]
     assert sample.main([*words, "--cfg", "2", "--cfg_schedule", "constant"]) == 0
     (row,) = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
     assert json.loads(row)["settings"]["num_iter"] == 9

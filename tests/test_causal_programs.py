@@ -17,12 +17,12 @@ from tests.test_train import assert_same
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --lr_schedule constant --img_size 8 --batch_size 512 --blr 0.01 --num_images 4".split()
-TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --device cpu --warmup_epochs 0".split()
+TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --warmup_epochs 0".split()
 IDS = "--model mar_ar_tiny --tokenizer grey16 --loss ce".split()
 LATENTS = "--model mar_ar_tiny --tokenizer pixel --patch_size 2 --diffloss_w 16 --diffloss_d 1".split()
 GPT = "--model causal_gpt_tiny --tokenizer grey16".split()
 KINDS = {"ids": [*IDS, "--ar_order", "random"], "latents": [*LATENTS, "--ar_order", "random"], "causal_gpt": GPT}
-SAMPLE = "--num_images 4 --metrics none --cfg 1.5 --num_sampling_steps 2 --device cpu".split()
+SAMPLE = "--num_images 4 --metrics none --cfg 1.5 --num_sampling_steps 2".split()
 
 
 @pytest.fixture(autouse=True)

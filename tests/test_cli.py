@@ -330,7 +330,7 @@ def test_every_command_shown_is_valid(path, program, arguments, checkpoint, tmp_
 # -------------------------------------------------------------------------------------------------------- bad input
 
 TINY = "--preset digits --epochs 1 --batch_size 600 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1"
-TINY = f"{TINY} --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --device cpu --output_dir {{out}}".split()
+TINY = f"{TINY} --buffer_size 2 --num_iter 2 --num_sampling_steps 2 --output_dir {{out}}".split()
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def test_many_class_labels_are_no_trouble(checkpoint, tmp_path):
     """The list may be longer than a file name can be."""
     labels = ",".join(["1"] * 300)
     flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path), "--class_labels", labels]
-    assert sample.main([*flags, *"--num_images 4 --metrics none --num_sampling_steps 2 --device cpu".split()]) == 0
+    assert sample.main([*flags, *"--num_images 4 --metrics none --num_sampling_steps 2".split()]) == 0
     assert len(list(tmp_path.glob("*/3.png"))) == 1
 
 

@@ -230,7 +230,7 @@ def test_an_output_file_replaces_no_input_and_nothing_of_another_kind(tmp_path, 
     for file in (notes, log):
         file.write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    digits = ["--data", "digits", "--features", "digits", "--device", "cpu"]
+    digits = ["--data", "digits", "--features", "digits"]
     refused = [
         (make_table.main, [results, "--csv", results]),
         (make_table.main, [results, "--csv", notes]),
@@ -260,7 +260,7 @@ def test_a_warning_is_one_line_that_names_a_file_once(tmp_path):
     (data / "stray.png").write_bytes(b"")
     for i in range(8):
         (data / f"empty {i}\n").mkdir()
-    flags = "--tokenizer pixel --img_size 8 --device cpu --num_workers 1 --batch_size 4 --data_path".split()
+    flags = "--tokenizer pixel --img_size 8 --num_workers 1 --batch_size 4 --data_path".split()
     command = [sys.executable, cache_latents.__file__, *flags, str(tmp_path / "data"), "--cached_path"]
     done = subprocess.run([*command, str(tmp_path / "c")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0

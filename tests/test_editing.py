@@ -135,7 +135,7 @@ def test_pictures_of_any_mode_are_read(channels, tmp_path):
 
 def test_an_edit_is_one_picture_a_label_in_its_own_folder(checkpoint, given, tmp_path):
     out = tmp_path / "out"
-    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(out), "--num_sampling_steps", "2", "--device", "cpu"]
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(out), "--num_sampling_steps", "2"]
     flags += [*given, "--class_labels", "3,-1,7"]
     assert sample.main(flags) == 0  # without --num_images, without --metrics
     (row,), folder = rows(out), folder_of(out)
@@ -234,7 +234,7 @@ def test_what_cannot_be_edited_is_one_line_before_anything_happens(
     (tmp_path / "cut.png").write_bytes((tmp_path / "image.png").read_bytes()[:60])
     places |= {name: str(tmp_path / f"{name}.png") for name in ("text", "cut", "missing")} | {"folder": str(tmp_path)}
     before = files(tmp_path)
-    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out")]
     assert shown.format(**places) in refused(sample.main, [*base, *flags.format(**places).split()], capsys)
     assert files(tmp_path) == before
 

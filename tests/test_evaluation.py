@@ -59,7 +59,7 @@ def test_a_judge_is_refused_where_there_are_statistics_only(checkpoint, stats_fi
 
 
 def test_the_default_metrics_follow_the_reference(checkpoint, stats_file, tmp_path):
-    base = ["--checkpoint", str(checkpoint), "--device", "cpu", "--num_images", "4", "--num_sampling_steps", "2"]
+    base = ["--checkpoint", str(checkpoint), "--num_images", "4", "--num_sampling_steps", "2"]
     assert sample.main([*base, "--output_dir", str(tmp_path), "--fid_stats", str(stats_file)]) == 0
     (row,) = rows(tmp_path)
     assert row["settings"]["metrics"] == "fid,isc" and row["metrics"].keys() == {"fid", "is_mean", "is_std"}
@@ -132,7 +132,7 @@ def test_bad_references_are_one_line_before_anything_is_sampled(
         places[name] = tmp_path / f"{name}.npz"
         save_fid_stats(places[name], FIDStats(np.zeros(d), np.eye(d), img_size=img_size))
     flags = flags.format(**places).split()
-    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out")]
     assert shown.format(**places) in refused(sample.main, [*base, "--num_images", "8", *flags], capsys)
     base = [*SMALL, "--evaluate", "--resume", str(checkpoint), "--output_dir", str(tmp_path / "out"), *flags]
     assert shown.format(**places) in refused(main_mar.main, [*base, "--num_images", "8"], capsys)

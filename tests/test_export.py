@@ -17,7 +17,7 @@ from tests.test_cli import TINY, files, refused
 from util.checkpoint import load_checkpoint, save_checkpoint, weights_hash
 
 LEARN = "--learn", "order,group,tau,cfg"
-QUICK = "--num_images 10 --metrics none --num_iter 2 --num_sampling_steps 2 --device cpu".split()
+QUICK = "--num_images 10 --metrics none --num_iter 2 --num_sampling_steps 2".split()
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +154,6 @@ def test_metadata_of_ours_is_checked_like_a_checkpoint(config, checkpoint, tmp_p
 
     path = export(checkpoint, tmp_path / "w.safetensors")
     save_file(load_file(path), path, {"weights": "model_ema", "config": config})
-    argv = ["--checkpoint", str(path), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    argv = ["--checkpoint", str(path), "--output_dir", str(tmp_path / "out")]
     line = refused(sample.main, argv, capsys)
     assert str(path) in line and "config" in line and len(line) < 400

@@ -14,7 +14,7 @@ from util.evaluation.protocol import EvalConfig
 from util.images.datasets import MemoryDataset, build_dataset
 
 ONE = "--features digits needs reference images of at least 2 classes, got 1: name others with --data_path, or use"
-DRAW = "--num_images 4 --num_iter 1 --num_sampling_steps 1 --device cpu --features digits".split()
+DRAW = "--num_images 4 --num_iter 1 --num_sampling_steps 1 --features digits".split()
 
 
 def folder_of(root, classes, size=8):

@@ -60,7 +60,7 @@ def test_the_program_makes_plain_arrays_and_nothing_else(stats_file, digits):
 
 def test_statistics_of_a_folder_at_another_size_and_of_the_other_split(tmp_path, monkeypatch, capsys):
     folder = image_folder(tmp_path / "images", {"train": 6, "val": 4})
-    flags = ["--data_path", str(folder), "--img_size", "8", "--features", "digits", "--device", "cpu"]
+    flags = ["--data_path", str(folder), "--img_size", "8", "--features", "digits"]
     out = tmp_path / "val.npz"
     assert make_fid_stats.main([*flags, "--split", "val", "--out", str(out)]) == 0
     assert "digits features of 8 val images of imagefolder at 8x8" in capsys.readouterr().out

@@ -41,7 +41,7 @@ def content(checkpoint):
 
 def readers(place, out) -> dict:
     """name -> (program, arguments) of everything that reads a checkpoint."""
-    sampling = ["--checkpoint", str(place), "--output_dir", str(out), "--device", "cpu"]
+    sampling = ["--checkpoint", str(place), "--output_dir", str(out)]
     training = [word.format(out=out) for word in TINY]
     return {
         "sample": (sample.main, sampling),
@@ -303,5 +303,5 @@ def test_a_foreign_config_without_some_sizes_takes_the_defaults(content, tmp_pat
 def test_the_checkpoint_of_a_tokenizers_training_is_checked(key, value, tmp_path, capsys):
     parts = dict(autoencoder={"a": torch.zeros(1)}, optimizer={}, step=3, minutes=0.1, settings={})
     torch.save({**parts, key: value}, tmp_path / FILE_NAME)
-    flags = f"--data digits --stride 2 --latent_channels 2 --width 4 --resume --output_dir {tmp_path} --device cpu"
+    flags = f"--data digits --stride 2 --latent_channels 2 --width 4 --resume --output_dir {tmp_path}"
     assert str(tmp_path) in refused(train_tokenizer.main, flags.split(), capsys)

@@ -218,7 +218,7 @@ def test_one_pixel_is_not_of_one_colour():
 
 def test_the_result_line_has_the_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sampling.run.is_plain", lambda image: True)
-    flags = "--num_images 4 --metrics none --num_sampling_steps 2 --device cpu --dtype bf16".split()
+    flags = "--num_images 4 --metrics none --num_sampling_steps 2 --dtype bf16".split()
     argv = ["--checkpoint", str(untrained(tmp_path / "in")), "--output_dir", str(tmp_path / "out"), *flags]
     assert sample.main(argv) == 0
     row = json.loads((tmp_path / "out" / "results.jsonl").read_text())

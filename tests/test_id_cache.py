@@ -117,7 +117,7 @@ def test_ids_that_cannot_be_cached_and_what_has_no_scale_are_one_line(pictures, 
     assert "--tokens discrete does not fit" in refused(cache_latents.main, capsys, *flags, "--tokens", "discrete")
     of_ids = ["--tokenizer", "grey16"]
     assert "discrete ones" in refused(cache_latents.main, capsys, *flags, *of_ids, "--tokens", "continuous")
-    words = "--data imagefolder --img_size 8 --device cpu --num_workers 0 --data_path".split()
+    words = "--data imagefolder --img_size 8 --num_workers 0 --data_path".split()
     assert "grey16 makes ids alone" in refused(measure_latents.main, capsys, *words, pictures, *of_ids)
     folder = cache(pictures, tmp_path / "c", *of_ids)
     assert f"{folder} is a cache" in refused(measure_latents.main, capsys, *words, folder, *vq)

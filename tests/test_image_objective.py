@@ -26,7 +26,7 @@ from util.images.datasets import build_dataset
 
 TRAIN = """
     --preset digits --patch_size 2 --diffloss_w 16 --diffloss_d 1 --buffer_size 2 --num_iter 2 --num_sampling_steps 2
-    --cfg 1.5 --solver dpmpp_sde --device cpu --batch_size 600 --bank 700 --eval_freq 100 --save_last_freq 1
+    --cfg 1.5 --solver dpmpp_sde --batch_size 600 --bank 700 --eval_freq 100 --save_last_freq 1
     --objective image
 """
 TRAIN = [*TRAIN.split(), "--learn", "tau,cfg,profile"]

@@ -132,7 +132,7 @@ def test_it_draws_with_half_of_the_cores(monkeypatch):
 def test_a_signal_in_the_middle_of_an_image_ends_it(number, tmp_path, trace, capsys):
     """And its port is taken until then."""
     place = untrained(tmp_path / "run")
-    program = [sys.executable, inspector.__file__, "--checkpoint", str(place), "--port", "0", "--device", "cpu"]
+    program = [sys.executable, inspector.__file__, "--checkpoint", str(place), "--port", "0"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # tests that were started in the background ignore SIGINT, and so would their programs
     pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)

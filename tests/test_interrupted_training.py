@@ -26,7 +26,7 @@ from util.evaluation.protocol import EvalConfig
 TRAIN = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 4 --buffer_size 2 --proj_dropout 0".split()
 TRAIN += "--diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --batch_size 4 --attn_dropout 0.1 --blr 0.02".split()
 TRAIN += "--num_sampling_steps 2 --num_iter 1 --warmup_epochs 1 --eval_freq 100 --num_workers 0".split()
-TRAIN += "--save_last_freq 1 --device cpu".split()
+TRAIN += "--save_last_freq 1".split()
 STEPS = 3  # an epoch
 
 

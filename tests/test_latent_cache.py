@@ -109,7 +109,7 @@ def test_names_stay_inside_the_folder(tmp_path, pictures, capsys):
 
 
 def test_data_sets_without_files_have_caches_too(tmp_path):
-    flags = ["--device", "cpu", "--batch_size", "512", "--cached_path", str(tmp_path / "c")]
+    flags = ["--batch_size", "512", "--cached_path", str(tmp_path / "c")]
     assert cache_latents.main(flags) == 0  # no data set named: the digits, as in main_mar.py
     latents, digits = open_latents(tmp_path / "c", 8), build_dataset("digits")
     assert not latents.flip and latents.channels == 1 and latents.classes == digits.classes

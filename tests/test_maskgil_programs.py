@@ -28,9 +28,9 @@ from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --model maskgil_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 1e-3".split()
 TRAIN += "--lr_schedule constant --warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100".split()
-TRAIN += "--num_workers 0 --device cpu".split()
+TRAIN += "--num_workers 0".split()
 HEADS = ["--learn", "order,group,cfg"]
-SAMPLE = "--num_images 4 --metrics none --device cpu --eval_bsz 4".split()
+SAMPLE = "--num_images 4 --metrics none --eval_bsz 4".split()
 
 
 def prepare(patch) -> None:
@@ -195,7 +195,7 @@ def test_two_processes_train_like_one(run, tmp_path):
 
 
 def test_training_on_cached_ids_equals_training_on_the_images(tmp_path):
-    cache = "--data digits --img_size 8 --tokenizer grey16 --num_workers 0 --device cpu --cached_path".split()
+    cache = "--data digits --img_size 8 --tokenizer grey16 --num_workers 0 --cached_path".split()
     assert cache_latents.main([*cache, str(tmp_path / "cache")]) == 0
     for name, more in (("images", []), ("cached", ["--use_cached", "--cached_path", str(tmp_path / "cache")])):
         assert main_mar.main([*TRAIN, *more, "--epochs", "1", "--output_dir", str(tmp_path / name)]) == 0

@@ -17,8 +17,8 @@ from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --model mean_small --tokenizer pixel --img_size 8 --batch_size 256 --blr 0.01".split()
-TRAIN += "--num_iter 3 --num_images 20 --metrics none --eval_freq 100 --num_workers 0 --device cpu".split()
-SAMPLE = "--num_images 4 --metrics none --num_iter 3 --cfg 1.5 --device cpu".split()
+TRAIN += "--num_iter 3 --num_images 20 --metrics none --eval_freq 100 --num_workers 0".split()
+SAMPLE = "--num_images 4 --metrics none --num_iter 3 --cfg 1.5".split()
 
 
 @pytest.fixture(autouse=True)

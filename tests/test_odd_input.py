@@ -66,7 +66,7 @@ def odd(tmp_path_factory):
 
 
 FOLDER = "--data imagefolder --tokenizer pixel --img_size 8 --patch_size 4 --model mar_tiny --num_workers 0"
-QUICK = "--num_iter 1 --num_sampling_steps 1 --metrics none --num_images 2 --device cpu".split()
+QUICK = "--num_iter 1 --num_sampling_steps 1 --metrics none --num_images 2".split()
 
 
 def train(data, out, *flags):
@@ -95,7 +95,7 @@ def test_links_to_nothing_do_not_keep_from_measuring_and_caching(odd, tmp_path, 
         assert sample.main([*flags, "--metrics", "fid", "--features", "digits"]) == 0
         assert "FID" in capsys.readouterr().out
         for style in ("packed", "npz"):
-            argv = f"{FOLDER} --format {style} --device cpu".replace("--patch_size 4 --model mar_tiny", "").split()
+            argv = f"{FOLDER} --format {style}".replace("--patch_size 4 --model mar_tiny", "").split()
             argv += ["--data_path", str(place), "--cached_path", str(tmp_path / f"{style}{i}")]
             assert cache_latents.main(argv) == 0
             assert len(open_latents(tmp_path / f"{style}{i}")) == len(IMAGES) + len(CLASSES)
@@ -110,7 +110,7 @@ def test_a_single_image_is_a_data_set(below, tmp_path):
 
 def test_odd_images_are_a_reference(odd, tmp_path):
     out = tmp_path / f"{LONG}.npz"
-    argv = ["--data_path", str(odd), *"--img_size 8 --features digits --device cpu --out".split(), str(out)]
+    argv = ["--data_path", str(odd), *"--img_size 8 --features digits --out".split(), str(out)]
     assert make_fid_stats.main(argv) == 0
     assert load_fid_stats(out).num_images == len(IMAGES) + len(CLASSES)
 
@@ -118,7 +118,7 @@ def test_odd_images_are_a_reference(odd, tmp_path):
 @pytest.mark.parametrize("format", ["packed", "npz"])
 def test_odd_images_are_cached(odd, format, tmp_path):
     images = build_dataset("imagefolder", data_path=odd, img_size=8)
-    argv = f"{FOLDER} --format {format} --device cpu".replace("--patch_size 4 --model mar_tiny", "").split()
+    argv = f"{FOLDER} --format {format}".replace("--patch_size 4 --model mar_tiny", "").split()
     argv += ["--data_path", str(odd), "--cached_path", str(tmp_path / LONG)]
     for _ in range(2):  # the second time nothing is left to do
         assert cache_latents.main(argv) == 0

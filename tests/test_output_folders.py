@@ -12,7 +12,7 @@ from tests.test_data import save
 from tests.test_reading_settings import train
 from util.images.folders import check_output_folder
 
-TOKENIZER = "--img_size 8 --device cpu".split()
+TOKENIZER = "--img_size 8".split()
 PROGRAMS = {
     "main_mar": (main_mar.main, [*SMALL, *TRAIN], "output_dir"),
     "log_dir": (main_mar.main, [*SMALL, *TRAIN, "--output_dir", "elsewhere"], "log_dir"),
@@ -38,7 +38,7 @@ def test_sampling_writes_nothing_among_the_images_of_its_checkpoint_or_flag(some
     run, other = train(some, tmp_path / "run"), tmp_path / "other"
     shutil.copytree(some / "train", other)  # classes without a split
     before = content(some), content(other)
-    flags = "--metrics none --num_images 2 --num_iter 1 --num_sampling_steps 1 --device cpu --checkpoint".split()
+    flags = "--metrics none --num_images 2 --num_iter 1 --num_sampling_steps 1 --checkpoint".split()
     for place in (some, some / "train" / "7" / "new"):
         assert f"{place} is in {some}" in refused(sample.main, capsys, *flags, run, "--output_dir", place)
     for place in (other, other / "new"):

@@ -30,13 +30,13 @@ from tests.helpers_latents import CACHE, SMALL, cache, content, refused
 from tests.test_reading_settings import train
 from util.images.folders import find_cache
 
-IMAGES = "--data digits --img_size 8 --tokenizer pixel --device cpu".split()
+IMAGES = "--data digits --img_size 8 --tokenizer pixel".split()
 # program -> (its flags before the place, the name of the flag, what it writes there, has it --dry_run?)
 WRITERS = {
     "main_mar": (main_mar, ["--preset", "digits"], "output_dir", "", True),
     "log_dir": (main_mar, ["--preset", "digits", "--output_dir", "elsewhere"], "log_dir", "", True),
     "evaluate": (main_mar, ["--preset", "digits", "--evaluate", "--resume", "GOOD"], "output_dir", "", True),
-    "sample": (sample, ["--checkpoint", "GOOD", "--metrics", "none", "--device", "cpu"], "output_dir", "", True),
+    "sample": (sample, ["--checkpoint", "GOOD", "--metrics", "none"], "output_dir", "", True),
     "cache_latents": (cache_latents, IMAGES, "cached_path", "/new", True),
     "train_tokenizer": (train_tokenizer, IMAGES[:4], "output_dir", "", True),
     "measure_reconstruction": (measure_reconstruction, IMAGES, "output_dir", "", True),
@@ -197,7 +197,7 @@ LONG += " --num_sampling_steps 12:5 --refresh_every 3"
 @pytest.mark.parametrize("dry", [[], ["--dry_run"]])
 def test_a_name_too_long_for_a_folder_is_refused_before_sampling(dry, inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("engine_mar.train_one_epoch", lambda *a: pytest.fail("it had started"))
-    words = [*LONG.split(), "--output_dir", tmp_path / "out", "--device", "cpu", *dry]
+    words = [*LONG.split(), "--output_dir", tmp_path / "out", *dry]
     for main, flags in (
         (sample.main, ["--checkpoint", inputs["GOOD"], "--metrics", "none"]),
         (main_mar.main, ["--preset", "digits", "--online_eval"]),

@@ -28,7 +28,7 @@ from tests.test_low_precision import needs_int8
 from util.checkpoint import load_checkpoint
 
 TRAIN = "--data digits --img_size 8 --batch_size 256 --lr 1e-3 --lr_schedule constant --warmup_epochs 0".split()
-TRAIN += "--num_workers 0 --device cpu --epochs 1 --num_images 4 --metrics none --num_iter 4".split()
+TRAIN += "--num_workers 0 --epochs 1 --num_images 4 --metrics none --num_iter 4".split()
 
 
 def test_whole_rows():
@@ -128,7 +128,7 @@ def prepared(monkeypatch):
 
 
 def images(runs, out, name, *words):
-    flags = f"--checkpoint {runs / name} --output_dir {out} --num_images 4 --metrics none --device cpu --seed 3".split()
+    flags = f"--checkpoint {runs / name} --output_dir {out} --num_images 4 --metrics none --seed 3".split()
     assert sample.main([*flags, *words]) == 0
     (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return row, [np.asarray(Image.open(out / row["name"] / f"{i}.png")) for i in range(4)]

@@ -44,7 +44,7 @@ def readings(monkeypatch):
 
 
 def measure(run, out, *flags):
-    argv = "--metrics fid --features digits --num_images 4 --num_iter 1 --num_sampling_steps 1 --device cpu".split()
+    argv = "--metrics fid --features digits --num_images 4 --num_iter 1 --num_sampling_steps 1".split()
     assert sample.main(["--checkpoint", str(run), "--output_dir", str(out), *argv, *map(str, flags)]) == 0
     (line,) = (out / "results.jsonl").read_text().splitlines()
     return json.loads(line)
@@ -182,7 +182,7 @@ def test_a_damaged_note_about_reading_continues_nothing(pictures, tmp_path, caps
 
 
 def test_old_caches_of_other_data_go_on(tmp_path):
-    flags = ["--device", "cpu", "--batch_size", "512", "--cached_path", str(tmp_path / "c")]
+    flags = ["--batch_size", "512", "--cached_path", str(tmp_path / "c")]
     assert cache_latents.main(flags) == 0 and open_latents(tmp_path / "c").reading is None
     for name in ("settings.json", "index.json"):
         stored = json.loads((tmp_path / "c" / name).read_text())

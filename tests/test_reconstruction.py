@@ -144,7 +144,7 @@ def test_what_cannot_be_compared_is_refused(digits):
 
 
 def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch, capsys):
-    base = ["--tokenizer", "pixel", "--data", "digits", "--features", "digits", "--device", "cpu"]
+    base = ["--tokenizer", "pixel", "--data", "digits", "--features", "digits"]
     base += ["--output_dir", str(tmp_path)]
     assert measure_reconstruction.main([*base, "--num_images", "50"]) == 0
     (row,) = rows(tmp_path)
@@ -173,7 +173,7 @@ def test_an_autoencoder_is_measured_on_a_folder(tmp_path, capsys):
     folder = image_folder(tmp_path / "images", {"train": 3, "val": 2})
     diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")
     base = ["--tokenizer", f"diffusers:{tmp_path / 'vae'}", "--data_path", str(folder), "--img_size", "8"]
-    base += ["--features", "digits", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    base += ["--features", "digits", "--output_dir", str(tmp_path / "out")]
     for flags in ([], ["--split", "val"], ["--dtype", "bf16"], ["--split", "val"]):
         assert measure_reconstruction.main([*base, *flags]) == 0
     lines = rows(tmp_path / "out")

@@ -68,7 +68,7 @@ def test_results_are_measured_anew_where_a_file_was_replaced_but_not_those_of_be
     for i in range(4):
         write(i)
     run, out = train(tmp_path / "data", tmp_path / "run"), tmp_path / "out"
-    flags = "--metrics fid --features digits --num_images 4 --num_iter 1 --num_sampling_steps 1 --device cpu".split()
+    flags = "--metrics fid --features digits --num_images 4 --num_iter 1 --num_sampling_steps 1".split()
 
     def lines():
         assert sample.main(["--checkpoint", str(run), "--output_dir", str(out), *flags]) == 0

@@ -24,7 +24,7 @@ from util.checkpoint import load_checkpoint, save_checkpoint
 from util.door import run_main
 
 SMALL = "--preset digits --epochs 1 --batch_size 256 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1".split()
-SMALL += "--buffer_size 2 --warmup_epochs 0 --num_iter 2 --device cpu".split()
+SMALL += "--buffer_size 2 --warmup_epochs 0 --num_iter 2".split()
 METRICS = {"fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "svc_accuracy", "frechet_pixels"}
 NUM_EVAL = 30
 
@@ -37,7 +37,7 @@ def train_tiny(folder, *flags) -> Path:
 
 def draw(checkpoint, out, *flags) -> int:
     """sample.py without metrics, for 24 images unless flags say otherwise."""
-    usual = "--num_images 24 --eval_bsz 8 --num_iter 3 --num_sampling_steps 3 --metrics none --device cpu".split()
+    usual = "--num_images 24 --eval_bsz 8 --num_iter 3 --num_sampling_steps 3 --metrics none".split()
     return sample.main(["--checkpoint", str(checkpoint), "--output_dir", str(out), *usual, *map(str, flags)])
 
 
@@ -182,7 +182,7 @@ def test_a_result_that_is_there_is_skipped(checkpoint, tmp_path, monkeypatch, ca
 def test_settings_of_the_checkpoint_given_by_hand_are_the_same_settings(checkpoint, tmp_path, capsys):
     """Whatever stands in a results line can be spelled out as flags without becoming another setting."""
     base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path)]
-    base += "--num_images 4 --metrics none --device cpu".split()
+    base += "--num_images 4 --metrics none".split()
     assert sample.main(base) == 0
     settings = rows(tmp_path)[0]["settings"]
     known = {k: v for k, v in settings.items() if v is not None and k not in ("ema", "class_labels", "dtype")}

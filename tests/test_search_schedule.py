@@ -222,7 +222,7 @@ def test_a_reward_has_two_kinds(text, message):
 
 def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
     checkpoint, out = untrained(tmp_path / "c"), tmp_path / "new" / "s.json"
-    flags = ["--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
+    flags = ["--checkpoint", str(checkpoint), "--out", str(out)]
     flags += "--iterations 1 --popsize 4 --num_images 12 --batch_size 6 --num_iter 2 --num_sampling_steps 2".split()
     assert search_schedule.main(flags) == 0
     content = read_schedule(out)
@@ -254,10 +254,10 @@ def test_models_of_ids_are_searched_without_a_profile(size, order, kinds, tmp_pa
     """And causal ones without groups: two values of τ and w stand for their 16 steps."""
     add_tokenizers(monkeypatch)
     words = f"--data digits --model {size} --tokenizer grey16 --img_size 8 --batch_size 1024 --epochs 1 --lr 0"
-    words += " --num_images 1 --metrics none --num_workers 0 --warmup_epochs 0 --eval_freq 100 --device cpu"
+    words += " --num_images 1 --metrics none --num_workers 0 --warmup_epochs 0 --eval_freq 100"
     assert main_mar.main([*words.split(), "--output_dir", str(tmp_path / "c")]) == 0
     out = tmp_path / "s.json"
-    flags = "--iterations 1 --popsize 4 --num_images 12 --batch_size 12 --num_iter 2 --device cpu".split()
+    flags = "--iterations 1 --popsize 4 --num_images 12 --batch_size 12 --num_iter 2".split()
     monkeypatch.setitem(GRID, "cfg", (1.25,))
     assert search_schedule.main(["--checkpoint", str(tmp_path / "c"), "--out", str(out), *flags]) == 0
     content = read_schedule(out)

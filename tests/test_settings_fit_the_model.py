@@ -84,7 +84,7 @@ def test_before_heads_are_trained_on_images(flags, line, rules, trained, needing
 def test_before_a_schedule_is_searched_for(trained, needing, tmp_path, monkeypatch, capsys):
     needing({"order": "raster"})
     monkeypatch.setattr(search_schedule, "RewardDistance", lambda *a: pytest.fail("it had started"))
-    words = ["--checkpoint", str(trained), "--out", str(tmp_path / "s.json"), "--order", "halton", "--device", "cpu"]
+    words = ["--checkpoint", str(trained), "--out", str(tmp_path / "s.json"), "--order", "halton"]
     line = "error: --order halton does not fit the model, which needs raster"
     assert refused(search_schedule.main, words, capsys) == line and not files(tmp_path)
 

@@ -25,8 +25,8 @@ NUM = 40  # canvases of each size
 SIZES = "8x8,8x16,16x8"
 TRAIN = "--data canvases --model maskgil_tiny --tokenizer grey16 --batch_size 16 --lr 1e-3".split()
 TRAIN += "--lr_schedule constant --warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100".split()
-TRAIN += "--num_workers 0 --device cpu".split()
-SAMPLE = "--num_images 4 --metrics none --device cpu --eval_bsz 4 --num_iter 4".split()
+TRAIN += "--num_workers 0".split()
+SAMPLE = "--num_images 4 --metrics none --eval_bsz 4 --num_iter 4".split()
 BUCKETS = ["--buckets", SIZES]
 EPOCH = 3 * (NUM // 16)  # steps
 
@@ -105,7 +105,7 @@ def test_a_run_that_stops_inside_an_epoch_goes_on_as_if_it_had_not(tmp_path, mon
 
 
 def cache(folder, *words):
-    base = "--data canvases --tokenizer grey16 --num_workers 0 --device cpu --cached_path".split()
+    base = "--data canvases --tokenizer grey16 --num_workers 0 --cached_path".split()
     return cache_latents.main([*base, str(folder), *words])
 
 
@@ -217,7 +217,7 @@ def test_a_model_of_text_trains_on_a_folder_of_shapes(tmp_path, capsys, monkeypa
     monkeypatch.setattr(cache_text, "load_text_encoder", lambda *args: ToyEncoder())
     monkeypatch.setattr(prompts, "load_text_encoder", lambda *args: ToyEncoder())
     words = ["--data", "imagefolder", "--data_path", folder_of_shapes(tmp_path / "images")]
-    made = ["--captions", "beside", "--text_encoder", "toy", "--max_tokens", "6", "--device", "cpu"]
+    made = ["--captions", "beside", "--text_encoder", "toy", "--max_tokens", "6"]
     assert cache_text.main([*words, *made, "--cached_text", str(tmp_path / "text")]) == 0
     words = [*TRAIN, *words, "--model", "maskgil_t2i_tiny", "--cached_text", str(tmp_path / "text"), "--epochs", "1"]
     words += ["--tokenizer", "grey16rgb", "--img_size", "8x16", "--output_dir", str(tmp_path / "run")]
@@ -225,7 +225,7 @@ def test_a_model_of_text_trains_on_a_folder_of_shapes(tmp_path, capsys, monkeypa
     line = refused(main_mar.main, [*words[:-1], str(tmp_path / "no"), "--buckets", "8x15,16x8"], capsys)
     assert "--buckets: the sides of 8x15 must be multiples of the tokenizer's 2" in line
     out = ["--checkpoint", str(tmp_path / "run"), "--output_dir", str(tmp_path / "out"), "--num_iter", "2"]
-    assert sample.main([*out, "--prompts", "a two", "--device", "cpu"]) == 0
+    assert sample.main([*out, "--prompts", "a two"]) == 0
     (picture,) = tmp_path.glob("out/*/0.png")
     assert np.asarray(Image.open(picture)).shape == (8, 16, 3)  # the size that it was trained with
 

@@ -16,7 +16,7 @@ from tests.test_cli import refused
 from util.checkpoint import find_stored, load_checkpoint, save_checkpoint
 from util.evaluation.fid_stats import FIDStats, save_fid_stats
 
-QUICK = "--num_images 4 --num_iter 2 --num_sampling_steps 2 --device cpu".split()
+QUICK = "--num_images 4 --num_iter 2 --num_sampling_steps 2".split()
 
 
 def pictures(folder):

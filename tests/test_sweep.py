@@ -101,7 +101,7 @@ def test_modes_are_swept_with_the_heads_of_the_checkpoint(checkpoint, tmp_path):
 )
 def test_all_of_a_grid_is_checked_before_any_is_sampled(flags, shown, checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sampling.run.generate", lambda *a, **k: pytest.fail("sampling had started"))
-    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    base = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out")]
     assert shown in refused(sample.main, [*base, *SMALL, *flags.split()], capsys)
     assert not (tmp_path / "out").exists()
 

@@ -50,7 +50,7 @@ def places(tmp_path_factory):
 
 def cache(places, *words):
     """Exit code of cache_text.py on the digits; what is given twice counts the last time."""
-    base = ["--data", "digits", "--text_encoder", places["encoder"], "--max_tokens", NUM_TOKENS, "--device", "cpu"]
+    base = ["--data", "digits", "--text_encoder", places["encoder"], "--max_tokens", NUM_TOKENS]
     return cache_text.main([str(word) for word in (*base, "--shard_size", 8, *words)])
 
 
@@ -152,7 +152,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_never_stopped(run, places,
 
 
 def sampled(run, out, *words):
-    assert sample.main(["--checkpoint", str(run), "--output_dir", str(out), "--device", "cpu", *words]) == 0
+    assert sample.main(["--checkpoint", str(run), "--output_dir", str(out), *words]) == 0
     (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     return row, {path.name: np.asarray(Image.open(path)) for path in (out / row["name"]).glob("?.png")}
 
@@ -324,7 +324,7 @@ def test_caches_that_cannot_be_are_refused(words, message, places, tmp_path, cap
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     given = ["--data", "digits", "--cached_text", str(tmp_path / "out"), "--text_encoder", places["encoder"]]
-    given += ["--max_tokens", str(NUM_TOKENS), "--shard_size", "8", "--device", "cpu", *words.format(**places).split()]
+    given += ["--max_tokens", str(NUM_TOKENS), "--shard_size", "8", *words.format(**places).split()]
     line = refused(cache_text.main, given, capsys)
     assert message.format(**places) in line and len(line) < 400
     assert not (tmp_path / "out").exists()

@@ -364,7 +364,7 @@ def test_the_group_head_keeps_the_budget_and_collapses_without(tmp_path):
 @pytest.mark.slow
 def test_the_group_head_keeps_the_budget_on_the_digits_preset(tmp_path):
     flags = ("--learn", "order,group,tau,cfg", "--mask_ratio_min", "0", "--mask_ratio_per_image", "--epochs", "8")
-    flags += ("--warmup_epochs", "0", "--device", "cpu", "--num_images", "20", "--output_dir", str(tmp_path))
+    flags += ("--warmup_epochs", "0", "--num_images", "20", "--output_dir", str(tmp_path))
     assert main_mar.main(["--preset", "digits", *flags]) == 0
     assert abs(np.mean(scalars(tmp_path, "k_over_cosine_mean")[-56:]) - 1) < 0.1
     assert np.mean(scalars(tmp_path, "k_over_cosine_std")[-56:]) > 0.001

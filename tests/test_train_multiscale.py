@@ -24,7 +24,7 @@ from util.images.datasets import build_dataset
 from util.images.latents import open_latents
 
 SCALES = (1, 2, 3, 4, 6, 8)
-FLAGS = "--data digits --stride 1 --multiscale --patch_nums 1,2,3,4,6,8 --latent_channels 4 --width 4 --device cpu"
+FLAGS = "--data digits --stride 1 --multiscale --patch_nums 1,2,3,4,6,8 --latent_channels 4 --width 4"
 FLAGS = f"{FLAGS} --codebook_size 32 --batch_size 60 --lr 1e-2 --epochs 0.8 --num_eval 60".split()
 
 
@@ -103,7 +103,7 @@ def test_a_cache_holds_the_ids_of_all_scales_and_of_mirror_images(pictures, tmp_
     image = build_dataset("imagefolder", data_path=pictures, img_size=8)[3][0].float() / 127.5 - 1
     assert torch.equal(ids[3][0], tokenizer.encode_ids(torch.stack([image, image.flip(-1)])))
     ids.check(tokenizer, "var_vq", discrete=True)
-    words = "--data imagefolder --img_size 8 --device cpu --num_workers 0 --data_path".split() + [pictures, *flags]
+    words = "--data imagefolder --img_size 8 --num_workers 0 --data_path".split() + [pictures, *flags]
     line = refused(capsys, cache_latents, *words, "--cached_path", tmp_path / "d", "--tokens", "discrete")
     assert "makes multiscale ones" in line
     assert "var_vq makes ids alone" in refused(capsys, measure_latents, *words)
@@ -126,16 +126,14 @@ def test_a_cache_holds_the_ids_of_all_scales_and_of_mirror_images(pictures, tmp_
     ],
 )
 def test_flags_without_a_meaning_are_refused(flags, message, tmp_path, capsys):
-    words = "--data digits --stride 1 --device cpu --epochs 0.05".split() + flags.split()
+    words = "--data digits --stride 1 --epochs 0.05".split() + flags.split()
     assert message in refused(capsys, train_tokenizer, *words, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_as_many_codes_as_scales_can_be_trained(tmp_path):
     words = "--data digits --stride 1 --multiscale --patch_nums 1,8 --width 4 --latent_channels 4 --codebook_size 2"
-    assert (
-        train_tokenizer.main([*words.split(), *"--epochs 0.01 --device cpu --output_dir".split(), str(tmp_path)]) == 0
-    )
+    assert train_tokenizer.main([*words.split(), *"--epochs 0.01 --output_dir".split(), str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("change", [dict(norm_groups=0), dict(vocab_size=0), dict(z_channels=0), dict(quant_conv_ks=2),
@@ -154,7 +152,7 @@ def test_whole_numbers_are_numbers_of_a_file_too(tmp_path):
 
 
 def test_its_reconstructions_are_measured_by_scale(folder, tmp_path, capsys):
-    flags = ["--data", "digits", "--tokenizer", "var_vq", "--vae_path", folder / "tokenizer.pth", "--device", "cpu"]
+    flags = ["--data", "digits", "--tokenizer", "var_vq", "--vae_path", folder / "tokenizer.pth"]
     flags = [*map(str, flags), "--no_rfid", "--num_images", "50", "--output_dir", str(tmp_path)]
     assert measure_reconstruction.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()

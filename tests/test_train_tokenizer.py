@@ -22,7 +22,7 @@ from util.images.pictures import save_png
 
 # one epoch is three steps
 TINY = "--data digits --stride 2 --latent_channels 3 --width 4 --codebook_size 16 --batch_size 500 --num_eval 20"
-TINY = f"{TINY} --lr 1e-2 --epochs 0.6 --device cpu".split()
+TINY = f"{TINY} --lr 1e-2 --epochs 0.6".split()
 MULTISCALE = ["--multiscale", "--patch_nums", "1,2,4", "--adversarial_weight", "0.1", "--adversarial_start", "0.4"]
 CLASS_FLAGS = {"AutoencoderKL": [], "VQModel": ["--vq"], "MultiScaleVQ": MULTISCALE}
 DIFFUSERS = ["AutoencoderKL", "VQModel"]

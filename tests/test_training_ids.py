@@ -20,9 +20,9 @@ from util.checkpoint import load_checkpoint
 TRAIN = """
     --data digits --model mar_tiny --tokenizer grey16 --loss ce --img_size 8 --buffer_size 2 --batch_size 256 --blr 0.01
     --warmup_epochs 0 --lr_schedule constant --num_iter 3 --num_images 20 --metrics none --eval_freq 100
-    --num_workers 0 --device cpu
+    --num_workers 0
 """.split()
-SAMPLE = "--num_images 6 --metrics none --num_iter 3 --cfg 1.5 --device cpu --eval_bsz 6".split()
+SAMPLE = "--num_images 6 --metrics none --num_iter 3 --cfg 1.5 --eval_bsz 6".split()
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_what_does_not_fit_ids_is_refused(flags, message, capsys, tmp_path):
     ],
 )
 def test_what_only_ids_have_is_refused_elsewhere(flags, message, capsys, tmp_path):
-    words = "--preset digits --buffer_size 2 --device cpu".split()
+    words = "--preset digits --buffer_size 2".split()
     line = refused(main_mar.main, [*words, *flags.split(), "--output_dir", str(tmp_path)], capsys)
     assert message in line
 
@@ -175,6 +175,6 @@ def test_another_codebook_is_refused(run, tmp_path, capsys, monkeypatch):
 
 def test_a_family_without_the_flag_refuses_it(monkeypatch, capsys, tmp_path):
     helpers_family.add_family(monkeypatch)
-    words = "--data digits --model mean_small --tokenizer pixel --loss ce --device cpu".split()
+    words = "--data digits --model mean_small --tokenizer pixel --loss ce".split()
     line = refused(main_mar.main, [*words, "--output_dir", str(tmp_path)], capsys)
     assert "--loss ce has no meaning for --model mean_small" in line

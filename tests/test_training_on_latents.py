@@ -37,7 +37,7 @@ def pictures(tmp_path_factory) -> Path:
 def test_what_measure_latents_prints_normalises_the_latents(saved, pictures, capsys, name):
     tokenizer = f"diffusers:{saved / name}"
     flags = ["--tokenizer", tokenizer, "--data_path", str(pictures), *"--img_size 16 --num_workers 0".split()]
-    assert measure_latents.main([*flags, "--batch_size", "5", "--device", "cpu"]) == 0
+    assert measure_latents.main([*flags, "--batch_size", "5"]) == 0
     out = capsys.readouterr().out
     scale, mean = re.search(r"--vae_scale (\S+) --vae_mean (\S+)", out).groups()
     normal = build_tokenizer(tokenizer, vae_scale=scale, vae_mean=mean)
@@ -54,7 +54,7 @@ def test_what_measure_latents_prints_normalises_the_latents(saved, pictures, cap
 
 def test_measuring_pixels(pictures, capsys):
     flags = ["--tokenizer", "pixel", "--data_path", str(pictures), *"--img_size 16 --num_workers 0".split()]
-    assert measure_latents.main([*flags, "--num_images", "7", "--device", "cpu"]) == 0
+    assert measure_latents.main([*flags, "--num_images", "7"]) == 0
     out = capsys.readouterr().out
     assert "7 images" in out and len(re.search(r"--vae_mean (\S+)", out)[1].split(",")) == 3
 
@@ -64,7 +64,7 @@ SMALL = (
     "--model mar_tiny --img_size 16 --buffer_size 2 --diffloss_w 16 --diffloss_d 1 --batch_size 4 --epochs 1".split()
 )
 SMALL += "--num_sampling_steps 2 --num_iter 2 --attn_dropout 0 --proj_dropout 0 --num_workers 0 --lr 1e-3".split()
-SMALL += "--warmup_epochs 0 --metrics none --device cpu --diffusion_batch_mul 1 --eval_freq 100".split()
+SMALL += "--warmup_epochs 0 --metrics none --diffusion_batch_mul 1 --eval_freq 100".split()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_training_and_sampling_on_latents(trained, tmp_path):
     assert not [name for name in names if "autoencoder" in name]  # what trains is MAR alone
     assert len(content["optimizer"]["state"]) == len(content["model"])
     out = tmp_path / "out"
-    flags = "--num_images 4 --eval_bsz 2 --metrics none --device cpu".split()
+    flags = "--num_images 4 --eval_bsz 2 --metrics none".split()
     assert sample.main(["--checkpoint", str(trained), "--output_dir", str(out), *flags]) == 0
     (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert np.asarray(Image.open(out / row["name"] / "3.png")).shape == (16, 16, 3)
@@ -121,8 +121,8 @@ def test_kl16_trains_from_its_file(pictures, tmp_path, small):
     assert (config["tokenizer"], config["vae_path"], config["mar"]["vae_stride"]) == ("kl16", str(file), 16)
     moved = file.rename(tmp_path / "moved")
     sampling = ["--checkpoint", str(tmp_path / "out"), "--output_dir", str(tmp_path / "samples"), "--num_images", "1"]
-    assert sample.main([*sampling, "--vae_path", str(moved), "--metrics", "none", "--device", "cpu"]) == 0
-    assert str(file) in message(sample.main, [*sampling, "--device", "cpu"])
+    assert sample.main([*sampling, "--vae_path", str(moved), "--metrics", "none"]) == 0
+    assert str(file) in message(sample.main, [*sampling])
 
 
 # flags after those of a good run -> what the one line on stderr must contain
@@ -175,7 +175,7 @@ def test_sampling_with_another_tokenizer_is_one_line(saved, trained, tmp_path, c
     content["config"]["vae_mean"] = mean
     save_checkpoint(tmp_path / "in", content)
     flags = ["--checkpoint", tmp_path / "in", "--output_dir", tmp_path / "out", "--vae_path", saved / name]
-    assert run_main(sample.main, [*map(str, flags), "--device", "cpu"]) == 2
+    assert run_main(sample.main, [*map(str, flags)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert shown in line and not (tmp_path / "out").exists()
 
@@ -185,7 +185,7 @@ def test_sampling_with_other_weights_of_the_tokenizer_is_one_line(trained, tmp_p
     torch.manual_seed(99)
     diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")
     flags = ["--checkpoint", trained, "--output_dir", tmp_path / "out", "--vae_path", tmp_path / "vae"]
-    assert run_main(sample.main, [*map(str, flags), "--device", "cpu"]) == 2
+    assert run_main(sample.main, [*map(str, flags)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "was trained on other latents: those of AutoencoderKL" in line and not (tmp_path / "out").exists()
 

@@ -42,43 +42,55 @@ def config(**settings) -> SampleConfig:
     return SampleConfig(num_iter=4, **settings)
 
 
+OTHER = dict(order_base="halton", group_base="power", confidence_score="random")  # not the default
+
+
 @pytest.mark.parametrize(
-    "given, settings",
+    "settings",
     [
-        ({"group_p": 3.0}, [config(group="power")]),
-        ({"group_p": 3.0}, [config(), config(group="power")]),  # one of a sweep reads it
-        ({"group_p": 3.0}, [config(infer_mode="policy", group_base="power")]),
-        ({"cfg_interval": "0,1"}, [config()]),  # the default, which changes nothing
-        ({"order_noise": [1.0, 0.5]}, [config(infer_mode="both")]),
-        ({"confidence_noise": 2.0}, [config(infer_mode="policy", order_base="confidence")]),
-        ({"confidence_noise": 2.0}, [config(infer_mode="maskgil")]),
-        ({"cfg_t_interval": "0.1,0.9"}, [config(cfg_profile="interval")]),
-        ({"cfg": 3.0, "temperature": 0.9, "num_iter": 4}, [config()]),
+        [dict(group_p=3.0, group="power")],
+        [dict(group_p=3.0), dict(group_p=3.0, group="power")],  # one of a sweep reads it
+        [dict(group_p=3.0, infer_mode="policy", group_base="power")],
+        [dict(cfg_interval="0.0,1.0")],  # the default, which changes nothing, in other words
+        [dict(order_noise=1.0, infer_mode="both"), dict(order_noise=0.5, infer_mode="both")],
+        [dict(confidence_noise=2.0, infer_mode="policy", order_base="confidence")],
+        [dict(confidence_noise=2.0, infer_mode="maskgil")],
+        [dict(cfg_t_interval="0.1,0.9", cfg_profile="interval")],
+        [dict(cfg=3.0, temperature=0.9)],
     ],
 )
-def test_a_number_that_a_rule_reads_is_taken(given, settings):
-    check_read(given, settings)
+def test_a_number_that_a_rule_reads_is_taken(settings):
+    check_read(dict.fromkeys(set().union(*settings)), [config(**each) for each in settings])
 
 
 @pytest.mark.parametrize("name", READ_BY)
 def test_a_number_that_no_rule_reads_is_refused(name):
     kind, rules = READ_BY[name]
     usual = getattr(SampleConfig, name)
-    value = usual + 1 if isinstance(usual, float) else "0,0.5" if "," in usual else "x"
+    value = usual + 1 if isinstance(usual, float) else "0,0.5" if "," in usual else OTHER[name]
     reader = f"a learned {kind}" if rules == ("learned",) else f"--{FLAGS[kind]} {rules[0]}"
-    for given in (value, [usual, value]):
+    for settings in ([config(**{name: value})], [config(cfg=2.0), config(**{name: value}, cfg=2.0)]):
         with pytest.raises(ValueError, match=f"--{name} {value} has no meaning without {reader}"):
-            check_read({name: given}, [config(infer_mode="baseline"), config(cfg=2.0)])
+            check_read({name: value}, settings)
+        check_read({}, settings)  # not given by hand: as the checkpoint has it
+
+
+def test_intervals_have_one_form():
+    """So that equal settings compare equal, and have one name."""
+    assert config(cfg_interval="0.0,1.0") == config() == config(cfg_interval="0,1")
+    assert config(cfg_interval="0.20,0.8").cfg_interval == "0.2,0.8" == config(cfg_interval=".2,0.80").cfg_interval
 
 
 def test_heads_are_not_switched_off_where_there_are_none():
     with pytest.raises(ValueError, match="--heads_adaptive off has no meaning without a learned rule"):
         check_read({"heads_adaptive": ["on", "off"]}, [config()])
     check_read({"heads_adaptive": ["on", "off"]}, [config(), config(infer_mode="guidance")])
+    with pytest.raises(ValueError, match="has no meaning"):  # a profile is the same for all images
+        check_read({"heads_adaptive": ["off"]}, [config(cfg_profile="learned")])
 
 
 def test_it_is_one_line_before_anything_is_written(tmp_path, capsys):
-    words = ["--checkpoint", str(untrained(tmp_path / "c")), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    words = ["--checkpoint", str(untrained(tmp_path / "c")), "--output_dir", str(tmp_path / "out")]
     line = refused(sample.main, [*words, "--cfg_interval", "0,0.5", "--cfg", "2", "--cfg_power", "2"], capsys)
     assert "--cfg_interval 0,0.5 has no meaning without --cfg_schedule interval" in line
     assert not (tmp_path / "out").exists()

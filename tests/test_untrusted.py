@@ -89,13 +89,13 @@ def resumed(folder, victim, write):
 
 def sampled(folder, victim, write):
     main, argv, file = resumed(folder, victim, write)
-    return sample.main, ["--checkpoint", str(folder), "--output_dir", "{out}", "--device", "cpu"], file
+    return sample.main, ["--checkpoint", str(folder), "--output_dir", "{out}"], file
 
 
 def tokenizer_run(folder, victim, write):
     """The checkpoint that scripts/train_tokenizer.py --resume continues."""
     file = put(folder / FILE_NAME, write({"autoencoder": Malicious(victim)}))
-    flags = f"--data digits --stride 2 --latent_channels 2 --width 4 --resume --output_dir {folder} --device cpu"
+    flags = f"--data digits --stride 2 --latent_channels 2 --width 4 --resume --output_dir {folder}"
     return train_tokenizer.main, flags.split(), file
 
 
@@ -107,7 +107,7 @@ def fid_weights(folder, victim, write):
 
 def perceptual_weights(folder, victim, write):
     file = put(folder / "w.pth", write({"features.0.weight": Malicious(victim)}))
-    flags = "--data digits --stride 2 --latent_channels 2 --width 4 --output_dir {out} --device cpu"
+    flags = "--data digits --stride 2 --latent_channels 2 --width 4 --output_dir {out}"
     flags += f" --perceptual vgg16 --perceptual_weights {file}"
     return train_tokenizer.main, flags.split(), file
 
@@ -133,7 +133,7 @@ def trace(folder, victim):
 
 def packed_latents(folder, victim):
     """A cache that this program wrote, one of whose files was replaced."""
-    flags = f"--data digits --tokenizer pixel --img_size 8 --num_workers 0 --device cpu --cached_path {folder / 'c'}"
+    flags = f"--data digits --tokenizer pixel --img_size 8 --num_workers 0 --cached_path {folder / 'c'}"
     assert cache_latents.main(flags.split()) == 0
     np.save(folder / "c" / "shard-00000.npy", objects(victim))
     return main_mar.main, [*TINY, "--use_cached", "--cached_path", str(folder / "c")], folder / "c" / "shard-00000.npy"
@@ -245,7 +245,7 @@ BOMB = "Image size (900000000 pixels) exceeds limit of 178956970 pixels, could b
 @pytest.mark.filterwarnings("ignore:broken image skipped")
 def test_a_bomb_is_one_line(checkpoint, tmp_path, capsys):
     file = bomb(tmp_path / "in" / "bomb.png")
-    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out")]
     line = refused(sample.main, [*flags, "--edit_image", str(file), "--edit_mask", str(file)], capsys)
     assert line == f"error: --edit_image {file} cannot be read as a picture: {BOMB}"
     flags = f"--data imagefolder --data_path {file.parent} --tokenizer pixel --output_dir {tmp_path / 'out'}"
@@ -307,7 +307,7 @@ def test_settings_in_a_checkpoint_are_checked_like_flags(part, key, value, check
     place = tampered(checkpoint, tmp_path / "in", lambda config: config[part].__setitem__(key, value))
     before = files(tmp_path)
     flags = ["--checkpoint", str(place), "--output_dir", str(tmp_path / "out" / "deep"), "--metrics", "none"]
-    line = refused(sample.main, [*flags, "--device", "cpu"], capsys)
+    line = refused(sample.main, [*flags], capsys)
     assert key in line or "classes" in line or "data" in line
     assert files(tmp_path) == before
 
@@ -330,7 +330,7 @@ def test_names_of_classes_and_of_finished_settings_stay_inside(checkpoint, tmp_p
     names = ["../../evil", "/evil", "..", "a\nb", "", "x" * 300, "\0", "é" * 200, ".", "C:\\evil"]
     place = tampered(checkpoint, tmp_path / "in", lambda config: config["data"].__setitem__("classes", names))
     out, flags = tmp_path / "deep" / "out", "--num_images 10 --metrics none --num_iter 2 --num_sampling_steps 2"
-    argv = ["--checkpoint", str(place), "--output_dir", str(out), *flags.split(), "--device", "cpu"]
+    argv = ["--checkpoint", str(place), "--output_dir", str(out), *flags.split()]
     before = files(tmp_path)
     assert sample.main(argv) == 0
     (name,) = (folder.name for folder in out.iterdir() if folder.is_dir())

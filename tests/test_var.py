@@ -331,7 +331,7 @@ def test_the_bench_compares_the_same_samples(cfg, capsys):
     disturbed(model)
     ids = bench_scales.sample(model, tok, args)
     assert ids.equal(bench_scales.sample(model, tok, args, bench_scales.WholePrefix)) and len(ids.unique()) > 20
-    assert bench_scales.main("--model var_tiny --repeats 1 --device cpu".split()) == 0
+    assert bench_scales.main("--model var_tiny --repeats 1".split()) == 0
     assert "| var_tiny |" in capsys.readouterr().out
 
 
@@ -344,7 +344,7 @@ def test_the_bench_of_training_measures_steps_that_learn(extra, capsys, monkeypa
         assert state.model.training and state.model.config.grad_checkpointing == bool(extra)
 
     monkeypatch.setattr(bench_scales, "training_step", watched)
-    words = "--only training --model var_tiny --batch_size 4 --repeats 2 --device cpu".split()
+    words = "--only training --model var_tiny --batch_size 4 --repeats 2".split()
     assert bench_scales.main([*words, *extra.split()]) == 0
     seconds, memory = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")[1:]
     assert float(seconds) >= 0 and float(memory) > 0.1

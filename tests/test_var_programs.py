@@ -23,8 +23,8 @@ from util.checkpoint import load_checkpoint, weights_hash
 
 SCALES = (1, 2, 4)  # 21 tokens of 2×2 pixels in the last scale
 TRAIN = "--data digits --model var_tiny --tokenizer var_vq --batch_size 600 --lr 3e-3 --warmup_epochs 0".split()
-TRAIN += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --device cpu --img_size 8".split()
-SAMPLE = "--num_images 4 --metrics none --cfg 2.5 --device cpu".split()
+TRAIN += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --img_size 8".split()
+SAMPLE = "--num_images 4 --metrics none --cfg 2.5".split()
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_a_part_of_a_picture_is_kept(run, tmp_path):
 def test_ids_of_a_cache_train_the_same_steps(run, vae, tmp_path):
     folder, words = run
     cache = tmp_path / "cache"
-    made = "--data digits --tokenizer var_vq --img_size 8 --tokens multiscale --num_workers 0 --device cpu".split()
+    made = "--data digits --tokenizer var_vq --img_size 8 --tokens multiscale --num_workers 0".split()
     assert cache_latents.main([*made, *vae, "--cached_path", str(cache)]) == 0
     words = [*words[:-1], str(tmp_path / "cached"), "--use_cached", "--cached_path", str(cache), "--no_flip"]
     assert main_mar.main(words) == 0
@@ -248,7 +248,7 @@ def test_published_files_load_by_their_shapes(shared, tmp_path, monkeypatch):
 
 
 def test_tau_and_w_of_each_scale_are_searched(run, tmp_path):
-    flags = "--num_iter 3 --num_images 16 --batch_size 16 --popsize 4 --iterations 1 --device cpu".split()
+    flags = "--num_iter 3 --num_images 16 --batch_size 16 --popsize 4 --iterations 1".split()
     out, checkpoint = tmp_path / "s.json", ["--checkpoint", str(run[0])]
     assert search_schedule.main([*checkpoint, "--out", str(out), *flags]) == 0
     assert {kind: len(values) for kind, values in json.loads(out.read_text())["values"].items()} == dict(tau=3, cfg=3)

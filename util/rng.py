@@ -5,10 +5,16 @@ consecutive numbers, so that no two of a run share a seed.
 """
 
 import hashlib
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import torch
 
 DEFAULT_SEED = 1  # of training and of sampling; MAR's
+THREADED_FROM = 1 << 16  # numbers; fewer are drawn before threads have begun
+NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
 def seed_of(*key) -> int:
@@ -52,8 +58,22 @@ def _mixed(x: torch.Tensor) -> torch.Tensor:
 def draw_by_image(generators: list, rows: torch.Tensor, shape, dim: int) -> torch.Tensor:
     """Normal draws for rows (N, 2), (image, position) in row-major order, those of image i from generators[i].
 
-    shape(k) is the shape of k rows' draws, dim the one that the images' parts are joined along.
+    shape(k) is the shape of k rows' draws, dim the one that the images' parts are joined along. Many are drawn in
+    threads, so that a GPU does not wait for one core.
     """
     images, counts = rows[:, 0].unique_consecutive(return_counts=True)
-    parts = [torch.randn(shape(k), generator=generators[i]) for i, k in zip(images.tolist(), counts.tolist())]
-    return torch.cat(parts, dim=dim)
+    pairs = list(zip(images.tolist(), counts.tolist()))
+
+    def draw(some: list) -> list:
+        return [torch.randn(shape(k), generator=generators[i]) for i, k in some]
+
+    if math.prod(shape(len(rows))) < THREADED_FROM:
+        return torch.cat(draw(pairs), dim=dim)
+    size = math.ceil(len(pairs) / NUM_THREADS)
+    shares = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    return torch.cat([part for parts in _threads().map(draw, shares) for part in parts], dim=dim)
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="draws")

@@ -307,8 +307,8 @@ def run_training(args: TokenizerArgs) -> int:
         raise ValueError(f"{len(images)} images are too few, expected at least {HOLD_OUT + 1}: one in ten is held out")
     run = Run(args, images)
     if args.features:  # images that do not fit the features are refused before training
-        extractor, _ = build_extractor(args.features, args.fid_weights, device=run.device)
-        extractor(images[0][0][None].expand(-1, 3, -1, -1).to(run.device))
+        extractor, _ = build_extractor(args.features, args.fid_weights)
+        extractor(images[0][0][None].expand(-1, 3, -1, -1))
     if path.exists():
         run.load(path, content)
         print(f"continuing at step {run.step} of {run.num_steps}")

@@ -19,7 +19,7 @@ from util import dist
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("lazy")  # a type that autograd knows on every machine and nothing uses
 # Operations that take tensors of both, as on CUDA.
-MIXED = {"aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_"}
+MIXED = {"aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put", "aten::index_put_"}
 
 
 class FarTensor(torch.Tensor):
@@ -133,10 +133,12 @@ def pretended(monkeypatch, launches: bool = False):
     operations = _Operations()
     with monkeypatch.context() as patch:
         patch.setattr(dist, "pick_device", lambda name: DEVICE if name == "auto" else pick(name))
-        patch.setattr(torch, "autocast", lambda kind, **options: autocast("cpu" if is_far(kind) else kind, **options))
+        patch.setattr(torch, "autocast", lambda kind, *a, **k: autocast("cpu" if is_far(kind) else kind, *a, **k))
+        patch.setattr(torch, DEVICE.type, torch.cpu, raising=False)  # its module, of which `checkpoint` asks
         torch.__future__.set_overwrite_module_params_on_conversion(True)
         try:
             with operations, _Functions():
                 yield operations.launches if launches else operations.waits
         finally:
-            torch.__future__.set_overwrite_module_params_on_conversion(of_overwriting)
+            patch.setattr(torch, DEVICE.type, torch.cpu, raising=False)  # its module, of which `checkpoint` asks
+        torch.__future__.set_overwrite_module_params_on_conversion(of_overwriting)

@@ -56,7 +56,7 @@ class NormalHead(nn.Module):
         self.mean = nn.Linear(width, channels)
 
     def empty(self, batch, length):
-        return torch.zeros(batch, length, self.mean.out_features)
+        return torch.zeros(batch, length, self.mean.out_features, device=self.mean.weight.device)
 
     def draws(self, generator, num_tokens):
         return {"noise": torch.randn(1, num_tokens, self.mean.out_features, generator=generator)}
@@ -101,7 +101,7 @@ class NormalSampler:
         check_no_profile(profile)
         mean = self.head.mean(z)
         if z_uncond is not None:
-            guided = torch.arange(len(z)) if guided is None else guided
+            guided = torch.arange(len(z), device=z.device) if guided is None else guided
             mean = mean.index_copy(0, guided, guide(mean[guided], self.head.mean(z_uncond), cfg[guided].unsqueeze(1)))
         return mean + self.head.noise * tau.reshape(-1, 1) * noise
 
@@ -143,11 +143,13 @@ class MeanConditions:
 
     def look(self, step, tokens, unknown, images):
         self.passes += len(images)
-        return self.model.encode_decode(tokens[images], unknown[images], self.labels[images], None), None
+        mask = unknown[images].to(tokens.device)
+        return self.model.encode_decode(tokens[images], mask, self.labels[images], None), None
 
     def at(self, step, tokens, unknown, rows, guided):
+        mask = unknown.to(tokens.device)
         z = [
-            self.model.encode_decode(tokens, unknown, labels, None)[some[:, 0], some[:, 1]]
+            self.model.encode_decode(tokens, mask, labels, None)[some[:, 0], some[:, 1]]
             for labels, some in ((self.labels, rows), (None, rows[guided]))
         ]
         return z[0], z[1] if len(guided) else None

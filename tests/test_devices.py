@@ -234,7 +234,7 @@ def test_a_search(trained, waits, tmp_path):
 
 
 def test_a_tokenizer(waits, tmp_path):
-    flags = "--data digits --epochs 0.1 --width 16 --stride 2 --batch_size 64".split()
+    flags = "--data digits --epochs 0.1 --width 16 --stride 2 --batch_size 64 --features digits".split()
     assert train_tokenizer.main([*flags, "--output_dir", str(tmp_path / "t")]) == 0
 
 

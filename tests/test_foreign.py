@@ -202,7 +202,7 @@ def assert_loaded(weights, expected, tolerance=1e-2):
     assert weights.keys() == expected.keys()
     for name, value in weights.items():
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=1e-3)
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=tolerance, atol=1e-3)
 
 
 @pytest.mark.parametrize("change", NAMES.values(), ids=NAMES)

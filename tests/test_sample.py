@@ -20,6 +20,7 @@ from models.tokenizers import build_tokenizer
 from sampling.run import sample_images
 from sampling.settings import FAST, SampleConfig
 from tests.helpers import each_rank, on_cpu, tiny_mar
+from util import dist
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.door import run_main
 
@@ -109,7 +110,7 @@ def test_a_result_is_one_line_that_says_what_was_measured_on_what(sampled, check
     settings = row["settings"]
     assert settings["class_labels"] == [3, -1, 7, 0] and settings["ema"] is True and settings["seed"] == 1
     assert settings["num_iter"] == 3 and settings["cfg"] == 2.0  # a flag; and what the checkpoint was trained with
-    assert row["device"] == "cpu" and row["images_per_second"] > 0 and row["num_made"] == 24
+    assert row["device"] == dist.pick_device("auto").type and row["images_per_second"] > 0 and row["num_made"] == 24
     for key in ("weights", "reference"):
         assert re.fullmatch("[0-9a-f]{16}", row[key])
     assert row["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", row["git_commit"])
@@ -233,15 +234,16 @@ def test_no_ema_samples_the_raw_weights(checkpoint, tmp_path):
 
 
 def test_int8_is_another_setting_of_the_same_weights(checkpoint, tmp_path, capsys):
-    assert draw(checkpoint, tmp_path) == 0
+    here = ("--device", "cpu")  # which alone has int8
+    assert draw(checkpoint, tmp_path, *here) == 0
     first = pngs(folder_of(tmp_path))
-    assert draw(checkpoint, tmp_path, "--dtype", "int8") == 0
+    assert draw(checkpoint, tmp_path, "--dtype", "int8", *here) == 0
     plain, row = rows(tmp_path)
     assert row["weights"] == plain["weights"] and row["settings"] == plain["settings"] | {"dtype": "int8"}
     assert row["name"] == f"{plain['name']}_int8"
     assert pngs(folder_of(tmp_path, 0)) == first != pngs(folder_of(tmp_path, 1))
     capsys.readouterr()
-    assert draw(checkpoint, tmp_path, "--dtype", "int8") == 0
+    assert draw(checkpoint, tmp_path, "--dtype", "int8", *here) == 0
     assert "already in" in capsys.readouterr().out and len(rows(tmp_path)) == 2
 
 

@@ -254,9 +254,9 @@ def build_extractor(name: str, weights=None, layers=(), device="cpu"):
     """(extractor, path of its weights): uint8 (B, 3, H, W) -> tuple of a tensor (B, d) for each of the layers.
 
     weights: path of the weights; None for the file of a classifier that is committed, else for the published one,
-    downloaded to torch.hub's folder unless it has it. layers: torch-fidelity's names, by default that of FID. One-line
-    ValueError for an unknown name, a missing file, one with anything but the network's tensors, and a download that
-    fails.
+    downloaded to torch.hub's folder unless it has it. layers: torch-fidelity's names, by default that of FID. device:
+    where it is if that is CUDA; else it is on the CPU. One-line ValueError for an unknown name, a missing file, one
+    with anything but the network's tensors, and a download that fails.
     """
     if name not in FEATURES:
         raise ValueError(f"unknown features {name!r}: choose from {', '.join(FEATURES)}")

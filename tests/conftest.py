@@ -27,10 +27,21 @@ from tests.helpers_graphs import Watched  # noqa: E402
 from tests.helpers_latents import NAMES, TinyKL, write_image  # noqa: E402
 from tests.helpers_tokenizers import TINY  # noqa: E402
 from training import build  # noqa: E402
-from util import graphs  # noqa: E402
+from util import dist, graphs  # noqa: E402
 from util.images.datasets import build_dataset  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Programs that pick a device by themselves pick the CPU in tests marked on_cpu, their fixtures included."""
+    if item.get_closest_marker("on_cpu") is None:
+        return (yield)
+    pick = dist.pick_device
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "pick_device", lambda name: pick("cpu" if name == "auto" else name))
+        return (yield)
 
 
 @pytest.fixture(scope="session")

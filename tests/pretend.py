@@ -20,7 +20,7 @@ NOT_PRETENDED = (
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     """The fixtures of a test included."""
-    if item.path.stem in NOT_PRETENDED or item.originalname in NOT_PRETENDED:
+    if item.path.stem in NOT_PRETENDED or item.originalname in NOT_PRETENDED or item.get_closest_marker("on_cpu"):
         return (yield)
     patch = pytest.MonkeyPatch()
     try:

@@ -17,6 +17,8 @@ import sample
 from models.mar import MAR_CONFIGS
 from util.images.pictures import load_samples
 
+pytestmark = pytest.mark.on_cpu("losses and pictures are compared with those that a CPU made")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "run_with_heads.json").read_text())
 SIZES = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in

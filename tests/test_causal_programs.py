@@ -16,6 +16,8 @@ from tests.test_cli import refused
 from tests.test_train import assert_same
 from util.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = "--data digits --lr_schedule constant --img_size 8 --batch_size 512 --blr 0.01 --num_images 4".split()
 TRAIN += "--metrics none --eval_freq 100 --num_workers 0 --warmup_epochs 0".split()
 IDS = "--model mar_ar_tiny --tokenizer grey16 --loss ce".split()

@@ -229,7 +229,7 @@ def test_what_was_fetched_is_evaluated_with_mars_command(server, get, tmp_path, 
     folder = tmp_path / "out" / "mar" / "mar_base"
     flags = ["--output_dir", str(folder), "--resume", str(folder), "--evaluate", "--num_images", "8"]
     capsys.readouterr()
-    assert main_mar.main([*SMALL, *flags, "--num_sampling_steps", "2", "--metrics", "none"]) == 0
+    assert main_mar.main([*SMALL, *flags, "--num_sampling_steps", "2", "--metrics", "none", "--dtype", "fp32"]) == 0
     assert "generation of 8 images (1 of each of 8 classes, EMA weights, fp32)" in capsys.readouterr().out
     assert len(list(folder.glob("evaluation/*/*.png"))) == 8
 

@@ -136,7 +136,7 @@ def test_pictures_of_any_mode_are_read(channels, tmp_path):
 def test_an_edit_is_one_picture_a_label_in_its_own_folder(checkpoint, given, tmp_path):
     out = tmp_path / "out"
     flags = ["--checkpoint", str(checkpoint), "--output_dir", str(out), "--num_sampling_steps", "2"]
-    flags += [*given, "--class_labels", "3,-1,7"]
+    flags += [*given, "--class_labels", "3,-1,7", "--dtype", "fp32"]
     assert sample.main(flags) == 0  # without --num_images, without --metrics
     (row,), folder = rows(out), folder_of(out)
     assert row["metrics"] == {} and row["kind"] == row["protocol"]["kind"] == "editing" and row["reference"] is None
@@ -243,6 +243,7 @@ def test_what_cannot_be_edited_is_one_line_before_anything_happens(
 def test_a_dry_run_without_a_picture_leaves_the_hash_of_the_edit_open(missing, checkpoint, given, tmp_path, capsys):
     (tmp_path / f"{missing}.png").unlink()
     flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "out"), "--class_labels", "3,7", *given]
+    flags += ["--dtype", "fp32"]
     capsys.readouterr()
     assert sample.main([*flags, "--dry_run"]) == 0
     config = json.loads(capsys.readouterr().out)

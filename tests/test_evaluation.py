@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory):
 
 
 def test_sampling_against_statistics_is_sampling_against_their_images(checkpoint, stats_file, tmp_path, capsys):
-    flags = "--features digits --num_images 40 --no_ema".split()  # its own --metrics none comes first
+    flags = "--features digits --num_images 40 --no_ema --dtype fp32".split()  # its own --metrics none comes first
     for name, metric_flags in (("images", ["--metrics", "fid,isc"]), ("stats", ["--fid_stats", stats_file])):
         metric_flags = [*metric_flags] if name == "images" else [*metric_flags, "--metrics", "fid,isc"]
         assert draw(checkpoint, tmp_path / name, *flags, *metric_flags) == 0
@@ -100,7 +100,9 @@ def test_the_split_is_the_reference(tmp_path, capsys):
     assert val["reference"] == reference_hash(expected)
 
     evaluate = [*SMALL, *flags.split(), "--evaluate", "--resume", str(run), "--output_dir", str(tmp_path / "evaluated")]
-    evaluate += "--features digits --metrics fid --num_images 6 --eval_split val --num_sampling_steps 2".split()
+    evaluate += (
+        "--features digits --metrics fid --num_images 6 --eval_split val --num_sampling_steps 2 --dtype fp32".split()
+    )
     assert main_mar.main(evaluate) == 0
     printed = capsys.readouterr().out
     assert "(3 of each of 2 classes, EMA weights, fp32) against 10 images of imagefolder" in printed

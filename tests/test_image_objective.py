@@ -22,6 +22,8 @@ from util import dist
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.images.datasets import build_dataset
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 # --------------------------------------------------------------------------------------------------------- the runs
 
 TRAIN = """

@@ -23,6 +23,8 @@ from util.checkpoint import load_checkpoint
 from util.door import run_main
 from util.evaluation.protocol import EvalConfig
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = "--model mar_tiny --data imagefolder --tokenizer pixel --img_size 4 --buffer_size 2 --proj_dropout 0".split()
 TRAIN += "--diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --batch_size 4 --attn_dropout 0.1 --blr 0.02".split()
 TRAIN += "--num_sampling_steps 2 --num_iter 1 --warmup_epochs 1 --eval_freq 100 --num_workers 0".split()

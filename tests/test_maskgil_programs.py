@@ -26,6 +26,8 @@ from training.objectives.token import Batch, TokenObjective
 from training.optim import make_optimizer
 from util.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = "--data digits --model maskgil_tiny --tokenizer grey16 --img_size 8 --batch_size 256 --lr 1e-3".split()
 TRAIN += "--lr_schedule constant --warmup_epochs 0 --num_images 4 --metrics none --eval_freq 100".split()
 TRAIN += "--num_workers 0".split()

@@ -16,6 +16,8 @@ from tests import helpers_family
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = "--data digits --model mean_small --tokenizer pixel --img_size 8 --batch_size 256 --blr 0.01".split()
 TRAIN += "--num_iter 3 --num_images 20 --metrics none --eval_freq 100 --num_workers 0".split()
 SAMPLE = "--num_images 4 --metrics none --num_iter 3 --cfg 1.5".split()

@@ -27,6 +27,8 @@ from tests.test_cli import refused
 from tests.test_low_precision import needs_int8
 from util.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = "--data digits --img_size 8 --batch_size 256 --lr 1e-3 --lr_schedule constant --warmup_epochs 0".split()
 TRAIN += "--num_workers 0 --epochs 1 --num_images 4 --metrics none --num_iter 4".split()
 

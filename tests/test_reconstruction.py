@@ -174,7 +174,8 @@ def test_an_autoencoder_is_measured_on_a_folder(tmp_path, capsys):
     diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")
     base = ["--tokenizer", f"diffusers:{tmp_path / 'vae'}", "--data_path", str(folder), "--img_size", "8"]
     base += ["--features", "digits", "--output_dir", str(tmp_path / "out")]
-    for flags in ([], ["--split", "val"], ["--dtype", "bf16"], ["--split", "val"]):
+    full, val = ["--dtype", "fp32"], ["--split", "val"]
+    for flags in (full, [*full, *val], ["--dtype", "bf16"], [*full, *val]):
         assert measure_reconstruction.main([*base, *flags]) == 0
     lines = rows(tmp_path / "out")
     said = [(r["protocol"]["num_images"], r["protocol"]["dtype"]) for r in lines]

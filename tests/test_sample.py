@@ -24,6 +24,8 @@ from util import dist
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.door import run_main
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 SMALL = "--preset digits --epochs 1 --batch_size 256 --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1".split()
 SMALL += "--buffer_size 2 --warmup_epochs 0 --num_iter 2".split()
 METRICS = {"fid", "is_mean", "is_std", "kid_mean", "kid_std", "precision", "recall", "svc_accuracy", "frechet_pixels"}

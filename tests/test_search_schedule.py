@@ -17,6 +17,8 @@ from training.search import GRID, MOVES, NUM_KNOTS, Options, Search, hand_made_g
 from util.evaluation.reward import RewardDistance, principal_directions, reward_kinds
 from util.images.datasets import build_dataset
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 START = dict(group=[0.25, 0.5, 1.0], tau=[1.0, 0.9, 0.8], cfg=[2.0, 2.0, 1.0], profile=[1.0] * NUM_KNOTS)
 GOAL = moved(START, np.linspace(-1, 1, 3 * 3 + NUM_KNOTS))
 CHECKPOINT = "--train_num_iter 2,4".split()

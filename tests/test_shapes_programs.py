@@ -21,6 +21,8 @@ from util.checkpoint import load_checkpoint
 from util.images import datasets
 from util.images.buckets import open_cache
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 NUM = 40  # canvases of each size
 SIZES = "8x8,8x16,16x8"
 TRAIN = "--data canvases --model maskgil_tiny --tokenizer grey16 --batch_size 16 --lr 1e-3".split()

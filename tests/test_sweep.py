@@ -18,6 +18,8 @@ from tests.test_cli import refused
 from tests.test_sample import draw, pngs, rows, train_tiny
 from util.checkpoint import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 SMALL = "--num_images 5 --eval_bsz 3 --num_sampling_steps 2".split()
 
 

@@ -29,6 +29,8 @@ from util.images.latent_files import image_names
 from util.images.pictures import read_png
 from util.images.text_cache import open_texts
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = [word.replace("maskgil_tiny", "maskgil_t2i_tiny") for word in TRAIN_CLASSES]
 
 

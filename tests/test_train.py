@@ -112,6 +112,7 @@ def test_a_signal_while_sampling_stops_at_once_and_loses_nothing(tmp_path, monke
 NEXT = ("--train_masks", "mix", "--train_targets", "next", "--order", "halton", "--mask_ratio_per_image")
 
 
+@pytest.mark.on_cpu("sums of float32, which bf16 and TF32 round")
 @pytest.mark.parametrize("masks", [("--mask_ratio_per_image",), NEXT], ids=["random", "mix"])
 def test_accumulated_batches_equal_one_large_batch(tmp_path, masks):
     """Also where the micro-batches differ in how many tokens they mask, and in how many of these are targets."""
@@ -144,6 +145,7 @@ def test_masks_that_have_not_begun_to_fade_are_random(tmp_path):
     assert not faded["model"]["z_proj.weight"].equal(start["model"]["z_proj.weight"])
 
 
+@pytest.mark.on_cpu("two processes need two devices, and sums of float32 are compared")
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
     one = train(tmp_path / "one", "--epochs", 2, "--lr", 1e-3, *NEXT)
@@ -156,7 +158,7 @@ def test_two_processes_equal_one(tmp_path):
         "main_mar.py",
     ]
     folder = str(tmp_path / "two")
-    flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--lr", "1e-3", *NEXT]
+    flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu", *NEXT]
     done = subprocess.run(
         [*command, *SMALL, *flags],
         cwd=Path(__file__).parent.parent,
@@ -210,7 +212,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
 
 
 def test_bf16_trains_close_to_fp32(tmp_path):
-    full = train(tmp_path / "fp32", "--epochs", 2, "--lr", 1e-3)
+    full = train(tmp_path / "fp32", "--epochs", 2, "--lr", 1e-3, "--dtype", "fp32")
     half = train(tmp_path / "bf16", "--epochs", 2, "--lr", 1e-3, "--dtype", "bf16")
     for name, value in full["model"].items():
         assert half["model"][name].dtype == torch.float32
@@ -228,6 +230,7 @@ def test_init_from_takes_weights_and_averages_only(tmp_path):
     assert_same(first["model"], second["model"])  # learning rate 0
 
 
+@pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
 def test_a_second_stage_that_was_stopped_continues_with_the_same_command(tmp_path):
     """--resume and --init_from together: the checkpoint of the stage itself wins where there is one."""
     train(tmp_path / "first", "--epochs", 1)

@@ -23,6 +23,8 @@ from util.evaluation.reconstruction import codebook_scores
 from util.images.datasets import build_dataset
 from util.images.latents import open_latents
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 SCALES = (1, 2, 3, 4, 6, 8)
 FLAGS = "--data digits --stride 1 --multiscale --patch_nums 1,2,3,4,6,8 --latent_channels 4 --width 4"
 FLAGS = f"{FLAGS} --codebook_size 32 --batch_size 60 --lr 1e-2 --epochs 0.8 --num_eval 60".split()

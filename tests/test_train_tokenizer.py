@@ -20,6 +20,8 @@ from util.evaluation.reconstruction import warn_of_usage
 from util.images.datasets import MemoryDataset, build_dataset, in_memory
 from util.images.pictures import save_png
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 # one epoch is three steps
 TINY = "--data digits --stride 2 --latent_channels 3 --width 4 --codebook_size 16 --batch_size 500 --num_eval 20"
 TINY = f"{TINY} --lr 1e-2 --epochs 0.6".split()

@@ -111,7 +111,8 @@ def test_metrics_against_statistics_need_no_images(pictures, tmp_path, capsys, m
     save_fid_stats(stats, FIDStats(np.zeros(64), np.eye(64), num_images=9, features="digits", split="val"))
     flags = ["--use_cached", "--cached_path", folder, "--data_path", tmp_path / "gone", "--online_eval", "--features"]
     capsys.readouterr()
-    losses(monkeypatch, tmp_path / "out", *flags, "digits", "--fid_stats", stats, "--num_images", 6, "--cfg", 1)
+    flags += ["digits", "--fid_stats", stats, "--num_images", 6, "--cfg", 1, "--dtype", "fp32"]
+    losses(monkeypatch, tmp_path / "out", *flags)
     told = (
         f"6 images (2 of each of 3 classes, EMA weights, fp32) against 9 images of statistics in {stats} (split: val)"
     )

@@ -17,6 +17,8 @@ from tests.helpers_ids import ENTRIES, GreyIds, add_tokenizers, in_two_processes
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 TRAIN = """
     --data digits --model mar_tiny --tokenizer grey16 --loss ce --img_size 8 --buffer_size 2 --batch_size 256 --blr 0.01
     --warmup_epochs 0 --lr_schedule constant --num_iter 3 --num_images 20 --metrics none --eval_freq 100

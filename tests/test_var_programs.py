@@ -21,6 +21,8 @@ from tests.helpers_ids import in_two_processes
 from tests.test_cli import refused
 from util.checkpoint import load_checkpoint, weights_hash
 
+pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
+
 SCALES = (1, 2, 4)  # 21 tokens of 2×2 pixels in the last scale
 TRAIN = "--data digits --model var_tiny --tokenizer var_vq --batch_size 600 --lr 3e-3 --warmup_epochs 0".split()
 TRAIN += "--num_images 4 --metrics none --eval_freq 100 --num_workers 0 --img_size 8".split()

@@ -210,8 +210,7 @@ def main(argv=None) -> int:
         if dry:
             show(config)
             return 0
-        with dist.tf32(not config.launch.deterministic):
-            return run(config)
+        return run(config)
     finally:
         dist.shutdown()
 

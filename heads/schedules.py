@@ -46,9 +46,7 @@ class RuleOptions:
     def __post_init__(self):
         if self.schedule is not None:
             object.__setattr__(self, "schedule", schedule_setting(self.schedule))
-        # a wrong text is an error now, not at the first step; others in one form, so that equal settings compare equal
-        for name, ends in (("cfg_interval", self.interval()), ("cfg_t_interval", self.t_interval())):
-            object.__setattr__(self, name, ",".join(str(int(end) if end in (0, 1) else end) for end in ends))
+        self.interval(), self.t_interval()  # a wrong text is an error now, not at the first step
         tables = dict(order_base=ORDERS | AFTER_DRAW, group_base=FREE_GROUPS, confidence_score=SCORES)
         for name, table in tables.items():
             if getattr(self, name) not in table:

@@ -105,7 +105,7 @@ class DiffusionSampler:
         if acts:
             d = d._replace(w=_spread(d.w, num_rows, device))
         if d.shares is not None:
-            d = d._replace(shares=torch.stack([_spread(m, num_rows, device) for m in d.shares]))  # (T, N, 1)
+            d = d._replace(shares=_spread_all(d.shares, num_rows, device))
         names = [name for name, value in zip(d._fields, d) if isinstance(value, torch.Tensor)]
         tensors, shapes = [getattr(d, name) for name in names], []
         for name, x in zip(names, tensors):
@@ -163,6 +163,13 @@ def column(value):
     if not isinstance(value, torch.Tensor):
         return value
     return value.float().reshape(-1, 1) if value.dim() else value.float()
+
+
+def _spread_all(shares: list, num_rows: int, device) -> torch.Tensor:
+    """Floats or tensors () or (N, 1) of T steps as (T, N, 1) float32 on the device; floats are sent together."""
+    if not any(isinstance(m, torch.Tensor) for m in shares):
+        return send(torch.tensor(shares, dtype=torch.float32), device).view(-1, 1, 1).expand(-1, num_rows, 1)
+    return torch.stack([_spread(m, num_rows, device) for m in shares])
 
 
 def _spread(value, num_rows: int, device) -> torch.Tensor:

@@ -182,8 +182,14 @@ def check_read(given: dict, settings: list[SampleConfig]) -> None:
         raise ValueError("--heads_adaptive off has no meaning without a learned rule (--infer_mode guidance, both)")
     for name in sorted(READ_BY.keys() & given.keys()):
         kind, rules = READ_BY[name]
-        others = [value for each in settings if (value := getattr(each, name)) != getattr(SampleConfig, name)]
+        others = [getattr(each, name) for each in settings if _number(each, name) != _number(SampleConfig(), name)]
         if others and not any(each[kind].intersection(rules) for each in acting):
             readers = " or ".join(f"--{FLAGS[kind]} {rule}" for rule in rules if rule != "learned")
             readers = readers or f"a learned {kind} (--infer_mode policy, both)"
             raise ValueError(f"--{name} {others[0]} has no meaning without {readers}")
+
+
+def _number(setting: SampleConfig, name: str):
+    """The value of a number of rules; of an interval its two numbers, whatever its text."""
+    intervals = dict(cfg_interval=setting.interval, cfg_t_interval=setting.t_interval)
+    return intervals[name]() if name in intervals else getattr(setting, name)

@@ -66,6 +66,8 @@ def main(argv=None) -> int:
         name, _, path = text.rpartition("=")
         rows += entries(Path(path), name or None, unset_settings())
     hand = [entry for path in args.hand for entry in entries(path, None, unset_settings())]
+    # one that two files have, of the same images, is one rule
+    hand = list({(entry.name, steps(entry), *entry.judge, *entry.pixels): entry for entry in reversed(hand)}.values())
     if args.page:
         print(PAGES[args.page])
     for number in sorted({steps(entry) for entry in hand + rows}):

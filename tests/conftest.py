@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """Programs that pick a device by themselves pick the CPU in tests marked on_cpu, their fixtures included."""
+    """Programs that pick a device by themselves pick the CPU in tests marked on_cpu, and in fixtures made for these."""
     if item.get_closest_marker("on_cpu") is None:
         return (yield)
     pick = dist.pick_device

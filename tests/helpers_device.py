@@ -140,5 +140,4 @@ def pretended(monkeypatch, launches: bool = False):
             with operations, _Functions():
                 yield operations.launches if launches else operations.waits
         finally:
-            patch.setattr(torch, DEVICE.type, torch.cpu, raising=False)  # its module, of which `checkpoint` asks
-        torch.__future__.set_overwrite_module_params_on_conversion(of_overwriting)
+            torch.__future__.set_overwrite_module_params_on_conversion(of_overwriting)

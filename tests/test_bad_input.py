@@ -381,8 +381,9 @@ BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampli
 BENCH_TRAINING = [
     ("--device nope", "'nope'", "cpu"),
     ("--only speed", "'speed'", "training, heads"),
-    ("--trace {empty}", "--trace", "{empty}", "file"),
-    ("--trace {file}", "--trace", "{file}"),
+    ("--trace {empty}", "--trace", "{empty}", ".json"),
+    ("--trace {file}", "--trace", "{file}", ".json"),
+    ("--trace {file}/x.json", "--trace", "{file}"),
 ]
 BENCH_IDS = [
     ("--device nope", "'nope'", "cpu"),

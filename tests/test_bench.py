@@ -102,7 +102,7 @@ def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
 def test_a_trace_shows_that_draws_and_steps_overlap(tmp_path, monkeypatch, capsys):
     """In a thread of their own, as on a GPU; and the loader's part of the loop."""
     monkeypatch.setattr(state, "Ahead", lambda active: Ahead(True))
-    path = tmp_path / "trace.json"
+    path = tmp_path / "new" / "deep" / "trace.json"
     assert bench_training.main([*SMALL, "--trace", str(path)]) == 0
     assert capsys.readouterr().out == f"6 steps: {path}\n"
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
@@ -130,6 +130,20 @@ def test_a_gpu_has_columns_and_a_compiled_row_of_training(capsys, monkeypatch):
     for name in names:
         seconds, (images, busy, kernels) = float(rows[name][0]), rows[name][-3:]
         assert float(images) == pytest.approx(2 / seconds, rel=0.02) and busy.endswith("%") and int(kernels) > 100
+
+
+def test_where_no_training_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):
+    def fails(mar):
+        raise ValueError("--compile does not work here")
+
+    monkeypatch.setattr(MAR, "compile_parts", fails)
+    monkeypatch.setattr(bench_training, "is_gpu", lambda device: True)
+    names = list(bench_training.TRAINING)[2:]
+    monkeypatch.setattr(bench_training, "TRAINING", {name: bench_training.TRAINING[name] for name in names})
+    assert bench_training.main([*SMALL]) == 0
+    out, err = capsys.readouterr()
+    assert names[0] in rows_of(out) and names[1] not in rows_of(out)
+    assert f"no row {names[1]!r}: --compile does not work here" in err
 
 
 def test_where_nothing_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):

@@ -60,6 +60,14 @@ def test_a_row_that_is_hand_made_is_not_its_own_rival(tmp_path, capsys):
     assert rows["best"]["best hand-made judge"] == rows["other"]["best hand-made judge"] == "none"
 
 
+def test_a_hand_made_rule_that_two_files_have_stands_once(tmp_path, capsys):
+    one, same = lines([1, 2], 1.0, 1.2, [0.5, 0.6], cfg=1.5), lines([1, 2], 1.0, 1.2, [0.5, 0.6], cfg=1.5)
+    other = lines([1, 2], 1.0, 1.2, [0.5, 0.6], cfg=1.5, num_iter=8)
+    files = [written(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((one, same + other, one))]
+    assert make_leaderboard.main(["--hand", files[0], "--hand", files[1], "--row", f"mine={files[2]}"]) == 0
+    assert capsys.readouterr().out.count("| cfg 1.5 linear, τ 1 |") == 2  # at 4 steps and at 8
+
+
 def test_a_row_that_beats_all_on_pixels_meets_the_nearest_of_them(tmp_path, capsys):
     hand = lines([1], 1.0, 1.1, [0.8], cfg=1.2) + lines([1], 1.0, 1.2, [0.5], cfg=1.5)
     hand += lines([1], 1.0, 1.05, [0.1], num_iter=8, cfg=1.2)  # of another number of steps

@@ -75,12 +75,6 @@ def test_a_number_that_no_rule_reads_is_refused(name):
         check_read({}, settings)  # not given by hand: as the checkpoint has it
 
 
-def test_intervals_have_one_form():
-    """So that equal settings compare equal, and have one name."""
-    assert config(cfg_interval="0.0,1.0") == config() == config(cfg_interval="0,1")
-    assert config(cfg_interval="0.20,0.8").cfg_interval == "0.2,0.8" == config(cfg_interval=".2,0.80").cfg_interval
-
-
 def test_heads_are_not_switched_off_where_there_are_none():
     with pytest.raises(ValueError, match="--heads_adaptive off has no meaning without a learned rule"):
         check_read({"heads_adaptive": ["on", "off"]}, [config()])

@@ -206,6 +206,11 @@ def freeze(model, train: TrainConfig) -> None:
         parameter.requires_grad_(learns)
 
 
+def distributed(objective: nn.Module) -> nn.Module:
+    """The objective with gradients that are means over processes; its buffers are constants, and not sent."""
+    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+
+
 def new_state(objective: nn.Module, tokenizer: Tokenizer, train: TrainConfig, dtype: torch.dtype) -> TrainState:
     """The state of a run that starts, for an objective whose parts are on their device; it lacks `stored`."""
     model, heads = objective.model, objective.heads
@@ -213,7 +218,7 @@ def new_state(objective: nn.Module, tokenizer: Tokenizer, train: TrainConfig, dt
     freeze(model, train)
     return TrainState(
         objective=objective,
-        wrapped=objective if dist.world_size() == 1 else nn.parallel.DistributedDataParallel(objective),
+        wrapped=objective if dist.world_size() == 1 else distributed(objective),
         model=model,
         heads=heads,
         tokenizer=tokenizer,

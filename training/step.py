@@ -9,7 +9,7 @@ from torch.profiler import record_function
 from training.config import TrainConfig
 from training.state import TrainState
 from util import dist
-from util.dist import autocast
+from util.dist import autocast, tf32
 from util.rng import seed_of
 
 MAX_BAD_STEPS = 20  # non-finite gradients in a row before training stops
@@ -46,10 +46,12 @@ def forward_backward(state: TrainState, batch, labels, indices, accum_iter: int 
     # Where masks may be empty there may be none, and the loss is 0.
     num_targets = dist.all_sum(num_targets).clamp(min=1) / dist.world_size()
     torch.manual_seed(seed_of("dropout", state.seed, state.step, dist.rank()))
+    # Only of the model and its gradient: the ids of a codebook must be those that a cache has.
+    rounded = not torch.are_deterministic_algorithms_enabled()
     totals = {}
     for i, part in enumerate(parts):
         sync = i == accum_iter - 1 or not isinstance(state.wrapped, nn.parallel.DistributedDataParallel)
-        with torch.enable_grad() if sync else state.wrapped.no_sync():
+        with torch.enable_grad() if sync else state.wrapped.no_sync(), tf32(rounded):
             with autocast(state.device, state.dtype):
                 terms = state.wrapped(part, num_targets)
             state.scaler.scale(terms["loss"]).backward()

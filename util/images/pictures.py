@@ -54,7 +54,7 @@ class Writer:
     """
 
     def __init__(self):
-        self.pool, self.writing = ThreadPoolExecutor(min(8, os.cpu_count() or 1)), []
+        self.pool, self.writing = ThreadPoolExecutor(min(16, os.cpu_count() or 1)), []
 
     def __enter__(self) -> "Writer":
         return self

@@ -249,7 +249,7 @@ def test_the_program_writes_a_schedule_that_sampling_takes(tmp_path, capsys):
     [
         ("mar_tiny --loss ce --buffer_size 2", "random", {"group", "tau", "cfg"}),
         pytest.param("mar_ar_tiny --loss ce --ar_order random", "random", {"tau", "cfg"}, marks=pytest.mark.slow),
-        ("causal_gpt_tiny", "raster", {"tau", "cfg"}),
+        pytest.param("causal_gpt_tiny", "raster", {"tau", "cfg"}, marks=pytest.mark.slow),
     ],
 )
 def test_models_of_ids_are_searched_without_a_profile(size, order, kinds, tmp_path, monkeypatch):

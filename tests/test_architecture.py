@@ -32,7 +32,6 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-@cache
 def imports(path: Path) -> list[tuple[str, bool, bool]]:
     """(dotted name, is it under TYPE_CHECKING, does it run when the file is imported) of every import in a file.
 

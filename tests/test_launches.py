@@ -37,8 +37,7 @@ def launched(monkeypatch, mode: str, num_steps: int, **options) -> Counter:
         return launches
 
 
-@pytest.mark.parametrize("refresh_every", [1, 3])
-@pytest.mark.parametrize("mode, most", [("baseline", 80), ("both", 230)])
+@pytest.mark.parametrize("mode, most, refresh_every", [("baseline", 80, 1), ("both", 230, 1), ("both", 230, 3)])
 def test_a_step_launches_a_few_operations(mode, most, refresh_every, monkeypatch):
     """A whole pass with label, one without and a draw are one replay each; a partial pass is one for both."""
     launches = launched(monkeypatch, mode, 2, refresh_every=refresh_every)

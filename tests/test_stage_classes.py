@@ -100,6 +100,7 @@ def test_classes_that_nothing_would_train_are_refused(tmp_path, monkeypatch, cap
     start(tmp_path, monkeypatch, "--init_from", tmp_path / "in", "--freeze_backbone", "--keep_classes")
 
 
+@pytest.mark.slow
 def test_a_stage_with_other_classes_trains_and_continues(tmp_path):
     """Its checkpoint is one of ten classes, which --resume continues with the same command."""
     stored(tmp_path / "in", FEWER)

@@ -145,6 +145,7 @@ def test_masks_that_have_not_begun_to_fade_are_random(tmp_path):
     assert not faded["model"]["z_proj.weight"].equal(start["model"]["z_proj.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.on_cpu("two processes need two devices, and sums of float32 are compared")
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""

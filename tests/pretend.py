@@ -22,9 +22,5 @@ def pytest_runtest_protocol(item, nextitem):
     """The fixtures of a test included."""
     if item.path.stem in NOT_PRETENDED or item.originalname in NOT_PRETENDED or item.get_closest_marker("on_cpu"):
         return (yield)
-    patch = pytest.MonkeyPatch()
-    try:
-        with pretended(patch):
-            return (yield)
-    finally:
-        patch.undo()
+    with pytest.MonkeyPatch.context() as patch, pretended(patch):
+        return (yield)

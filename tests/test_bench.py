@@ -132,10 +132,11 @@ def test_a_gpu_has_columns_and_a_compiled_row_of_training(capsys, monkeypatch):
         assert float(images) == pytest.approx(2 / seconds, rel=0.02) and busy.endswith("%") and int(kernels) > 100
 
 
-def test_where_no_training_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):
-    def fails(mar):
-        raise ValueError("--compile does not work here")
+def fails(mar):
+    raise ValueError("--compile does not work here")
 
+
+def test_where_no_training_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):
     monkeypatch.setattr(MAR, "compile_parts", fails)
     monkeypatch.setattr(bench_training, "is_gpu", lambda device: True)
     names = list(bench_training.TRAINING)[2:]
@@ -147,9 +148,6 @@ def test_where_no_training_can_be_compiled_the_other_rows_are_there(capsys, monk
 
 
 def test_where_nothing_can_be_compiled_the_other_rows_are_there(capsys, monkeypatch):
-    def fails(mar):
-        raise ValueError("--compile does not work here")
-
     monkeypatch.setattr(MAR, "compile_parts", fails)
     first, compiled = list(SAMPLING)[0], "--fast, --compile"
     monkeypatch.setattr(bench, "SAMPLING", {name: SAMPLING[name] for name in (first, compiled)})

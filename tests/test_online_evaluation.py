@@ -36,7 +36,7 @@ def test_the_online_metrics_are_those_of_sampling_from_the_checkpoint(checkpoint
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path), "--seed", "1", "--cfg", str(cfg)]
-    assert sample.main([*flags]) == 0  # number of images, steps, metrics: from the checkpoint
+    assert sample.main(flags) == 0  # number of images, steps, metrics: from the checkpoint
     assert len(pngs(folder_of(tmp_path))) == NUM_EVAL
     events = EventAccumulator(str(checkpoint))
     events.Reload()

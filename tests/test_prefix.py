@@ -129,9 +129,6 @@ def prepared(monkeypatch):
     shrink(monkeypatch)
 
 
-INT8 = ("--dtype", "int8", "--device", "cpu")  # which alone has it
-
-
 def images(runs, out, name, *words):
     flags = f"--checkpoint {runs / name} --output_dir {out} --num_images 4 --metrics none --seed 3".split()
     assert sample.main([*flags, *words]) == 0
@@ -173,16 +170,16 @@ def test_int8_and_compile_are_for_both_models(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("sample.prepare", lambda model, dtype: done.append((dtype, type(model))))
     for family in (MaskGIL, CausalGPT):
         monkeypatch.setattr(family, "compile_parts", lambda model: done.append(("compile", type(model))))
-    words = ["--prefix_from", str(runs / "gpt"), *INT8, "--compile"]
+    words = ["--prefix_from", str(runs / "gpt"), "--dtype", "int8", "--compile"]
     images(runs, tmp_path, "maskgil", *words)
     assert done == [(how, family) for how in (torch.int8, "compile") for family in (MaskGIL, CausalGPT)]
 
 
 @needs_int8
 def test_a_prefix_in_int8_is_the_causal_models_in_int8(runs, tmp_path):
-    _, causal = images(runs, tmp_path / "pure", "gpt", *INT8)
+    _, causal = images(runs, tmp_path / "pure", "gpt", "--dtype", "int8")
     given = ["--prefix_from", str(runs / "gpt"), "--prefix_share", "1"]
-    row, made = images(runs, tmp_path / "all", "maskgil", *given, *INT8)
+    row, made = images(runs, tmp_path / "all", "maskgil", *given, "--dtype", "int8")
     assert all(np.array_equal(a, b) for a, b in zip(made, causal))
     assert row["settings"]["prefix"] in row["name"]
 

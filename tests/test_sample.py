@@ -236,16 +236,15 @@ def test_no_ema_samples_the_raw_weights(checkpoint, tmp_path):
 
 
 def test_int8_is_another_setting_of_the_same_weights(checkpoint, tmp_path, capsys):
-    here = ("--device", "cpu")  # which alone has int8
-    assert draw(checkpoint, tmp_path, *here) == 0
+    assert draw(checkpoint, tmp_path) == 0
     first = pngs(folder_of(tmp_path))
-    assert draw(checkpoint, tmp_path, "--dtype", "int8", *here) == 0
+    assert draw(checkpoint, tmp_path, "--dtype", "int8") == 0
     plain, row = rows(tmp_path)
     assert row["weights"] == plain["weights"] and row["settings"] == plain["settings"] | {"dtype": "int8"}
     assert row["name"] == f"{plain['name']}_int8"
     assert pngs(folder_of(tmp_path, 0)) == first != pngs(folder_of(tmp_path, 1))
     capsys.readouterr()
-    assert draw(checkpoint, tmp_path, "--dtype", "int8", *here) == 0
+    assert draw(checkpoint, tmp_path, "--dtype", "int8") == 0
     assert "already in" in capsys.readouterr().out and len(rows(tmp_path)) == 2
 
 

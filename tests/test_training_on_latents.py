@@ -122,7 +122,7 @@ def test_kl16_trains_from_its_file(pictures, tmp_path, small):
     moved = file.rename(tmp_path / "moved")
     sampling = ["--checkpoint", str(tmp_path / "out"), "--output_dir", str(tmp_path / "samples"), "--num_images", "1"]
     assert sample.main([*sampling, "--vae_path", str(moved), "--metrics", "none"]) == 0
-    assert str(file) in message(sample.main, [*sampling])
+    assert str(file) in message(sample.main, sampling)
 
 
 # flags after those of a good run -> what the one line on stderr must contain
@@ -175,7 +175,7 @@ def test_sampling_with_another_tokenizer_is_one_line(saved, trained, tmp_path, c
     content["config"]["vae_mean"] = mean
     save_checkpoint(tmp_path / "in", content)
     flags = ["--checkpoint", tmp_path / "in", "--output_dir", tmp_path / "out", "--vae_path", saved / name]
-    assert run_main(sample.main, [*map(str, flags)]) == 2
+    assert run_main(sample.main, list(map(str, flags))) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert shown in line and not (tmp_path / "out").exists()
 
@@ -185,7 +185,7 @@ def test_sampling_with_other_weights_of_the_tokenizer_is_one_line(trained, tmp_p
     torch.manual_seed(99)
     diffusers.AutoencoderKL(**TINY["AutoencoderKL"][0]).save_pretrained(tmp_path / "vae")
     flags = ["--checkpoint", trained, "--output_dir", tmp_path / "out", "--vae_path", tmp_path / "vae"]
-    assert run_main(sample.main, [*map(str, flags)]) == 2
+    assert run_main(sample.main, list(map(str, flags))) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "was trained on other latents: those of AutoencoderKL" in line and not (tmp_path / "out").exists()
 

@@ -307,7 +307,7 @@ def test_settings_in_a_checkpoint_are_checked_like_flags(part, key, value, check
     place = tampered(checkpoint, tmp_path / "in", lambda config: config[part].__setitem__(key, value))
     before = files(tmp_path)
     flags = ["--checkpoint", str(place), "--output_dir", str(tmp_path / "out" / "deep"), "--metrics", "none"]
-    line = refused(sample.main, [*flags], capsys)
+    line = refused(sample.main, flags, capsys)
     assert key in line or "classes" in line or "data" in line
     assert files(tmp_path) == before
 

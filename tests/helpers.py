@@ -2,10 +2,13 @@
 
 import os
 import re
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -18,6 +21,7 @@ from training.config import flag_classes, resolve
 from util import dist
 from util.checkpoint import save_checkpoint
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALLEST = "--preset digits --diffloss_w 16 --diffloss_d 1 --diffusion_batch_mul 1 --buffer_size 2 --num_iter 2"
 TINY = dict(
     img_size=8, vae_stride=1, vae_embed_dim=1, encoder_embed_dim=16, encoder_depth=1, encoder_num_heads=2,
@@ -122,3 +126,21 @@ def each_rank(monkeypatch):
     for rank in (0, 1):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
         yield rank
+
+
+def torchrun(program: Path | str, *words: object) -> None:
+    """Run a program with these words as two processes, by torchrun; both must end well.
+
+    They meet with gloo on the CPU. A machine of one GPU, which two processes cannot share, skips the test.
+    """
+    if "--device" not in words and torch.cuda.device_count() == 1:
+        pytest.skip("two processes need a GPU each")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(program), *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr  # all of it: the launcher's own words follow those of the processes

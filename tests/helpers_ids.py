@@ -1,8 +1,5 @@
 """A tokenizer of ids, the grey levels of cells of an image, and a small MAR of them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +7,7 @@ import torch
 from models import tokenizers
 from models.mar import MAR, MARConfig
 from models.tokenizers.continuous import Tokenizer
+from tests.helpers import torchrun
 
 ENTRIES = 16
 
@@ -51,16 +49,7 @@ def in_two_processes(folder: Path, words: list[str], prepare=add_tokenizers) -> 
         "with pytest.MonkeyPatch.context() as patch: prepare(patch); sys.exit(main_mar.main(sys.argv[1:]))"
     )
     (folder / "program.py").write_text(program)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [*launch, str(folder / "program.py"), *words],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun(folder / "program.py", *words)
 
 
 def tiny_ids(seed=0, **changes) -> MAR:

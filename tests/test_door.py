@@ -16,7 +16,7 @@ import torch
 import main_mar
 from models.mar import MAR, MAR_CONFIGS
 from scripts import cache_latents, make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
-from tests.helpers import SMALLEST, image_folder
+from tests.helpers import SMALLEST, image_folder, torchrun
 from training.config import flag_classes, resolve
 from util import dist
 from util.args import make_parser
@@ -128,6 +128,29 @@ def test_a_process_that_waits_says_so_after_a_while(capsys):
     with dist.said_after(5, "waiting"):
         pass
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_group_of_processes_sends_no_buffers_and_leaves_no_threads(tmp_path):
+    """Those of gloo would still read from the other process while this one's libraries are torn down."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, torch, warnings\n"
+        "from training.build import distributed\n"
+        "from util import dist\n"
+        "warnings.simplefilter('error', FutureWarning)\n"
+        "tasks = pathlib.Path('/proc/self/task')\n"
+        "names = lambda: [(task / 'comm').read_text() for task in tasks.iterdir()]\n"
+        "dist.init(torch.device('cpu'))\n"
+        "wrapped = distributed(torch.nn.BatchNorm1d(1))\n"
+        "assert wrapped.modules_buffers and not wrapped.will_sync_module_buffers()\n"
+        "wrapped(torch.ones(2, 1)).sum().backward()\n"
+        "del wrapped\n"
+        "assert any('gloo' in name for name in names())\n"
+        "dist.shutdown()\n"
+        "assert not any('gloo' in name for name in names()), names()\n"
+    )
+    torchrun(program, "--device", "cpu")
 
 
 def test_a_lonely_process_of_a_cluster_says_what_it_waits_for(tmp_path):

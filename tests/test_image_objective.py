@@ -1,11 +1,7 @@
 """--objective image: what is logged and kept, runs that stop and go on, order and group by the score function."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +9,7 @@ import torch
 
 import main_mar
 from models.tokenizers import build_tokenizer
-from tests.helpers import tiny_mar, untrained
+from tests.helpers import tiny_mar, torchrun, untrained
 from training.config import resolve
 from training.objectives.decisions import Decisions, score_loss
 from training.objectives.image import PATIENCE, ImageObjective, Rollout, centred, gathered
@@ -255,11 +251,8 @@ def test_two_processes_equal_one(base, tmp_path, monkeypatch):
     monkeypatch.setattr("training.objectives.image.centred", by_halves)
     heads = ["--learn", "group,tau,cfg,profile"]
     assert train(tmp_path / "one", base, "--epochs", 1, "--batch_size", 1000, *heads) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29519", "main_mar.py"]
-    where = ["--init_from", str(base), "--output_dir", str(tmp_path / "two"), "--batch_size", "500", "--epochs", "1"]
-    root, env = Path(__file__).parent.parent, {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *TRAIN, *where, *heads], cwd=root, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    where = ["--init_from", base, "--output_dir", tmp_path / "two", "--batch_size", 500, "--epochs", 1]
+    torchrun("main_mar.py", *TRAIN, *where, *heads)
     one, two = (load_checkpoint(tmp_path / name) for name in ("one", "two"))
     # One step, and its gradients (Adam's first moments), equal to rounding: a step of Adam itself is of one length for
     # gradients of any size, so that rounding decides where one is near zero. That of a bias of the adaptive part is 0,

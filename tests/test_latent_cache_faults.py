@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from PIL import Image
 
 import main_mar
 from scripts import cache_latents
+from tests.helpers import torchrun
 from tests.helpers_latents import CACHE, FORMATS, NAMES, NUM, SMALL, TRAIN, TinyKL, cache, content, refused, write_image
 from training import build
 from util import dist
@@ -77,8 +76,7 @@ def test_torchrun_makes_the_same_cache(some, tmp_path):
     with pytest.warns(UserWarning, match="broken image skipped"):
         whole = cache(some, tmp_path / "whole")
     argv = [*CACHE, "--data_path", str(some), "--cached_path", str(tmp_path / "two")]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launch, cache_latents.__file__, *argv], check=True, timeout=120)
+    torchrun(cache_latents.__file__, *argv)
     assert content(tmp_path / "two") == content(whole)
 
 

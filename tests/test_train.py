@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 import engine_mar
 import main_mar
 from main_mar import main
+from tests.helpers import torchrun
 from training import step as step_module
 from training.objectives.token import TokenObjective
 from util.checkpoint import load_checkpoint, save_checkpoint
@@ -150,24 +151,9 @@ def test_masks_that_have_not_begun_to_fade_are_random(tmp_path):
 def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
     one = train(tmp_path / "one", "--epochs", 2, "--lr", 1e-3, *NEXT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--master_port=29517",
-        "main_mar.py",
-    ]
-    folder = str(tmp_path / "two")
-    flags = ["--output_dir", folder, "--epochs", "2", "--batch_size", "8", "--lr", "1e-3", "--device", "cpu", *NEXT]
-    done = subprocess.run(
-        [*command, *SMALL, *flags],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "two"
+    flags = ["--output_dir", folder, "--epochs", 2, "--batch_size", 8, "--lr", 1e-3, "--device", "cpu", *NEXT]
+    torchrun("main_mar.py", *SMALL, *flags)
     two = load_checkpoint(folder)
     assert two["step"] == one["step"]
     for key in ("model", "model_ema"):

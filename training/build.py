@@ -207,8 +207,10 @@ def freeze(model, train: TrainConfig) -> None:
 
 
 def distributed(objective: nn.Module) -> nn.Module:
-    """The objective with gradients that are means over processes; its buffers are constants, and not sent."""
-    return nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+    """The objective with gradients that are means over processes; its buffers are constants, sent once."""
+    wrapped = nn.parallel.DistributedDataParallel(objective)
+    wrapped.broadcast_buffers = False  # the argument of this name gives a warning from torch 2.14 on
+    return wrapped
 
 
 def new_state(objective: nn.Module, tokenizer: Tokenizer, train: TrainConfig, dtype: torch.dtype) -> TrainState:

@@ -35,6 +35,9 @@ def init(device: torch.device, dist_url: str = "env://", dist_on_itp: bool = Fal
     if device.type == "cuda":
         check_local_rank(local, torch.cuda.device_count())
         torch.cuda.set_device(local)
+    # Read before there is a group, which its functions else have as a default: its threads would outlive shutdown.
+    from torch.distributed.nn import functional  # noqa: F401
+
     place = f"{env.get('MASTER_ADDR', '')}:{env.get('MASTER_PORT', '')}" if dist_url == "env://" else dist_url
     with said_after(WAIT_SECONDS, waiting_for(rank, size, place, keys[0])):
         dist.init_process_group(

@@ -15,6 +15,7 @@ import util.args
 from scripts import (
     ablate_norms,
     bench,
+    bench_attention,
     bench_ids,
     bench_loader,
     bench_scales,
@@ -43,6 +44,7 @@ CONFIGS = {
     ablate_norms: [ablate_norms.AblateArgs],
     bench_loader: [bench_loader.BenchArgs],
     bench: [bench.BenchArgs],
+    bench_attention: [bench_attention.BenchAttentionArgs],
     bench_ids: [bench_ids.BenchIdsArgs],
     bench_scales: [bench_scales.BenchScalesArgs],
     bench_training: [bench_training.BenchTrainingArgs],

@@ -17,6 +17,7 @@ import sample
 from scripts import (
     ablate_norms,
     bench,
+    bench_attention,
     bench_ids,
     bench_loader,
     bench_scales,
@@ -392,6 +393,7 @@ BENCH_IDS = [
     ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
     ("--img_size 100", "--img_size 100", "multiple of"),
 ]
+BENCH_ATTENTION = [("--device nope", "'nope'", "cpu"), ("--kernels fast", "'fast'", "none, bool, flex, nested")]
 BENCH_SCALES = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
 EXPORT = [
@@ -482,6 +484,7 @@ CATALOGUE = {
     search_schedule: ("--checkpoint {good} --out {out}.json".split(), SEARCH),
     train_classifier: ("--epochs 1 --output {out}.npz".split(), CLASSIFIER),
     bench: ([], BENCH),
+    bench_attention: ([], BENCH_ATTENTION),
     bench_ids: ([], BENCH_IDS),
     bench_scales: ([], BENCH_SCALES),
     bench_training: ([], BENCH_TRAINING),

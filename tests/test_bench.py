@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from models import low_precision
 from models.mar import MAR
-from scripts import bench, bench_ids, bench_scales, bench_training
+from scripts import bench, bench_attention, bench_ids, bench_scales, bench_training
 from scripts.bench import PUBLISHED, SAMPLING, Bench, BenchArgs, main
 from training import state
 from training.ahead import Ahead
@@ -180,6 +180,32 @@ def test_other_tables_are_made_in_a_process_of_their_own(section, other, given, 
     ((python, program, *flags),) = said
     assert Path(program).samefile(other.__file__)
     assert other.main([*flags, "--dry_run"]) == 0 and {"--repeats=2", *given} <= set(flags)
+
+
+def attention_rows(capsys, kernels: str, *flags) -> list[dict]:
+    """{kernel: its largest difference, None where it does not run} of each table of bench_attention.py."""
+    words = f"--mar mar_tiny --var var_tiny --batch_size 3 --calls 1 --repeats 1 --kernels {kernels}".split()
+    assert bench_attention.main([*words, *flags]) == 0
+    tables = capsys.readouterr().out.split("| --- |")[1:]
+    rows = [[line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")] for table in tables]
+    return [{row[0]: float(row[-1]) if len(row) == 4 else None for row in table} for table in rows]
+
+
+def test_kernels_of_attention_agree_under_a_mask(capsys):
+    whole, partial, training = attention_rows(capsys, "none,bool,nested")
+    for table in whole, partial:
+        assert table["none"] > 0.01 and table["bool"] == 0 and table["nested"] < 1e-4
+    assert training["none"] > 0.01 and training["bool"] == 0 and training["nested"] is None
+    with pytest.raises(ValueError, match="--kernels 'fast' is not known; valid: none, bool, flex, nested"):
+        attention_rows(capsys, "fast")
+    with pytest.raises(ValueError, match="--only 'speed' is not known; valid: whole, partial, training"):
+        attention_rows(capsys, "bool", "--only", "speed")
+
+
+@pytest.mark.slow
+def test_compiled_attention_agrees_under_a_mask(capsys):
+    whole, partial = attention_rows(capsys, "flex", "--only", "whole,partial")
+    assert whole["flex"] < 1e-4 and partial["flex"] < 1e-4
 
 
 def test_models_of_ids_have_a_row_for_each_batch_size(capsys):

@@ -13,6 +13,7 @@ from heads.policy import INFER_MODES
 from scripts import (
     ablate_norms,
     bench,
+    bench_attention,
     bench_ids,
     bench_scales,
     bench_training,
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     ablate_norms,
     bench,
+    bench_attention,
     bench_ids,
     bench_scales,
     bench_training,

@@ -393,7 +393,11 @@ BENCH_IDS = [
     ("--batch_sizes 1,0", "--batch_sizes", "'1,0'", "at least 1"),
     ("--img_size 100", "--img_size 100", "multiple of"),
 ]
-BENCH_ATTENTION = [("--device nope", "'nope'", "cpu"), ("--kernels fast", "'fast'", "none, bool, flex, nested")]
+BENCH_ATTENTION = [
+    ("--device nope", "'nope'", "cpu"),
+    ("--only speed", "'speed'", "whole, partial, training"),
+    ("--kernels fast", "'fast'", "none, bool, flex, nested"),
+]
 BENCH_SCALES = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]
 EXPORT = [

@@ -191,6 +191,7 @@ def attention_rows(capsys, kernels: str, *flags) -> list[dict]:
     return [{row[0]: float(row[-1]) if len(row) == 4 else None for row in table} for table in rows]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_kernels_of_attention_agree_under_a_mask(capsys):
     whole, partial, training = attention_rows(capsys, "none,bool,nested")
     for table in whole, partial:

@@ -132,15 +132,13 @@ class MARAR(nn.Module):
 
         tokens (B, L, C), or ids (B, L), by position; orders (B, L) long; labels (B,) long, −1 or None: without.
         """
-        length = self.config.seq_len
-        places = torch.arange(length, device=tokens.device).expand(len(tokens), -1)
+        places = torch.arange(self.config.seq_len, device=tokens.device).expand(len(tokens), -1)
         x = self._inputs(tokens, orders, labels, places)
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         for block in self.layers:
             if self.config.grad_checkpointing and self.training:
-                x = checkpoint(block, x, mask, use_reentrant=False)
+                x = checkpoint(block, x, causal=True, use_reentrant=False)
             else:
-                x = block(x, attn_mask=mask)
+                x = block(x, causal=True)
         return self._finish(x, orders)
 
     def extend(self, tokens, orders, labels, extension: Extension) -> torch.Tensor:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from heads.policy import build_rules
 from models.kv_cache import KeyValueCache
@@ -39,6 +40,23 @@ def test_outputs_do_not_see_their_own_token_nor_later_ones(model):
         other[:, orders[0, j]] = (other[:, orders[0, j]] + 1) % ENTRIES
         changed = (model.outputs(other, orders, LABELS[:1])[0] != z).any(dim=1)
         assert changed.tolist() == [i > j for i in range(LENGTH)]
+
+
+def test_a_pass_of_training_needs_no_mask(model, monkeypatch):
+    """So that CUDA's fast kernels take it; with activations computed again it is the same function."""
+    attend, asked = F.scaled_dot_product_attention, []
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *args, **how: asked.append(how) or attend(*args, **how)
+    )
+    tokens, orders = some_tokens(model, 2), some_orders(model, 2)
+    made = []
+    for recomputing in (False, True):
+        model.config = replace(model.config, grad_checkpointing=recomputing)
+        torch.manual_seed(0)  # of dropout
+        made.append(model.train().outputs(tokens, orders, LABELS[:2]))
+    assert made[0].equal(made[1])
+    assert len(asked) == 2 * len(model.layers)
+    assert all(how["attn_mask"] is None and how["is_causal"] for how in asked)
 
 
 @torch.no_grad()

@@ -121,9 +121,8 @@ def flex(place: Place):
     mask = place.mask.expand(-1, 1, query.shape[2], -1)
 
     def sees(image, head, query, key):
-        return mask[image, 0, query, key]
+        return mask[image if len(mask) > 1 else 0, 0, query, key]
 
-    # of one image where all have the same mask
     blocks = create_block_mask(sees, len(mask), None, query.shape[2], key.shape[2], device=key.device)
     return partial(compiled_flex(), block_mask=blocks), place.inputs
 

@@ -151,7 +151,9 @@ def training(args: BenchTrainingArgs, device) -> None:
         times = [training_seconds(device, state, config) for _ in range(args.repeats + 1)]
         medians.append(statistics.median(times[1:]))
         memory, flops = peak.read() / 1e9, training_flops(state, config)
-        of_peak = flops / medians[-1] / matmul_rate(device, dist.DTYPES[flags["dtype"]])
+        with dist.tf32(True):  # as training does
+            peak_rate = matmul_rate(device, dist.DTYPES[flags["dtype"]])
+        of_peak = flops / medians[-1] / peak_rate
         times_faster = [short_number(medians[-1]), f"{medians[0] / medians[-1]:.2f}"]
         table.append([name, *times_faster, f"{flops / 1e12:.2f}", f"{of_peak:.0%}", f"{memory:.1f}"])
         table[-1] += gpu_cells(device, state, config, medians[-1]) if on_gpu else []
@@ -201,7 +203,11 @@ def write_trace(args: BenchTrainingArgs, device) -> None:
     )
     Path(args.trace).parent.mkdir(parents=True, exist_ok=True)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    threads = _ExperimentalConfig(profile_all_threads=True)
+    try:
+        threads = _ExperimentalConfig(profile_all_threads=True)
+    except TypeError:
+        threads = _ExperimentalConfig()
+        tqdm.write("warning: the trace has no draws ahead, this torch follows the main thread alone", file=sys.stderr)
     with tqdm(total=2 * TRACED_STEPS, desc="tracing", unit="step", leave=False) as progress:
         train_one_epoch(state, loader, 0, config, progress, None)
         with profile(activities=activities, experimental_config=threads) as profiler:

@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 out=output_dir/quickstart_maskgil
 training=()
 sampling=()
+checked=() # of the flags of sampling those with one value, which main_mar.py knows too
 traces=()
 split "$@"
 for ((i = 0; i < ${#words[@]}; i++)); do
@@ -16,7 +17,9 @@ for ((i = 0; i < ${#words[@]}; i++)); do
         --order | --group | --group_[ap] | --cfg | --cfg_schedule | --cfg_power | --cfg_interval | --confidence_* | \
             --tau_schedule | --temperature | --temperature_end | --num_iter | --num_images | --eval_bsz | --metrics | \
             --features | --seed)
-            sampling+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
+            sampling+=("${words[i]}" "${words[i + 1]-}")
+            [[ ${words[i]} != --cfg_interval && ${words[i + 1]-} == *,* ]] || checked+=("${words[i]}" "${words[i + 1]-}")
+            i=$((i + 1))
             ;;
         --save_trace) traces=(--save_trace "${words[i + 1]-}") && i=$((i + 1)) ;;
         --device | --dtype)
@@ -31,7 +34,7 @@ done
 vq=$out/tokenizer
 model=(python main_mar.py --preset digits --model maskgil_tiny --tokenizer "diffusers:$vq/autoencoder" --loss_tokens masked
     --label_smoothing 0 --epochs 40 --eval_freq 1000 "${training[@]}" --output_dir "$out")
-[ -d "$vq/autoencoder" ] || check "${model[@]}" "${sampling[@]}" # main_mar.py knows the flags of sampling too
+check "${model[@]}" "${checked[@]}"
 run python scripts/train_tokenizer.py --data digits --vq --stride 2 --codebook_size 256 --latent_channels 4 \
     --epochs "${TOKENIZER_EPOCHS:-20}" --output_dir "$vq" --resume
 run "${model[@]}" --resume "$out"

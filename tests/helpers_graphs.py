@@ -41,9 +41,9 @@ class PlainCalls:
     new_pool = staticmethod(lambda: None)
 
     @staticmethod
-    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
+    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> torch.Tensor:
         """Call it once."""
-        function(*buffers)
+        return function(*buffers)
 
     def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
         self.function, self.buffers = function, buffers

@@ -5,6 +5,7 @@ test_sample.py. World size: test_sample.py, test_train.py. Two runs of one comma
 """
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import main_mar
 import sample
 from tests.test_interrupted_training import TRAIN, pictures  # noqa: F401, a fixture
+from training import step
 from training.objectives.token import TokenObjective
 from util import dist
 from util.checkpoint import load_checkpoint
@@ -35,6 +37,33 @@ def shuffled(pairs, seed):
 def rounding() -> tuple[bool, bool]:
     """Would CUDA round the factors of products, and of convolutions, to TF32?"""
     return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_products_are_rounded_for_a_model_that_learns_in_float32(deterministic):
+    before = rounding()
+    dist.set_deterministic(deterministic)
+    for dtype, keeps_model, inside in (
+        (torch.float32, False, (not deterministic,) * 2),
+        (torch.bfloat16, False, before),
+        (torch.float32, True, before),  # the real images' features, to which its own are compared, are as they were
+    ):
+        with step.rounding(SimpleNamespace(dtype=dtype, objective=SimpleNamespace(keeps_model=keeps_model))):
+            assert rounding() == inside
+        assert rounding() == before
+
+
+def test_rounding_that_somebody_has_chosen_stays(monkeypatch):
+    """torch does not let its flags be read once its newer ones are set."""
+
+    class Chosen:
+        @property
+        def allow_tf32(self):
+            raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Chosen())
+    with dist.tf32(True):
+        pass
 
 
 def test_the_order_of_flags_and_deterministic_change_nothing(pictures, tmp_path, monkeypatch):  # noqa: F811

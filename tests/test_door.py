@@ -34,7 +34,7 @@ def raising(error):
 
 
 def library_value_error(argv=None):
-    torch.distributions.Normal(torch.tensor(0.0), torch.tensor(-1.0))  # torch raises ValueError
+    torch.nn.Dropout(2)  # torch raises ValueError
 
 
 def undecodable(argv=None):
@@ -131,6 +131,7 @@ def test_a_process_that_waits_says_so_after_a_while(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no names of threads here")
 def test_a_group_of_processes_sends_no_buffers_and_leaves_no_threads(tmp_path):
     """Those of gloo would still read from the other process while this one's libraries are torn down."""
     program = tmp_path / "program.py"
@@ -150,7 +151,7 @@ def test_a_group_of_processes_sends_no_buffers_and_leaves_no_threads(tmp_path):
         "dist.shutdown()\n"
         "assert not any('gloo' in name for name in names()), names()\n"
     )
-    torchrun(program, "--device", "cpu")
+    torchrun(program)
 
 
 def test_a_lonely_process_of_a_cluster_says_what_it_waits_for(tmp_path):

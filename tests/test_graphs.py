@@ -40,6 +40,10 @@ def test_results_are_not_overwritten_and_a_function_is_captured_once_a_key(captu
         with autocast(CPU, torch.bfloat16):
             some.run("double", lambda a: a @ a.T, [x[0]], [(4, 3)])
     assert len(captured) == 5
+    assert captured[0].result is captured[1].result, "results of one shape stand in one place"
+    assert len(some.results) == 4  # of (4, 3) in two dtypes, (5, 3), and (4, 4) in bf16
+    some.clear()
+    assert not some.results
 
 
 def test_the_least_recently_used_capture_goes_with_its_buffers(captured):

@@ -9,6 +9,7 @@ from heads.policy import build_rules
 from sampling.loop import decode, generate
 from tests.helpers import tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
+from tests.helpers_diffusion import CLIP
 from tests.helpers_graphs import CPU, eagerly
 from tests.helpers_maskgil import tiny_maskgil
 from util.dist import autocast
@@ -75,13 +76,28 @@ def test_images_with_different_numbers_of_known_tokens(name, captured, monkeypat
     length = model.config.seq_len
     known = torch.zeros(3, length, dtype=torch.bool)
     known[1, :3], known[2, : length // 2] = True, True
-    given = dict(tokens=torch.rand(3, length, model.config.token_dim), mask=~known)
+    given = dict(tokens=torch.rand(3, length, model.config.token_dim), mask=~known, clip=CLIP)
     expected = eagerly(monkeypatch, lambda: sample(model, settings, **given))
     replayed = []
     for _ in range(3):
         torch.testing.assert_close(sample(model, settings, **given), expected, rtol=1e-5, atol=1e-5)
         replayed.append(replays(model))
     assert len(model.graphs.captures) <= passes and replayed[2] - replayed[1] == passes
+
+
+@pytest.mark.parametrize("name", ["mar", "cache"])
+@pytest.mark.parametrize("even_first", [True, False])
+def test_even_and_padded_batches_have_captures_of_their_own(even_first, name, captured, monkeypatch):
+    """16 known tokens of each image, and at most 16 of images that differ: tensors of the same shapes."""
+    model, settings = tiny_mar(img_size=8), FAMILIES[name][1]
+    place, tokens = torch.arange(model.config.seq_len), torch.rand(3, model.config.seq_len, model.config.token_dim)
+    batches = [
+        dict(tokens=tokens, mask=place >= torch.tensor(most)[:, None], clip=CLIP) for most in ([16] * 3, [3, 9, 16])
+    ]
+    expected = [eagerly(monkeypatch, lambda b=batch: sample(model, settings, **b)) for batch in batches]
+    for i in (0, 0, 1, 1, 0) if even_first else (1, 1, 0, 0, 1):
+        torch.testing.assert_close(sample(model, settings, **batches[i]), expected[i], rtol=1e-5, atol=1e-5)
+    assert replays(model)
 
 
 @pytest.mark.parametrize("refresh_every, passes", [(1, 12), (3, 8)])
@@ -96,7 +112,7 @@ def test_groups_of_learned_sizes_share_a_few_captures(refresh_every, passes, cap
 
     for batch in range(12):
         options = dict(num_iter=6, num_steps=2, seeds=[3 * batch, 3 * batch + 1, 3 * batch + 2])
-        options["refresh_every"] = refresh_every
+        options |= dict(refresh_every=refresh_every, clip=CLIP)
         before = replays(model)
         made = generate(model, LABELS.roll(batch), rules, **options, callback=count)
         replayed.append(replays(model) - before)

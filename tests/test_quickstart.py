@@ -99,12 +99,20 @@ def test_the_quickstart_of_var_and_its_second_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["quickstart_var.sh", "quickstart_maskgil.sh"])
-def test_a_wrong_flag_is_an_error_before_the_tokenizer_is_trained(script, tmp_path):
+@pytest.mark.parametrize(
+    "script, words, shown",
+    [
+        ("quickstart_var.sh", "--lr -1", "--lr: invalid value '-1'"),
+        ("quickstart_maskgil.sh", "--lr -1", "--lr: invalid value '-1'"),
+        # of sampling, where --cfg may have several values
+        ("quickstart_maskgil.sh", "--cfg 1.5,2 --order nosuch", "--order: invalid value 'nosuch'"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_before_the_tokenizer_is_trained(script, words, shown, tmp_path):
     out = tmp_path / "out"
-    done = ended(script, "--output_dir", str(out), "--lr", "-1")
+    done = ended(script, "--output_dir", str(out), *words.split())
     assert done.returncode == 2 and not out.exists()
-    assert done.stderr.splitlines()[-1].startswith("main_mar.py: error: argument --lr: invalid value '-1'")
+    assert done.stderr.splitlines()[-1].startswith(f"main_mar.py: error: argument {shown}")
 
 
 @pytest.mark.slow

@@ -152,7 +152,7 @@ def test_two_processes_equal_one(tmp_path):
     """torchrun with gloo against one process at the same global batch (DESIGN.md section 7), ragged masks included."""
     one = train(tmp_path / "one", "--epochs", 2, "--lr", 1e-3, *NEXT)
     folder = tmp_path / "two"
-    flags = ["--output_dir", folder, "--epochs", 2, "--batch_size", 8, "--lr", 1e-3, "--device", "cpu", *NEXT]
+    flags = ["--output_dir", folder, "--epochs", 2, "--batch_size", 8, "--lr", 1e-3, *NEXT]
     torchrun("main_mar.py", *SMALL, *flags)
     two = load_checkpoint(folder)
     assert two["step"] == one["step"]

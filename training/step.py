@@ -1,5 +1,6 @@
 """One optimizer step: tokens and draws of its micro-batches, the gradient of all of them, the update."""
 
+import contextlib
 import math
 
 import torch
@@ -46,18 +47,27 @@ def forward_backward(state: TrainState, batch, labels, indices, accum_iter: int 
     # Where masks may be empty there may be none, and the loss is 0.
     num_targets = dist.all_sum(num_targets).clamp(min=1) / dist.world_size()
     torch.manual_seed(seed_of("dropout", state.seed, state.step, dist.rank()))
-    # Only of the model and its gradient: the ids of a codebook must be those that a cache has.
-    rounded = not torch.are_deterministic_algorithms_enabled()
     totals = {}
     for i, part in enumerate(parts):
         sync = i == accum_iter - 1 or not isinstance(state.wrapped, nn.parallel.DistributedDataParallel)
-        with torch.enable_grad() if sync else state.wrapped.no_sync(), tf32(rounded):
+        with torch.enable_grad() if sync else state.wrapped.no_sync(), rounding(state):
             with autocast(state.device, state.dtype):
                 terms = state.wrapped(part, num_targets)
             state.scaler.scale(terms["loss"]).backward()
         for name, value in terms.items():
             totals[name] = totals.get(name, 0) + value.detach()
     return totals
+
+
+def rounding(state: TrainState):
+    """A context: TF32 for a model that learns in float32, unless --deterministic.
+
+    Only of the model and its gradient, since the ids of a codebook must be those that a cache has. Not where heads
+    learn from whole images, whose features are compared with those of real ones.
+    """
+    if state.dtype != torch.float32 or state.objective.keeps_model:
+        return contextlib.nullcontext()
+    return tf32(not torch.are_deterministic_algorithms_enabled())
 
 
 def foresee(state: TrainState, batch, indices, accum_iter: int) -> None:

@@ -196,9 +196,16 @@ def set_deterministic(on: bool) -> None:
 
 @contextlib.contextmanager
 def tf32(on: bool):
-    """In this context CUDA rounds the factors of float32 products and convolutions to 10 bits (TF32), or to none."""
+    """In this context CUDA rounds the factors of float32 products and convolutions to 10 bits (TF32), or to none.
+
+    Where somebody has set torch's `fp32_precision`, which has these flags' place, that counts.
+    """
     backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
+    try:
+        before = [backend.allow_tf32 for backend in backends]
+    except RuntimeError:
+        yield
+        return
     try:
         for backend in backends:
             backend.allow_tf32 = on

@@ -42,14 +42,15 @@ class CudaGraph:
     new_pool = staticmethod(torch.cuda.graph_pool_handle)
 
     @staticmethod
-    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> None:
-        """Call it once, that libraries set themselves up and tables are made, which no capture may contain."""
+    def warm_up(function: Callable, buffers: list[torch.Tensor]) -> torch.Tensor:
+        """Its result; by this call libraries set themselves up and tables are made, which no capture may contain."""
         device = buffers[0].device
         current, side = torch.cuda.current_stream(device), _side_stream(device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            function(*buffers)
+            result = function(*buffers)
         current.wait_stream(side)
+        return result
 
     def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
         device = buffers[0].device
@@ -93,6 +94,7 @@ class Graphs:
         self.most, self.failed = most, False
         self.captures = OrderedDict()  # key: (capture, its buffers), the last used at the end
         self.pool = None  # the memory that they share
+        self.results = {}  # (shape, dtype): the one place that captures write such results to
         self.places = None  # of the weights that they read
         self.state = self.kind = None  # what captured functions keep from one replay to the next, see `lend`
         self.user = None  # a weak reference to who has it
@@ -104,6 +106,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop all captures, their memory and the state."""
         self.captures.clear()
+        self.results.clear()
         self.pool = self.state = self.kind = self.user = None
 
     def usable(self, module: nn.Module, device: torch.device) -> bool:
@@ -168,12 +171,14 @@ class Graphs:
         _fill(buffers, tensors)
         try:
             self.pool = backend.new_pool() if self.pool is None else self.pool
-            backend.warm_up(function, buffers)
+            example = backend.warm_up(function, buffers)
+            place = self.results.setdefault((example.shape, example.dtype), torch.empty_like(example))
             with _undisturbed():
-                self.captures[key] = backend(function, buffers, self.pool), buffers
+                self.captures[key] = backend(lambda *args: place.copy_(function(*args)), buffers, self.pool), buffers
         except RuntimeError as error:  # running out of memory is one
             self.failed, self.pool = True, None
             self.captures.clear()
+            self.results.clear()
             reason = str(error.__context__ or error).strip().partition("\n")[0]  # what CUDA says last is not why
             tqdm.write(f"warning: no more CUDA graphs, since one could not be captured: {reason}", file=sys.stderr)
             return False

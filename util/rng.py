@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 DEFAULT_SEED = 1  # of training and of sampling; MAR's
-THREADED_FROM = 1 << 16  # numbers; fewer are drawn before threads have begun
+THREADED_FROM = 1 << 20  # numbers; of fewer, threads wait for each other longer than they draw
 NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -77,3 +77,7 @@ def draw_by_image(generators: list, rows: torch.Tensor, shape, dim: int) -> torc
 @cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="draws")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # the child has none of these threads

@@ -171,8 +171,7 @@ class Graphs:
         _fill(buffers, tensors)
         try:
             self.pool = backend.new_pool() if self.pool is None else self.pool
-            example = backend.warm_up(function, buffers)
-            place = self.results.setdefault((example.shape, example.dtype), torch.empty_like(example))
+            place = self._place(backend.warm_up(function, buffers))
             with _undisturbed():
                 self.captures[key] = backend(lambda *args: place.copy_(function(*args)), buffers, self.pool), buffers
         except RuntimeError as error:  # running out of memory is one
@@ -185,6 +184,13 @@ class Graphs:
         while len(self.captures) > self.most:  # the capture has waited for the device: no replay is under way
             self.captures.popitem(last=False)
         return True
+
+    def _place(self, result: torch.Tensor) -> torch.Tensor:
+        """Where captures write results like this one."""
+        kind = result.shape, result.dtype
+        if kind not in self.results:
+            self.results[kind] = torch.empty_like(result)
+        return self.results[kind]
 
 
 @contextlib.contextmanager

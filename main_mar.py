@@ -97,7 +97,7 @@ def run(config: RunConfig) -> int:
         check_resume(launch, state.stored, content, dataset.classes)
     if dist.is_main() and not launch.evaluate:
         kernel = attention_kernel(model.head_dim, device, state.dtype)
-        print(f"{size_line(config.model.model, model, heads)}; attention: {kernel}")
+        print(f"{size_line(config.model.model, model, heads)}; unmasked attention: {kernel}")
     if content is not None and not resumed:
         content = fit_classes(state, content, launch, dataset.classes)
     first = begin(state, config.train, launch, content, resumed, dataset.counts)

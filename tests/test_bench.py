@@ -104,7 +104,10 @@ def test_a_trace_shows_that_draws_and_steps_overlap(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(state, "Ahead", lambda active: Ahead(True))
     path = tmp_path / "new" / "deep" / "trace.json"
     assert bench_training.main([*SMALL, "--trace", str(path)]) == 0
-    assert capsys.readouterr().out == f"6 steps: {path}\n"
+    said = capsys.readouterr()
+    assert said.out == f"6 steps: {path}\n"
+    if "follows the main thread alone" in said.err:
+        pytest.skip("this torch has no trace of other threads")
     events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
     steps, draws = (
         [event for event in events if event["name"] == name] for name in ("training_step", "what the next step needs")

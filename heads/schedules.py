@@ -278,10 +278,6 @@ def annealed_steps(state: StepState) -> int:
     (DiSA, arXiv 2505.20297.) A function of step and num_iter alone: images share one T, whose value must not depend on
     which share the batch.
     """
-    return steps_at(state.step, state.num_iter, state.num_steps)
-
-
-def steps_at(step: int, num_iter: int, num_steps: tuple[int, int]) -> int:
-    """T at a step of num_iter, from the first of the two numbers to the last."""
-    first, last = num_steps
-    return round(first + (last - first) * step / max(num_iter - 1, 1))
+    first, last = state.num_steps
+    share = state.step / max(state.num_iter - 1, 1)
+    return round(first + (last - first) * share)

@@ -36,7 +36,7 @@ for ((i = 0; i < ${#words[@]}; i++)); do
             training+=("${words[i]}" "${words[i + 1]-}")
             i=$((i + 1))
             ;;
-        --reward | --reward_weights | --bank | --pathwise | --adaptive_lr | --decision_lr | --twins)
+        --reward | --reward_weights | --bank | --pathwise | --adaptive_lr)
             heads+=("${words[i]}" "${words[i + 1]-}") && i=$((i + 1))
             ;;
         --seed) seeds=(--seed "${words[i + 1]-}") && i=$((i + 1)) ;;

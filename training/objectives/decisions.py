@@ -1,10 +1,7 @@
 """What learns from whole images by other ways than a gradient through what is drawn: choices, and ids."""
 
-from collections.abc import Callable
-
 import torch
 
-from heads.schedules import steps_at
 from models.coding import blanked
 from util import dist
 from util.rng import generator, seed_of
@@ -78,26 +75,14 @@ class ExpectedCost:
         return total
 
 
-def noise_by_place(sampler, seeds: list[int], num_iter: int) -> Callable:
-    """A noise_fn for `decode`: that of a token is of its image's seed and its position, whenever it is drawn."""
-
-    def noise(step: int, rows: torch.Tensor) -> torch.Tensor:
-        generators = [generator(seed_of("place", seeds[image], place)) for image, place in rows.tolist()]
-        numbered = torch.stack([torch.arange(len(rows)), rows[:, 1]], dim=1)
-        return sampler.noise(generators, numbered, steps_at(step, num_iter, sampler.num_steps))
-
-    return noise
-
-
-def score_loss(cost, log_prob, twins: int = 1) -> torch.Tensor:
+def score_loss(cost, log_prob) -> torch.Tensor:
     """Σ log P·(c − mean) / deviation of costs c (b,) and log P (b,): its gradient is that of the score function.
 
-    The mean is that of each `twins` images that follow each other, of 1 that of the micro-batches of all processes, as
-    the deviation is.
+    Mean and deviation are over the micro-batches of all processes.
     """
     cost = cost.detach()
     count, total = dist.all_sum(torch.stack([torch.ones_like(cost).sum(), cost.sum()]))
-    shifted = cost - (total / count if twins == 1 else torch.cat([x.mean().expand(len(x)) for x in cost.split(twins)]))
+    shifted = cost - total / count
     deviation = (dist.all_sum(shifted.square().sum()) / count).sqrt()
     advantage = shifted / deviation.clamp(min=1e-12)
     return (log_prob * advantage).sum().to(cost.dtype)

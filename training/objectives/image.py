@@ -15,7 +15,7 @@ from heads.policy import FLAGS, PolicyHeads
 from models.coding import render
 from models.text import reads_text
 from sampling.loop import decode
-from training.objectives.decisions import Decisions, ExpectedCost, noise_by_place, score_loss
+from training.objectives.decisions import Decisions, ExpectedCost, score_loss
 from training.objectives.draws import log_uniform
 from training.objectives.head_losses import HeadLossConfig
 from training.objectives.reward import Bank, Reward
@@ -36,8 +36,7 @@ PATIENCE = 100  # steps in a row with the reward distance above its start, befor
 class Rollout:
     """Images to sample: labels (b,), seeds (b), num_iter; tokenizer: what makes images of their latents.
 
-    sigma: standard deviation of the noise on what the group head says. step: that of the optimizer. noise: seeds (b) of
-    the noise by place, equal for twins; None: each image draws its own, token after token.
+    sigma: standard deviation of the noise on what the group head says. step: that of the optimizer.
     """
 
     labels: torch.Tensor
@@ -46,7 +45,6 @@ class Rollout:
     tokenizer: nn.Module
     sigma: float = EXPLORATION[0]
     step: int = 0
-    noise: list[int] | None = None
 
     @property
     def num_targets(self) -> int:
@@ -107,17 +105,6 @@ class ImageObjective(nn.Module):
             raise ValueError("--learn order has no meaning with --no-adaptive: an order differs between tokens")
         if not settings.train.freeze_backbone or settings.train.train_diffloss:
             raise ValueError("--objective image needs --freeze_backbone --no-train_diffloss: it trains heads alone")
-        decides = {"order", "group"} & set(heads.learn)
-        for name, given in (
-            ("twins", settings.reward.twins > 1),
-            ("decision_lr", settings.reward.decision_lr is not None),
-        ):
-            if given and not decides:
-                raise ValueError(f"--{name} is of the heads order and group: name one of them with --learn")
-        if settings.reward.decision_lr is not None and not settings.reward.adaptive:
-            raise ValueError("--decision_lr has no meaning with --no-adaptive, which leaves out what it is of")
-        if settings.train.batch_size < settings.reward.twins:
-            raise ValueError(f"--twins {settings.reward.twins} needs a --batch_size of as many images")
         kinds_and_weights(settings.reward)
 
     def train(self, mode: bool = True):
@@ -127,23 +114,17 @@ class ImageObjective(nn.Module):
         return self
 
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam (0.5, 0.98) with a group for what all images share, along cosines, and one for the adaptive part.
-
-        With a decision_lr also one for that of the heads order and group.
-        """
+        """Adam (0.5, 0.98) with a group for what all images share, along cosines, and one for the adaptive part."""
         reward = self.settings.reward
-        curves, adaptive, deciding = [], [], []
-        apart = deciding if reward.decision_lr is not None else adaptive
-        for kind, head in self.heads.heads.items():
-            for name, parameter in head.named_parameters():
-                shared = name == "values"
-                parameter.requires_grad_(shared or reward.adaptive)
-                if parameter.requires_grad:
-                    (curves if shared else apart if kind in ("order", "group") else adaptive).append(parameter)
+        curves, adaptive = [], []
+        for name, parameter in self.heads.named_parameters():
+            shared = name.endswith(".values")
+            parameter.requires_grad_(shared or reward.adaptive)
+            if parameter.requires_grad:
+                (curves if shared else adaptive).append(parameter)
         groups = [
             {"params": curves, "lr_share": 1.0, "cosines": True},
             {"params": adaptive, "lr_share": reward.adaptive_lr},
-            {"params": deciding, "lr_share": reward.decision_lr},
         ]
         groups = [group for group in groups if group["params"]]
         return CosineAdam(groups, lr=self.settings.train.lr, betas=(0.5, 0.98))
@@ -176,14 +157,11 @@ class ImageObjective(nn.Module):
         self.above = memory["above"] if memory.get("rates", self._rates()) == self._rates() else 0
 
     def _rates(self) -> list[float]:
-        reward = self.settings.reward
-        return [self.settings.train.lr, *(x for x in (reward.adaptive_lr, reward.decision_lr) if x is not None)]
+        return [self.settings.train.lr, self.settings.reward.adaptive_lr]
 
     @torch.no_grad()
     def prepare(self, state, batch, labels, indices) -> Rollout:
         """What to sample in this step: as many images as were read, with their labels. Fills the bank before the first.
-
-        Twins follow each other and have the label of the first of them.
 
         state: a `training.state.TrainState`; batch, the images read, plays no part.
         """
@@ -192,12 +170,9 @@ class ImageObjective(nn.Module):
             self._begin(state, len(labels))
         uniform = torch.rand((), generator=generator(seed_of("num_iter", seed, step))).item()
         seeds = [seed_of("rollout", seed, step, sample) for sample in indices.tolist()]
-        twins = self.settings.reward.twins
-        eldest = torch.arange(len(labels)) // twins * twins
-        noise = [seeds[i] for i in eldest.tolist()] if twins > 1 else None
         done, (first, last) = state.step / state.num_steps, EXPLORATION
         sigma = first + (last - first) * done
-        return Rollout(labels[eldest], seeds, log_uniform(uniform, *self.num_iter), state.tokenizer, sigma, step, noise)
+        return Rollout(labels, seeds, log_uniform(uniform, *self.num_iter), state.tokenizer, sigma, step)
 
     def foresee(self, state, step: int, batch, indices) -> None:
         """Nothing: an image's draws are made while it is sampled."""
@@ -240,12 +215,6 @@ class ImageObjective(nn.Module):
         heads = copy.copy(self.heads)  # the same networks
         heads.explored = decisions.explored
         heads.adaptive = centred
-        noise_fn = None
-        if rollout.noise is not None:
-            sampler = self.model.token_head.sampler(
-                num_steps=sampling.num_sampling_steps, **sampling.token_head_options()
-            )
-            noise_fn = noise_by_place(sampler, rollout.noise, rollout.num_iter)
         latents = decode(
             self.model,
             rollout.labels,
@@ -253,7 +222,6 @@ class ImageObjective(nn.Module):
             num_iter=rollout.num_iter,
             num_steps=sampling.num_sampling_steps,
             seeds=rollout.seeds,
-            noise_fn=noise_fn,
             callback=callback,
             clip=rollout.tokenizer.clip,
             tokenizer=rollout.tokenizer,
@@ -304,7 +272,7 @@ class ImageObjective(nn.Module):
         logged = {name: torch.as_tensor(value, device=images.device) * share for name, value in logged.items()}
         unused = sum(p.sum() for p in self.heads.parameters() if p.requires_grad)  # DistributedDataParallel waits
         pathwise = cost.sum() if expected is None else expected.loss(cost)
-        loss = (pathwise + score_loss(cost, decisions.log_prob, self.settings.reward.twins)) / num_targets
+        loss = (pathwise + score_loss(cost, decisions.log_prob)) / num_targets
         return {"loss": loss + 0.0 * unused, **logged}
 
     @property

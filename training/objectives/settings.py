@@ -31,12 +31,6 @@ class RewardConfig:
     )
     adaptive: bool = flag(True, "train what heads of --objective image say about each image, not only about the step")
     adaptive_lr: float = flag(0.1, "learning rate of that part, as a share of --lr", low=0)
-    decision_lr: float | None = flag(None, "the same of the heads order and group (default: --adaptive_lr)", low=0)
-    twins: int = flag(
-        1,
-        "images of one label and one noise, whose orders and group sizes are compared (1: those of all images)",
-        low=1,
-    )
 
 
 @dataclass(frozen=True)

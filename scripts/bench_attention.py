@@ -62,10 +62,11 @@ class Place:
     gradients: bool = False
 
 
-def known_tokens(args: BenchAttentionArgs, length: int, device) -> torch.Tensor:
-    """(B, L) bool: the first tokens of each image, more of each than of the one before."""
+def seen_by(args: BenchAttentionArgs, config) -> torch.Tensor:
+    """(B, S + L) bool: the buffer and the first tokens of each image, more of each than of the one before."""
+    length, device = config.seq_len, dist.pick_device(args.device)
     counts = torch.linspace(KNOWN[0] * length, KNOWN[1] * length, args.batch_size, device=device).long()
-    return torch.arange(length, device=device) < counts[:, None]
+    return torch.arange(config.buffer_size + length, device=device) < config.buffer_size + counts[:, None]
 
 
 def drawn(args: BenchAttentionArgs, heads: int, width: int, *lengths: int) -> tuple:
@@ -76,11 +77,10 @@ def drawn(args: BenchAttentionArgs, heads: int, width: int, *lengths: int) -> tu
 
 
 def whole(args: BenchAttentionArgs) -> Place:
-    """The encoder over buffer and known tokens, those of the fullest image."""
+    """The encoder over buffer and known tokens, as many as the fullest image has."""
     config = FAMILIES["mar"].sizes[args.mar]
-    known = known_tokens(args, config.seq_len, dist.pick_device(args.device))
-    known = known[:, : int(known.sum(dim=1).max())]
-    seen = torch.cat([known.new_ones(len(known), config.buffer_size), known], dim=1)
+    seen = seen_by(args, config)
+    seen = seen[:, : int(seen.sum(dim=1).max())]
     inputs = drawn(args, config.encoder_num_heads, config.encoder_embed_dim, *[seen.shape[1]] * 3)
     return Place(inputs, seen[:, None, None], seen)
 
@@ -88,12 +88,9 @@ def whole(args: BenchAttentionArgs) -> Place:
 def partial_pass(args: BenchAttentionArgs) -> Place:
     """The encoder's new tokens, a tenth of all, looking at the buffer and at all known tokens."""
     config = FAMILIES["mar"].sizes[args.mar]
-    known = known_tokens(args, config.seq_len, dist.pick_device(args.device))
-    seen = torch.cat([known.new_ones(len(known), config.buffer_size), known], dim=1)
-    num_new = max(config.seq_len // 10, 1)
-    lengths = num_new, seen.shape[1], seen.shape[1]
-    inputs = drawn(args, config.encoder_num_heads, config.encoder_embed_dim, *lengths)
-    return Place(inputs, seen[:, None, None], known.new_ones(len(known), num_new))
+    seen, num_new = seen_by(args, config), max(config.seq_len // 10, 1)
+    inputs = drawn(args, config.encoder_num_heads, config.encoder_embed_dim, num_new, *[seen.shape[1]] * 2)
+    return Place(inputs, seen[:, None, None], seen.new_ones(len(seen), num_new))
 
 
 def training(args: BenchAttentionArgs) -> Place:
@@ -215,11 +212,9 @@ def run(args: BenchAttentionArgs) -> int:
         torch.manual_seed(0)
         place = PLACES[name](args)
         query, key, _ = place.inputs
-        sizes = (
-            f"{len(query)} images, {query.shape[1]} heads, {query.shape[2]} queries, {key.shape[2]} keys, {args.dtype}"
-        )
+        sizes = f"{len(query)} images, {query.shape[1]} heads, {query.shape[2]} queries, {key.shape[2]} keys"
         head = ["", "seconds", "times as fast as bool", "largest difference"]
-        print_table(f"{name}: {sizes}", head, measure(args, place))
+        print_table(f"{name}: {sizes}, {args.dtype}", head, measure(args, place))
     return 0
 
 

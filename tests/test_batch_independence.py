@@ -1,5 +1,7 @@
 """An image does not depend on its batch: not on the others' counts of known tokens, their seeds, labels or orders."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -148,3 +150,10 @@ def test_draws_in_threads_are_those_of_one(monkeypatch):
         monkeypatch.setattr(rng, "THREADED_FROM", limit)
         made.append(draws())
     assert made[0].equal(made[1]) and made[0].shape == (10, 64, 4)
+    child = multiprocessing.get_context("fork").Process(target=draws)  # which has none of this process's threads
+    child.start()
+    child.join(60)
+    waits = child.is_alive()
+    child.kill()
+    child.join()
+    assert not waits and child.exitcode == 0

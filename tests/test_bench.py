@@ -2,6 +2,7 @@
 
 import json
 import mmap
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -210,6 +211,12 @@ def test_kernels_of_attention_agree_under_a_mask(capsys):
 def test_compiled_attention_agrees_under_a_mask(capsys):
     whole, partial = attention_rows(capsys, "flex", "--only", "whole,partial")
     assert whole["flex"] < 1e-4 and partial["flex"] < 1e-4
+    args = bench_attention.BenchAttentionArgs(var="var_tiny", batch_size=3, device="cpu")
+    place = replace(bench_attention.training(args), gradients=False)  # of which a CPU has none
+    made, wanted = (
+        bench_attention.attend(place, *kernel(place)) for kernel in (bench_attention.flex, bench_attention.bool_mask)
+    )
+    torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_models_of_ids_have_a_row_for_each_batch_size(capsys):

@@ -61,9 +61,10 @@ def test_rounding_that_somebody_has_chosen_stays(monkeypatch):
         def allow_tf32(self):
             raise RuntimeError("mix of the legacy and new APIs")
 
+    before = torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.backends.cuda, "matmul", Chosen())
-    with dist.tf32(True):
-        pass
+    with dist.tf32(not before):
+        assert torch.backends.cudnn.allow_tf32 == before
 
 
 def test_the_order_of_flags_and_deterministic_change_nothing(pictures, tmp_path, monkeypatch):  # noqa: F811

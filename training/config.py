@@ -202,7 +202,7 @@ class LaunchConfig:
     device: str = flag("auto", "auto, cuda, mps, cpu")
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=dist.FLOATS)
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
-    deterministic: bool = flag(False, "the same bits in every run on the same machine (slower on GPUs; no TF32)")
+    deterministic: bool = flag(False, "the same bits in every run on a machine (slower on GPUs; no TF32 in training)")
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
     world_size: int = flag(1, "set by the launcher; a flag for MAR's command lines", low=1)

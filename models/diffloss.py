@@ -17,7 +17,7 @@ from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule, step_range
 from models.diffusion_sampler import DiffusionSampler, column
 from models.token_head import check_no_filter, guide
 from util.dist import is_half
-from util.graphs import Graphs
+from util.graphs import Graphs, autocast_state
 
 
 def modulate(x, shift, scale):
@@ -92,6 +92,7 @@ class SimpleMLPAdaLN(nn.Module):
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * channels)
+        self.held = None  # a `models.low_precision.HeldMLP`, where it is to sample in 16 bits
         self._init_weights()
 
     def _init_weights(self):
@@ -114,6 +115,8 @@ class SimpleMLPAdaLN(nn.Module):
         return self.cond_embed(z.to(self.cond_embed.weight.dtype))
 
     def forward(self, x, time, condition):
+        if self.held is not None and autocast_state(x.device) == self.held.dtype:
+            return self.held(x, time, condition)
         x = self.input_proj(x.to(self.input_proj.weight.dtype))  # (N, W)
         y = F.silu(time + condition)  # (N, W), which each block's adaLN_modulation begins with
         for block in self.res_blocks:

@@ -9,7 +9,7 @@ import torch
 
 from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule
 from diffusion.solvers import SOLVERS
-from models.token_head import guide
+from models.token_head import push
 from util.dist import send
 from util.graphs import bucket
 from util.rng import draw_by_image
@@ -83,6 +83,7 @@ class DiffusionSampler:
         unguided = condition if all(acts) else net.condition(d.z)  # (N, W), where a step needs it
         if d.place is not None:
             acting, place = (d.place >= 0).unsqueeze(1), d.place.clamp(min=0)
+        excess = _excess(d, len(schedule))
 
         def predict(x, i):
             time = times[i : i + 1]
@@ -91,10 +92,9 @@ class DiffusionSampler:
             both = torch.cat([x, x if d.guided is None else x[d.guided]])
             eps, v = net(both, time, condition).float().chunk(2, dim=-1)
             eps, eps_u, v = eps[:num_rows], eps[num_rows:], v[:num_rows]
-            m = 1.0 if d.shares is None else d.shares[i]
             if d.place is None:
-                return guide(eps, eps_u, d.w, m), v
-            return torch.where(acting, guide(eps, eps_u[place], d.w, m), eps), v
+                return push(eps, eps_u, excess[i]), v
+            return torch.where(acting, push(eps, eps_u[place], excess[i]), eps), v
 
         return self.solver.run(predict, schedule, d.noise, d.tau, self.clip)
 
@@ -126,6 +126,14 @@ class DiffusionSampler:
             _check_rows(name, value, len(z))
         if z_uncond is None and not torch.all(torch.as_tensor(cfg) == 1.0):
             raise ValueError(f"cfg {cfg} needs z_uncond; without it only cfg 1.0 is valid")
+
+
+def _excess(d: Drawing, num_steps: int):
+    """w' − 1 = (w − 1)·m at each of the T steps, each (N, 1) or a float."""
+    excess = d.w - 1.0
+    if d.shares is None:
+        return [excess] * num_steps
+    return excess * d.shares if isinstance(d.shares, torch.Tensor) else [excess * m for m in d.shares]
 
 
 def _share(profile, schedule, i: int):

@@ -1,12 +1,14 @@
-"""Linear layers for sampling: weights held in the 16 bits that autocast computes in, or products of 8-bit integers.
+"""Layers for sampling: weights held in the 16 bits that autocast computes in, or products of 8-bit integers.
 
-Under autocast a CUDA graph rounds the weights anew at every replay; here they are rounded once, to the same values, and
-held beside those of float32. CPUs multiply 8-bit integers several times faster than floats: y = x·Wᵀ + b with each row
+Under autocast a CUDA graph rounds the weights anew at every replay; here they are rounded once, and held beside those of
+float32. What stands between two products and is linear is multiplied into the weights before: gains and offsets of norms,
+and the 1 of 1 + scale. A GPU then has half as many small kernels to run. CPUs multiply 8-bit integers several times faster than floats: y = x·Wᵀ + b with each row
 of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of integers are exact, so a
 row of y depends on its row of x only. The other layers compute in floats, whose last bit depends on the batch size and
 can change the rounding of a value. So in int8 an image depends on its batch, by less than one rounding step.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.diffloss import ResBlock, SimpleMLPAdaLN
 from util import dist
 from util.graphs import autocast_state
 from util.timing import run_seconds
@@ -22,24 +25,106 @@ CPU = torch.device("cpu")
 ROWS = 256  # computed at a time: their intermediate results stay in the processor's cache
 
 
+class Rounded(nn.Module):
+    """x·Wᵀ + b of W (out, in) and b (out,) or None, rounded to a float of 16 bits; not among a model's parameters."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        super().__init__()
+        self.register_buffer("weight", weight.to(dtype), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype), persistent=False)
+
+    def forward(self, x):
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class HeldLinear(nn.Linear):
     """A linear layer that shares the parameters of `layer`, which must not change afterwards, and has them rounded too.
 
-    The rounded ones are those that autocast to this dtype, a float of 16 bits, computes with.
+    The rounded ones are what autocast to this dtype, a float of 16 bits, computes with. norm: the LayerNorm before it,
+    whose gain and offset they contain, as `HeldNorm` leaves these out: W·(γ·n + β) + b = (W·diag γ)·n + (W·β + b).
     """
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype):
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype, norm: nn.LayerNorm | None = None):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.weight, self.bias = layer.weight, layer.bias
-        self.register_buffer("held_weight", layer.weight.detach().to(dtype), persistent=False)
-        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        self.register_buffer("held_bias", bias, persistent=False)
+        self.weight, self.bias, self.dtype = layer.weight, layer.bias, dtype
+        weight, bias = _values(layer)
+        if norm is not None:
+            gain, offset = _values(norm)
+            shift = weight @ offset
+            weight, bias = weight * gain, shift if bias is None else bias + shift
+        self.held = Rounded(weight, bias, dtype)
 
     def forward(self, x):
-        """x (..., in) to (..., out), bit for bit what `layer` gives, under autocast or not."""
-        if autocast_state(x.device) != self.held_weight.dtype:
-            return F.linear(x, self.weight, self.bias)
-        return F.linear(x.to(self.held_weight.dtype), self.held_weight, self.held_bias)
+        """x (..., in) to (..., out): under autocast to this dtype of the rounded weights, else of the others."""
+        return self.held(x) if autocast_state(x.device) == self.dtype else super().forward(x)
+
+
+class HeldNorm(nn.LayerNorm):
+    """A LayerNorm that shares the parameters of `norm`; under autocast to this dtype n alone, the rest is `HeldLinear`'s.
+
+    n has a mean of 0 and a variance of 1. Its input is rounded to this dtype, as most of it is already.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype):
+        super().__init__(norm.normalized_shape, norm.eps, device="meta")
+        self.weight, self.bias, self.dtype = norm.weight, norm.bias, dtype
+
+    def forward(self, x):
+        """x (..., D) to the same shape."""
+        if autocast_state(x.device) != self.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):  # which would norm in float32
+            return F.layer_norm(x.to(self.dtype), self.normalized_shape, eps=self.eps)
+
+
+class HeldMLP(nn.Module):
+    """The denoising MLP of a diffusion loss with weights of 16 bits: (x, time, condition) as `SimpleMLPAdaLN.forward`.
+
+    What all blocks take from the condition is one product, (N, (3·depth + 2)·W): of each block shift, scale and gate, of
+    the last layer shift and scale. With LN(x) = γ·n + β a block's LN(x)·(1 + s) + b is n·s' + b', where s' = γ·(1 + s) and
+    b' = β·(1 + s) + b: both linear in what s and b are linear in.
+    """
+
+    def __init__(self, net: SimpleMLPAdaLN, dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.eps = dtype, net.final_layer.norm_final.eps
+        parts = [part for block in net.res_blocks for part in _moved(block.adaLN_modulation[1], block.in_ln)]
+        parts += _moved(net.final_layer.adaLN_modulation[1])
+        self.joined = Rounded(*(torch.cat(values) for values in zip(*parts)), dtype)
+        self.input, self.output = (Rounded(*_values(x), dtype) for x in (net.input_proj, net.final_layer.linear))
+        self.pairs = nn.ModuleList(
+            nn.ModuleList(Rounded(*_values(block.mlp[i]), dtype) for i in (0, 2)) for block in net.res_blocks
+        )
+
+    def forward(self, x, time, condition):
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.input(x)  # (N, W)
+            *modulations, shift, scale = self.joined(F.silu(time + condition)).split(x.shape[-1], dim=-1)
+            for i, (first, second) in enumerate(self.pairs):
+                shift_in, scale_in, gate = modulations[3 * i : 3 * i + 3]
+                x = torch.addcmul(x, gate, second(F.silu(first(self._modulated(x, shift_in, scale_in)))))
+            return self.output(self._modulated(x, shift, scale))
+
+    def _modulated(self, x, shift, scale):
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=self.eps), scale)
+
+
+def _values(module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight, bias or None) of a layer or a norm, float32."""
+    bias = None if module.bias is None else module.bias.detach().float()
+    return module.weight.detach().float(), bias
+
+
+def _moved(layer: nn.Linear, norm: nn.LayerNorm | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """[(weight, bias) of b', of s', of a gate if there is one] of a layer that gives b, s and the gate; see `HeldMLP`."""
+    width = layer.in_features
+    (shift, scale, *gate), (shift_bias, scale_bias, *gate_bias) = (x.split(width) for x in _values(layer))
+    scale_bias = scale_bias + 1
+    if norm is not None:
+        gain, offset = _values(norm)
+        shift, shift_bias = shift + offset[:, None] * scale, shift_bias + offset * scale_bias
+        scale, scale_bias = gain[:, None] * scale, gain * scale_bias
+    return [(shift, shift_bias), (scale, scale_bias), *zip(gate, gate_bias)]
 
 
 class Int8Linear(nn.Linear):
@@ -85,12 +170,25 @@ def prepare(model, dtype: torch.dtype) -> None:
         return
     if any(isinstance(module, Int8Linear | HeldLinear) for module in model.modules()):
         raise RuntimeError("the model is prepared for a dtype already")
-    make = Int8Linear if dtype == torch.int8 else partial(HeldLinear, dtype=dtype)
     for block in model.blocks:
-        for module in list(block.modules()):
-            for name, layer in module.named_children():
-                if type(layer) is nn.Linear and layer.in_features > 1:  # torch._int_mm is wrong for 1
-                    setattr(module, name, make(layer))
+        if dtype == torch.int8:
+            _replace_linear(block, lambda name, layer: Int8Linear(layer))
+        elif not isinstance(block, ResBlock):
+            norms = {linear: block.get_submodule(norm) for norm, linear in getattr(block, "normed", ())}
+            _replace_linear(block, lambda name, layer: HeldLinear(layer, dtype, norms.get(name)))
+            for norm, _ in getattr(block, "normed", ()):
+                setattr(block, norm, HeldNorm(getattr(block, norm), dtype))
+    if dtype != torch.int8:
+        for net in [module for module in model.modules() if isinstance(module, SimpleMLPAdaLN)]:
+            net.held = HeldMLP(net, dtype)
+
+
+def _replace_linear(block: nn.Module, make: Callable) -> None:
+    """Put make(name, layer) in the place of each linear layer of a block."""
+    for name, layer in list(block.named_modules()):
+        if type(layer) is nn.Linear and layer.in_features > 1:  # torch._int_mm is wrong for 1
+            parent, _, last = name.rpartition(".")
+            setattr(block.get_submodule(parent), last, make(name, layer))
 
 
 def is_exact() -> bool:

@@ -72,9 +72,14 @@ class TokenHead(Protocol):
         takes any; another head refuses the filters of ids, top_k and top_p, with `check_no_filter`."""
 
 
-def guide(cond: torch.Tensor, uncond: torch.Tensor, w, m=1.0) -> torch.Tensor:
-    """uncond + w'·(cond − uncond), w' = 1 + (w − 1)·m (arXiv 2207.12598, Eq. 6); w = 1 or m = 0 gives cond exactly."""
-    return cond + (w - 1.0) * m * (cond - uncond)
+def guide(cond: torch.Tensor, uncond: torch.Tensor, w) -> torch.Tensor:
+    """uncond + w·(cond − uncond) (arXiv 2207.12598, Eq. 6); w = 1 gives cond exactly."""
+    return push(cond, uncond, w - 1.0)
+
+
+def push(cond: torch.Tensor, uncond: torch.Tensor, excess) -> torch.Tensor:
+    """The same, of the excess w − 1."""
+    return cond + excess * (cond - uncond)
 
 
 def check_no_profile(profile) -> None:

@@ -16,6 +16,8 @@ class Block(nn.Module):
     linear layer but that of queries, keys and values.
     """
 
+    normed = (("norm1", "attn.qkv"), ("norm2", "mlp.fc1"))  # norms, and the linear layers that alone read them
+
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, attn_dropout: float, proj_dropout: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)

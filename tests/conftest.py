@@ -44,6 +44,11 @@ def pytest_runtest_protocol(item, nextitem):
         return (yield)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+
+
 @pytest.fixture(scope="session")
 def mar():
     """The MAR of 3×3 tokens that the tests of the sampling loop and its rules run."""

@@ -39,8 +39,6 @@ def waits(request):
     """The waits for the device that programs pick by themselves; None where it is real and nobody counts."""
     if request.param == "pretended":
         return request.getfixturevalue("pretence")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     return None
 
 
@@ -166,8 +164,6 @@ def test_causal_tokens_are_those_of_the_cpu_and_a_step_waits_once(model, guided,
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", [tiny_ar("ce"), tiny_ar("diffusion"), tiny_gpt()], ids=["ids", "latents", "gpt"])
 def test_causal_models_sample_in_bf16_on_a_gpu(model):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     model = deepcopy(model).to("cuda", torch.bfloat16)
     rules = build_rules("baseline", **model.fixed_rules, cfg=2.0)
     made = generate(model, torch.tensor([0, -1, 2]), rules, num_steps=3, seeds=[1, 2, 3])
@@ -201,8 +197,6 @@ def test_scales_are_those_of_the_cpu_and_each_waits_once(schedule, waits):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_scales_in_half_precision_on_a_gpu(dtype):
     """The first scales' ids are those of float32 on the CPU, but for ties: later ones follow from what was drawn."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     expected = scales_of(torch.device("cpu"), torch.float32, cfg_schedule="ramp")
     made = scales_of(torch.device("cuda"), dtype, cfg_schedule="ramp")
     assert 0 <= int(made.min()) and int(made.max()) < 64

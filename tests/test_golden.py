@@ -53,8 +53,6 @@ def test_losses_are_the_committed_ones():
 @pytest.mark.gpu
 def test_losses_on_a_gpu():
     """Sums in another order, from which AdamW's first steps, of the sign of each gradient, go other ways."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     np.testing.assert_allclose(losses("cuda"), json.loads(GOLDEN.read_text()), rtol=1e-3)
 
 

@@ -243,8 +243,6 @@ def test_heads_learn_from_images(run, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_it_trains_and_samples_on_a_gpu(dtype, tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     words = [*TRAIN, "--device", "cuda", "--dtype", dtype, "--output_dir", str(tmp_path / "run")]
     assert main_mar.main([*words, "--epochs", "1"]) == 0
     log = records(tmp_path / "run")
@@ -255,8 +253,6 @@ def test_it_trains_and_samples_on_a_gpu(dtype, tmp_path):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_logits_on_a_gpu_are_those_of_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     for switches in ({}, dict(rope="published", qk_norm=False, post_norm=False)):
         model = tiny_maskgil(**switches)
         ids, labels = torch.arange(LENGTH).expand(2, -1), torch.tensor([1, -1])

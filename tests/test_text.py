@@ -184,8 +184,6 @@ def test_captions_are_cleaned(caption, cleaned):
 @pytest.mark.gpu
 @torch.no_grad()
 def test_logits_of_text_on_a_gpu_are_those_of_the_cpu():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     model = tiny_t2i()
     ids, mask, text = batch_of(model, [0, 3, -1])
     expected = model.encode_decode(ids, mask, text)

@@ -334,8 +334,6 @@ def test_caches_that_cannot_be_are_refused(words, message, places, tmp_path, cap
 
 @pytest.mark.gpu
 def test_text_trains_and_samples_on_a_gpu(places, tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA here")
     words = ["--cached_text", places["features"], "--epochs", "1", "--output_dir", str(tmp_path / "run")]
     assert main_mar.main([*TRAIN, *words, "--device", "cuda", "--dtype", "bf16"]) == 0
     row, images = sampled(tmp_path / "run", tmp_path / "out", "--prompts", places["prompts"], "--device", "cuda")

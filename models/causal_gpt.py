@@ -127,7 +127,7 @@ class CausalGPT(Llama):
 
     def compile_parts(self) -> None:
         """Compile the blocks, in place; ValueError where that cannot be done."""
-        compile_all(self.layers, self.norm.weight.device)
+        compile_all(self, self.layers)
 
     def _inputs(self, ids, labels, places):
         """Inputs (B, n, D) at places (B, n) long of the sequence."""

@@ -1,11 +1,12 @@
 """Layers for sampling: weights held in the 16 bits that autocast computes in, or products of 8-bit integers.
 
-Under autocast a CUDA graph rounds the weights anew at every replay; here they are rounded once, and held beside those of
-float32. What stands between two products and is linear is multiplied into the weights before: gains and offsets of norms,
-and the 1 of 1 + scale. A GPU then has half as many small kernels to run. CPUs multiply 8-bit integers several times faster than floats: y = x·Wᵀ + b with each row
-of x and of W rounded to 255 levels between minus and plus its largest magnitude. Products of integers are exact, so a
-row of y depends on its row of x only. The other layers compute in floats, whose last bit depends on the batch size and
-can change the rounding of a value. So in int8 an image depends on its batch, by less than one rounding step.
+Under autocast a CUDA graph rounds the weights anew at every replay; here they are rounded once, and held beside those
+of float32. What is linear between two products is multiplied into the weights before: gains and offsets of norms, and
+the 1 of 1 + scale. For a GPU that is a third fewer small kernels. CPUs multiply 8-bit integers several times faster
+than floats: y = x·Wᵀ + b with each row of x and of W rounded to 255 levels between minus and plus its largest
+magnitude. Products of integers are exact, so a row of y depends on its row of x only. The other layers compute in
+floats, whose last bit depends on the batch size and can change the rounding of a value. So in int8 an image depends on
+its batch, by less than one rounding step.
 """
 
 from collections.abc import Callable
@@ -60,9 +61,9 @@ class HeldLinear(nn.Linear):
 
 
 class HeldNorm(nn.LayerNorm):
-    """A LayerNorm that shares the parameters of `norm`; under autocast to this dtype n alone, the rest is `HeldLinear`'s.
+    """A LayerNorm γ·n + β that shares the parameters of `norm`; under autocast to this dtype n, which it rounds x for.
 
-    n has a mean of 0 and a variance of 1. Its input is rounded to this dtype, as most of it is already.
+    n has a mean of 0 and a variance of 1. The layer after it is a `HeldLinear`, which has γ and β.
     """
 
     def __init__(self, norm: nn.LayerNorm, dtype: torch.dtype):
@@ -80,9 +81,9 @@ class HeldNorm(nn.LayerNorm):
 class HeldMLP(nn.Module):
     """The denoising MLP of a diffusion loss with weights of 16 bits: (x, time, condition) as `SimpleMLPAdaLN.forward`.
 
-    What all blocks take from the condition is one product, (N, (3·depth + 2)·W): of each block shift, scale and gate, of
-    the last layer shift and scale. With LN(x) = γ·n + β a block's LN(x)·(1 + s) + b is n·s' + b', where s' = γ·(1 + s) and
-    b' = β·(1 + s) + b: both linear in what s and b are linear in.
+    What all blocks take from the condition is one product, (N, (3·depth + 2)·W): shift, scale and gate of each block,
+    shift and scale of the last layer. With LN(x) = γ·n + β a block's LN(x)·(1 + s) + b is n·s' + b', s' = γ·(1 + s) and
+    b' = β·(1 + s) + b, and these are linear in what s and b are linear in.
     """
 
     def __init__(self, net: SimpleMLPAdaLN, dtype: torch.dtype):
@@ -116,7 +117,7 @@ def _values(module) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _moved(layer: nn.Linear, norm: nn.LayerNorm | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """[(weight, bias) of b', of s', of a gate if there is one] of a layer that gives b, s and the gate; see `HeldMLP`."""
+    """(weight, bias) of b', of s' and of a gate, if the layer gives one beside b and s; see `HeldMLP`."""
     width = layer.in_features
     (shift, scale, *gate), (shift_bias, scale_bias, *gate_bias) = (x.split(width) for x in _values(layer))
     scale_bias = scale_bias + 1
@@ -171,22 +172,30 @@ def prepare(model, dtype: torch.dtype) -> None:
     if any(isinstance(module, Int8Linear | HeldLinear) for module in model.modules()):
         raise RuntimeError("the model is prepared for a dtype already")
     for block in model.blocks:
-        if dtype == torch.int8:
-            _replace_linear(block, lambda name, layer: Int8Linear(layer))
-        elif not isinstance(block, ResBlock):
-            norms = {linear: block.get_submodule(norm) for norm, linear in getattr(block, "normed", ())}
-            _replace_linear(block, lambda name, layer: HeldLinear(layer, dtype, norms.get(name)))
-            for norm, _ in getattr(block, "normed", ()):
-                setattr(block, norm, HeldNorm(getattr(block, norm), dtype))
-    if dtype != torch.int8:
-        for net in [module for module in model.modules() if isinstance(module, SimpleMLPAdaLN)]:
-            net.held = HeldMLP(net, dtype)
+        if dtype == torch.int8:  # torch._int_mm is wrong for one input
+            _replace_linear(block, lambda name, layer: Int8Linear(layer) if layer.in_features > 1 else layer)
+        elif not isinstance(block, ResBlock):  # those are in a HeldMLP
+            _hold(block, dtype)
+    for net in [module for module in model.modules() if isinstance(module, SimpleMLPAdaLN)]:
+        net.held = None if dtype == torch.int8 else HeldMLP(net, dtype)
+
+
+def _hold(block: nn.Module, dtype: torch.dtype) -> None:
+    """Let a block's linear layers, and the norms in block.normed, compute in a dtype of 16 bits."""
+    norms = {linear: name for name, linear in getattr(block, "normed", ())}
+
+    def held(name, layer):
+        return HeldLinear(layer, dtype, block.get_submodule(norms[name]) if name in norms else None)
+
+    _replace_linear(block, held)
+    for name in norms.values():
+        setattr(block, name, HeldNorm(block.get_submodule(name), dtype))
 
 
 def _replace_linear(block: nn.Module, make: Callable) -> None:
     """Put make(name, layer) in the place of each linear layer of a block."""
     for name, layer in list(block.named_modules()):
-        if type(layer) is nn.Linear and layer.in_features > 1:  # torch._int_mm is wrong for 1
+        if type(layer) is nn.Linear:
             parent, _, last = name.rpartition(".")
             setattr(block.get_submodule(parent), last, make(name, layer))
 

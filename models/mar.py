@@ -21,7 +21,7 @@ from models.token_head import LOSSES, TokenHead
 from models.tokenizers.ldm import PLACES
 from models.vit import Block
 from util.args import flag
-from util.graphs import Graphs
+from util.graphs import Graphs, release
 from util.sizes import Size, check_counts, check_square, image_size
 
 
@@ -309,7 +309,7 @@ class MAR(nn.Module):
         Where nothing can be compiled, as without a C++ compiler on a CPU, that is a ValueError.
         """
         of_token_head = [] if self.config.loss == "ce" else [self.diffloss.net]
-        compile_all((*self.encoder_blocks, *self.decoder_blocks, *of_token_head), self.mask_token.device)
+        compile_all(self, (*self.encoder_blocks, *self.decoder_blocks, *of_token_head))
         self.compiled = True
 
     def _class_embedding(self, labels, batch_size):
@@ -333,12 +333,16 @@ class MAR(nn.Module):
         return x
 
 
-def compile_all(parts, device: torch.device) -> None:
-    """Compile modules in place, for batches of any size; ValueError where this device compiles nothing."""
+def compile_all(model: nn.Module, parts) -> None:
+    """Compile parts of a model in place, for batches of any size; ValueError where its device compiles nothing.
+
+    What it has captured is dropped, or it would replay the parts as they were.
+    """
     try:
-        torch.compile(torch.sin)(torch.zeros(2, device=device))
+        torch.compile(torch.sin)(torch.zeros(2, device=next(model.parameters()).device))
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
     for part in parts:
         part.compile(dynamic=True)
+    release(model)

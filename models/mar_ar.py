@@ -151,7 +151,7 @@ class MARAR(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile the blocks and, of the diffusion loss, the MLP, in place; ValueError where that cannot be done."""
-        compile_all((*self.layers, *([] if self.config.loss == "ce" else [self.diffloss.net])), self.pos_embed.device)
+        compile_all(self, (*self.layers, *([] if self.config.loss == "ce" else [self.diffloss.net])))
         self.compiled = True
 
     def _inputs(self, tokens, orders, labels, places):

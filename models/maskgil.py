@@ -239,7 +239,7 @@ class MaskGIL(Llama):
 
     def compile_parts(self) -> None:
         """Compile the blocks, in place; ValueError where that cannot be done."""
-        compile_all(self.layers, self.norm.weight.device)
+        compile_all(self, self.layers)
 
 
 class WholePasses:

@@ -174,7 +174,7 @@ class VAR(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile the blocks, in place; ValueError where that cannot be done."""
-        compile_all(self.blocks, self.pos_1LC.device)
+        compile_all(self, self.blocks)
 
 
 def modulation_layer(width: int, num: int) -> nn.Sequential:

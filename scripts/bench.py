@@ -64,6 +64,7 @@ SAMPLING = {
     "--fast, heads in mode both": dict(mode="both"),
     "--fast, --compile": dict(mode="baseline", compile=True),
 }
+ON_GPUS = {"published settings, bf16, --compile": PUBLISHED | dict(dtype="bf16", compile=True)}  # a minute's row there
 
 GPU_COLUMNS = ["images/s", "busy", "kernels a step", "first run, s more"]
 
@@ -226,7 +227,8 @@ class Bench:
 def sampling(bench: Bench) -> None:
     """The levers of sampling, one added after the other."""
     args, settings, table, transformers, totals = bench.args, PUBLISHED, [], {}, []
-    for name, change in tqdm(SAMPLING.items(), desc="sampling", leave=False):
+    rows = SAMPLING | (ON_GPUS if bench.on_gpu else {})
+    for name, change in tqdm(rows.items(), desc="sampling", leave=False):
         settings = {**settings, **change}
         settings["dtype"] = settings["dtype"] or bench.fast["dtype"]
         if (settings["dtype"] == "int8" and not bench.has_int8) or (settings["compile"] and args.quick):

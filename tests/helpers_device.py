@@ -77,7 +77,7 @@ class _Operations(TorchDispatchMode):
         goes_near = name == "aten::_to_copy" and target is not None and not is_far(target)
         if name in ("aten::_local_scalar_dense", "aten::nonzero") or (far and goes_near):
             self.waits[_caller()] += 1
-        if not _launches_nothing(function):
+        if not launches_nothing(function):
             self.launches[name] += 1
         options = kwargs | ({"device": torch.device("cpu")} if is_far(target) else {})
         result = function(*tree_map(near, args), **tree_map(near, options))
@@ -94,7 +94,7 @@ class _Operations(TorchDispatchMode):
         return tree_map(wrapped, result)
 
 
-def _launches_nothing(function) -> bool:
+def launches_nothing(function) -> bool:
     """Is this a view, or memory alone?"""
     aliases = [x.alias_info for x in function._schema.returns]
     name = function._schema.name.removeprefix("aten::")

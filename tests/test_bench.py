@@ -77,7 +77,8 @@ def test_every_lever_has_a_row(capsys, monkeypatch):
 
 def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
     """On a CPU operators are in place of kernels."""
-    runs, sample = [], Bench.sample
+    runs, sample, compiled = [], Bench.sample, []
+    monkeypatch.setattr(MAR, "compile_parts", lambda mar: compiled.append(mar))  # which takes long, see test_compile.py
 
     def counted(run, row, *sizes, **options):
         seconds, steps = sample(run, row, *sizes, **options)
@@ -91,10 +92,12 @@ def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
     assert main([*SMALL, "--num_iter", "2", "--only", "sampling"]) == 0
     assert not any(stub for _, stub, _ in runs)
     assert runs[0][::2] == ("100", {"100"})  # none is timed as a few
-    assert len(runs) == 2 * 3  # the first, one that is timed, one for the profiler
+    assert len(runs) == 3 * 3  # the first, one that is timed, one for the profiler
+    assert runs[-1][::2] == ("100", {"100"}) and len(compiled) == 1  # the compiled row, with published settings
     rows = rows_of(capsys.readouterr().out)
     assert rows[""][-4:] == bench.GPU_COLUMNS
     many, few = (rows[name][-4:] for name in names)
+    assert float(rows["published settings, bf16, --compile"][-4]) > 0
     assert float(few[0]) > float(many[0]) > 0
     assert all(row[1].endswith("%") and float(row[3]) < 60 for row in (many, few))
     assert int(many[2]) > 5 * int(few[2]) > 0  # 100 steps have more than 12

@@ -4,15 +4,28 @@ from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from heads.policy import LEARNABLE, PolicyHeads, build_rules
+from models.low_precision import prepare
 from sampling.loop import generate
 from tests.helpers import named_weights, tiny_mar
-from tests.helpers_device import DEVICE, pretended
+from tests.helpers_device import DEVICE, launches_nothing, pretended
 from tests.helpers_graphs import PlainCalls
-from util import graphs
+from util import dist, graphs
 
+CPU = torch.device("cpu")
 LABELS, STEPS = torch.tensor([0, 2, -1]), 4
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside that compute something, each a kernel on a GPU or more."""
+
+    launches = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.launches += not launches_nothing(function)
+        return function(*args, **(kwargs or {}))
 
 
 def launched(monkeypatch, mode: str, num_steps: int, **options) -> Counter:
@@ -48,3 +61,19 @@ def test_a_step_launches_a_few_operations(mode, most, refresh_every, monkeypatch
 def test_however_many_diffusion_steps_it_takes(monkeypatch):
     few, many = (launched(monkeypatch, "both", n, refresh_every=3) for n in (2, 5))
     assert few == many
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 90), (torch.bfloat16, 66)])
+def test_a_diffusion_step_is_few_operations(dtype, most):
+    """Of a head as deep as MAR-B's, guided, ancestral; products and all else."""
+    model = tiny_mar(diffloss_d=6)
+    prepare(model, dtype)
+    sampler, z = model.token_head.sampler, torch.randn(3, 16)
+
+    def operations(num_steps: int) -> int:
+        noise, w = torch.randn(num_steps + 1, 3, model.token_head.channels), torch.full((3,), 2.0)
+        with torch.no_grad(), dist.autocast(CPU, dtype), Operations() as operations:
+            sampler(num_steps=num_steps).draw(z, z, w, torch.ones(3), noise, num_steps)
+        return operations.launches
+
+    assert operations(4) - operations(3) == most

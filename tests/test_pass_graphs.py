@@ -197,3 +197,18 @@ def test_what_an_earlier_batch_left_does_not_matter(captured, monkeypatch):
         for pair in model.graphs.state.stores.values():
             for kept in pair:
                 kept.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("name", ("mar", "cache", "causal", "causal, random", "maskgil"))
+def test_what_was_captured_before_parts_are_compiled_is_dropped(name, captured, monkeypatch):
+    """Else it would be replayed in place of them."""
+    make, settings, _ = FAMILIES[name]
+    model = make()
+    for seeds in BATCHES:
+        sample(model, settings, seeds)
+    some = [module.graphs for module in (model, model.token_head) if hasattr(module, "graphs")]
+    assert all(graphs.captures for graphs in some)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: None)
+    model.compile_parts()
+    assert not any(graphs.captures for graphs in some)

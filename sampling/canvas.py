@@ -198,7 +198,7 @@ class Canvas:
             return plan, rows, drawn
         draws = torch.stack([_gumbel(plan.tau.shape[1], self.generators[i]) for i in images.tolist()])
         plan = rules.after_draw(state, plan, spread.detach(), send(draws, spread.device))
-        keep = plan.select.cpu()[place]
+        keep = plan.select.cpu()[place].nonzero().squeeze(1)  # on the host: to index by bools waits for the device
         there = send(keep, drawn.device)
         if plan.ids is not None:
             plan = replace(plan, ids=plan.ids[there])

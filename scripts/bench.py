@@ -7,8 +7,8 @@ Seconds are medians of up to --repeats runs (none starts after ROW_SECONDS), rat
 counted on the meta device; "of peak" is their rate as a share of that of large matrix products of the same dtype, timed
 in the same run. On a CPU 100 diffusion steps are timed as 5 and multiplied: every step is the same work; and a row that
 differs from an earlier one in diffusion settings only has its transformer's seconds and does not run it. On a GPU every
-row is run whole, after a first run that captures CUDA graphs, and has GPU_COLUMNS as well: the share of the time in
-which a kernel runs, kernels an autoregressive step, and what the first run took more than the later ones. The tables of
+row is run whole, after two runs that capture CUDA graphs, and has GPU_COLUMNS as well: the share of the time in
+which a kernel runs, kernels an autoregressive step, and what these two took more than the later ones. The tables of
 training, of ids and of scales are those of bench_training.py, bench_ids.py and bench_scales.py.
 
     python scripts/bench.py --only sampling,training --batch_size 64 --num_iter 64 --train_batch_size 64  # GPU; and 256
@@ -66,7 +66,7 @@ SAMPLING = {
 }
 ON_GPUS = {"published settings, bf16, --compile": PUBLISHED | dict(dtype="bf16", compile=True)}  # a minute's row there
 
-GPU_COLUMNS = ["images/s", "busy", "kernels a step", "first run, s more"]
+GPU_COLUMNS = ["images/s", "busy", "kernels a step", "first two runs, s more"]
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def sampling(bench: Bench) -> None:
             except ValueError as error:  # the other rows need no compiler
                 tqdm.write(f"warning: no row {name!r}: {error}", file=sys.stderr)
                 continue
-        first, runs = timed_runs(bench, settings, stub)
+        warm_ups, runs = timed_runs(bench, settings, stub)
         seconds = {k: statistics.median(run[k] for run, _ in runs) for k in runs[0][0]}
         memory = "=" if stub else f"{bench.peak.read() / 1e9:.1f}"
         if stub:
@@ -260,7 +260,7 @@ def sampling(bench: Bench) -> None:
         of_peak = [f"{flops[k] / seconds[k] / peak:.0%}" for k in ("transformer", "diffusion")]
         work = f"{sum(flops.values()) / args.batch_size / 1e12:.2f}"
         row = [name, *per_image, f"{totals[0] / totals[-1]:.2f}", work, *of_peak, memory, len(runs)]
-        table.append(row + (gpu_cells(bench, settings, seconds["total"], first) if bench.on_gpu else []))
+        table.append(row + (gpu_cells(bench, settings, seconds["total"], warm_ups) if bench.on_gpu else []))
     bench.forget()  # the compiled model
     head = ["", "seconds", "transformer", "diffusion", "faster by", "TFLOPs", "transformer, of peak"]
     head += ["diffusion, of peak", "peak memory, GB", "runs", *(GPU_COLUMNS if bench.on_gpu else [])]
@@ -268,25 +268,26 @@ def sampling(bench: Bench) -> None:
     print_table(f"Sampling: {args.preset}, {sizes}, seconds an image", head, table)
 
 
-def timed_runs(bench: Bench, settings: dict, stub: bool) -> tuple[float | None, list]:
-    """(seconds of a first run, [what `Bench.sample` gives] of up to --repeats runs after it).
+def timed_runs(bench: Bench, settings: dict, stub: bool) -> tuple[list[float], list]:
+    """([seconds of each run before], [what `Bench.sample` gives] of up to --repeats runs after these).
 
-    There is a first run where it compiles or captures: with --compile, and on a GPU. None: there was none.
+    With --compile one run is made before. On a GPU two: the first captures what draws tokens, the second what comes
+    again of the transformer's passes.
     """
-    warm_up = settings["compile"] or bench.on_gpu
-    first = run_seconds(bench.device, lambda: bench.sample(settings)) if warm_up else None
+    num_before = 2 if bench.on_gpu else int(settings["compile"])
+    warm_ups = [run_seconds(bench.device, lambda: bench.sample(settings)) for _ in range(num_before)]
     bench.peak.reset()
     runs, began = [], time.perf_counter()
     while len(runs) < bench.args.repeats and time.perf_counter() - began < ROW_SECONDS:
         runs.append(bench.sample(settings, stub=stub))
-    return first, runs
+    return warm_ups, runs
 
 
-def gpu_cells(bench: Bench, settings: dict, total: float, first: float) -> list[str]:
+def gpu_cells(bench: Bench, settings: dict, total: float, warm_ups: list[float]) -> list[str]:
     """The cells of GPU_COLUMNS for a row that takes `total` seconds a batch; the profiler watches one more run."""
     kernels, busy = device_work(bench.device, lambda: bench.sample(settings))
-    images = short_number(bench.args.batch_size / total)
-    return [images, f"{busy / total:.0%}", f"{kernels / bench.args.num_iter:.0f}", f"{first - total:.1f}"]
+    images, more = short_number(bench.args.batch_size / total), sum(warm_ups) - len(warm_ups) * total
+    return [images, f"{busy / total:.0%}", f"{kernels / bench.args.num_iter:.0f}", f"{more:.1f}"]
 
 
 def training(bench: Bench) -> None:

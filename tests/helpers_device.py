@@ -75,7 +75,7 @@ class _Operations(TorchDispatchMode):
             shapes = [[tuple(x.shape) for x in kind] for kind in (far, host)]
             raise RuntimeError(f"{name}: all tensors must be on one device: {shapes[0]} are far, {shapes[1]} are not")
         goes_near = name == "aten::_to_copy" and target is not None and not is_far(target)
-        if name in ("aten::_local_scalar_dense", "aten::nonzero") or (far and goes_near):
+        if name in ("aten::_local_scalar_dense", "aten::nonzero") or _by_bools(name, args) or (far and goes_near):
             self.waits[_caller()] += 1
         if not launches_nothing(function):
             self.launches[name] += 1
@@ -92,6 +92,12 @@ class _Operations(TorchDispatchMode):
             return written[id(x)] if id(x) in written else FarTensor(x)
 
         return tree_map(wrapped, result)
+
+
+def _by_bools(name: str, args) -> bool:
+    """Does it look up where a mask on the device is True?"""
+    indices = args[1] if name in ("aten::index", "aten::index_put", "aten::index_put_") else []
+    return any(isinstance(x, FarTensor) and x.dtype == torch.bool for x in indices)
 
 
 def launches_nothing(function) -> bool:

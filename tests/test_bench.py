@@ -92,7 +92,7 @@ def test_rows_of_a_gpu_are_run_whole_and_say_what_it_does(capsys, monkeypatch):
     assert main([*SMALL, "--num_iter", "2", "--only", "sampling"]) == 0
     assert not any(stub for _, stub, _ in runs)
     assert runs[0][::2] == ("100", {"100"})  # none is timed as a few
-    assert len(runs) == 3 * 3  # the first, one that is timed, one for the profiler
+    assert len(runs) == 3 * 4  # the first two, one that is timed, one for the profiler
     assert runs[-1][::2] == ("100", {"100"}) and len(compiled) == 1  # the compiled row, with published settings
     rows = rows_of(capsys.readouterr().out)
     assert rows[""][-4:] == bench.GPU_COLUMNS

@@ -16,6 +16,7 @@ from scripts import bench, bench_scales, bench_training, search_schedule, train_
 from tests.helpers import tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_device import DEVICE, FarTensor, near, pretended
+from tests.helpers_maskgil import tiny_maskgil
 from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_sample import rows
 from tests.test_var import tiny as tiny_var
@@ -159,6 +160,14 @@ def test_causal_tokens_are_those_of_the_cpu_and_a_step_waits_once(model, guided,
     else:
         assert (here == there).float().mean() > 0.9
     assert waits is None or 0 < waits["sampling/canvas.py:select"] <= 16
+
+
+def test_a_step_that_judges_what_it_drew_waits_for_that_too(waits):
+    """By the confidence in the ids drawn, as MaskGIL does."""
+    model = tiny_maskgil().to(dist.pick_device("auto"))
+    rules = build_rules("baseline", cfg=2.0, order="confidence", group="step_arccos")
+    generate(model, torch.tensor([0, 2, -1]), rules, num_iter=4, seeds=[1, 2, 3])
+    assert waits is None or waits == {"sampling/canvas.py:select": 4, "sampling/canvas.py:judged": 4}
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ import torch
 
 from models.coding import blanked
 from util import dist
+from util.dist import send
 from util.rng import generator, seed_of
 
 
@@ -32,8 +33,10 @@ class Decisions:
     def chosen(self, rows, plan) -> None:
         """The tokens at rows (N, 2) that a step's plan (B', L) chose."""
         if plan.log_prob is not None:
-            images = rows[:, 0].unique_consecutive().to(plan.log_prob.device)
-            self._add(images, plan.log_prob[plan.select.any(dim=1)])
+            images, log_prob = rows[:, 0].unique_consecutive(), plan.log_prob
+            if len(images) < len(log_prob):  # some drew nothing; finding them waits for the device
+                log_prob = log_prob[plan.select.any(dim=1)]
+            self._add(send(images, log_prob.device), log_prob)
 
     def _add(self, images, value):
         self.log_prob = self.log_prob.index_add(0, images, value.float())

@@ -243,8 +243,8 @@ class ImageObjective(nn.Module):
             decisions.chosen(rows, plan)
             if expected is not None:
                 expected.drawn(rows, plan)
-            said["tau"].append(plan.tau.detach()[plan.select])
-            said["w"].append(plan.cfg.detach()[plan.select])
+            for name, values in (("tau", plan.tau), ("w", plan.cfg)):
+                said[name].append(values.detach().masked_fill(~plan.select, torch.nan).flatten())
             if "group" in said:
                 said["group"].append(plan.select.sum(dim=1).float())
 
@@ -259,8 +259,8 @@ class ImageObjective(nn.Module):
         said = {name: torch.cat(values) for name, values in said.items()}
         if "group" in said:
             said["group"] = said["group"][said["group"] > 0]  # not of images that are done
-        if "order" in said:
-            said["order"] = said["order"][~said["order"].isnan()]
+        for name in said.keys() - {"group"}:
+            said[name] = said[name][~said[name].isnan()]
         distances = self._distances(against)
         if rollout.step != self.watched:  # not again for each micro-batch
             self.watched = rollout.step

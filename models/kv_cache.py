@@ -54,7 +54,7 @@ class Extension:
         self.all = len(sequences) == len(cache.lengths)
         self.sequences = send(sequences, device)
         self.places, self.last_places = send(torch.minimum(slots, last), device), send(last, device)
-        self.slots = send(slots_or_padding, device)
+        self.index = expanded(self.sequences.unsqueeze(1), send(slots_or_padding, device))  # where keys and values go
         self.ends = send(counts - 1, device)
         self.mask = None  # (R', 1, n, keys) bool; None: all keys may be looked at
         if (limits < self.num_keys).any():
@@ -72,8 +72,7 @@ class Extension:
             heads, width = key.shape[2:]
             shape = len(self.cache.lengths), heads, self.cache.capacity + 1, width
             stores[layer] = [key.new_zeros(shape).transpose(1, 2) for _ in range(2)]
-        index = self.sequences.unsqueeze(1), self.slots
-        stores[layer] = [put(kept, index, new) for kept, new in zip(stores[layer], (key, value))]
+        stores[layer] = [put(kept, self.index, new) for kept, new in zip(stores[layer], (key, value))]
         key, value = (kept[:, : self.num_keys] for kept in stores[layer])
         if not self.all:
             key, value = key[self.sequences], value[self.sequences]
@@ -131,6 +130,11 @@ def attention(query, key, value, mask=None, *, causal: bool = False, dropout: fl
     options = dict(attn_mask=mask, is_causal=causal, dropout_p=dropout, scale=scale)
     found = F.scaled_dot_product_attention(query, key, value, **options)
     return found.transpose(1, 2)
+
+
+def expanded(*index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Indices of one shape, contiguous; on a GPU each `put` would otherwise make them so anew."""
+    return tuple(x.contiguous() for x in torch.broadcast_tensors(*index))
 
 
 def put(kept, index: tuple, new):

@@ -14,7 +14,7 @@ from functools import cache, partial
 import torch
 from torch.nn import functional as F
 
-from models.kv_cache import put
+from models.kv_cache import expanded, put
 from models.passes import padded_counts, whole_pass
 from models.vit import Block
 from util.dist import send
@@ -88,13 +88,13 @@ class Features:
         whole: x looks at itself, else at all slots but the last; both where the bool mask allows. num_first: the
         sequences are the first so many, None: any.
         """
-        rows = sequences[:, None]
+        index = expanded(sequences[:, None], slots)
         for block in blocks:
             query, key, value = self._call(Block.before_attention, block, x).unbind(dim=2)  # each (R', ·, H, D / H)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
                 self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
-            pair = [put(kept, (rows, slots), new) for kept, new in zip(self.stores[block], (key, value))]
+            pair = [put(kept, index, new) for kept, new in zip(self.stores[block], (key, value))]
             self.stores[block] = pair
             if not whole:
                 key, value = ((kept[sequences] if num_first is None else kept[:num_first])[:, :-1] for kept in pair)

@@ -95,7 +95,7 @@ class Graphs:
         self.captures = OrderedDict()  # key: (capture, its buffers), the last used at the end
         self.pool = None  # the memory that they share
         self.results = {}  # (shape, dtype): the one place that captures write such results to
-        self.places = None  # of the weights that they read
+        self.read = []  # what they read, see `_parts_of`
         self.state = self.kind = None  # what captured functions keep from one replay to the next, see `lend`
         self.user = None  # a weak reference to who has it
         self.asked = set()  # keys that `run_again` was asked for
@@ -107,19 +107,20 @@ class Graphs:
         """Drop all captures, their memory and the state."""
         self.captures.clear()
         self.results.clear()
+        self.read = []
         self.pool = self.state = self.kind = self.user = None
 
     def usable(self, module: nn.Module, device: torch.device) -> bool:
         """May functions of this module be run by `run`? Not with gradients, nor after a capture has failed.
 
-        Weights that have moved since, as `module.to` moves them, make it forget what it has.
+        Weights that have moved since, as `module.to` moves them, and other modules in it make it forget what it has.
         """
         if self.failed or device.type not in CAPTURES or torch.is_grad_enabled() or not switched_on():
             return False
-        places = [(x.data_ptr(), x.dtype) for some in (module.parameters(), module.buffers()) for x in some]
-        if places != self.places:
+        if not _unchanged(self.read):
             self.clear()
-            self.places = places
+        if not self.read:
+            self.read = _parts_of(module)
         return True
 
     def lend(self, module: nn.Module, user: object, device: torch.device, kind: Hashable, make: Callable):
@@ -191,6 +192,26 @@ class Graphs:
         if kind not in self.results:
             self.results[kind] = torch.empty_like(result)
         return self.results[kind]
+
+
+def _parts_of(module: nn.Module) -> list[tuple[dict, list]]:
+    """[(a dictionary of parameters, buffers or modules of a module, [(name, what it was, its place in memory)])].
+
+    Kept since to collect them takes milliseconds where there are hundreds, to compare them a tenth of one.
+    """
+    every = [of for part in module.modules() for of in (part._parameters, part._buffers, part._modules) if of]
+    return [(of, [(name, x, _place_of(x)) for name, x in of.items()]) for of in every]
+
+
+def _unchanged(parts: list[tuple[dict, list]]) -> bool:
+    return all(
+        len(of) == len(was) and all(of.get(name) is x and _place_of(x) == place for name, x, place in was)
+        for of, was in parts
+    )
+
+
+def _place_of(x) -> int | None:
+    return x.data_ptr() if isinstance(x, torch.Tensor) else None
 
 
 @contextlib.contextmanager

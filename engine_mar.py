@@ -233,35 +233,35 @@ def sample_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> N
     folder, seed = samples.folder(epoch), samples.seed
     columns = min(len(samples.asked), 10)
     fids = []
-    with state.averaged():
+    with state.averaged() as parts:
         labels = list(samples.asked)[:columns] * 4
-        sample_images(state.parts, samples.sampling, labels, seed, folder / "grid", batch_size=20)
+        sample_images(parts, samples.sampling, labels, seed, folder / "grid", batch_size=20)
         if dist.is_main():
             sheet = PNGFolder(folder / "grid", len(labels)).grid([samples.asked[label] for label in labels], columns)
             log.image("samples", sheet, state.step)
         if samples.online:
-            fids = measure_epoch(state, samples, epoch, log)
-    release(state.model)  # the memory of captures, which training needs
+            fids = measure_epoch(state, parts, samples, epoch, log)
+        release(parts.model)  # the memory of captures, which training needs
     if dist.is_main():
         if fids and not state.unsaved:
             keep_best(samples.output_dir, min(fids), state.step)
         save_png(folder.with_suffix(".png"), sheet)
 
 
-def measure_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> list[float]:
+def measure_epoch(state: TrainState, parts: Parts, samples: EpochSamples, epoch: int, log) -> list[float]:
     """The metrics at cfg 1 and at the sampling's, logged and printed; the FIDs, on the first process."""
     labels, fids = samples.labels(), []
     reference = samples.reference() if dist.is_main() else None
     for cfg in sorted({1.0, samples.sampling.cfg}):
         sampling = replace(samples.sampling, cfg=cfg)
         place = dict(folder=samples.folder(epoch) / sampling.name(), npz_limit=EPOCH_NPZ_LIMIT)
-        result = evaluate(state.parts, sampling, samples.evaluation, reference, labels, samples.seed, **place)
+        result = evaluate(parts, sampling, samples.evaluation, reference, labels, samples.seed, **place)
         metrics = result["metrics"]
         if dist.is_main():
             for name, value in metrics.items():
                 log.scalar(f"eval_cfg{cfg:g}/{name}", value, state.step)
             fids += [metrics["fid"]] if "fid" in metrics else []
-            tqdm.write(samples.protocol(labels, reference, state.parts))
+            tqdm.write(samples.protocol(labels, reference, parts))
             tqdm.write(f"epoch {epoch + 1}, cfg {cfg:g}: {metrics_line(metrics)}")
     return fids
 

@@ -177,8 +177,8 @@ def begin(
 def evaluate_checkpoint(state: TrainState, samples: EpochSamples, source: str) -> int:
     """--evaluate: sample with the averaged weights of the checkpoint `source`, compute the metrics, print them."""
     labels, reference = samples.labels(), samples.reference()
-    parts = replace(state.parts, checkpoint=str(checkpoint_path(source).resolve()))
-    with state.averaged():
+    with state.averaged() as parts:
+        parts = replace(parts, checkpoint=str(checkpoint_path(source).resolve()))
         folder = claim_folder(Path(samples.output_dir) / "evaluation" / samples.sampling.name(), parts)
         result = evaluate(parts, samples.sampling, samples.evaluation, reference, labels, samples.seed, folder)
     if dist.is_main():

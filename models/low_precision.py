@@ -180,6 +180,18 @@ def prepare(model, dtype: torch.dtype) -> None:
         net.held = None if dtype == torch.int8 else HeldMLP(net, dtype)
 
 
+def prepared(model, dtype: torch.dtype):
+    """A model prepared for this dtype that shares its parameters with `model`, which stays as it is.
+
+    They must not change while it is used. For float32 it is the model itself.
+    """
+    if dtype == torch.float32:
+        return model
+    copy = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    prepare(copy, dtype)
+    return copy
+
+
 def _hold(block: nn.Module, dtype: torch.dtype) -> None:
     """Let a block's linear layers, and the norms in block.normed, compute in a dtype of 16 bits."""
     norms = {linear: name for name, linear in getattr(block, "normed", ())}

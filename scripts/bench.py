@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +34,7 @@ from tqdm import tqdm
 from diffusion.schedule import step_range
 from heads.policy import PolicyHeads, build_rules
 from models.diffusion_sampler import DiffusionSampler
-from models.low_precision import fast_dtype, is_exact, prepare
+from models.low_precision import fast_dtype, is_exact, prepared
 from models.mar import MAR
 from models.mar_cache import FeatureCache
 from sampling.loop import generate
@@ -149,9 +148,7 @@ class Bench:
         if dtype == "fp32":
             return self.mar
         if self.narrow is None or self.narrow[0] != dtype:
-            model = deepcopy(self.mar, {id(parameter): parameter for parameter in self.mar.parameters()})
-            prepare(model, dist.DTYPES[dtype])
-            self.narrow = dtype, model
+            self.narrow = dtype, prepared(self.mar, dist.DTYPES[dtype])
         return self.narrow[1]
 
     def sample(self, row: dict, batch_size=None, num_iter=None, stub=False) -> tuple[dict, list]:

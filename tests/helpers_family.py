@@ -99,10 +99,11 @@ class NormalSampler:
 
     def draw(self, z, z_uncond, cfg, tau, noise, num_steps, guided=None, profile=None):
         check_no_profile(profile)
-        mean = self.head.mean(z)
+        mean = self.head.mean(z).float()  # under autocast it has 16 bits
         if z_uncond is not None:
             guided = torch.arange(len(z), device=z.device) if guided is None else guided
-            mean = mean.index_copy(0, guided, guide(mean[guided], self.head.mean(z_uncond), cfg[guided].unsqueeze(1)))
+            free = self.head.mean(z_uncond).float()
+            mean = mean.index_copy(0, guided, guide(mean[guided], free, cfg[guided].unsqueeze(1)))
         return mean + self.head.noise * tau.reshape(-1, 1) * noise
 
 

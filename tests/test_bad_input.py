@@ -182,7 +182,7 @@ TRAINING = [
     ("--device cpu:x", "'cpu:x'", "cpu"),
     ("--device tpu", "'tpu'", "cpu"),
     ("--dtype int8", "--dtype", "int8"),  # for sampling only
-    ("--dtype fp16", "fp16", "fp32, bf16"),
+    ("--dtype fp16 --device cpu", "fp16", "fp32, bf16"),
     ("--dist_on_itp", "--dist_on_itp", "OMPI_COMM_WORLD_RANK"),
     ("--nope 3", "--nope"),
     ("--batch 3", "--batch"),  # no abbreviations: a later flag would change what they mean
@@ -233,7 +233,7 @@ SAMPLING = [
     ("--edit_mask {empty}", "--edit_image"),
     ("--edit_image {empty} --edit_mask {empty}", "--edit_image", "{empty}"),
     ("--device cuda:x", "cuda:x", "cpu"),
-    ("--dtype fp16", "fp16", "fp32, bf16"),
+    ("--dtype fp16 --device cpu", "fp16", "fp32, bf16"),
     ("--output_dir {file}", "--output_dir {file}", "not a folder"),
     ("--output_dir /proc/x", "--output_dir /proc/x"),
     ("--nope 3", "--nope"),

@@ -1,5 +1,6 @@
 """Every program on a device that refuses what a GPU refuses (`helpers_device`), on any machine; its waits counted."""
 
+import warnings
 from copy import deepcopy
 
 import numpy as np
@@ -20,6 +21,7 @@ from tests.helpers_maskgil import tiny_maskgil
 from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_sample import rows
 from tests.test_var import tiny as tiny_var
+from training.describe import KERNELS, attention_kernel
 from util import dist
 from util.images.pictures import read_png
 
@@ -246,3 +248,10 @@ def test_a_tokenizer(waits, tmp_path):
 def test_benchmarks(program, waits, tmp_path):
     more = "--quick --only sampling" if program is bench else "--only heads"
     assert program.main(f"--preset digits --repeats 1 {more}".split()) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_which_kernel_computes_attention_is_found_without_a_warning(dtype):
+    with warnings.catch_warnings(action="error"):
+        assert attention_kernel(64, torch.device("cuda"), dtype) in KERNELS

@@ -1,5 +1,7 @@
 """What a run says of itself before it starts."""
 
+import warnings
+
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -34,7 +36,7 @@ def attention_kernel(head_dim: int, device: torch.device, dtype: torch.dtype) ->
     x = torch.zeros(1, 1, 8, head_dim, device=device, dtype=dtype)
     for name, kernel in KERNELS.items():
         try:
-            with sdpa_kernel(kernel):
+            with sdpa_kernel(kernel), warnings.catch_warnings(action="ignore"):  # on CUDA why each one is refused
                 F.scaled_dot_product_attention(x, x, x)
         except RuntimeError:  # there is none for this
             continue

@@ -1,12 +1,13 @@
 """The state of a training run: what a step changes, and the parts that it works with."""
 
 import contextlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from heads.policy import PolicyHeads
+from models.low_precision import prepared
 from sampling.run import Parts
 from training.ahead import Ahead
 from training.optim import EMA
@@ -55,7 +56,7 @@ class TrainState:
 
     @contextlib.contextmanager
     def averaged(self):
-        """The averaged weights inside the block, those under training again afterwards."""
+        """What samples with the averaged weights, as `sample.py` does; those under training are back afterwards."""
         with self.ema.applied_to(self.model):
             with self.heads_ema.applied_to(self.heads) if self.heads is not None else contextlib.nullcontext():
-                yield
+                yield replace(self.parts, model=prepared(self.model, self.dtype))

@@ -1,0 +1,60 @@
+"""The tests of CUDA on a GPU that any machine has (`tests/null_gpu`), and what a batch of MAR-B asks of it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.null_gpu import build, environment
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+FILES = [path.name for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+# its one test asks the profiler for kernels
+FILES = [name for name in FILES if name not in ("test_bench.py", Path(__file__).name)]
+
+
+def run(words: list, environment: dict) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def null_gpu(tmp_path_factory):
+    """The environment of a process that has it; a build of PyTorch that it does not fit skips the tests."""
+    try:
+        library = build(tmp_path_factory.mktemp("null_gpu"))
+    except OSError as error:
+        pytest.skip(f"no null GPU: {error}")
+    here = environment(library)
+    works = "import torch, tests.null_gpu.emulation; x = torch.arange(4.0).cuda(); assert (x @ x).item() == 14"
+    done = run(["-c", works], here)
+    if done.returncode:
+        pytest.skip(f"no null GPU: {done.stderr.strip().splitlines()[-1]}")
+    return here
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_tests_of_cuda_pass(name, null_gpu):
+    """Slow ones too."""
+    words = ["-m", "pytest", "-p", "tests.null_gpu.emulation", "-q", "-n", "0", "-m", "gpu", f"tests/{name}"]
+    done = run(words, null_gpu)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
+    """--fast, 16 steps: two whole passes, of which each has a replay with label and one without, and partial ones."""
+    words = ["-m", "tests.null_gpu.batches", "--fast", "--batch_size", "16", "--num_iter", "16"]
+    done = run(words, null_gpu)
+    assert done.returncode == 0, done.stderr[-5000:]
+    first, second, *later = [json.loads(line) for line in done.stdout.splitlines()]
+    assert second["captures"] > 0 and len(later) == 2
+    for batch in later:
+        assert batch["captures"] == 0
+        assert batch["replays"] == 16 + 2 * 2 + 14  # draws, whole passes, partial ones
+        assert batch["waits"] <= 16 + 3
+        assert (batch["kernels"] + batch["copies"]) / 16 < 110
+        assert batch["kernels_in_replays"] < 16 * (9 * 70 + 24 * 20)
+        assert batch["peak_gb"] < 3.5  # 1.3 of it are weights

@@ -46,10 +46,10 @@ def test_tests_of_cuda_pass(name, null_gpu):
 
 def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
     """--fast, 16 steps: two whole passes, of which each has a replay with label and one without, and partial ones."""
-    words = ["-m", "tests.null_gpu.batches", "--fast", "--batch_size", "16", "--num_iter", "16"]
-    done = run(words, null_gpu)
+    words = "import json; from tests.null_gpu import batches; print(json.dumps(batches.sampling(batches.FAST, 16, 16)))"
+    done = run(["-c", words], null_gpu)
     assert done.returncode == 0, done.stderr[-5000:]
-    first, second, *later = [json.loads(line) for line in done.stdout.splitlines()]
+    first, second, *later = json.loads(done.stdout)
     assert second["captures"] > 0 and len(later) == 2
     for batch in later:
         assert batch["captures"] == 0
@@ -57,4 +57,14 @@ def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
         assert batch["waits"] <= 16 + 3
         assert (batch["kernels"] + batch["copies"]) / 16 < 110
         assert batch["kernels_in_replays"] < 16 * (9 * 70 + 24 * 20)
-        assert batch["peak_gb"] < 3.5  # 1.3 of it are weights
+        assert batch["gb"] < 3.5  # 1.3 of it are weights
+
+
+@pytest.mark.parametrize("dtype, most", [("bf16", 2500), ("fp32", 1800)])
+def test_a_training_step_of_mar_b(dtype, most, null_gpu):
+    words = f"import json; from tests.null_gpu import batches; print(json.dumps(batches.training('{dtype}', 2)))"
+    done = run(["-c", words], null_gpu)
+    assert done.returncode == 0, done.stderr[-5000:]
+    last = json.loads(done.stdout)[-1]
+    assert last["waits"] == 1 and last["allocations"] <= 10
+    assert last["kernels"] + last["copies"] < most

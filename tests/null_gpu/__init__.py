@@ -5,7 +5,7 @@ captures and what they forbid are as on a GPU; kernels are counted. `emulation.p
 device's memory, what each operation would have. So tests of CUDA run, values included, and large models are counted:
 
     python -m tests.null_gpu python -m pytest -p tests.null_gpu.emulation -n 0 -m gpu
-    python -m tests.null_gpu python -m tests.null_gpu.batches --batch_size 256 --fast
+    python -m tests.null_gpu python -m tests.null_gpu.batches
 
 What it cannot show: the seconds and rounding of real kernels, cuDNN, NCCL, Triton, the profiler's view of a GPU.
 """

@@ -2,8 +2,8 @@
 
 The device's memory is the host's: results are computed of tensors on the CPU over the same addresses. What a capture
 contains is computed at each replay, of what stands at its addresses then, as on a GPU. Importing this switches it on in
-all threads. VALUES, in the environment, is the most numbers that a tensor may have for its operation to be computed:
-counts of a large model need none but the small tensors that rules decide with.
+all threads. With VALUES in the environment nothing in captures is computed, nor an operation on a tensor of more numbers
+than that: counts of a large model need none but the small tensors that rules decide with.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-MOST = int(os.environ.get("VALUES", 2**62))
+MOST = int(os.environ["VALUES"]) if "VALUES" in os.environ else None
 torch.backends.cudnn.enabled = False  # it has a runtime of its own
 torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -115,6 +115,8 @@ class Emulation(TorchDispatchMode):
             return function(*args, **kwargs)
         if name in BOOKKEEPING or is_view(function):
             return function(*args, **kwargs)
+        if MOST is not None and max((x.numel() for x in tensors), default=0) > MOST:
+            return function(*args, **kwargs)
         near_args, near_kwargs = tree_map(on_host, (args, kwargs))
         near_kwargs.pop("pin_memory", None)
         if name in SIZED_BY_DATA or function is torch.ops.aten.repeat_interleave.Tensor or _is_by_mask(name, args):
@@ -123,8 +125,6 @@ class Emulation(TorchDispatchMode):
             made = function(*near_args, **near_kwargs)
             return args[0] if function._schema.is_mutable else tree_map(_to_device, made)
         result = function(*args, **kwargs)
-        if max((x.numel() for x in tensors), default=0) > MOST:
-            return result
         places = [] if function._schema.is_mutable else tree_map(on_host, tree_flatten(result)[0])
 
         def compute():
@@ -136,10 +136,10 @@ class Emulation(TorchDispatchMode):
                 if isinstance(value, torch.Tensor) and value.numel():
                     place.copy_(value)
 
-        if Emulation.captured is not None and torch.cuda.is_current_stream_capturing():
-            Emulation.captured.append(compute)
-        else:
+        if Emulation.captured is None or not torch.cuda.is_current_stream_capturing():
             compute()
+        elif MOST is None:
+            Emulation.captured.append(compute)
         return result
 
 

@@ -143,6 +143,7 @@ SCENARIOS = {
 
 def prepare(names, args: TortureArgs, work: Path) -> None:
     """Import modules that the forked processes share; make the model and the autoencoder that they need."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # AdamW looks for a GPU that has begun even on the CPU, and a fork has none
     torch.set_num_threads(1)
     from torch.utils import tensorboard  # noqa: F401
 

@@ -57,6 +57,7 @@ def rows_of(text):
 
 
 @pytest.mark.slow
+@pytest.mark.on_cpu("it has a row in int8, and rows that run no transformer")
 def test_every_lever_has_a_row(capsys, monkeypatch):
     compiled = []
     monkeypatch.setattr(MAR, "compile_parts", lambda mar: compiled.append(mar))  # which takes long, see test_compile.py

@@ -2,8 +2,10 @@
 
 The device's memory is the host's: results are computed of tensors on the CPU over the same addresses. What a capture
 contains is computed at each replay, of what stands at its addresses then, as on a GPU. Importing this switches it on in
-all threads. With VALUES in the environment nothing in captures is computed, nor an operation on a tensor of more numbers
-than that: counts of a large model need none but the small tensors that rules decide with.
+all threads.
+
+With VALUES in the environment nothing in captures is computed, nor an operation on a tensor of more numbers than that:
+counts of a large model need only the small tensors that rules decide with.
 """
 
 import ctypes
@@ -20,7 +22,7 @@ torch.backends.cudnn.enabled = False  # it has a runtime of its own
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 # their results are as many as the data say, so that a device must be waited for
-SIZED_BY_DATA = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+SIZED_BY_DATA = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 BOOKKEEPING = {"record_stream", "is_pinned", "_pin_memory", "resize_", "set_", "_local_scalar_dense", "detach", "alias"}
 
 

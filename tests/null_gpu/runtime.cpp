@@ -169,7 +169,11 @@ API cudaError_t cudaMemcpyToSymbol(const void *, const void *, size_t, size_t, c
 
 API cudaError_t cudaGetDevice(int *out) { return *out = 0, cudaSuccess; }
 API cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-API cudaError_t cudaGetDeviceCount(int *out) { return *out = 1, cudaSuccess; }
+API cudaError_t cudaGetDeviceCount(int *out) {
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  *out = visible && !*visible ? 0 : 1;
+  return *out ? cudaSuccess : fail(cudaErrorNoDevice, "cudaGetDeviceCount");
+}
 API cudaError_t cudaDriverGetVersion(int *out) { return *out = 13000, cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int *out) { return *out = 13000, cudaSuccess; }
 API cudaError_t cudaGetLastError() {

@@ -241,7 +241,8 @@ def sample_epoch(state: TrainState, samples: EpochSamples, epoch: int, log) -> N
             log.image("samples", sheet, state.step)
         if samples.online:
             fids = measure_epoch(state, parts, samples, epoch, log)
-        release(parts.model)  # the memory of captures, which training needs
+    for model in (parts.model, state.model):
+        release(model)  # the memory of captures, which training needs
     if dist.is_main():
         if fids and not state.unsaved:
             keep_best(samples.output_dir, min(fids), state.step)

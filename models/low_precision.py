@@ -61,7 +61,7 @@ class HeldLinear(nn.Linear):
 
 
 class HeldNorm(nn.LayerNorm):
-    """A LayerNorm γ·n + β that shares the parameters of `norm`; under autocast to this dtype n, which it rounds x for.
+    """A LayerNorm γ·n + β that shares the parameters of `norm`; under autocast to this dtype n alone, rounded to it.
 
     n has a mean of 0 and a variance of 1. The layer after it is a `HeldLinear`, which has γ and β.
     """
@@ -74,8 +74,8 @@ class HeldNorm(nn.LayerNorm):
         """x (..., D) to the same shape."""
         if autocast_state(x.device) != self.dtype:
             return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):  # which would norm in float32
-            return F.layer_norm(x.to(self.dtype), self.normalized_shape, eps=self.eps)
+        with torch.autocast(x.device.type, enabled=False):  # which on CUDA would make x float32, where it is not
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps).to(self.dtype)
 
 
 class HeldMLP(nn.Module):
@@ -183,11 +183,14 @@ def prepare(model, dtype: torch.dtype) -> None:
 def prepared(model, dtype: torch.dtype):
     """A model prepared for this dtype that shares its parameters with `model`, which stays as it is.
 
-    They must not change while it is used. For float32 it is the model itself.
+    They must not change while it is used. For float32 it is the model itself; else it is not compiled.
     """
     if dtype == torch.float32:
         return model
-    copy = deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    shared = [*model.parameters(), *([model.prompts] if hasattr(model, "prompts") else [])]
+    copy = deepcopy(model, {id(x): x for x in shared})
+    if hasattr(copy, "compiled"):
+        copy.compiled = False
     prepare(copy, dtype)
     return copy
 

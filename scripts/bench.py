@@ -63,7 +63,7 @@ SAMPLING = {
     "--fast, heads in mode both": dict(mode="both"),
     "--fast, --compile": dict(mode="baseline", compile=True),
 }
-ON_GPUS = {"published settings, bf16, --compile": PUBLISHED | dict(dtype="bf16", compile=True)}  # a minute's row there
+ON_GPUS = {"published settings, bf16, --compile": PUBLISHED | dict(dtype="bf16", compile=True)}  # too slow on a CPU
 
 GPU_COLUMNS = ["images/s", "busy", "kernels a step", "first two runs, s more"]
 

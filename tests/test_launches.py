@@ -76,4 +76,6 @@ def test_a_diffusion_step_is_few_operations(dtype, most):
             sampler(num_steps=num_steps).draw(z, z, w, torch.ones(3), noise, num_steps)
         return operations.launches
 
-    assert operations(4) - operations(3) == most
+    for _ in range(2):  # the first time tables are made
+        few, many = operations(3), operations(4)
+    assert many - few == most

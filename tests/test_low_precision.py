@@ -148,10 +148,13 @@ def test_held_weights_compute_what_autocast_does(name):
     assert drawn(narrow, options, num_iter, torch.float32).equal(drawn(model, options, num_iter, torch.float32))
     by_autocast = drawn(model, options, num_iter, torch.bfloat16)
     assert not by_autocast.equal(drawn(model, options | dict(cfg=1.0), num_iter, torch.bfloat16))
+    made = drawn(narrow, options, num_iter, torch.bfloat16)
     if name not in NORMED:
-        assert drawn(narrow, options, num_iter, torch.bfloat16).equal(by_autocast)
-    else:
-        check_rounding(model, narrow, torch.bfloat16)
+        assert made.equal(by_autocast)
+        return
+    check_rounding(model, narrow, torch.bfloat16)
+    # nearly all of them: what is drawn in many steps may fall to another side
+    assert ((made - by_autocast).abs() < 0.1).float().mean() > 0.8
 
 
 def check_rounding(model, narrow, dtype, device=CPU):

@@ -1,11 +1,13 @@
 """The tests of CUDA on a GPU that any machine has (`tests/null_gpu`), and what a batch of MAR-B asks of it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.null_gpu import build, environment
 
@@ -13,7 +15,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 FILES = [path.name for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
 # its one test asks the profiler for kernels
-FILES = [name for name in FILES if name not in ("test_bench.py", Path(__file__).name)]
+FILES = [(name, "gpu") for name in FILES if name not in ("test_bench.py", Path(__file__).name)]
+FILES += [("test_online_evaluation.py", "not slow")]  # where bf16 is the default
 
 
 def run(words: list, environment: dict) -> subprocess.CompletedProcess:
@@ -22,23 +25,18 @@ def run(words: list, environment: dict) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def null_gpu(tmp_path_factory):
-    """The environment of a process that has it; a build of PyTorch that it does not fit skips the tests."""
-    try:
-        library = build(tmp_path_factory.mktemp("null_gpu"))
-    except OSError as error:
-        pytest.skip(f"no null GPU: {error}")
-    here = environment(library)
-    works = "import torch, tests.null_gpu.emulation; x = torch.arange(4.0).cuda(); assert (x @ x).item() == 14"
-    done = run(["-c", works], here)
-    if done.returncode:
-        pytest.skip(f"no null GPU: {done.stderr.strip().splitlines()[-1]}")
-    return here
+    """The environment of a process that has it."""
+    if not (torch.version.cuda or "").startswith("13"):
+        pytest.skip(f"it is CUDA 13's runtime, this PyTorch has CUDA {torch.version.cuda}")
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    return environment(build(tmp_path_factory.mktemp("null_gpu")))
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_tests_of_cuda_pass(name, null_gpu):
-    """Slow ones too."""
-    words = ["-m", "pytest", "-p", "tests.null_gpu.emulation", "-q", "-n", "0", "-m", "gpu", f"tests/{name}"]
+@pytest.mark.parametrize("name, marks", FILES)
+def test_tests_of_cuda_pass(name, marks, null_gpu):
+    """Slow ones of them too."""
+    words = ["-m", "pytest", "-p", "tests.null_gpu.emulation", "-q", "-n", "0", "-m", marks, f"tests/{name}"]
     done = run(words, null_gpu)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
     assert " passed" in done.stdout.splitlines()[-1]
@@ -56,7 +54,7 @@ def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
         assert batch["replays"] == 16 + 2 * 2 + 14  # draws, whole passes, partial ones
         assert batch["waits"] <= 16 + 3
         assert (batch["kernels"] + batch["copies"]) / 16 < 110
-        assert batch["kernels_in_replays"] < 16 * (9 * 70 + 24 * 20)
+        assert batch["kernels_in_replays"] < 16 * 1000
         assert batch["gb"] < 3.5  # 1.3 of it are weights
 
 

@@ -179,6 +179,7 @@ class Graphs:
             self.failed, self.pool = True, None
             self.captures.clear()
             self.results.clear()
+            self.read = []
             reason = str(error.__context__ or error).strip().partition("\n")[0]  # what CUDA says last is not why
             tqdm.write(f"warning: no more CUDA graphs, since one could not be captured: {reason}", file=sys.stderr)
             return False
@@ -197,17 +198,22 @@ class Graphs:
 def _parts_of(module: nn.Module) -> list[tuple[dict, list]]:
     """[(a dictionary of parameters, buffers or modules of a module, [(name, what it was, its place in memory)])].
 
-    Kept since to collect them takes milliseconds where there are hundreds, to compare them a tenth of one.
+    Kept since to collect them takes milliseconds where there are hundreds, to compare them half of one. What it was is
+    a weak reference: the memory of weights that others stand for is free.
     """
-    every = [of for part in module.modules() for of in (part._parameters, part._buffers, part._modules) if of]
-    return [(of, [(name, x, _place_of(x)) for name, x in of.items()]) for of in every]
+    every = [of for part in module.modules() for of in (part._parameters, part._buffers, part._modules)]
+    return [(of, [(name, x if x is None else weakref.ref(x), _place_of(x)) for name, x in of.items()]) for of in every]
 
 
 def _unchanged(parts: list[tuple[dict, list]]) -> bool:
-    return all(
-        len(of) == len(was) and all(of.get(name) is x and _place_of(x) == place for name, x, place in was)
-        for of, was in parts
-    )
+    for of, was in parts:
+        if len(of) != len(was):
+            return False
+        for name, kept, place in was:
+            x = of.get(name)
+            if x is not (kept and kept()) or _place_of(x) != place:
+                return False
+    return True
 
 
 def _place_of(x) -> int | None:

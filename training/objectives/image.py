@@ -235,7 +235,7 @@ class ImageObjective(nn.Module):
 
     def forward(self, rollout: Rollout, num_targets) -> dict[str, torch.Tensor]:
         """The summed influence of the images of a rollout over num_targets, and what is logged of them."""
-        said = {"tau": [], "w": []} | ({"group": []} if "group" in self.heads.learn else {})
+        chosen, said = [], {"tau": [], "w": []} | ({"group": []} if "group" in self.heads.learn else {})
         decisions = Decisions(rollout, next(self.model.parameters()).device)
         expected = ExpectedCost() if self.local and self.model.token_head.discrete else None
 
@@ -243,8 +243,9 @@ class ImageObjective(nn.Module):
             decisions.chosen(rows, plan)
             if expected is not None:
                 expected.drawn(rows, plan)
+            chosen.append(plan.select.flatten())
             for name, values in (("tau", plan.tau), ("w", plan.cfg)):
-                said[name].append(values.detach().masked_fill(~plan.select, torch.nan).flatten())
+                said[name].append(values.detach().flatten())
             if "group" in said:
                 said["group"].append(plan.select.sum(dim=1).float())
 
@@ -259,8 +260,10 @@ class ImageObjective(nn.Module):
         said = {name: torch.cat(values) for name, values in said.items()}
         if "group" in said:
             said["group"] = said["group"][said["group"] > 0]  # not of images that are done
-        for name in said.keys() - {"group"}:
-            said[name] = said[name][~said[name].isnan()]
+        if "order" in said:
+            said["order"] = said["order"][~said["order"].isnan()]
+        chosen = torch.cat(chosen)  # looked up once: each time waits for the device
+        said |= {name: said[name][chosen] for name in ("tau", "w")}
         distances = self._distances(against)
         if rollout.step != self.watched:  # not again for each micro-batch
             self.watched = rollout.step

@@ -98,6 +98,7 @@ class HeldMLP(nn.Module):
         )
 
     def forward(self, x, time, condition):
+        """(N, 2C) in this dtype, of x (N, C), time (N, W) or (1, W), condition (N, W)."""
         with torch.autocast(x.device.type, enabled=False):
             x = self.input(x)  # (N, W)
             *modulations, shift, scale = self.joined(F.silu(time + condition)).split(x.shape[-1], dim=-1)

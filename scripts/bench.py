@@ -356,7 +356,7 @@ def main(argv=None) -> int:
         if name not in SECTIONS:
             raise ValueError(f"--only {name!r} is not a section; valid: {', '.join(SECTIONS)}")
     if args.dry_run:
-        print("\n".join(SAMPLING))
+        print("\n".join([*SAMPLING, *(f"{name} (on GPUs)" for name in ON_GPUS)]))
         return 0
     try:
         dist.init(dist.pick_device(args.device))

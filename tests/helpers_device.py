@@ -75,7 +75,8 @@ class _Operations(TorchDispatchMode):
             shapes = [[tuple(x.shape) for x in kind] for kind in (far, host)]
             raise RuntimeError(f"{name}: all tensors must be on one device: {shapes[0]} are far, {shapes[1]} are not")
         goes_near = name == "aten::_to_copy" and target is not None and not is_far(target)
-        if name in ("aten::_local_scalar_dense", "aten::nonzero") or _by_bools(name, args) or (far and goes_near):
+        by_mask = any(isinstance(x, FarTensor) for x in masks_of(function, args))
+        if name in ("aten::_local_scalar_dense", "aten::nonzero") or by_mask or (far and goes_near):
             self.waits[_caller()] += 1
         if not launches_nothing(function):
             self.launches[name] += 1
@@ -94,10 +95,10 @@ class _Operations(TorchDispatchMode):
         return tree_map(wrapped, result)
 
 
-def _by_bools(name: str, args) -> bool:
-    """Does it look up where a mask on the device is True?"""
-    indices = args[1] if name in ("aten::index", "aten::index_put", "aten::index_put_") else []
-    return any(isinstance(x, FarTensor) and x.dtype == torch.bool for x in indices)
+def masks_of(function, args) -> list[torch.Tensor]:
+    """The masks that an operation indexes by: where they are True decides the size of its work."""
+    is_lookup = function._schema.name in ("aten::index", "aten::index_put", "aten::index_put_")
+    return [x for x in (args[1] if is_lookup else []) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
 
 
 def launches_nothing(function) -> bool:

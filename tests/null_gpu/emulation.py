@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tests.helpers_device import launches_nothing, masks_of
+
 MOST = int(os.environ["VALUES"]) if "VALUES" in os.environ else None
 torch.backends.cudnn.enabled = False  # it has a runtime of its own
 torch.backends.cuda.enable_cudnn_sdp(False)
@@ -37,13 +39,6 @@ def on_host(x):
     span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
     memory = (ctypes.c_byte * (span * x.element_size())).from_address(x.data_ptr())
     return torch.frombuffer(memory, dtype=x.dtype, count=span).as_strided(x.shape, x.stride())
-
-
-def is_view(function) -> bool:
-    """Does it give a view, or memory without values?"""
-    aliases = [result.alias_info for result in function._schema.returns]
-    name = function._schema.name
-    return any(x is not None and not x.is_write for x in aliases) or "empty" in name or name.endswith("_unsafe_view")
 
 
 # ------------------------------------------------------------------------------------- attention, by CUDA's operations
@@ -115,13 +110,14 @@ class Emulation(TorchDispatchMode):
         name = function._schema.name.removeprefix("aten::")
         if not is_made_there and all(x.device.type == "cpu" for x in tensors):
             return function(*args, **kwargs)
-        if name in BOOKKEEPING or is_view(function):
+        if name in BOOKKEEPING or launches_nothing(function):
             return function(*args, **kwargs)
         if MOST is not None and max((x.numel() for x in tensors), default=0) > MOST:
             return function(*args, **kwargs)
         near_args, near_kwargs = tree_map(on_host, (args, kwargs))
         near_kwargs.pop("pin_memory", None)
-        if name in SIZED_BY_DATA or function is torch.ops.aten.repeat_interleave.Tensor or _is_by_mask(name, args):
+        repeats = function is torch.ops.aten.repeat_interleave.Tensor
+        if name in SIZED_BY_DATA or repeats or masks_of(function, args):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"{name} waits for the device, which a capture may not")
             made = function(*near_args, **near_kwargs)
@@ -143,11 +139,6 @@ class Emulation(TorchDispatchMode):
         elif MOST is None:
             Emulation.captured.append(compute)
         return result
-
-
-def _is_by_mask(name: str, args) -> bool:
-    indices = args[1] if name in ("index", "index_put", "index_put_") else []
-    return any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in indices)
 
 
 def _to_device(x):

@@ -17,8 +17,10 @@
 
 namespace {
 
+struct Stream;
 struct Graph {
   long kernels = 0;
+  std::vector<Stream *> streams = {};  // that its capture is under way on
 };
 struct Stream {
   Graph *graph = nullptr;  // of the capture that is under way on it
@@ -55,6 +57,11 @@ bool is_restricted() { return captures_here > 0 && mode != cudaStreamCaptureMode
 Stream *stream_of(void *handle) {
   static Stream of_default;  // and the per-thread one: small numbers
   return reinterpret_cast<size_t>(handle) < 16 ? &of_default : static_cast<Stream *>(handle);
+}
+
+void join(Stream *stream, Graph *graph, unsigned long long capture) {
+  stream->graph = graph, stream->capture = capture;
+  graph->streams.push_back(stream);
 }
 
 cudaError_t launch(void *stream) {
@@ -285,7 +292,7 @@ API cudaError_t cudaStreamQuery(void *stream) {
 API cudaError_t cudaStreamWaitEvent(void *stream, void *event, unsigned) {
   auto *recorded = static_cast<Event *>(event);
   Stream *waiting = stream_of(stream);
-  if (recorded->graph && !waiting->graph) waiting->graph = recorded->graph, waiting->capture = recorded->capture;
+  if (recorded->graph && !waiting->graph) join(waiting, recorded->graph, recorded->capture);
   return cudaSuccess;
 }
 API cudaError_t cudaEventCreateWithFlags(void **out, unsigned) { return *out = new Event, cudaSuccess; }
@@ -315,12 +322,15 @@ API cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *other
 API cudaError_t cudaStreamBeginCapture(void *stream, cudaStreamCaptureMode) {
   Stream *at = stream_of(stream);
   if (!stream || at->graph) return fail(kInCapture, "cudaStreamBeginCapture");
-  at->graph = new Graph, at->capture = ++captures, ++captures_here;
+  join(at, new Graph, ++captures);
+  ++captures_here;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamEndCapture(void *stream, void **out) {
   Stream *at = stream_of(stream);
-  *out = at->graph, at->graph = nullptr, --captures_here;
+  *out = at->graph, --captures_here;
+  std::vector<Stream *> joined = std::move(at->graph->streams);
+  for (Stream *stream : joined) stream->graph = nullptr;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamIsCapturing(void *stream, int *out) { return *out = stream_of(stream)->graph ? 1 : 0, cudaSuccess; }

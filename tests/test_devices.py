@@ -17,6 +17,7 @@ from scripts import bench, bench_scales, bench_training, search_schedule, train_
 from tests.helpers import tiny_mar
 from tests.helpers_causal import tiny_ar, tiny_gpt
 from tests.helpers_device import DEVICE, FarTensor, near, pretended
+from tests.helpers_diffusion import CLIP
 from tests.helpers_maskgil import tiny_maskgil
 from tests.helpers_var import tokenizer as scales_tokenizer
 from tests.test_sample import rows
@@ -155,7 +156,7 @@ def test_causal_tokens_are_those_of_the_cpu_and_a_step_waits_once(model, guided,
     rules = build_rules("baseline", **model.fixed_rules, **schedule)
     device = dist.pick_device("auto")
     made = [
-        generate(deepcopy(model).to(place), torch.tensor([0, -1, 2]), rules, num_steps=3, seeds=[1, 2, 3])
+        generate(deepcopy(model).to(place), torch.tensor([0, -1, 2]), rules, num_steps=3, seeds=[1, 2, 3], clip=CLIP)
         for place in (torch.device("cpu"), device)
     ]
     here, there = (near(tokens).cpu() for tokens in made)

@@ -43,7 +43,7 @@ FAMILIES = {
 
 def sample(model, settings, seeds=BATCHES[0], labels=LABELS, call=generate, **given):
     rules = {name: value for name, value in settings.items() if name != "refresh_every"}
-    given = dict(refresh_every=settings.get("refresh_every", 1)) | given
+    given = dict(refresh_every=settings.get("refresh_every", 1), clip=CLIP) | given
     num_iter = 16 if settings.get("group") == "one" else 4
     return call(model, labels[: len(seeds)], build_rules("baseline", **rules), num_iter, 4, seeds=seeds, **given)
 
@@ -76,7 +76,7 @@ def test_images_with_different_numbers_of_known_tokens(name, captured, monkeypat
     length = model.config.seq_len
     known = torch.zeros(3, length, dtype=torch.bool)
     known[1, :3], known[2, : length // 2] = True, True
-    given = dict(tokens=torch.rand(3, length, model.config.token_dim), mask=~known, clip=CLIP)
+    given = dict(tokens=torch.rand(3, length, model.config.token_dim), mask=~known)
     expected = eagerly(monkeypatch, lambda: sample(model, settings, **given))
     replayed = []
     for _ in range(3):
@@ -91,9 +91,7 @@ def test_even_and_padded_batches_have_captures_of_their_own(even_first, name, ca
     """16 known tokens of each image, and at most 16 of images that differ: tensors of the same shapes."""
     model, settings = tiny_mar(img_size=8), FAMILIES[name][1]
     place, tokens = torch.arange(model.config.seq_len), torch.rand(3, model.config.seq_len, model.config.token_dim)
-    batches = [
-        dict(tokens=tokens, mask=place >= torch.tensor(most)[:, None], clip=CLIP) for most in ([16] * 3, [3, 9, 16])
-    ]
+    batches = [dict(tokens=tokens, mask=place >= torch.tensor(most)[:, None]) for most in ([16] * 3, [3, 9, 16])]
     expected = [eagerly(monkeypatch, lambda b=batch: sample(model, settings, **b)) for batch in batches]
     for i in (0, 0, 1, 1, 0) if even_first else (1, 1, 0, 0, 1):
         torch.testing.assert_close(sample(model, settings, **batches[i]), expected[i], rtol=1e-5, atol=1e-5)

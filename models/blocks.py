@@ -124,7 +124,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with rotated queries and keys; wqkv holds queries, keys and values in this order.
+    """Attention with rotated queries and keys; wqkv makes queries, keys and values in this order.
 
     causal: an input looks at itself and those before it, else at all. qk_norm: queries and keys of each head are
     normalised before they are rotated, with a gain for each channel of a head.
@@ -140,22 +140,23 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if qk_norm else None
 
-    def forward(self, x, rotary, attend=None, mask=None) -> torch.Tensor:
-        """(B, n, D); attend(query, key, value), each (B, n, ·, d): in place of attention among the inputs.
-
-        mask (B, 1, 1, n) bool: the inputs that may be looked at, None: all.
-        """
+    def heads(self, x, rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each (B, n, ·, d), of x (B, n, D); rotary as in `Block`."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))
         turned, value = heads.split((sum(self.sizes[:2]), self.sizes[2]), dim=2)
         if self.q_norm is not None:  # under autocast the gain is wider than the values
             query, key = turned.split(self.sizes[:2], dim=2)
             turned = torch.cat([self.q_norm(query), self.k_norm(key)], dim=2).type_as(value)
         query, key = rotated(turned, rotary).split(self.sizes[:2], dim=2)
-        if attend is None:
-            dropout = self.dropout if self.training else 0.0
-            looked = attention(query, key, value, mask, causal=self.causal, dropout=dropout)
-        else:
-            looked = attend(query, key, value)
+        return query, key, value
+
+    def among(self, query, key, value, mask=None) -> torch.Tensor:
+        """What the inputs find among each other, (B, n, H, d); mask (B, 1, 1, n) bool: those that may be looked at."""
+        dropout = self.dropout if self.training else 0.0
+        return attention(query, key, value, mask, causal=self.causal, dropout=dropout)
+
+    def finish(self, looked) -> torch.Tensor:
+        """(B, n, D) of what was looked up, (B, n, H, d)."""
         return self.resid_dropout(self.wo(looked.flatten(2)))
 
 
@@ -190,12 +191,24 @@ class Block(nn.Module):
     def forward(self, x, rotary, attend=None, mask=None) -> torch.Tensor:
         """(B, n, D) of x (B, n, D), with the rotation (B or 1, n, d / 2, 2) of each input.
 
-        attend, mask: see `Attention`.
+        attend(query, key, value), each (B, n, ·, d): in place of attention among the inputs. mask (B, 1, 1, n) bool:
+        those that may be looked at, None: all.
         """
+        query, key, value = self.before_attention(x, rotary)
+        looked = attend(query, key, value) if attend else self.attention.among(query, key, value, mask)
+        return self.after_attention(x, looked)
+
+    def before_attention(self, x, rotary) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each (B, n, ·, d)."""
+        return self.attention.heads(x if self.post_norm else self.attention_norm(x), rotary)
+
+    def after_attention(self, x, looked) -> torch.Tensor:
+        """The rest of the block, from what its attention returned (B, n, H, d)."""
+        branch = self.attention.finish(looked)
         if self.post_norm:
-            x = x + self.attention_norm(self.attention(x, rotary, attend, mask))
+            x = x + self.attention_norm(branch)
             return x + self.ffn_norm(self.feed_forward(x))
-        x = x + self.attention(self.attention_norm(x), rotary, attend, mask)
+        x = x + branch
         return x + self.feed_forward(self.ffn_norm(x))
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.blocks import Block, Llama, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
+from models.compiled import compile_all, run_part
 from models.kv_cache import CausalConditions, Extension, raster_only
-from models.mar import compile_all
 from models.passes import MOST_PASSES
 from models.tokenizers.ldm import PLACES
 from util.args import flag
@@ -122,7 +122,8 @@ class CausalGPT(Llama):
         """z (B, 1, D) of the next token of each image, from the inputs that its sequence in the cache lacks."""
         x, rotary = self._inputs(tokens, labels, extension.places), self.rotary[extension.places]
         for i, block in enumerate(self.layers):
-            x = block(x, rotary, lambda *parts, layer=i: extension.attend(layer, *parts))
+            looked = extension.attend(i, *run_part(self, Block.before_attention, block, x, rotary))
+            x = run_part(self, Block.after_attention, block, x, looked)
         return self.norm(extension.last(x))
 
     def compile_parts(self) -> None:

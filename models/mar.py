@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion.schedule import step_range
 from models.celoss import CELoss
+from models.compiled import compile_all
 from models.diffloss import DiffLoss
 from models.mar_cache import FeatureCache
 from models.passes import MOST_PASSES
@@ -21,7 +22,7 @@ from models.token_head import LOSSES, TokenHead
 from models.tokenizers.ldm import PLACES
 from models.vit import Block
 from util.args import flag
-from util.graphs import Graphs, release
+from util.graphs import Graphs
 from util.sizes import Size, check_counts, check_square, image_size
 
 
@@ -131,7 +132,6 @@ class MAR(nn.Module):
     A configuration with --loss ce and no vocab_size raises ValueError.
     """
 
-    compiled = False  # set by compile_parts; `FeatureCache`, which calls parts of the blocks, then compiles those
     fixed_rules = {}  # any order, any group size
     per_class = ("class_emb.weight",)
 
@@ -310,7 +310,6 @@ class MAR(nn.Module):
         """
         of_token_head = [] if self.config.loss == "ce" else [self.diffloss.net]
         compile_all(self, (*self.encoder_blocks, *self.decoder_blocks, *of_token_head))
-        self.compiled = True
 
     def _class_embedding(self, labels, batch_size):
         if labels is None:
@@ -331,18 +330,3 @@ class MAR(nn.Module):
             else:
                 x = block(x, attn_mask=attention_mask)
         return x
-
-
-def compile_all(model: nn.Module, parts) -> None:
-    """Compile parts of a model in place, for batches of any size; ValueError where its device compiles nothing.
-
-    What it has captured is dropped, or it would replay the parts as they were.
-    """
-    try:
-        torch.compile(torch.sin)(torch.zeros(2, device=next(model.parameters()).device))
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
-    for part in parts:
-        part.compile(dynamic=True)
-    release(model)

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.compiled import compile_all, run_part
 from models.kv_cache import CausalConditions, Extension, raster_only
-from models.mar import MAR, MARConfig, compile_all
+from models.mar import MAR, MARConfig
 from models.passes import MOST_PASSES
+from models.vit import Block
 from util.args import flag
 from util.graphs import Graphs
 
@@ -74,7 +76,6 @@ class MARAR(nn.Module):
     A configuration with --loss ce and no vocab_size raises ValueError.
     """
 
-    compiled = False
     per_class = ("class_emb.weight",)
     patchify, unpatchify, head_logits = MAR.patchify, MAR.unpatchify, MAR.head_logits  # a token is what it is of MAR
     token_head, width, head_dim = MAR.token_head, MAR.width, MAR.head_dim
@@ -145,14 +146,13 @@ class MARAR(nn.Module):
         """z (B, 1, D) of the next token of each image, from the inputs that its sequence in the cache lacks."""
         x = self._inputs(tokens, orders, labels, extension.places)
         for i, block in enumerate(self.layers):
-            looked = extension.attend(i, *block.before_attention(x).unbind(dim=2))
-            x = block.after_attention(x, looked)
+            looked = extension.attend(i, *run_part(self, Block.before_attention, block, x).unbind(dim=2))
+            x = run_part(self, Block.after_attention, block, x, looked)
         return self._finish(extension.last(x), orders.gather(1, extension.last_places))
 
     def compile_parts(self) -> None:
         """Compile the blocks and, of the diffusion loss, the MLP, in place; ValueError where that cannot be done."""
         compile_all(self, (*self.layers, *([] if self.config.loss == "ce" else [self.diffloss.net])))
-        self.compiled = True
 
     def _inputs(self, tokens, orders, labels, places):
         """Inputs (B, n, D) of the stack at places (B, n) long of each sequence."""

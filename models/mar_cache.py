@@ -9,11 +9,12 @@ that are wanted; all others keep the keys and values they had (the token cache o
 which tokens changed is known, and not searched for). With a whole pass every step nothing is kept or approximate.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
+from models.compiled import run_part
 from models.kv_cache import expanded, put
 from models.passes import padded_counts, whole_pass
 from models.vit import Block
@@ -90,7 +91,8 @@ class Features:
         """
         index = expanded(sequences[:, None], slots)
         for block in blocks:
-            query, key, value = self._call(Block.before_attention, block, x).unbind(dim=2)  # each (R', ·, H, D / H)
+            heads = run_part(self.mar, Block.before_attention, block, x)  # (R', ·, 3, H, D / H)
+            query, key, value = heads.unbind(dim=2)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
                 self.stores[block] = [key.new_zeros(self.room, num_slots, *key.shape[2:]) for _ in range(2)]
@@ -100,11 +102,8 @@ class Features:
                 key, value = ((kept[sequences] if num_first is None else kept[:num_first])[:, :-1] for kept in pair)
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            x = self._call(Block.after_attention, block, x, looked.transpose(1, 2))
+            x = run_part(self.mar, Block.after_attention, block, x, looked.transpose(1, 2))
         return x
-
-    def _call(self, part, *args):
-        return (_compiled(part) if self.mar.compiled else part)(*args)
 
 
 class FeatureCache:
@@ -229,8 +228,3 @@ class FeatureCache:
     def _captured(self, key, function, tensors) -> torch.Tensor:
         """function(*tensors), of a graph where keys and values stay in one place."""
         return function(*tensors) if self.static is None else self.mar.graphs.run_again(key, function, tensors)
-
-
-@cache
-def _compiled(part):
-    return torch.compile(part, dynamic=True)

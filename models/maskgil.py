@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.blocks import Block, Llama, LlamaConfig, RMSNorm, grid_table
 from models.celoss import CELinear
-from models.mar import compile_all
+from models.compiled import compile_all
 from models.mask_schedules import MASK_RATIOS, draw_mask, token_schedule
 from models.passes import MOST_PASSES, whole_pass
 from models.text import CaptionEmbedder, Text, condition_of
@@ -210,7 +210,7 @@ class MaskGIL(Llama):
         """z (B, L, D) of every token; tokens (B, L), mask and grid as in `logits`; num_visible, orders: no part.
 
         labels: (B,) long, or a `models.text.Text`; None = no condition. attend(query, key, value): in place of
-        attention among all inputs, see `models.blocks.Attention`.
+        attention among all inputs, see `models.blocks.Block`.
         """
         c = self.config
         x = self.tok_emb(torch.where(mask, c.vocab_size, tokens))

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.celoss import CELinear, filter_logits
+from models.compiled import compile_all, run_part
 from models.kv_cache import Extension, attention
-from models.mar import compile_all
 from models.next_scale import NextScaleConditions
 from models.var_config import VAR_CONFIGS, VARConfig
 from util.graphs import Graphs
@@ -157,7 +157,8 @@ class VAR(nn.Module):
         x = x.gather(1, extension.places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         *modulations, last = modulations
         for i, (block, six) in enumerate(zip(self.blocks, modulations)):
-            x = block(x, six, attend=lambda *parts, layer=i, **options: extension.attend(layer, *parts, **options))
+            parts = run_part(self, Block.before_attention, block, x, six)
+            x = run_part(self, Block.after_attention, block, x, six, extension.attend(i, *parts, block.attn.scale))
         side = self.config.patch_nums[self.config.scale_of(inputs.shape[1] + self.config.first)]
         return self.head_nm(extension.last(x, side * side), last)
 
@@ -200,11 +201,23 @@ class Block(nn.Module):
             return self.ada_gss[0] + c
         return self.ada_lin(c).unflatten(-1, (6, -1))
 
-    def forward(self, x, six, mask=None, attend=None) -> torch.Tensor:
-        """(B, n, D) of x (B, n, D) and six (B, 6, D); mask and attend as in `Attention`."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = six.unsqueeze(1).unbind(2)  # each (B, 1, D)
-        x = x + self._dropped(gate1 * self.attn(self._norm(x) * (1 + scale1) + shift1, mask, attend))
-        return x + self._dropped(gate2 * self.ffn(self._norm(x) * (1 + scale2) + shift2))
+    def forward(self, x, six, mask=None) -> torch.Tensor:
+        """(B, n, D) of x (B, n, D) and six (B, 6, D); mask (1, 1, n, n) bool: what may be looked at."""
+        query, key, value = self.before_attention(x, six)
+        dropout = self.attn.dropout if self.training else 0.0
+        looked = attention(query, key, value, mask, dropout=dropout, scale=self.attn.scale)
+        return self.after_attention(x, six, looked)
+
+    def before_attention(self, x, six) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each (B, n, H, d), that attention with attn.scale compares."""
+        _, _, scale, _, shift, _ = six.unsqueeze(1).unbind(2)  # each (B, 1, D)
+        return self.attn.heads(self._norm(x) * (1 + scale) + shift)
+
+    def after_attention(self, x, six, looked) -> torch.Tensor:
+        """The rest of the block, from what its attention returned (B, n, H, d)."""
+        gate1, gate2, _, scale, _, shift = six.unsqueeze(1).unbind(2)
+        x = x + self._dropped(gate1 * self.attn.finish(looked))
+        return x + self._dropped(gate2 * self.ffn(self._norm(x) * (1 + scale) + shift))
 
     def _norm(self, x):
         return F.layer_norm(x, x.shape[-1:], eps=self.norm_eps)
@@ -218,7 +231,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention among queries, keys and values, the rows of mat_qkv in this order; keys have no bias."""
+    """What makes queries, keys and values, the rows of mat_qkv in this order; keys have no bias."""
 
     def __init__(self, c: VARConfig):
         super().__init__()
@@ -233,22 +246,18 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(c.drop_rate)
 
-    def forward(self, x, mask=None, attend=None) -> torch.Tensor:
-        """(B, n, D); mask (1, 1, n, n) bool: what may be looked at.
-
-        attend(query, key, value, scale=…), each (B, n, H, d), in place of attention among the inputs.
-        """
+    def heads(self, x) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, each (B, n, H, d), of x (B, n, D)."""
         qkv = self.mat_qkv(x) + torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         query, key, value = qkv.unflatten(-1, self.shape).unbind(2)  # each (B, n, H, d)
         if self.l2_norm:
             factor = self.scale_mul_1H11.clamp(max=LOG_LARGEST).exp().transpose(1, 2)  # (1, 1, H, 1)
             query = (F.normalize(query, dim=-1) * factor).type_as(value)
             key = F.normalize(key, dim=-1).type_as(value)
-        if attend is None:
-            dropout = self.dropout if self.training else 0.0
-            looked = attention(query, key, value, mask, dropout=dropout, scale=self.scale)
-        else:
-            looked = attend(query, key, value, scale=self.scale)
+        return query, key, value
+
+    def finish(self, looked) -> torch.Tensor:
+        """(B, n, D) of what was looked up, (B, n, H, d)."""
         return self.proj_drop(self.proj(looked.flatten(2)))
 
 

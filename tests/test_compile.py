@@ -8,8 +8,45 @@ import torch
 from heads.policy import build_rules
 from models.low_precision import is_exact, prepare
 from sampling.loop import generate
+from tests import test_pass_graphs as passes
 from tests.helpers import tiny_mar
+from tests.helpers_var import tokenizer as scales_tokenizer
+from tests.test_var import tiny as tiny_var
 from util import dist
+
+SCALES = dict(cfg=2.0, order="raster", group="scale")
+LAGGING = "cache, no guidance at first", "causal, no guidance at first"
+FAMILIES = {name: (*passes.FAMILIES[name][:2], {}) for name in ("mar", "causal, random", "maskgil", *LAGGING)}
+FAMILIES["var"] = (tiny_var, SCALES, dict(tokenizer=scales_tokenizer()))
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The counts of what torch.compile traces; it leaves out making programs of it, which takes long."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda part, **options: compile(part, backend="eager", **options))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_and_batches_of_all_sizes_share_a_few_programs(name, programs):
+    """Of one image and of several, with labels and without, also where what has none lags behind.
+
+    A batch may have as many images as a block has heads, or as there are inputs of its buffer.
+    """
+    make, settings, given = FAMILIES[name]
+    model = make()
+    compiled = deepcopy(model)
+    compiled.compile_parts()
+    for size in (3, 2, 1, 4):
+        seeds, labels = range(size), torch.arange(size) % 3
+        made, expected = (passes.sample(m, settings, seeds, labels, **given) for m in (compiled, model))
+        torch.testing.assert_close(made, expected)
+    assert 2 <= programs["stats"]["unique_graphs"] <= 13 and not programs["graph_break"]
+    assert not programs["unimplemented"], "too many programs: the rest is not compiled"
 
 
 def test_where_nothing_can_be_compiled_that_is_one_line(monkeypatch):
@@ -22,7 +59,20 @@ def test_where_nothing_can_be_compiled_that_is_one_line(monkeypatch):
         ValueError, match=r"--compile does not work here, leave it out: No working C\+\+ compiler found$"
     ):
         mar.compile_parts()
-    assert not mar.compiled
+    assert not hasattr(mar, "compiled")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", (LAGGING[1], "causal, random", "maskgil", "var"))
+def test_compiled_families_sample_the_same(name):
+    make, settings, given = FAMILIES[name]
+    model = make()
+    compiled = deepcopy(model)
+    compiled.compile_parts()
+    for size in (3, 1):
+        seeds, labels = range(size), torch.arange(size) % 3
+        made, expected = (passes.sample(m, settings, seeds, labels, **given) for m in (compiled, model))
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -36,7 +86,7 @@ def test_compiled_images_are_those_of_the_others(dtype, refresh_every):
     prepare(mar, dist.DTYPES[dtype])
     compiled = deepcopy(mar)
     compiled.compile_parts()
-    assert compiled.compiled and not mar.compiled
+    assert compiled.compiled and not hasattr(mar, "compiled")
     options = dict(num_iter=5, num_steps=3, clip=(-2.0, 2.0), refresh_every=refresh_every)
     rules = build_rules("baseline", cfg=2.0)
     for size in (3, 4, 2):  # other batches, other numbers of tokens

@@ -26,18 +26,21 @@ def build(folder: Path) -> Path:
     if triton is None:
         raise OSError("no Triton, whose headers of CUDA it needs")
     headers = Path(triton.origin).parent / "backends" / "nvidia" / "include"
-    library, source = folder / "libnull_gpu.so", HERE / "runtime.cpp"
-    # of this name, so that PyTorch does not load another driver
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{headers}"]
-    made = subprocess.run(["g++", *options, "-o", str(library), str(source)], capture_output=True, text=True)
+    library = folder / "libcuda.so.1"  # the driver's name, so that PyTorch and Triton load no other
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-I{headers}"]
+    call = ["g++", *options, "-o", str(library), *sorted(map(str, HERE.glob("*.cpp")))]
+    made = subprocess.run(call, capture_output=True, text=True)
     if made.returncode:
         raise OSError(f"it does not compile: {made.stderr.strip().splitlines()[-1]}")
     return library
 
 
 def environment(library: Path) -> dict[str, str]:
-    """That of a process which has the GPU."""
-    return os.environ | {"LD_PRELOAD": str(library), "NULL_GPU": str(library)}
+    """That of a process which has the GPU; what it compiles is kept beside the library."""
+    folder = library.parent
+    names = dict(LD_PRELOAD=library, NULL_GPU=library, TRITON_LIBCUDA_PATH=folder)
+    names |= dict(TRITON_CACHE_DIR=folder / "triton", TORCHINDUCTOR_CACHE_DIR=folder / "inductor")
+    return os.environ | {name: str(path) for name, path in names.items()}
 
 
 def counts() -> dict[str, int]:

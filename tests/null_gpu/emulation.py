@@ -4,8 +4,9 @@ The device's memory is the host's: results are computed of tensors on the CPU ov
 contains is computed at each replay, of what stands at its addresses then, as on a GPU. Importing this switches it on in
 all threads.
 
-With VALUES in the environment nothing in captures is computed, nor an operation on a tensor of more numbers than that:
-counts of a large model need only the small tensors that rules decide with.
+With VALUES in the environment nothing in captures or compiled functions is computed, nor an operation on a tensor of
+more numbers than that: counts of a large model need only the small tensors that rules decide with. Without it
+`torch.compile` leaves functions as they are.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import os
 import threading
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
 from tests.helpers_device import launches_nothing, masks_of
@@ -145,8 +146,25 @@ def _to_device(x):
     return torch.empty_like(x, device="cuda").copy_(x) if isinstance(x, torch.Tensor) else x
 
 
+def _compiling(compile):
+    """torch.compile, whose results run outside of the mode, under which they would not be compiled."""
+
+    def compile_it(*args, **options):
+        compiled = compile(*args, **options)
+
+        def run(*args, **kwargs):
+            with _disable_current_modes():
+                return compiled(*args, **kwargs)
+
+        return run
+
+    return compile_it
+
+
 def install() -> None:
     """Compute values from now on, in this thread and those that start later, and in replays."""
+    if MOST is not None:
+        torch.compile = _compiling(torch.compile)
     graph = torch.cuda.CUDAGraph
     begin, end, replay = graph.capture_begin, graph.capture_end, graph.replay
     run = threading.Thread.run

@@ -1,7 +1,9 @@
-// A GPU that computes nothing: the part of CUDA's runtime, driver and cuBLAS that PyTorch calls, for LD_PRELOAD.
+// A GPU that computes nothing: the part of CUDA's runtime that PyTorch calls; beside it the driver's and cuBLAS's.
 //
 // Memory of the device is memory of the host, and copies are made at once. Kernels and products are counted and not run.
 // A capture collects what is launched on its streams; whatever CUDA forbids meanwhile fails here too. See emulation.py.
+#include "null_gpu.h"
+
 #include <driver_types.h>
 #include <sys/mman.h>
 
@@ -12,8 +14,6 @@
 #include <map>
 #include <mutex>
 #include <vector>
-
-#define API extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -108,6 +108,9 @@ cudaError_t wait_for(bool forbidden, const char *what) {
 
 }  // namespace
 
+int null_gpu_launch(void *stream) { return launch(stream); }
+bool null_gpu_holds(const void *address) { return type_of(address) != cudaMemoryTypeUnregistered; }
+
 // ------------------------------------------------------------------------------------------------------------- counts
 
 // {kernels, replays, kernels in replays, copies, waits, allocations, captures} since the last call.
@@ -176,9 +179,12 @@ API cudaError_t cudaMemcpyToSymbol(const void *, const void *, size_t, size_t, c
 
 API cudaError_t cudaGetDevice(int *out) { return *out = 0, cudaSuccess; }
 API cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-API cudaError_t cudaGetDeviceCount(int *out) {
+int null_gpu_num_devices() {
   const char *visible = getenv("CUDA_VISIBLE_DEVICES");
-  *out = visible && !*visible ? 0 : 1;
+  return visible && !*visible ? 0 : 1;
+}
+API cudaError_t cudaGetDeviceCount(int *out) {
+  *out = null_gpu_num_devices();
   return *out ? cudaSuccess : fail(cudaErrorNoDevice, "cudaGetDeviceCount");
 }
 API cudaError_t cudaDriverGetVersion(int *out) { return *out = 13000, cudaSuccess; }
@@ -205,19 +211,23 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int) {
   out->unifiedAddressing = out->concurrentKernels = 1;
   return cudaSuccess;
 }
-API cudaError_t cudaDeviceGetAttribute(int *out, cudaDeviceAttr attribute, int) {
+int null_gpu_attribute(int attribute) {
   static const std::map<int, int> values = {{cudaDevAttrMultiProcessorCount, 132},
                                             {cudaDevAttrComputeCapabilityMajor, 9},
                                             {cudaDevAttrMaxSharedMemoryPerBlockOptin, 232448},
                                             {cudaDevAttrMaxSharedMemoryPerBlock, 49152},
+                                            {cudaDevAttrMaxSharedMemoryPerMultiprocessor, 233472},
+                                            {cudaDevAttrMaxRegistersPerBlock, 65536},
                                             {cudaDevAttrWarpSize, 32},
                                             {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
                                             {cudaDevAttrMaxThreadsPerBlock, 1024},
                                             {cudaDevAttrMaxGridDimX, 2147483647},
                                             {cudaDevAttrMaxGridDimY, 65535}};
   auto found = values.find(attribute);
-  *out = found == values.end() ? 0 : found->second;
-  return cudaSuccess;
+  return found == values.end() ? 0 : found->second;
+}
+API cudaError_t cudaDeviceGetAttribute(int *out, cudaDeviceAttr attribute, int) {
+  return *out = null_gpu_attribute(attribute), cudaSuccess;
 }
 API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
@@ -227,11 +237,6 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **out, unsig
   if (status) *status = 1;  // not there
   return *out = nullptr, cudaSuccess;
 }
-API int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
-API int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &used, 0; }
-API int cuCtxGetCurrent(void **context) { return *context = &used, 0; }
-API int cuCtxSetCurrent(void *) { return 0; }
-API int cuGetErrorString(int, const char **out) { return *out = "an error of the null gpu", 0; }
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
@@ -355,56 +360,3 @@ API cudaError_t cudaGraphLaunch(void *graph, void *) {
 }
 API cudaError_t cudaGraphDestroy(void *) { return cudaSuccess; }
 API cudaError_t cudaGraphExecDestroy(void *) { return cudaSuccess; }
-
-// ------------------------------------------------------------------------------------------------------------- cuBLAS
-
-struct Handle {
-  void *stream = nullptr;
-  int math_mode = 0, pointer_mode = 0;
-};
-static Handle *handle_of(void *handle) { return static_cast<Handle *>(handle); }
-
-API int cublasCreate_v2(void **out) { return *out = new Handle, 0; }
-API int cublasDestroy_v2(void *) { return 0; }
-API int cublasSetStream_v2(void *handle, void *stream) { return handle_of(handle)->stream = stream, 0; }
-API int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
-API int cublasGetMathMode(void *handle, int *out) { return *out = handle_of(handle)->math_mode, 0; }
-API int cublasSetMathMode(void *handle, int value) { return handle_of(handle)->math_mode = value, 0; }
-API int cublasGetPointerMode_v2(void *handle, int *out) { return *out = handle_of(handle)->pointer_mode, 0; }
-API int cublasSetPointerMode_v2(void *handle, int value) { return handle_of(handle)->pointer_mode = value, 0; }
-#define PRODUCT(name) \
-  API int name(void *handle, ...) { return launch(handle_of(handle)->stream), 0; }
-PRODUCT(cublasSgemm_v2)
-PRODUCT(cublasDgemm_v2)
-PRODUCT(cublasGemmEx)
-PRODUCT(cublasSgemmEx)
-PRODUCT(cublasGemmStridedBatchedEx)
-PRODUCT(cublasSgemmStridedBatched)
-PRODUCT(cublasDgemmStridedBatched)
-PRODUCT(cublasSgemv_v2)
-PRODUCT(cublasDgemv_v2)
-PRODUCT(cublasSdot_v2)
-PRODUCT(cublasDdot_v2)
-PRODUCT(cublasDotEx)
-API size_t cublasLtGetVersion() { return 130000; }
-#define DESCRIPTION(name)                                                                     \
-  API int name##Create(void **out, ...) { return *out = malloc(64), 0; }                      \
-  API int name##Destroy(void *description) { return free(description), 0; }                   \
-  API int name##SetAttribute(void *, int, const void *, size_t) { return 0; }
-DESCRIPTION(cublasLtMatmulDesc)
-DESCRIPTION(cublasLtMatmulPreference)
-DESCRIPTION(cublasLtMatrixLayout)
-struct Choice {  // cublasLtMatmulHeuristicResult_t
-  unsigned long algorithm[8];
-  size_t workspace;
-  int state;
-  float waves;
-  int reserved[4];
-};
-API int cublasLtMatmulAlgoGetHeuristic(void *, void *, void *, void *, void *, void *, void *, int, Choice *out, int *num) {
-  return *out = {}, *num = 1, 0;
-}
-API int cublasLtMatmul(void *, void *, const void *, const void *, void *, const void *, void *, const void *, const void *,
-                       void *, void *, void *, const void *, void *, size_t, void *stream) {
-  return launch(stream), 0;
-}

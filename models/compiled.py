@@ -1,0 +1,41 @@
+"""What of a model is compiled: whole blocks, and where keys and values are kept what stands before and after attention.
+
+Between these two is what differs from layer to layer and from step to step, the keys and values: compiled with a block,
+each layer would be a program of its own. So all layers of one kind share a program.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config as shapes
+
+from util.graphs import release
+
+
+def compile_all(model: nn.Module, parts) -> None:
+    """Compile parts of a model in place, for batches of any size, and let `run_part` compile what it runs.
+
+    ValueError where the model's device compiles nothing. What it has captured is dropped, or it would replay the parts
+    as they were.
+    """
+    shapes.use_duck_shape = False  # sizes that happen to be equal, of batch and heads, would be another program
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=next(model.parameters()).device))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
+    for part in parts:
+        part.compile(dynamic=True)
+    release(model)
+    model.compiled = True
+
+
+def run_part(model: nn.Module, part, block: nn.Module, *args):
+    """part(block, *args), a method of its class, compiled if the model is."""
+    return (_compiled(part) if getattr(model, "compiled", False) else part)(block, *args)
+
+
+@cache
+def _compiled(part):
+    return torch.compile(part, dynamic=True)

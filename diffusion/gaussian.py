@@ -19,6 +19,11 @@ def _rows(schedule: Schedule, name: str, t: torch.Tensor | int) -> torch.Tensor 
     return schedule.table(name, t.device)[t].unsqueeze(-1)
 
 
+def weighted(a, x, b, y) -> torch.Tensor:
+    """a·x + b·y, in two operations where b is a number; a and b: numbers, or (N, 1)."""
+    return a * x + b * y if isinstance(b, torch.Tensor) else torch.add(a * x, y, alpha=b)
+
+
 def q_sample(schedule, x_start, t, noise):
     """x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·noise for x_start, noise (N, C) and steps t (N,)."""
     signal = _rows(schedule, "sqrt_alphas_cumprod", t) * x_start
@@ -27,22 +32,21 @@ def q_sample(schedule, x_start, t, noise):
 
 def predict_x_start(schedule, x_t, t, eps):
     """x₀ (N, C) that the noise eps (N, C) in x_t implies."""
-    return (
-        _rows(schedule, "sqrt_recip_alphas_cumprod", t) * x_t - _rows(schedule, "sqrt_recipm1_alphas_cumprod", t) * eps
-    )
+    gain, noise = (_rows(schedule, f"sqrt_recip{name}_alphas_cumprod", t) for name in ("", "m1"))
+    return weighted(gain, x_t, -noise, eps)
 
 
 def posterior_mean(schedule, x_start, x_t, t):
     """Mean (N, C) of q(x_{t−1} | x_t, x₀)."""
-    return _rows(schedule, "posterior_mean_coef_x0", t) * x_start + _rows(schedule, "posterior_mean_coef_xt", t) * x_t
+    of_x0, of_xt = (_rows(schedule, f"posterior_mean_coef_{name}", t) for name in ("x0", "xt"))
+    return weighted(of_x0, x_start, of_xt, x_t)
 
 
 def log_variance(schedule, v, t):
     """Log variance (N, C) of p(x_{t−1} | x_t): v moves it from the posterior's (−1) to beta's (+1)."""
     low = _rows(schedule, "posterior_log_variance_clipped", t)
     high = _rows(schedule, "log_betas", t)
-    share = (v + 1) / 2
-    return share * high + (1 - share) * low
+    return v * ((high - low) / 2) + (high + low) / 2
 
 
 def training_losses(schedule, x_start, x_t, t, noise, eps, v):

@@ -32,12 +32,12 @@ def _predict_x_start(schedule, x, i, eps, clip):
 
 def ddpm(predict, schedule, noise, tau, clip):
     """Ancestral sampling (DDPM Alg. 2), learned variances; tau multiplies the posterior noise (MAR, section 3.2)."""
-    x = noise[0]
-    for draw, i in enumerate(reversed(range(len(schedule))), start=1):
+    x, draws = noise[0], noise[1:] * tau
+    for step, i in enumerate(reversed(range(len(schedule)))):
         eps, v = predict(x, i)
         x = gaussian.posterior_mean(schedule, _predict_x_start(schedule, x, i, eps, clip), x, i)
         if i > 0:
-            x = x + torch.exp(0.5 * gaussian.log_variance(schedule, v, i)) * noise[draw] * tau
+            x = torch.addcmul(x, torch.exp(0.5 * gaussian.log_variance(schedule, v, i)), draws[step])
     return x
 
 
@@ -49,20 +49,20 @@ def dpm(predict, schedule, noise, tau, clip, order, stochastic):
     """
     signal, sigma = np.sqrt(schedule.alphas_cumprod), np.sqrt(1.0 - schedule.alphas_cumprod)
     lam = np.log(signal / sigma)
-    x, before = noise[0] if stochastic else noise[0] * tau, None
-    for draw, i in enumerate(reversed(range(len(schedule))), start=1):
+    x, draws, before = (noise[0], noise[1:] * tau, None) if stochastic else (noise[0] * tau, None, None)
+    for step, i in enumerate(reversed(range(len(schedule)))):
         d = x_start = _predict_x_start(schedule, x, i, predict(x, i)[0], clip)
         if i == 0:
             return x_start  # the step to σ = 0, h = ∞: nothing remains of x_t, and the extrapolation has no limit
         h = lam[i - 1] - lam[i]
         if order == 2 and before is not None:
-            d = x_start + float(0.5 * h / (lam[i] - lam[i + 1])) * (x_start - before)
+            d = torch.add(x_start, x_start - before, alpha=float(0.5 * h / (lam[i] - lam[i + 1])))
         before = x_start
         shrink = np.exp(-h if stochastic else 0.0) * sigma[i - 1] / sigma[i]
         gain = -signal[i - 1] * np.expm1(-2 * h if stochastic else -h)
-        x = float(shrink) * x + float(gain) * d
+        x = gaussian.weighted(float(shrink), x, float(gain), d)
         if stochastic:
-            x = x + float(sigma[i - 1] * np.sqrt(-np.expm1(-2 * h))) * noise[draw] * tau
+            x = torch.add(x, draws[step], alpha=float(sigma[i - 1] * np.sqrt(-np.expm1(-2 * h))))
 
 
 class Solver(NamedTuple):

@@ -79,7 +79,9 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, w) -> torch.Tensor:
 
 def push(cond: torch.Tensor, uncond: torch.Tensor, excess) -> torch.Tensor:
     """The same, of the excess w − 1."""
-    return cond + excess * (cond - uncond)
+    if isinstance(excess, torch.Tensor):
+        return torch.addcmul(cond, excess, cond - uncond)
+    return torch.add(cond, cond - uncond, alpha=excess)
 
 
 def check_no_profile(profile) -> None:

@@ -2,7 +2,8 @@
 
     python -m tests.null_gpu python -m tests.null_gpu.batches
 
-The first batch is eager but for its draws, the second captures its passes, later ones replay.
+The first batch is eager but for its draws, the second captures its passes, later ones replay. What is compiled is made
+by Inductor and Triton as for an H200, and the first batch waits for it.
 """
 
 import gc
@@ -11,6 +12,7 @@ import os
 os.environ.setdefault("VALUES", "70000")  # those that rules decide with; products are not computed
 
 import torch  # noqa: E402
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics  # noqa: E402
 
 from heads.policy import build_rules  # noqa: E402
 from models.low_precision import prepare  # noqa: E402
@@ -23,20 +25,24 @@ from training.step import foresee, training_step  # noqa: E402
 from util.timing import print_table  # noqa: E402
 
 PUBLISHED = dict(solver="ddpm", num_sampling_steps="100", refresh_every=1)
-SAMPLING = {  # name: (settings, images)
-    "published settings, batch 64": (PUBLISHED, 64),
-    "--fast, batch 64": (FAST, 64),
-    "--fast, batch 256": (FAST, 256),
+SAMPLING = {  # name: (settings, images, compiled)
+    "published settings, batch 64": (PUBLISHED, 64, False),
+    "published settings, batch 64, --compile": (PUBLISHED, 64, True),
+    "--fast, batch 64": (FAST, 64, False),
+    "--fast, batch 64, --compile": (FAST, 64, True),
+    "--fast, batch 256": (FAST, 256, False),
 }
 STEPS = 64
 
 
-def sampling(settings: dict, batch_size: int, num_iter: int, num_batches: int = 4) -> list[dict]:
-    """What each of some batches asks for: `counts`, and gigabytes at its peak."""
+def sampling(settings: dict, batch_size: int, num_iter: int, compiled: bool = False, num_batches: int = 4) -> list:
+    """What each of some batches asks for: see `asked`."""
     with torch.device("meta"):
         model = MAR(MAR_CONFIGS["mar_base"])
     model = model.to_empty(device="cuda").eval()
     prepare(model, torch.bfloat16)
+    if compiled:
+        model.compile_parts()
     labels, rules = torch.arange(batch_size) % model.config.class_num, build_rules("baseline", cfg=2.9)
     options = dict(num_steps=settings["num_sampling_steps"], seeds=range(batch_size))
     options |= {name: settings[name] for name in ("solver", "refresh_every")}
@@ -48,10 +54,10 @@ def sampling(settings: dict, batch_size: int, num_iter: int, num_batches: int = 
     return [asked(batch) for _ in range(num_batches)]
 
 
-def training(dtype: str, batch_size: int) -> list[dict]:
+def training(dtype: str, batch_size: int, compiled: bool = False) -> list[dict]:
     """The same of three training steps."""
-    device = torch.device("cuda")
-    state, config = training_state("mar_base", device, dict(batch_size=batch_size, dtype=dtype))
+    flags = dict(batch_size=batch_size, dtype=dtype, compile=compiled)
+    state, config = training_state("mar_base", torch.device("cuda"), flags)
     batch = random_batch(state.model.config, batch_size)
 
     def step():
@@ -62,29 +68,37 @@ def training(dtype: str, batch_size: int) -> list[dict]:
 
 
 def asked(run) -> dict:
+    """What a call asks for: `counts`, gigabytes at its peak, programs that it compiles and the seconds of this CPU."""
     gc.collect()  # of an earlier model, whose captures refer to themselves
     counts()
     torch.cuda.reset_peak_memory_stats()
+    clear_compilation_metrics()
     run()
-    return counts() | dict(gb=torch.cuda.max_memory_allocated() / 1e9)
+    gb, seconds = torch.cuda.max_memory_allocated() / 1e9, [x.duration_us / 1e6 for x in get_compilation_metrics()]
+    return counts() | dict(gb=gb, programs=len(seconds), seconds=sum(seconds))
 
 
 def main() -> None:
     """Print both tables."""
-    table = []
-    for name, (settings, batch_size) in SAMPLING.items():
-        batches = sampling(settings, batch_size, STEPS)
+    table, of_all = [], ["peak memory, GB", "programs compiled", "in s on this CPU"]
+    for name, (settings, batch_size, compiled) in SAMPLING.items():
+        batches = sampling(settings, batch_size, STEPS, compiled)
         last, captures = batches[-1], sum(batch["captures"] for batch in batches)
         per_step = [last["kernels_in_replays"], last["kernels"] + last["copies"], last["waits"]]
-        most = max(batch["gb"] for batch in batches)
-        table.append([name, captures, *(f"{x / STEPS:.0f}" for x in per_step), f"{most:.1f}"])
-    head = ["", "captures", "kernels a step, in replays", "others and copies", "waits", "peak memory, GB"]
+        table.append([name, captures, *(f"{x / STEPS:.0f}" for x in per_step), *_of_all(batches)])
+    head = ["", "captures", "kernels a step, in replays", "others and copies", "waits", *of_all]
     print_table(f"Sampling: mar_base, {STEPS} steps, cfg 2.9, bf16", head, table)
     table = []
-    for dtype in ("bf16", "fp32"):
-        last = training(dtype, 64)[-1]
-        table.append([dtype, last["kernels"] + last["copies"], last["waits"], f"{last['gb']:.1f}"])
-    print_table("Training: mar_base, batch 64", ["", "kernels and copies", "waits", "peak memory, GB"], table)
+    for dtype, compiled in (("bf16", False), ("bf16", True), ("fp32", False)):
+        steps = training(dtype, 64, compiled)
+        last, name = steps[-1], dtype + compiled * ", --compile"
+        table.append([name, last["kernels"] + last["copies"], last["waits"], *_of_all(steps)])
+    print_table("Training: mar_base, batch 64", ["", "kernels and copies", "waits", *of_all], table)
+
+
+def _of_all(runs: list[dict]) -> list[str]:
+    programs, seconds = (sum(run[name] for run in runs) for name in ("programs", "seconds"))
+    return [f"{max(run['gb'] for run in runs):.1f}", str(programs or ""), f"{seconds:.0f}" if programs else ""]
 
 
 if __name__ == "__main__":

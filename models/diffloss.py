@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from diffusion import gaussian
 from diffusion.schedule import NUM_TRAIN_STEPS, cosine_schedule, step_range
 from models.diffusion_sampler import DiffusionSampler, column
+from models.norms import LayerNorm
 from models.token_head import check_no_filter, guide
 from util.dist import is_half
 from util.graphs import Graphs, autocast_state
@@ -53,7 +54,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.in_ln = LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
@@ -67,7 +68,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out_channels: int):
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.norms import LayerNorm
+
 
 class Block(nn.Module):
     """x + Attention(LN(x)), then x + MLP(LN(x)): (B, n, D) to the same shape.
@@ -20,9 +22,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float, attn_dropout: float, proj_dropout: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, num_heads, attn_dropout, proj_dropout)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, int(width * mlp_ratio), proj_dropout)
 
     def forward(self, x, attn_mask=None, causal: bool = False):

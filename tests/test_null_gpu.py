@@ -33,6 +33,14 @@ def null_gpu(tmp_path_factory):
     return environment(build(tmp_path_factory.mktemp("null_gpu")))
 
 
+def asked(call: str, environment: dict) -> list[dict]:
+    """What a function of `tests.null_gpu.batches` gives in a process that has the GPU."""
+    words = f"import json; from tests.null_gpu import batches; print(json.dumps({call}))"
+    done = run(["-c", words], environment)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout)
+
+
 @pytest.mark.parametrize("name, marks", FILES)
 def test_tests_of_cuda_pass(name, marks, null_gpu):
     """Slow ones of them too."""
@@ -44,10 +52,7 @@ def test_tests_of_cuda_pass(name, marks, null_gpu):
 
 def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
     """--fast, 16 steps: two whole passes, of which each has a replay with label and one without, and partial ones."""
-    words = "import json; from tests.null_gpu import batches; print(json.dumps(batches.sampling(batches.FAST, 16, 16)))"
-    done = run(["-c", words], null_gpu)
-    assert done.returncode == 0, done.stderr[-5000:]
-    first, second, *later = json.loads(done.stdout)
+    first, second, *later = asked("batches.sampling(batches.FAST, 16, 16)", null_gpu)
     assert second["captures"] > 0 and len(later) == 2
     for batch in later:
         assert batch["captures"] == 0
@@ -58,11 +63,19 @@ def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
         assert batch["gb"] < 3.5  # 1.3 of it are weights
 
 
-@pytest.mark.parametrize("dtype, most", [("bf16", 2500), ("fp32", 1800)])
-def test_a_training_step_of_mar_b(dtype, most, null_gpu):
-    words = f"import json; from tests.null_gpu import batches; print(json.dumps(batches.training('{dtype}', 2)))"
-    done = run(["-c", words], null_gpu)
-    assert done.returncode == 0, done.stderr[-5000:]
-    last = json.loads(done.stdout)[-1]
-    assert last["waits"] == 1 and last["allocations"] <= 10
-    assert last["kernels"] + last["copies"] < most
+@pytest.mark.parametrize("settings", ["FAST", "PUBLISHED"])
+def test_a_compiled_batch_of_mar_b(settings, null_gpu):
+    """A few programs, made in the first batch; fewer kernels; else what is asked for is the same."""
+    plain, compiled = (asked(f"batches.sampling(batches.{settings}, 4, 8, {way})", null_gpu) for way in (False, True))
+    assert 5 < sum(batch["programs"] for batch in compiled) <= 16 and not any(x["programs"] for x in compiled[1:])
+    for one, other in zip(plain[2:], compiled[2:]):
+        assert all(other[name] == one[name] for name in ("replays", "waits", "captures", "kernels", "copies"))
+        assert other["kernels_in_replays"] < 0.9 * one["kernels_in_replays"]
+
+
+@pytest.mark.parametrize("dtype, compiled, most", [("bf16", False, 2400), ("bf16", True, 2000), ("fp32", False, 1800)])
+def test_a_training_step_of_mar_b(dtype, compiled, most, null_gpu):
+    steps = asked(f"batches.training('{dtype}', 2, {compiled})", null_gpu)
+    assert sum(step["programs"] for step in steps) <= 10 * compiled and not steps[-1]["programs"]
+    assert steps[-1]["waits"] == 1 and steps[-1]["allocations"] <= 10
+    assert steps[-1]["kernels"] + steps[-1]["copies"] < most

@@ -11,27 +11,30 @@ What it cannot show: the seconds and rounding of real kernels, cuDNN, NCCL, Trit
 """
 
 import ctypes
-import importlib.util
 import os
 import subprocess
 from pathlib import Path
+
+import torch
 
 HERE = Path(__file__).parent
 COUNTS = ("kernels", "replays", "kernels_in_replays", "copies", "waits", "allocations", "captures")
 
 
 def build(folder: Path) -> Path:
-    """The library, made in a folder; without a compiler or the headers that come with Triton an OSError."""
-    triton = importlib.util.find_spec("triton")
-    if triton is None:
-        raise OSError("no Triton, whose headers of CUDA it needs")
-    headers = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    """The library, made in a folder; without a compiler or the headers of CUDA 13 an OSError.
+
+    They come with a PyTorch for it, but for some of Triton's, whose others may be of another release.
+    """
+    packages = Path(torch.__file__).parents[1]
+    headers = packages / "nvidia" / "cu13" / "include", packages / "triton" / "backends" / "nvidia" / "include"
     library = folder / "libcuda.so.1"  # the driver's name, so that PyTorch and Triton load no other
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", f"-I{headers}"]
+    options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+    options += [f"-I{folder}" for folder in headers]
     call = ["g++", *options, "-o", str(library), *sorted(map(str, HERE.glob("*.cpp")))]
     made = subprocess.run(call, capture_output=True, text=True)
     if made.returncode:
-        raise OSError(f"it does not compile: {made.stderr.strip().splitlines()[-1]}")
+        raise OSError(f"it does not compile: {made.stderr[:1000]}")
     return library
 
 

@@ -1,9 +1,9 @@
 """A GPU that any machine has: PyTorch's own CUDA code over a runtime that launches nothing, and values from the CPU.
 
-`runtime.cpp`, `driver.cpp` and `cublas.cpp` stand in for CUDA's runtime, its driver and cuBLAS. Streams, events, PyTorch's
-allocator, pinned memory, captures and what they forbid are as on a GPU; kernels are counted, those that Inductor and
-Triton compile too. `emulation.py` computes, on the CPU and in the device's memory, what each operation would have. So
-tests of CUDA run, values included, and large models are counted:
+`runtime.cpp`, `driver.cpp` and `cublas.cpp` stand in for CUDA's runtime, its driver and cuBLAS. Streams, events,
+PyTorch's allocator, pinned memory, captures and what they forbid are as on a GPU; kernels are counted, those that
+Inductor and Triton compile too. `emulation.py` computes, on the CPU and in the device's memory, what each operation
+would have. So tests of CUDA run, values included, and large models are counted:
 
     python -m tests.null_gpu python -m pytest -p tests.null_gpu.emulation -n 0 -m gpu
     python -m tests.null_gpu python -m tests.null_gpu.batches

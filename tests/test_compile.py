@@ -62,6 +62,19 @@ def test_where_nothing_can_be_compiled_that_is_one_line(monkeypatch):
     assert not hasattr(mar, "compiled")
 
 
+@pytest.mark.parametrize("name", ("mar", LAGGING[0]))
+def test_in_16_bits_nothing_breaks_a_program_in_two(name, programs):
+    """Torch 2.11 cannot trace whether a device has autocast, and then every layer would stand alone."""
+    make, settings, _ = FAMILIES[name]
+    model = make()
+    prepare(model, torch.bfloat16)
+    model.compile_parts()
+    for size in (3, 1):
+        with dist.autocast(torch.device("cpu"), torch.bfloat16):
+            passes.sample(model, settings, range(size), torch.arange(size) % 3)
+    assert programs["stats"]["unique_graphs"] <= 13 and not programs["graph_break"] and not programs["unimplemented"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", (LAGGING[1], "causal, random", "maskgil", "var"))
 def test_compiled_families_sample_the_same(name):

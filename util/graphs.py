@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 MOST_CAPTURES = 128  # of one module; 64 autoregressive steps with 64 different numbers of diffusion steps need 64
 SMALLEST_BUCKET = 16
+# types of device that have autocast; torch.compile (2.11) cannot look that up in a function that it traces
+AUTOCASTS = {name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)}
 _one = threading.RLock()  # between copying in and copying out nobody else may replay, or capture
 
 
@@ -244,7 +246,7 @@ def _fill(buffers: list, tensors: list) -> None:
 
 def autocast_state(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in on this device; None where it is off."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    if device.type not in AUTOCASTS or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

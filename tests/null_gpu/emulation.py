@@ -26,6 +26,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 # their results are as many as the data say, so that a device must be waited for
 SIZED_BY_DATA = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+# on CUDA their statistics are float32 beside values of 16 bits, which older releases do not compute on the CPU
+WIDENED = {"native_layer_norm_backward"}
 BOOKKEEPING = {"record_stream", "is_pinned", "_pin_memory", "resize_", "set_", "_local_scalar_dense", "detach", "alias"}
 
 
@@ -130,7 +132,8 @@ class Emulation(TorchDispatchMode):
             if name in ONLY_ON_CUDA:
                 ONLY_ON_CUDA[name](places, *near_args, **near_kwargs)
                 return
-            made = function(*near_args, **near_kwargs)  # one that writes to its arguments has no places
+            # an operation that writes to its arguments has no places
+            made = function(*(tree_map(_widened, near_args) if name in WIDENED else near_args), **near_kwargs)
             for place, value in zip(places, tree_flatten(made)[0]):
                 if isinstance(value, torch.Tensor) and value.numel():
                     place.copy_(value)
@@ -140,6 +143,11 @@ class Emulation(TorchDispatchMode):
         elif MOST is None:
             Emulation.captured.append(compute)
         return result
+
+
+def _widened(x):
+    """A tensor in float32, where it has 16 bits."""
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _to_device(x):

@@ -26,19 +26,22 @@ def weighted(a, x, b, y) -> torch.Tensor:
 
 def q_sample(schedule, x_start, t, noise):
     """x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·noise for x_start, noise (N, C) and steps t (N,)."""
-    signal = _rows(schedule, "sqrt_alphas_cumprod", t) * x_start
-    return signal + _rows(schedule, "sqrt_one_minus_alphas_cumprod", t) * noise
+    of_x0 = _rows(schedule, "sqrt_alphas_cumprod", t)
+    of_noise = _rows(schedule, "sqrt_one_minus_alphas_cumprod", t)
+    return weighted(of_x0, x_start, of_noise, noise)
 
 
 def predict_x_start(schedule, x_t, t, eps):
     """x₀ (N, C) that the noise eps (N, C) in x_t implies."""
-    gain, noise = (_rows(schedule, f"sqrt_recip{name}_alphas_cumprod", t) for name in ("", "m1"))
-    return weighted(gain, x_t, -noise, eps)
+    of_xt = _rows(schedule, "sqrt_recip_alphas_cumprod", t)
+    of_eps = _rows(schedule, "sqrt_recipm1_alphas_cumprod", t)
+    return weighted(of_xt, x_t, -of_eps, eps)
 
 
 def posterior_mean(schedule, x_start, x_t, t):
     """Mean (N, C) of q(x_{t−1} | x_t, x₀)."""
-    of_x0, of_xt = (_rows(schedule, f"posterior_mean_coef_{name}", t) for name in ("x0", "xt"))
+    of_x0 = _rows(schedule, "posterior_mean_coef_x0", t)
+    of_xt = _rows(schedule, "posterior_mean_coef_xt", t)
     return weighted(of_x0, x_start, of_xt, x_t)
 
 

@@ -32,7 +32,7 @@ def _predict_x_start(schedule, x, i, eps, clip):
 
 def ddpm(predict, schedule, noise, tau, clip):
     """Ancestral sampling (DDPM Alg. 2), learned variances; tau multiplies the posterior noise (MAR, section 3.2)."""
-    x, draws = noise[0], noise[1:] * tau
+    x, draws = noise[0], noise[1:-1] * tau
     for step, i in enumerate(reversed(range(len(schedule)))):
         eps, v = predict(x, i)
         x = gaussian.posterior_mean(schedule, _predict_x_start(schedule, x, i, eps, clip), x, i)
@@ -49,7 +49,7 @@ def dpm(predict, schedule, noise, tau, clip, order, stochastic):
     """
     signal, sigma = np.sqrt(schedule.alphas_cumprod), np.sqrt(1.0 - schedule.alphas_cumprod)
     lam = np.log(signal / sigma)
-    x, draws, before = (noise[0], noise[1:] * tau, None) if stochastic else (noise[0] * tau, None, None)
+    x, draws, before = (noise[0], noise[1:-1] * tau, None) if stochastic else (noise[0] * tau, None, None)
     for step, i in enumerate(reversed(range(len(schedule)))):
         d = x_start = _predict_x_start(schedule, x, i, predict(x, i)[0], clip)
         if i == 0:

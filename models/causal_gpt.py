@@ -122,8 +122,8 @@ class CausalGPT(Llama):
         """z (B, 1, D) of the next token of each image, from the inputs that its sequence in the cache lacks."""
         x, rotary = self._inputs(tokens, labels, extension.places), self.rotary[extension.places]
         for i, block in enumerate(self.layers):
-            looked = extension.attend(i, *run_part(self, Block.before_attention, block, x, rotary))
-            x = run_part(self, Block.after_attention, block, x, looked)
+            looked = extension.attend(i, *run_part(Block.before_attention, block, x, rotary))
+            x = run_part(Block.after_attention, block, x, looked)
         return self.norm(extension.last(x))
 
     def compile_parts(self) -> None:

@@ -12,28 +12,31 @@ from torch.fx.experimental import _config as shapes
 
 from util.graphs import release
 
+MOST_PROGRAMS = 32  # of one function, beyond which torch leaves it as it is
+
 
 def compile_all(model: nn.Module, parts) -> None:
-    """Compile parts of a model in place, for batches of any size, and let `run_part` compile what it runs.
+    """Compile parts of a model in place, for batches of any size, and what `run_part` runs of them.
 
     ValueError where the model's device compiles nothing. What it has captured is dropped, or it would replay the parts
-    as they were.
+    as they were. A copy of the model is not compiled.
     """
-    shapes.use_duck_shape = False  # sizes that happen to be equal, of batch and heads, would be another program
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=next(model.parameters()).device))
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
+    shapes.use_duck_shape = False  # sizes that happen to be equal, of batch and heads, would be another program
+    limits = torch._dynamo.config  # one image or more, with gradient or without, either dtype: each is a program
+    limits.recompile_limit = max(limits.recompile_limit, MOST_PROGRAMS)
     for part in parts:
         part.compile(dynamic=True)
     release(model)
-    model.compiled = True
 
 
-def run_part(model: nn.Module, part, block: nn.Module, *args):
-    """part(block, *args), a method of its class, compiled if the model is."""
-    return (_compiled(part) if getattr(model, "compiled", False) else part)(block, *args)
+def run_part(part, block: nn.Module, *args):
+    """part(block, *args), a method of the block's class, compiled if the block is."""
+    return (part if block._compiled_call_impl is None else _compiled(part))(block, *args)
 
 
 @cache

@@ -190,8 +190,6 @@ def prepared(model, dtype: torch.dtype):
         return model
     shared = [*model.parameters(), *([model.prompts] if hasattr(model, "prompts") else [])]
     copy = deepcopy(model, {id(x): x for x in shared})
-    if hasattr(copy, "compiled"):
-        copy.compiled = False
     prepare(copy, dtype)
     return copy
 

@@ -146,8 +146,8 @@ class MARAR(nn.Module):
         """z (B, 1, D) of the next token of each image, from the inputs that its sequence in the cache lacks."""
         x = self._inputs(tokens, orders, labels, extension.places)
         for i, block in enumerate(self.layers):
-            looked = extension.attend(i, *run_part(self, Block.before_attention, block, x).unbind(dim=2))
-            x = run_part(self, Block.after_attention, block, x, looked)
+            looked = extension.attend(i, *run_part(Block.before_attention, block, x).unbind(dim=2))
+            x = run_part(Block.after_attention, block, x, looked)
         return self._finish(extension.last(x), orders.gather(1, extension.last_places))
 
     def compile_parts(self) -> None:

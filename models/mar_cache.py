@@ -91,7 +91,7 @@ class Features:
         """
         index = expanded(sequences[:, None], slots)
         for block in blocks:
-            heads = run_part(self.mar, Block.before_attention, block, x)  # (R', ·, 3, H, D / H)
+            heads = run_part(Block.before_attention, block, x)  # (R', ·, 3, H, D / H)
             query, key, value = heads.unbind(dim=2)
             if block not in self.stores:
                 num_slots = self.mar.config.buffer_size + self.mar.config.seq_len + 1
@@ -102,7 +102,7 @@ class Features:
                 key, value = ((kept[sequences] if num_first is None else kept[:num_first])[:, :-1] for kept in pair)
             query, key, value = (part.transpose(1, 2) for part in (query, key, value))
             looked = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            x = run_part(self.mar, Block.after_attention, block, x, looked.transpose(1, 2))
+            x = run_part(Block.after_attention, block, x, looked.transpose(1, 2))
         return x
 
 

@@ -80,7 +80,7 @@ def guide(cond: torch.Tensor, uncond: torch.Tensor, w) -> torch.Tensor:
 def push(cond: torch.Tensor, uncond: torch.Tensor, excess) -> torch.Tensor:
     """The same, of the excess w − 1."""
     if isinstance(excess, torch.Tensor):
-        return torch.addcmul(cond, excess, cond - uncond)
+        return torch.addcmul(cond, cond - uncond, excess)
     return torch.add(cond, cond - uncond, alpha=excess)
 
 

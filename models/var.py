@@ -18,6 +18,7 @@ from models.compiled import compile_all, run_part
 from models.kv_cache import Extension, attention
 from models.next_scale import NextScaleConditions
 from models.var_config import VAR_CONFIGS, VARConfig
+from util.dist import send
 from util.graphs import Graphs
 
 __all__ = ["VAR", "VARConfig", "VAR_CONFIGS", "filter_logits", "next_scale_loss"]
@@ -51,8 +52,8 @@ class VAR(nn.Module):
         bias = torch.zeros(c.seq_len, c.seq_len).masked_fill(~allowed, -math.inf)
         self.register_buffer("attn_bias_for_masking", bias[None, None])
         self.shared_ada_lin = modulation_layer(c.embed_dim, 6) if c.shared_aln else None
-        rates = [c.drop_path_rate * i / max(c.depth - 1, 1) for i in range(c.depth)]
-        self.blocks = nn.ModuleList(Block(c, rate) for rate in rates)
+        self.drop_rates = [c.drop_path_rate * i / max(c.depth - 1, 1) for i in range(c.depth)]  # of images, by block
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.head_nm = HeadNorm(c.embed_dim, c.norm_eps)
         self.head = CELinear(c.embed_dim, c.vocab_size, bias=True)
         self.head.exceeds_top_p = False
@@ -124,12 +125,23 @@ class VAR(nn.Module):
         x = self.embed(labels, inputs)
         *modulations, last = self.modulations(labels, len(x))
         mask = self.attn_bias_for_masking[:, :, : x.shape[1], : x.shape[1]] == 0
-        for block, six in zip(self.blocks, modulations):
+        for block, six, kept in zip(self.blocks, modulations, self._kept(x)):
             if self.config.grad_checkpointing and self.training:
-                x = checkpoint(block, x, six, mask, use_reentrant=False)
+                x = checkpoint(block, x, six, mask, kept, use_reentrant=False)
             else:
-                x = block(x, six, mask)
+                x = block(x, six, mask, kept)
         return self.head_nm(x, last)
+
+    def _kept(self, x) -> list:
+        """Of each block a factor (2, B, 1, 1) of its two branches: 0 where an image goes without, else 1/(1 − rate).
+
+        None: all branches as they are, which is so but in training. All factors are drawn at once.
+        """
+        if not self.training or not any(self.drop_rates):
+            return [None] * len(self.blocks)
+        keep = send(1 - torch.tensor(self.drop_rates).view(-1, 1, 1, 1, 1), x.device)
+        draws = torch.rand(len(self.blocks), 2, len(x), 1, 1, device=x.device)
+        return list(((draws < keep) / keep).unbind())
 
     def forward(self, labels, inputs) -> torch.Tensor:
         """Logits (B, n, V) float32 of the first n tokens; labels and inputs as in `outputs`.
@@ -157,8 +169,8 @@ class VAR(nn.Module):
         x = x.gather(1, extension.places.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         *modulations, last = modulations
         for i, (block, six) in enumerate(zip(self.blocks, modulations)):
-            parts = run_part(self, Block.before_attention, block, x, six)
-            x = run_part(self, Block.after_attention, block, x, six, extension.attend(i, *parts, block.attn.scale))
+            parts = run_part(Block.before_attention, block, x, six)
+            x = run_part(Block.after_attention, block, x, six, extension.attend(i, *parts, block.attn.scale))
         side = self.config.patch_nums[self.config.scale_of(inputs.shape[1] + self.config.first)]
         return self.head_nm(extension.last(x, side * side), last)
 
@@ -186,9 +198,9 @@ def modulation_layer(width: int, num: int) -> nn.Sequential:
 class Block(nn.Module):
     """Attention and feed-forward, each after a norm that six vectors γ1 γ2 scale1 scale2 shift1 shift2 modulate."""
 
-    def __init__(self, c: VARConfig, drop_path: float):
+    def __init__(self, c: VARConfig):
         super().__init__()
-        self.drop_path, self.norm_eps = drop_path, c.norm_eps
+        self.norm_eps = c.norm_eps
         self.attn, self.ffn = Attention(c), FeedForward(c)
         if c.shared_aln:
             self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, c.embed_dim))
@@ -201,37 +213,35 @@ class Block(nn.Module):
             return self.ada_gss[0] + c
         return self.ada_lin(c).unflatten(-1, (6, -1))
 
-    def forward(self, x, six, mask=None) -> torch.Tensor:
-        """(B, n, D) of x (B, n, D) and six (B, 6, D); mask (1, 1, n, n) bool: what may be looked at."""
+    def forward(self, x, six, mask=None, kept=None) -> torch.Tensor:
+        """(B, n, D) of x (B, n, D) and six (B, 6, D); mask (1, 1, n, n) bool: what may be looked at.
+
+        kept (2, B, 1, 1): what the two branches are multiplied by; None: 1.
+        """
         query, key, value = self.before_attention(x, six)
         dropout = self.attn.dropout if self.training else 0.0
         looked = attention(query, key, value, mask, dropout=dropout, scale=self.attn.scale)
-        return self.after_attention(x, six, looked)
+        return self.after_attention(x, six, looked, kept)
 
     def before_attention(self, x, six) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, each (B, n, H, d), that attention with attn.scale compares."""
         _, _, scale, _, shift, _ = six.unsqueeze(1).unbind(2)  # each (B, 1, D)
         return self.attn.heads(self._norm(x) * (1 + scale) + shift)
 
-    def after_attention(self, x, six, looked) -> torch.Tensor:
-        """The rest of the block, from what its attention returned (B, n, H, d)."""
+    def after_attention(self, x, six, looked, kept=None) -> torch.Tensor:
+        """The rest of the block, from what its attention returned (B, n, H, d); kept: see `forward`."""
         gate1, gate2, _, scale, _, shift = six.unsqueeze(1).unbind(2)
-        x = x + self._dropped(gate1 * self.attn.finish(looked))
-        return x + self._dropped(gate2 * self.ffn(self._norm(x) * (1 + scale) + shift))
+        if kept is not None:
+            gate1, gate2 = gate1 * kept[0], gate2 * kept[1]
+        x = x + gate1 * self.attn.finish(looked)
+        return x + gate2 * self.ffn(self._norm(x) * (1 + scale) + shift)
 
     def _norm(self, x):
         return F.layer_norm(x, x.shape[-1:], eps=self.norm_eps)
 
-    def _dropped(self, branch):
-        """The branch (B, n, D), in training 0 in a share of the images and as much larger in the others."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        return branch * torch.empty(len(branch), 1, 1, device=branch.device).bernoulli_(keep).div_(keep)
-
 
 class Attention(nn.Module):
-    """What makes queries, keys and values, the rows of mat_qkv in this order; keys have no bias."""
+    """What stands around attention; mat_qkv makes queries, keys and values in this order. Keys have no bias."""
 
     def __init__(self, c: VARConfig):
         super().__init__()

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 
+from diffusion.solvers import SOLVERS
 from heads.policy import build_rules
 from models.diffloss import DiffLoss
 from sampling.loop import generate
@@ -74,6 +75,15 @@ def test_draws_in_bf16(by, cuda, monkeypatch):
         rubbish = [torch.full((n, 16), torch.nan, device=cuda) for n in (3, 8, 16, 32, 48, 256) for _ in range(20)]
         del rubbish
     assert len(head.graphs.captures) == 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_guidance_scale_of_the_host_has_a_gradient(solver, cuda):
+    """w of all rows, a tensor () on the CPU."""
+    head, w = head_of(cuda), torch.tensor(2.0, requires_grad=True)
+    noise, z, free = (torch.randn(*shape, device=cuda) for shape in ((4, 5, CHANNELS), (5, WIDTH), (5, WIDTH)))
+    head.sampler(num_steps=3, solver=solver, clip=CLIP).draw(z, free, w, 0.9, noise, 3).sum().backward()
+    assert w.grad.isfinite() and w.grad != 0
 
 
 def test_a_draw_waits_for_nothing(cuda):

@@ -14,7 +14,8 @@ def norms(width=24, affine=True) -> tuple[LayerNorm, nn.LayerNorm]:
     ours, theirs = (kind(width, elementwise_affine=affine, eps=1e-6) for kind in (LayerNorm, nn.LayerNorm))
     if affine:
         with torch.no_grad():
-            ours.weight.copy_(1 + 0.3 * torch.randn(width)), ours.bias.copy_(torch.randn(width))
+            ours.weight.copy_(1 + 0.3 * torch.randn(width))
+            ours.bias.copy_(torch.randn(width))
         theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
@@ -50,3 +51,19 @@ def test_16_bits_stay_16_bits_with_statistics_in_float32(dtype, affine, device):
     made.float().square().sum().backward()
     assert x.grad.dtype == dtype and x.grad.isfinite().all()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in ours.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_reach_a_norm_of_16_bits(dtype, monkeypatch):
+    """What CUDA would widen; a CPU leaves it as it is."""
+    seen, layer_norm = [], F.layer_norm
+
+    def watched(x, shape, weight=None, bias=None, eps=1e-5):
+        seen.append((x.dtype, weight.dtype, bias.dtype, torch.is_autocast_enabled("cpu")))
+        return layer_norm(x, shape, weight, bias, eps)
+
+    monkeypatch.setattr(F, "layer_norm", watched)
+    ours, _ = norms()
+    with dist.autocast(torch.device("cpu"), torch.bfloat16):
+        ours(torch.randn(3, 24, dtype=dtype))
+    assert seen == [(dtype, dtype, dtype, dtype == torch.float32)]

@@ -19,8 +19,9 @@ FILES = [(name, "gpu") for name in FILES if name not in ("test_bench.py", Path(_
 FILES += [("test_online_evaluation.py", "not slow")]  # where bf16 is the default
 
 
-def run(words: list, environment: dict) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+def run(words: list, variables: dict) -> subprocess.CompletedProcess:
+    options = dict(cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1800)
+    return subprocess.run([sys.executable, *words], **options)
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +34,10 @@ def null_gpu(tmp_path_factory):
     return environment(build(tmp_path_factory.mktemp("null_gpu")))
 
 
-def asked(call: str, environment: dict) -> list[dict]:
-    """What a function of `tests.null_gpu.batches` gives in a process that has the GPU."""
+def counted(call: str, variables: dict) -> list[dict]:
+    """What a function of `tests.null_gpu.batches` gives in a process with these variables, those of the GPU."""
     words = f"import json; from tests.null_gpu import batches; print(json.dumps({call}))"
-    done = run(["-c", words], environment)
+    done = run(["-c", words], variables)
     assert done.returncode == 0, done.stderr[-5000:]
     return json.loads(done.stdout)
 
@@ -52,7 +53,7 @@ def test_tests_of_cuda_pass(name, marks, null_gpu):
 
 def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
     """--fast, 16 steps: two whole passes, of which each has a replay with label and one without, and partial ones."""
-    first, second, *later = asked("batches.sampling(batches.FAST, 16, 16)", null_gpu)
+    first, second, *later = counted("batches.sampling(batches.FAST, 16, 16)", null_gpu)
     assert second["captures"] > 0 and len(later) == 2
     for batch in later:
         assert batch["captures"] == 0
@@ -66,7 +67,7 @@ def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
 @pytest.mark.parametrize("settings", ["FAST", "PUBLISHED"])
 def test_a_compiled_batch_of_mar_b(settings, null_gpu):
     """A few programs, made in the first batch; fewer kernels; else what is asked for is the same."""
-    plain, compiled = (asked(f"batches.sampling(batches.{settings}, 4, 8, {way})", null_gpu) for way in (False, True))
+    plain, compiled = (counted(f"batches.sampling(batches.{settings}, 4, 8, {way})", null_gpu) for way in (False, True))
     assert 5 < sum(batch["programs"] for batch in compiled) <= 16 and not any(x["programs"] for x in compiled[1:])
     for one, other in zip(plain[2:], compiled[2:]):
         assert all(other[name] == one[name] for name in ("replays", "waits", "captures", "kernels", "copies"))
@@ -75,7 +76,7 @@ def test_a_compiled_batch_of_mar_b(settings, null_gpu):
 
 @pytest.mark.parametrize("dtype, compiled, most", [("bf16", False, 2400), ("bf16", True, 2000), ("fp32", False, 1800)])
 def test_a_training_step_of_mar_b(dtype, compiled, most, null_gpu):
-    steps = asked(f"batches.training('{dtype}', 2, {compiled})", null_gpu)
+    steps = counted(f"batches.training('{dtype}', 2, {compiled})", null_gpu)
     assert sum(step["programs"] for step in steps) <= 10 * compiled and not steps[-1]["programs"]
     assert steps[-1]["waits"] == 1 and steps[-1]["allocations"] <= 10
     assert steps[-1]["kernels"] + steps[-1]["copies"] < most

@@ -181,6 +181,7 @@ def test_what_has_no_weight_decay(block):
 
 
 def test_the_spread_at_the_start():
+    torch.manual_seed(0)
     model = VAR(replace(tiny().config, init_adaln_gamma=1e-3))
     parameters = dict(model.named_parameters())
     for name, std, mean in zip(REFERENCE["init/names"], REFERENCE["init/std"], REFERENCE["init/mean"]):
@@ -200,11 +201,14 @@ def test_labels_are_dropped_in_training_only():
 
 def test_branches_are_left_out_in_training_only():
     model, inputs = tiny(drop_path_rate=0.9), array("vq/partial4/inputs")
-    assert [block.drop_path for block in model.blocks] == [0.0, 0.9]
+    assert model.drop_rates == [0.0, 0.9]
     logits = model(array("labels"), inputs)
     close(logits, "var/l2/logits")
     torch.manual_seed(0)
     assert not model.train()(array("labels"), inputs).equal(logits)
+    first, second = model._kept(torch.zeros(4000, 1, 1))
+    assert first.unique().tolist() == [1.0] and second.unique().tolist() == pytest.approx([0.0, 10.0])
+    assert second.mean() == pytest.approx(1.0, abs=0.1) and not second[0].equal(second[1])
 
 
 W = {"ramp": lambda s, i: 1 + 0.5 * s, "some": lambda s, i: 1.5 if (s + i) % 2 else 1.0, "never": lambda s, i: 1.0}

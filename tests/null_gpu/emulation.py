@@ -26,7 +26,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 # their results are as many as the data say, so that a device must be waited for
 SIZED_BY_DATA = {"nonzero", "masked_select", "bincount", "_unique2", "unique_dim", "unique_consecutive", "equal"}
-# on CUDA their statistics are float32 beside values of 16 bits, which older releases do not compute on the CPU
+# on CUDA its statistics are float32 beside values of 16 bits, which the CPU does not compute
 WIDENED = {"native_layer_norm_backward"}
 BOOKKEEPING = {"record_stream", "is_pinned", "_pin_memory", "resize_", "set_", "_local_scalar_dense", "detach", "alias"}
 
@@ -173,6 +173,8 @@ def install() -> None:
     """Compute values from now on, in this thread and those that start later, and in replays."""
     if MOST is not None:
         torch.compile = _compiling(torch.compile)
+    show = torch.Tensor.__repr__  # looks up which numbers are finite, with all modes off
+    torch.Tensor.__repr__ = lambda x, **how: show(x.cpu() if x.is_cuda else x, **how)
     graph = torch.cuda.CUDAGraph
     begin, end, replay = graph.capture_begin, graph.capture_end, graph.replay
     run = threading.Thread.run

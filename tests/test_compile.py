@@ -1,4 +1,7 @@
-"""Compiled parts compute what the others do."""
+"""Compiled parts compute what the others do, and many of them share a program.
+
+Slow ones, those that only count too: what torch.compile leaves behind slows all later tests of a process.
+"""
 
 from copy import deepcopy
 
@@ -37,6 +40,7 @@ def programs(monkeypatch):
     compiled._compiled.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_layers_and_batches_of_all_sizes_share_a_few_programs(name, programs):
     """Of one image and of several, with labels and without, also where what has none lags behind.
@@ -68,6 +72,7 @@ def test_where_nothing_can_be_compiled_that_is_one_line(monkeypatch):
     assert mar.encoder_blocks[0]._compiled_call_impl is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_path_rate", (0.0, 0.3))
 def test_training_of_var_shares_a_few_programs(drop_path_rate, programs):
     """Its blocks leave out branches at rates of their own."""
@@ -78,6 +83,7 @@ def test_training_of_var_shares_a_few_programs(drop_path_rate, programs):
     assert programs["stats"]["unique_graphs"] <= 3 and not programs["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ("mar", LAGGING[0]))
 def test_in_16_bits_nothing_breaks_a_program_in_two(name, programs):
     """Torch 2.11 cannot trace whether a device has autocast, and then every layer would stand alone."""

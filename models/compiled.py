@@ -28,7 +28,7 @@ def compile_all(model: nn.Module, parts) -> None:
         raise ValueError(f"--compile does not work here, leave it out: {reason}") from None
     shapes.use_duck_shape = False  # sizes that happen to be equal, of batch and heads, would be another program
     limits = torch._dynamo.config  # one image or more, with gradient or without, either dtype: each is a program
-    limits.recompile_limit = max(limits.recompile_limit, MOST_PROGRAMS)
+    limits.cache_size_limit = max(limits.cache_size_limit, MOST_PROGRAMS)  # recompile_limit, which 2.6 has not
     for part in parts:
         part.compile(dynamic=True)
     release(model)

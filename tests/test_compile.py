@@ -34,7 +34,7 @@ def programs(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda part, **options: compile(part, backend="eager", **options))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with shapes.patch(use_duck_shape=True), torch._dynamo.config.patch(recompile_limit=8):
+    with shapes.patch(use_duck_shape=True), torch._dynamo.config.patch(cache_size_limit=8):
         yield torch._dynamo.utils.counters
     torch._dynamo.reset()
     compiled._compiled.cache_clear()

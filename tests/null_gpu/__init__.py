@@ -32,7 +32,7 @@ def build(folder: Path) -> Path:
     headers = packages / "nvidia" / "cu13" / "include", packages / "triton" / "backends" / "nvidia" / "include"
     library = folder / "libcuda.so.1"  # the driver's name, so that PyTorch and Triton load no other
     options = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
-    options += [f"-I{folder}" for folder in headers]
+    options += [f"-I{place}" for place in headers]
     call = ["g++", *options, "-o", str(library), *sorted(map(str, HERE.glob("*.cpp")))]
     made = subprocess.run(call, capture_output=True, text=True)
     if made.returncode:

@@ -169,7 +169,8 @@ def begin(
     if resumed:
         return restore(state, content, launch.resume)
     if content is not None:
-        content = averages_as_weights(content) if state.objective.keeps_model else content
+        frozen = train.freeze_backbone or not train.train_diffloss  # whose average would become what is frozen
+        content = averages_as_weights(content) if frozen else content
         restore_weights(state, content, launch.init_from, heads_too=False)
     return train.start_epoch
 

@@ -17,6 +17,7 @@ from heads.schedules import CFGS, GROUPS, PROFILES, TAUS, RuleOptions
 from heads.searched import schedule_values
 from heads.step import StepState
 from util.checkpoint import load_checkpoint, load_weights
+from util.dist import send
 
 HEADS = ("order", "group", "tau", "cfg")  # the columns of INFER_MODES
 LEARNABLE = (*HEADS, "profile")
@@ -151,7 +152,10 @@ def load_heads(checkpoint, *, ema: bool = True) -> PolicyHeads | None:
 
 def column(value, state: StepState) -> torch.Tensor:
     """A number, or (B, 1), as (B, 1) float32 on the device of the mask."""
-    return torch.as_tensor(value, dtype=torch.float32, device=state.mask.device).expand(len(state.mask), 1)
+    shape = len(state.mask), 1
+    if not isinstance(value, torch.Tensor):  # filled there: a copy would wait for the device
+        return torch.full(shape, float(value), device=state.mask.device)
+    return send(value.float(), state.mask.device).expand(shape)
 
 
 def base_scores(state: StepState, options: RuleOptions, log_prob=None) -> torch.Tensor:

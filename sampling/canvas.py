@@ -74,21 +74,21 @@ class Canvas:
         _check_images(empty.shape, seeds, orders, tokens, mask)
         shape, device = empty.shape[:2], empty.device
         known = tokens is not None
-        self.tokens = tokens.to(device, empty.dtype) if known else empty
+        self.tokens = send(tokens.to(empty.dtype), device) if known else empty
         self.unknown = mask.to("cpu", torch.bool, copy=True) if known else torch.ones(shape, dtype=torch.bool)
         self.broken = torch.zeros(shape[0], dtype=torch.bool, device=device)  # images of which an id is −1
         if known and not self.tokens.is_floating_point():
-            none = (self.tokens < 0) & ~self.unknown.to(device)
+            none = (self.tokens < 0) & ~send(mask.bool(), device)
             self.broken, self.tokens = none.any(dim=1), self.tokens.clamp(min=0)
         self.num_start = self.unknown.sum(dim=1).float()  # (B,), M
         if seeds is None:
             seeds = torch.randint(0, 2**32, (shape[0],)).tolist()
         self.generators = [generator(seed) for seed in seeds]
-        self.gumbel = torch.stack([_gumbel(shape[1], g) for g in self.generators]).to(device)
+        self.gumbel = send(torch.stack([_gumbel(shape[1], g) for g in self.generators]), device)
         self.orders = self.gumbel.argsort(dim=1, descending=True)
         self.ahead = None  # (rows, noise) of the step, where `make_noise` made it
         if orders is not None:
-            self.orders = torch.as_tensor(orders, device=device).flip(1)
+            self.orders = send(torch.as_tensor(orders), device).flip(1)
 
     def published_order(self, state: StepState) -> torch.Tensor:
         """Scores (B', L) of the orders given."""

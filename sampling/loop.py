@@ -12,6 +12,7 @@ from torch import nn
 
 from heads.schedules import default_num_iter, needed_steps
 from sampling.canvas import Canvas
+from util.dist import send
 
 
 def decode(
@@ -72,7 +73,7 @@ def decode(
     rules = canvas.ordered(rules, orders is not None)
     options = dict(orders=canvas.orders, tokenizer=tokenizer, refresh_every=refresh_every, recompute=recompute)
     with eval_mode(model):
-        conditions = model.conditions(labels.to(canvas.tokens.device), **options)
+        conditions = model.conditions(send(labels, canvas.tokens.device), **options)
         for step, images in canvas.steps(num_iter if num_taken is None else num_taken):
             seen = canvas.tokens.detach() if local else canvas.tokens
             z, positions = conditions.look(step, seen, canvas.unknown, images)

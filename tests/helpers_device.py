@@ -55,8 +55,8 @@ def near(value):
 
 
 class _Operations(TorchDispatchMode):
-    """Runs every operation; `waits` counts by "file:function" what waits for DEVICE, `launches` by name what computes
-    there or copies."""
+    """Runs every operation; `waits` counts by "file:function" what waits for DEVICE, copies to it that do too
+    among it; `launches` by name what computes there or copies."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,8 @@ class _Operations(TorchDispatchMode):
             raise RuntimeError(f"{name}: all tensors must be on one device: {shapes[0]} are far, {shapes[1]} are not")
         goes_near = name == "aten::_to_copy" and target is not None and not is_far(target)
         by_mask = any(isinstance(x, FarTensor) for x in masks_of(function, args))
-        if name in ("aten::_local_scalar_dense", "aten::nonzero") or by_mask or (far and goes_near):
+        reads = name in ("aten::_local_scalar_dense", "aten::nonzero") or by_mask or (far and goes_near)
+        if reads or sends_and_waits(function, args, kwargs):
             self.waits[_caller()] += 1
         if not launches_nothing(function):
             self.launches[name] += 1
@@ -99,6 +100,17 @@ def masks_of(function, args) -> list[torch.Tensor]:
     """The masks that an operation indexes by: where they are True decides the size of its work."""
     is_lookup = function._schema.name in ("aten::index", "aten::index_put", "aten::index_put_")
     return [x for x in (args[1] if is_lookup else []) if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+
+
+def sends_and_waits(function, args, options) -> bool:
+    """Does an operation copy a tensor of the host to DEVICE without `non_blocking`? CUDA waits for all before it."""
+    name = function._schema.name
+    if name == "aten::_to_copy":
+        return not isinstance(args[0], FarTensor) and not options.get("non_blocking", False)
+    if name == "aten::copy_":
+        return not isinstance(args[1], FarTensor) and not (*args[2:], options.get("non_blocking", False))[0]
+    is_lookup = name in ("aten::index", "aten::index_put", "aten::index_put_")
+    return is_lookup and any(isinstance(x, torch.Tensor) and not isinstance(x, FarTensor) for x in args[1])
 
 
 def launches_nothing(function) -> bool:

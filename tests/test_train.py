@@ -1,6 +1,7 @@
 """Training as a whole: resuming, stopping, processes, skipped steps. In process but for torchrun itself."""
 
 import os
+import json
 import signal
 import subprocess
 import sys
@@ -123,6 +124,20 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path, masks):
         torch.testing.assert_close(four["model"][name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.on_cpu("sums of float32, which bf16 and TF32 round")
+@pytest.mark.parametrize("masks", [(), ("--train_masks", "policy")], ids=["random", "policy"])
+def test_what_heads_learn_is_a_mean_over_micro_batches(tmp_path, masks):
+    """Their losses, and what is logged of them: not a sum, which would grow with --accum_iter."""
+    learn = ("--epochs", 1, "--learn", "order,group,tau,cfg", "--train_num_iter", "2,4", *masks)
+    train(tmp_path / "one", *learn)
+    train(tmp_path / "four", *learn, "--batch_size", 4, "--accum_iter", 4)
+    one, four = (json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[0]) for name in ("one", "four"))
+    same = ["cfg", "budget", "tau_mean", "w_mean", "k_over_cosine_mean", "rho_mean", *([] if masks else ["order"])]
+    for name in same:
+        assert four[name] == pytest.approx(one[name], rel=0.2 if masks else 0.02, abs=1e-4), name
+    assert four["grad_norm"] < 2 * one["grad_norm"]
+
+
 @pytest.mark.parametrize("masks", ["visited", "mix"])
 def test_heads_that_rest_change_nothing_and_learn_afterwards(tmp_path, masks):
     """Until --heads_from the run is the one without heads, on the states of the rules that the heads start from."""
@@ -227,10 +242,25 @@ def test_a_second_stage_that_was_stopped_continues_with_the_same_command(tmp_pat
     parts = train(tmp_path / "parts", "--epochs", 2, *flags)
     assert whole["step"] == parts["step"] == 2 * STEPS_PER_EPOCH
     assert_same(whole, parts)
-    first = load_checkpoint(tmp_path / "first")["model"]
+    first = load_checkpoint(tmp_path / "first")["model_ema"]
     changed = {name for name, value in whole["model"].items() if not torch.equal(value, first[name])}
     assert changed and all(name.startswith("diffloss.") for name in changed)  # the backbone is frozen, the MLP is not
     assert whole["config"]["heads"]["learn"] == ["order", "group", "tau", "cfg"] and whole["heads_ema"]
+
+
+@pytest.mark.parametrize("frozen", ["backbone", "token head", "both"])
+def test_what_is_frozen_stays_what_was_sampled_with(frozen, tmp_path):
+    """The averaged weights: an average of the raw ones would become these in ten steps."""
+    first = train(tmp_path / "first", "--epochs", 1, "--lr", 1e-2)
+    flags = {"backbone": ["--freeze_backbone"], "token head": ["--no-train_diffloss"]}
+    flags["both"] = [*flags["backbone"], *flags["token head"]]
+    learn = ("--init_from", tmp_path / "first", "--epochs", 1, "--learn", "tau,cfg", "--lr", 1e-2, *flags[frozen])
+    second = train(tmp_path / "second", *learn)
+    for name, value in first["model_ema"].items():
+        stays = frozen == "both" or name.startswith("diffloss.") == (frozen == "token head")
+        assert value.equal(second["model_ema"][name]) == stays, name
+        assert not stays or value.equal(second["model"][name])
+    assert not all(first["model"][name].equal(value) for name, value in first["model_ema"].items())
 
 
 def test_a_second_stage_takes_over_the_heads_that_it_has(tmp_path, capsys):

@@ -13,10 +13,12 @@ import main_mar
 from tests.helpers_latents import SMALL, TRAIN, TinyKL, cache, losses, refused
 from training import step as step_module
 from training.cached_picture import show_cached
-from training.objectives.tokens import tokens_of
+from training.objectives.draws import DrawSettings, training_draws
+from training.objectives.tokens import posterior_shape, tokens_of
 from util.evaluation.fid_stats import FIDStats, save_fid_stats
 from util.images.latents import open_latents
 from util.images.pictures import make_grid, read_png
+from util.rng import generator, seed_of
 
 
 @pytest.mark.parametrize("tokenizer, format", [("pixel", "npz"), ("tiny:0", "packed")])
@@ -63,10 +65,18 @@ def test_cached_moments_have_a_draw_for_each_image_and_step(pictures, tmp_path, 
     """The noise of the posterior comes from a seed for each image: another seed, other tokens; not the batch."""
     latents = open_latents(cache(pictures, tmp_path / "c", "--tokenizer", "tiny:0"))
     batch, _, _ = next(iter(DataLoader(latents, batch_size=4)))
-    model = SimpleNamespace(patchify=lambda latents: latents, token_head=SimpleNamespace(discrete=False))
+    model = SimpleNamespace(
+        patchify=lambda latents: latents, token_head=SimpleNamespace(discrete=False, draws=lambda g, n: {})
+    )
 
-    def tokens(batch, flip, seeds):
-        return tokens_of(batch, flip, seeds, TinyKL(), model)
+    def tokens(batch, flip, samples):
+        shape = posterior_shape(batch, TinyKL(), model)
+        noise = training_draws(0, 1, samples, model.token_head, DrawSettings(4, 0.5, 0.0, posterior=shape)).posterior
+        made = tokens_of(batch, flip, noise, TinyKL(), model)
+        seeds = [generator(seed_of("posterior", 0, 1, sample)) for sample in samples]
+        moments = batch[torch.arange(len(batch)), 0 if flip is None else flip.long()]
+        assert torch.equal(made, TinyKL().from_moments(moments, generator=seeds))
+        return made
 
     a = tokens(batch, None, [1, 2, 3, 4])
     assert torch.equal(a[[2, 0]], tokens(batch[[2, 0]], None, [3, 1]))

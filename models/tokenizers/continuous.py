@@ -122,11 +122,12 @@ class Tokenizer(nn.Module):
         if not self.codebook_size:
             raise ValueError(f"the tokenizer {self.kind} has no codebook, its tokens are {' or '.join(self.tokens)}")
 
-    def from_moments(self, moments: torch.Tensor, sample: bool = True, generator=None) -> torch.Tensor:
+    def from_moments(self, moments: torch.Tensor, sample: bool = True, generator=None, noise=None) -> torch.Tensor:
         """Raw moments (B, moment_channels, h, w) -> normalised latents (B, c, h, w).
 
         sample: draw from the posterior of a gaussian tokenizer instead of taking its mean. generator: None, a
-        torch.Generator, or a list of one for each image, which makes each image's draw independent of its batch.
+        torch.Generator, or a list of one for each image, which makes each image's draw independent of its batch. noise:
+        such normal draws (B, c, h, w), made before.
         """
         if moments.dim() != 4 or moments.shape[1] != self.moment_channels:
             raise ValueError(f"moments must be (B, {self.moment_channels}, h, w), got {tuple(moments.shape)}")
@@ -137,7 +138,10 @@ class Tokenizer(nn.Module):
             from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
             posterior = DiagonalGaussianDistribution(raw)
-            raw = posterior.sample(generator) if sample else posterior.mode()
+            if not sample:
+                raw = posterior.mode()
+            else:
+                raw = posterior.sample(generator) if noise is None else posterior.mean + posterior.std * noise
         return (raw - self._mean) * self._scale
 
     @torch.no_grad()

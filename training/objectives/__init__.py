@@ -13,8 +13,7 @@ An objective is an `nn.Module`, the one that DistributedDataParallel wraps, with
     forward(prepared, num_targets) -> {"loss": the scalar to minimise, name: a scalar to log, …}; num_targets is the
                                     number of the whole step, over all processes and micro-batches
     form                            class attribute: the row of `heads.forms.FORMS` that its heads are of
-    keeps_model                     class attribute: does it train heads alone? They start from averaged weights then,
-                                    those that are sampled with
+    keeps_model                     class attribute: does it train heads alone, and sample while it does?
     unused                          class attribute: names of the flags that it does not read
     defaults(chosen) -> settings of its own, where the flags give none; static, of the dict of all settings
     check(heads, settings)          static; ValueError for settings that contradict each other

@@ -16,7 +16,7 @@ class Decisions:
 
     def __init__(self, rollout, device):
         draws = [torch.randn(rollout.num_iter, generator=generator(seed_of("explore", s))) for s in rollout.seeds]
-        self.noise, self.sigma = torch.stack(draws).to(device), rollout.sigma  # (b, K)
+        self.noise, self.sigma = send(torch.stack(draws), device), rollout.sigma  # (b, K)
         self.log_prob = torch.zeros(len(rollout.seeds), device=device)
         self.logits = []
 

@@ -11,13 +11,14 @@ import torch
 from scipy.special import ndtr, ndtri
 
 from models.mask_schedules import draw_mask
+from util.dist import send
 from util.rng import generator, seed_of
 
 
 def _moved(draws, device, keep=()):
     """A dataclass with its tensors on the device, but for the fields to keep where they are."""
     values = {k: v for k, v in vars(draws).items() if isinstance(v, torch.Tensor) and k not in keep}
-    return replace(draws, **{k: v.to(device, non_blocking=True) for k, v in values.items()})
+    return replace(draws, **{k: send(v, device) for k, v in values.items()})
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TokenDraws:
 
     def to(self, device) -> "TokenDraws":
         """The same on a device."""
-        return _moved(replace(self, draws={k: v.to(device, non_blocking=True) for k, v in self.draws.items()}), device)
+        return _moved(replace(self, draws={k: send(v, device) for k, v in self.draws.items()}), device)
 
     def narrowed(self, targets, others) -> "TokenDraws":
         """Of draws for every token those of targets (b, L) bool, then those of others (b, L) bool."""
@@ -72,6 +73,7 @@ class Draws:
     num_visible: list[int]  # (b) tokens that are not masked
     tokens: TokenDraws
     policy: PolicyDraws | None = None
+    posterior: torch.Tensor | None = None  # (b, c, h, w) normal draws of the tokenizer's posterior, if it has one
 
     def to(self, device) -> "Draws":
         """The same draws with their tensors on a device."""
@@ -79,11 +81,12 @@ class Draws:
         return _moved(replace(self, tokens=self.tokens.to(device), policy=policy), device)
 
     def for_device(self, device: torch.device) -> "Draws":
-        """The same, the token head's in memory from which a GPU, if it is one, copies while it computes."""
+        """The same, what is large in memory from which a GPU, if it is one, copies while it computes."""
         if device.type != "cuda":
             return self
         draws = {name: value.pin_memory() for name, value in self.tokens.draws.items()}
-        return replace(self, tokens=replace(self.tokens, draws=draws))
+        posterior = None if self.posterior is None else self.posterior.pin_memory()
+        return replace(self, tokens=replace(self.tokens, draws=draws), posterior=posterior)
 
     def first(self, num: int) -> "Draws":
         """Those of the first num tokens of each image."""
@@ -157,7 +160,8 @@ class DrawSettings:
     and cfg uniform in [1, cfg_max]; the other draws are the same with or without it. every_token: the token head's
     draws for all tokens, for a mask that is not known yet. mask_schedule: a row of `models.mask_schedules.MASK_RATIOS`,
     whose masks take the place of MAR's; with num_iter, of an image whose mask would be empty one token is masked.
-    loss_tokens: "masked" or "all", which tokens are targets.
+    loss_tokens: "masked" or "all", which tokens are targets. posterior: shape (c, h, w) of an image's draws for the
+    posterior of its tokenizer.
     """
 
     seq_len: int
@@ -169,6 +173,7 @@ class DrawSettings:
     every_token: bool = False
     mask_schedule: str | None = None
     loss_tokens: str = "masked"
+    posterior: tuple[int, int, int] | None = None
 
 
 def training_draws(seed: int, step: int, samples: list[int], token_head, settings: DrawSettings) -> Draws:
@@ -203,6 +208,7 @@ def training_draws(seed: int, step: int, samples: list[int], token_head, setting
         num_visible=(~mask).sum(dim=1).tolist(),
         tokens=TokenDraws(torch.cat(rows), joined),
         policy=_policy_draws(policy, settings) if policy else None,
+        posterior=_posterior_draws(seed, step, samples, settings.posterior) if settings.posterior else None,
     )
 
 
@@ -221,6 +227,11 @@ def _split(own: float, shared: float, g: torch.Generator, settings: DrawSettings
         mask[u[0].argmin()] = True
     mask = mask[order]
     return order[mask], order[~mask]
+
+
+def _posterior_draws(seed: int, step: int, samples: list[int], shape) -> torch.Tensor:
+    seeds = [seed_of("posterior", seed, step, sample) for sample in samples]
+    return torch.stack([torch.randn(shape, generator=generator(s)) for s in seeds])
 
 
 def _policy_draws(drawn, settings: DrawSettings) -> PolicyDraws:

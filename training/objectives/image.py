@@ -272,7 +272,7 @@ class ImageObjective(nn.Module):
         if "profile" in self.heads.learn:
             logged |= _spread({"profile": 1 + torch.tanh(self.heads.heads["profile"].values.detach())})
         share = len(rollout.labels) / num_targets  # so that the micro-batches of a step add up to their mean
-        logged = {name: torch.as_tensor(value, device=images.device) * share for name, value in logged.items()}
+        logged = {name: _filled(value, images.device) * share for name, value in logged.items()}
         unused = sum(p.sum() for p in self.heads.parameters() if p.requires_grad)  # DistributedDataParallel waits
         pathwise = cost.sum() if expected is None else expected.loss(cost)
         loss = (pathwise + score_loss(cost, decisions.log_prob)) / num_targets
@@ -315,6 +315,11 @@ def centred(name: str, state, a: torch.Tensor) -> torch.Tensor:
         weight = state.mask.to(a.dtype) if a.shape[1] > 1 else torch.ones_like(a)
         a.register_hook(lambda g: g - weight * (g.sum() / weight.sum().clamp(min=1)))
     return a
+
+
+def _filled(value, device) -> torch.Tensor:
+    """A number as a tensor (), made on the device since a copy would wait for it; a tensor as it is."""
+    return value if isinstance(value, torch.Tensor) else torch.full((), value, device=device)
 
 
 def _spread(values: dict) -> dict:

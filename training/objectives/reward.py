@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from util.dist import send
 from util.evaluation.features import differentiable_features
 from util.evaluation.reward import RewardDistance
 
@@ -44,7 +45,7 @@ class Frechet:
         a = torch.eye(len(mean), dtype=torch.float64) - self.root @ (vectors / roots) @ vectors.T @ self.root
 
         def influence(f):
-            mu, slope, curvature = (x.to(f.device, f.dtype) for x in (mean, 2 * shift, a))
+            mu, slope, curvature = (send(x.to(f.dtype), f.device) for x in (mean, 2 * shift, a))
             f = f - mu
             return f @ slope + ((f @ curvature) * f).sum(dim=1)
 

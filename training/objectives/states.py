@@ -15,16 +15,17 @@ from heads.step import StepState
 from training.objectives.draws import PolicyDraws
 
 
-def training_state(policy: PolicyDraws, mask, z=None) -> StepState:
+def training_state(policy: PolicyDraws, mask, z=None, num_visible=None) -> StepState:
     """The StepState of images with this mask; the step is the one drawn, else the one that fits the mask best.
 
-    A published mask belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or
+    num_visible: B ints, the tokens that are not masked, for a mask on a device: else it is waited for. A published mask belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or
     comes nearest to it.
     """
     length, step = mask.shape[1], policy.step
     n = mask.sum(dim=1)
     if step is None:
-        step = torch.tensor([_nearest_step(length, k, c) for k, c in zip(policy.num_iter.tolist(), n.tolist())])
+        counts = n.tolist() if num_visible is None else [length - visible for visible in num_visible]
+        step = torch.tensor([_nearest_step(length, k, c) for k, c in zip(policy.num_iter.tolist(), counts)])
     return StepState(
         step=step,
         num_iter=policy.num_iter,

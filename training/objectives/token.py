@@ -21,12 +21,11 @@ from training.objectives.draws import Draws, DrawSettings, RowsOf, training_draw
 from training.objectives.head_losses import HeadLossConfig, budget_loss, guidance_loss, order_and_size_losses
 from training.objectives.settings import ObjectiveSettings, RewardConfig
 from training.objectives.states import needs_every_loss, training_state
-from training.objectives.tokens import grid_of_batch, tokens_of
+from training.objectives.tokens import grid_of_batch, posterior_shape, tokens_of
 from training.objectives.visiting import Visits, make_visits
 from training.optim import EMA, make_optimizer
 from training.schedules import stage_weights
 from util.dist import autocast, send
-from util.rng import seed_of
 
 if TYPE_CHECKING:  # training.config imports the table of objectives
     from training.config import TrainConfig
@@ -41,7 +40,7 @@ class HeadPlan:
 
     def __init__(self, heads: PolicyHeads, config: HeadLossConfig, options: RuleOptions, draws: Draws, z):
         self.heads, self.config, self.options, self.rows = heads, config, options, draws.tokens.rows
-        self.state = training_state(draws.policy, draws.mask, z)
+        self.state = training_state(draws.policy, draws.mask, z, draws.num_visible)
         self.scale = draws.policy.cfg  # (b,), the guidance scale of the image's schedule
         self.base_k = whole_group(self._base("group"), self.state)
         self.k = heads.group_size(self.state, self.base_k, self.scale) if "group" in heads.learn else self.base_k
@@ -243,12 +242,13 @@ class TokenObjective(nn.Module):
         if draws.policy is not None:
             resting = state.step < preparation.heads_from * state.steps_per_epoch
             draws = replace(draws, policy=replace(draws.policy, heads_rest=resting))
-        flips = draws.flip.to(state.device) if preparation.flip else None
-        seeds = [seed_of("posterior", preparation.seed, state.step, sample) for sample in samples]
+        flips = send(draws.flip, state.device) if preparation.flip else None
         if state.captions is not None:
             labels = state.captions.draw(samples, preparation.seed, state.step)
         images = batch.to(state.device, non_blocking=True)
-        tokens = tokens_of(images, flips, seeds, state.tokenizer, self.model)
+        noise = None if draws.posterior is None else send(draws.posterior, state.device)
+        tokens = tokens_of(images, flips, noise, state.tokenizer, self.model)
+        draws = replace(draws, posterior=None)
         inputs = state.tokenizer.inputs_of(tokens)
         labels = torch.where(draws.drop, -1, labels)
         if preparation.visits is not None:
@@ -266,7 +266,8 @@ class TokenObjective(nn.Module):
 
     def _draws(self, state, step: int, batch, samples: list[int]):
         """(a key, a function that makes the draws of these images in this step)."""
-        settings = self.preparation.draws
+        posterior = posterior_shape(batch, state.tokenizer, self.model)
+        settings = replace(self.preparation.draws, posterior=posterior)
         if takes_any_size(self.model.config):
             settings = replace(settings, seq_len=math.prod(grid_of_batch(batch, state.tokenizer)))
         arguments = self.preparation.seed, step, samples, self.model.token_head, settings
@@ -329,8 +330,10 @@ class TokenObjective(nn.Module):
             learned = plan.losses(difficulty.reshape(rows.repeats, -1).mean(dim=0))
             if plan.w is not None:
                 learned["cfg"] = self._guidance_loss(plan.w, batch, prediction, target, tau, rows)
+            share = batch.num_targets / num_targets  # so that the micro-batches of a step add up to their mean
+            learned, said = ({k: v * share for k, v in x.items()} for x in (learned, plan.statistics()))
             loss = loss + sum(getattr(self.losses, f"lambda_{name}") * value for name, value in learned.items())
-            terms |= learned | plan.statistics()
+            terms |= learned | said
         elif self.heads is not None:  # DistributedDataParallel waits for a gradient of every parameter
             loss = loss + 0.0 * sum(p.sum() for p in self.heads.parameters())
         terms |= reported

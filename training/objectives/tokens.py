@@ -2,21 +2,26 @@
 
 import torch
 
-from util.rng import generator
-
 
 def grid_of_batch(batch, tokenizer) -> tuple[int, int]:
-    """(h, w) of the tokens of images uint8 (b, c, H, W), or of cached ids (b, 2, h, w)."""
+    """(h, w) of the latents of images uint8 (b, c, H, W), of cached ids (b, 2, h, w) or of moments (b, 2, c', h, w)."""
     stride = tokenizer.stride if batch.dtype == torch.uint8 else 1
-    return batch.shape[2] // stride, batch.shape[3] // stride
+    return batch.shape[-2] // stride, batch.shape[-1] // stride
 
 
-def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:
+def posterior_shape(batch, tokenizer, model) -> tuple[int, int, int] | None:
+    """(c, h, w) of the normal draws that an image's latents are made with; None where these need none."""
+    if model.token_head.discrete or not tokenizer.gaussian:
+        return None
+    return tokenizer.moment_channels // 2, *grid_of_batch(batch, tokenizer)
+
+
+def tokens_of(batch, flip, noise, tokenizer, model) -> torch.Tensor:
     """Tokens (b, L, …) of images uint8 (b, c, H, W), or of moments (b, 2, c', h, w), see `util.images.latents`.
 
     Where the model's tokens are ids these take the place of the moments, (b, 2, h, w).
-    flip (b,) bool, or None for nowhere: take the mirror image. Where the tokenizer has a posterior, the draw of image i
-    comes from seeds[i] alone.
+    flip (b,) bool, or None for nowhere: take the mirror image. noise (b, c, h, w): the draws of the tokenizer's
+    posterior, None where it has none.
     """
     discrete = model.token_head.discrete
     if batch.dtype == torch.uint8:
@@ -28,4 +33,4 @@ def tokens_of(batch, flip, seeds: list[int], tokenizer, model) -> torch.Tensor:
         moments = batch[torch.arange(len(batch), device=batch.device), 0 if flip is None else flip.long()]
     if discrete:
         return model.patchify(moments.long())
-    return model.patchify(tokenizer.from_moments(moments, generator=[generator(seed) for seed in seeds]))
+    return model.patchify(tokenizer.from_moments(moments, noise=noise))

@@ -17,6 +17,7 @@ from heads.schedules import RuleOptions
 from sampling.settings import SampleConfig
 from training.objectives.states import needs_every_loss, training_state
 from util.args import flag
+from util.dist import send
 
 MASKS = ("random", "visited", "policy", "mix")
 TARGETS = ("masked", "next")
@@ -87,7 +88,7 @@ class Visits:
 
         epoch: how many have been trained, which decides how many images keep their random masks.
 
-        Where learned rules are scored, a pass waits for the device once.
+        Where learned rules are scored, each plan waits for the device once.
         """
         options = self.options | {"cfg": draws.policy.cfg.unsqueeze(1)}
         heads, names, num_passes = self.heads, self.names, self.num_passes
@@ -99,15 +100,17 @@ class Visits:
             heads, num_passes = None, 0
             names = {kind: bases[kind] if name == "learned" else name for kind, name in names.items()}
         rules = build_rules("baseline", heads, **names, **options)
+        device = device if num_passes else torch.device("cpu")
+        policy = replace(draws.policy, gumbel=send(draws.policy.gumbel, device))
         goal = (draws.policy.place * draws.policy.num_iter).long()  # (b,), s
         plan, mask, following, z = torch.zeros_like(goal), torch.ones_like(draws.mask), None, None
         for number in range(max(num_passes, 1)):
             if num_passes:
-                z = encode(mask.to(device, non_blocking=True), (~mask).sum(dim=1).tolist())
+                z = encode(send(mask, device), (~mask).sum(dim=1).tolist())
             # this pass serves the plans below `until`; the last plan, at the goal, says what comes next
             until = (number + 1) * (goal + 1) // max(num_passes, 1)
             while (active := (plan < until) & (plan <= goal)).any():
-                selected = self._select(rules, draws, plan, mask, z, device)
+                selected = self._select(rules, replace(policy, step=plan), send(mask, device), z)
                 following = torch.where(active.unsqueeze(1), selected, mask if following is None else following)
                 goes_on = active & (plan < goal) & (mask & ~selected).any(dim=1)  # never to an image without a target
                 goal = torch.where(active & ~goes_on, plan, goal)
@@ -115,11 +118,9 @@ class Visits:
                 plan = plan + active.long()
         return self._narrowed(draws, mask, following, goal, self.config.random_share(epoch))
 
-    def _select(self, rules, draws, plan, mask, z, device):
-        """The group (b, L) bool, on the CPU, that the rules take at step `plan` (b,)."""
-        device = device if z is not None else "cpu"
-        policy = replace(draws.policy, step=plan, gumbel=draws.policy.gumbel.to(device))
-        state = training_state(policy, mask.to(device), z)
+    def _select(self, rules, policy, mask, z):
+        """The group (b, L) bool, on the CPU, that the rules take at the step of these draws."""
+        state = training_state(policy, mask, z)
         return hard_topk(rules.order(state), whole_group(rules.group, state), state.mask).cpu()
 
     def _narrowed(self, draws, mask, following, step, random_share):

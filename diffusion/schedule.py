@@ -9,6 +9,8 @@ import math
 import numpy as np
 import torch
 
+from util.dist import send
+
 NUM_TRAIN_STEPS = 1000
 MAX_BETA = 0.999
 # An error of ε becomes one of x₀ that is √(1/ᾱ − 1) times as large: 71 at this timestep, 20000 at the last.
@@ -131,11 +133,11 @@ class Schedule:
         """`values` on `device`."""
         key = (name, str(device))
         if key not in self._on_device:
-            self._on_device[key] = torch.from_numpy(self.values(name)).to(device, copy=True)
+            self._on_device[key] = send(torch.tensor(self.values(name)), device)
         return self._on_device[key]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # at most 1000 numbers of steps; a capture is known by its schedule
 def cosine_schedule(num_steps: int = NUM_TRAIN_STEPS, spacing: str = "uniform") -> Schedule:
     """The cosine schedule over `num_steps` of the 1000 training steps; the betas are rebuilt so that ᾱ is kept."""
     timesteps = spaced_timesteps(num_steps, spacing)

@@ -44,6 +44,7 @@ from training.presets import PRESETS
 from util import dist
 from util.args import flag, make_parser
 from util.door import run_main
+from util.graphs import release
 from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, print_table, run_seconds, short_number
 
 TIMED_STEPS = 5  # diffusion steps that stand for a constant number above 20
@@ -272,8 +273,12 @@ def timed_runs(bench: Bench, settings: dict, stub: bool) -> tuple[list[float], l
     again of the transformer's passes.
     """
     num_before = 2 if bench.on_gpu else int(settings["compile"])
+    if bench.on_gpu:  # where captures of other rows would count
+        release(bench.model(settings["dtype"]))
+        bench.peak.reset()
     warm_ups = [run_seconds(bench.device, lambda: bench.sample(settings)) for _ in range(num_before)]
-    bench.peak.reset()
+    if not bench.on_gpu:
+        bench.peak.reset()
     runs, began = [], time.perf_counter()
     while len(runs) < bench.args.repeats and time.perf_counter() - began < ROW_SECONDS:
         runs.append(bench.sample(settings, stub=stub))
@@ -314,13 +319,25 @@ def in_process_of_its_own(bench: Bench, program: str, flags: dict) -> None:
 
 
 def scaling(bench: Bench) -> None:
-    """--fast at other batch sizes and numbers of steps, and in two processes; once each."""
+    """--fast at other batch sizes and numbers of steps, and in two processes; once each, after runs that capture.
+
+    Two processes need two GPUs, where they are for GPUs.
+    """
     args, table = bench.args, []
     points = [(b, args.num_iter) for b in (1, 2, 4, 8, 16, 32)] + [(2, k) for k in (8, 32, 64)]
     for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
-        seconds = bench.sample(bench.fast, batch_size, num_iter)[0]["total"]
+        for _ in range(3 if bench.on_gpu else 1):
+            seconds = bench.sample(bench.fast, batch_size, num_iter)[0]["total"]
         table.append([batch_size, num_iter, 1, short_number(seconds / batch_size)])
     bench.forget()
+    if not bench.on_gpu or torch.cuda.device_count() > 1:
+        table.append([f"{args.batch_size} each", args.num_iter, 2, short_number(in_two_processes(args))])
+    title = f"--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each"
+    print_table(title, ["batch", "steps", "processes", "seconds"], table)
+
+
+def in_two_processes(args: BenchArgs) -> float:
+    """Seconds an image of --fast in two processes, the slower one's."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
     flags = {name: getattr(args, name) for name in ("device", "preset", "batch_size", "num_iter", "cfg")}
     command += ["--only=fast", *(f"--{name}={value}" for name, value in flags.items())]
@@ -329,13 +346,13 @@ def scaling(bench: Bench) -> None:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error:")] or ["see --only fast"]
         raise ValueError(f"the run in two processes ended with code {done.returncode}: {errors[0]}")
     seconds = max(json.loads(line)["total"] for line in done.stdout.splitlines() if line.startswith("{"))
-    table.append([f"{args.batch_size} each", args.num_iter, 2, short_number(seconds / args.batch_size / 2)])
-    title = f"--fast: {args.preset}, cfg {args.cfg:g}, seconds an image, one run each"
-    print_table(title, ["batch", "steps", "processes", "seconds"], table)
+    return seconds / args.batch_size / 2
 
 
 def fast(bench: Bench) -> None:
     """--fast alone, as a line of JSON; `scaling` starts two processes that do this."""
+    for _ in range(2 if bench.on_gpu else 0):  # what is timed, since all of it is captured
+        bench.sample(bench.fast)
     bench.sample(bench.fast, batch_size=1, num_iter=1)  # warm up
     dist.barrier()
     seconds, _ = bench.sample(bench.fast)

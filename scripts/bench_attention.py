@@ -6,6 +6,8 @@
 `whole` is the encoder's pass over images that know different numbers of tokens, `partial` that of a step between whole
 passes, few queries and all that is known as keys, `training` VAR's with gradients, each scale before the later ones.
 `bool` is the mask of scaled_dot_product_attention, which the models call; `none` leaves it out, to show what it costs.
+`cudnn` is cuDNN's kernel under that mask, which the models do not use, since it is built anew for each shape: `first
+call` are its seconds, or those of a compiler.
 `flex` is torch's flex_attention, compiled, `nested` sequences without padding: making its block mask, or taking padding
 out, is not timed, since one serves all blocks. Kernels take turns, and a ratio is the median of the turns. A kernel
 that a device lacks has no figures, and the reason goes to stderr.
@@ -22,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from models.families import FAMILIES
@@ -40,7 +43,7 @@ class BenchAttentionArgs:
     mar: str = flag("mar_base", "size of MAR", choices=FAMILIES["mar"].sizes)
     var: str = flag("var_d16", "size of VAR", choices=FAMILIES["var"].sizes)
     only: str = flag("whole,partial,training", "comma list of whole, partial, training")
-    kernels: str = flag("none,bool,flex,nested", "comma list of none, bool, flex, nested")
+    kernels: str = flag("none,bool,cudnn,flex,nested", "comma list of none, bool, cudnn, flex, nested")
     batch_size: int = flag(64, "images in a batch", low=2)
     calls: int = flag(10, "calls of a kernel that are timed together", low=1)
     repeats: int = flag(5, "repeats, their median counts", low=1)
@@ -113,6 +116,14 @@ def bool_mask(place: Place):
     return partial(F.scaled_dot_product_attention, attn_mask=place.mask), place.inputs
 
 
+def cudnn(place: Place):
+    def by_cudnn(*inputs):
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(*inputs, attn_mask=place.mask)
+
+    return by_cudnn, place.inputs
+
+
 def flex(place: Place):
     query, key, _ = place.inputs
     mask = place.mask.expand(-1, 1, query.shape[2], -1)
@@ -149,7 +160,7 @@ def starts(kept: torch.Tensor) -> torch.Tensor:
 
 
 # place -> (function of queries, keys and values, these as it takes them)
-KERNELS = {"none": no_mask, "bool": bool_mask, "flex": flex, "nested": nested}
+KERNELS = {"none": no_mask, "bool": bool_mask, "cudnn": cudnn, "flex": flex, "nested": nested}
 
 
 def attend(place: Place, function: Callable, inputs) -> torch.Tensor:
@@ -169,32 +180,35 @@ def counted_rows(place: Place, result) -> torch.Tensor:
     return rows.values() if result.is_nested else rows[place.counted]
 
 
-def usable(place: Place, names: list[str]) -> dict[str, tuple]:
-    """{name: (function, inputs)} of the kernels that run here; a line to stderr about each other one."""
-    kernels = {}
+def usable(place: Place, names: list[str], device) -> tuple[dict[str, tuple], dict[str, float]]:
+    """({name: (function, inputs)} of the kernels that run here, seconds of their first calls).
+
+    A line to stderr about each other one.
+    """
+    kernels, first = {}, {}
     for name in names:
         try:
             kernel = KERNELS[name](place)
-            attend(place, *kernel)
+            first[name] = run_seconds(device, lambda: attend(place, *kernel))
         except Exception as error:  # a compiler's or a kernel's own, of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             print(f"{name} does not run: {reason}", file=sys.stderr)
         else:
             kernels[name] = kernel
-    return kernels
+    return kernels, first
 
 
 def measure(args: BenchAttentionArgs, place: Place) -> list[list]:
     """A row of each kernel asked for."""
     device, names = dist.pick_device(args.device), args.kernels.split(",")
-    kernels = usable(place, names)
+    kernels, first = usable(place, names, device)
 
     def seconds(kernel) -> float:
         return run_seconds(device, lambda: [attend(place, *kernel) for _ in range(args.calls)]) / args.calls
 
     turns = [{name: seconds(kernel) for name, kernel in kernels.items()} for _ in range(args.repeats)]
     wanted = counted_rows(place, attend(place, *bool_mask(place)))
-    rows = [[name, "", "", ""] for name in names]
+    rows = [[name, "", "", "", ""] for name in names]
     for row in rows:
         name = row[0]
         if name in kernels:
@@ -202,7 +216,7 @@ def measure(args: BenchAttentionArgs, place: Place) -> list[list]:
             if "bool" in kernels:
                 row[2] = short_number(statistics.median(turn["bool"] / turn[name] for turn in turns))
             apart = counted_rows(place, attend(place, *kernels[name])) - wanted
-            row[3] = f"{apart.abs().max().item():.1e}"
+            row[3:] = [f"{apart.abs().max().item():.1e}", short_number(first[name])]
     return rows
 
 
@@ -213,7 +227,7 @@ def run(args: BenchAttentionArgs) -> int:
         place = PLACES[name](args)
         query, key, _ = place.inputs
         sizes = f"{len(query)} images, {query.shape[1]} heads, {query.shape[2]} queries, {key.shape[2]} keys"
-        head = ["", "seconds", "times as fast as bool", "largest difference"]
+        head = ["", "seconds", "times as fast as bool", "largest difference", "first call"]
         print_table(f"{name}: {sizes}, {args.dtype}", head, measure(args, place))
     return 0
 

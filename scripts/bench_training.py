@@ -41,6 +41,7 @@ from util.door import run_main
 from util.images.folders import check_output_folder
 from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, print_table, short_number
 
+WARM_UPS = 10  # on a GPU; each step knows another number of tokens
 NUM_STEPS = 8  # of a turn in the table of heads
 TRACED_STEPS = 6
 # name: (flags of main_mar.py, does the diffusion MLP compute all tokens instead of the masked ones?)
@@ -120,8 +121,9 @@ def all_tokens(draws, encode, device, epoch):
     return draws.with_mask(draws.mask, None, torch.ones_like(draws.mask))
 
 
-def training_flops(state: TrainState, args: TrainConfig) -> int:
-    """FLOPs of forward and backward pass, counted on the meta device."""
+def training_flops(state: TrainState, args: TrainConfig, step: int) -> int:
+    """FLOPs of forward and backward pass of a step, whose number decides the masks, counted on the meta device."""
+    state = replace(state, step=step)
     prepared = state.objective.prepare(state, *random_batch(state.model.config, args.batch_size))
     twin = TokenObjective(MAR(state.model.config).to("meta")).train()
     batch = Batch(prepared.tokens.to("meta"), prepared.labels.to("meta"), prepared.draws.to("meta"))
@@ -148,9 +150,12 @@ def training(args: BenchTrainingArgs, device) -> None:
             draws = replace(preparation.draws, every_token=True)
             state.objective.preparation = replace(preparation, draws=draws, visits=all_tokens)
         peak.reset()
-        times = [training_seconds(device, state, config) for _ in range(args.repeats + 1)]
-        medians.append(statistics.median(times[1:]))
-        memory, flops = peak.read() / 1e9, training_flops(state, config)
+        for _ in range(WARM_UPS if on_gpu else 1):
+            training_seconds(device, state, config)
+        first = state.step
+        medians.append(statistics.median(training_seconds(device, state, config) for _ in range(args.repeats)))
+        memory = peak.read() / 1e9
+        flops = statistics.mean(training_flops(state, config, step) for step in range(first, state.step))
         with dist.tf32(True):  # as training does
             peak_rate = matmul_rate(device, dist.DTYPES[flags["dtype"]])
         of_peak = flops / medians[-1] / peak_rate

@@ -196,7 +196,7 @@ def attention_rows(capsys, kernels: str, *flags) -> list[dict]:
     assert bench_attention.main([*words, *flags]) == 0
     tables = capsys.readouterr().out.split("| --- |")[1:]
     rows = [[line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")] for table in tables]
-    return [{row[0]: float(row[-1]) if len(row) == 4 else None for row in table} for table in rows]
+    return [{row[0]: float(row[3]) if len(row) == 5 else None for row in table} for table in rows]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -205,7 +205,7 @@ def test_kernels_of_attention_agree_under_a_mask(capsys):
     for table in whole, partial:
         assert table["none"] > 0.01 and table["bool"] == 0 and table["nested"] < 1e-4
     assert training["none"] > 0.01 and training["bool"] == 0 and training["nested"] is None
-    with pytest.raises(ValueError, match="--kernels 'fast' is not known; valid: none, bool, flex, nested"):
+    with pytest.raises(ValueError, match="--kernels 'fast' is not known; valid: none, bool, cudnn, flex, nested"):
         attention_rows(capsys, "fast")
     with pytest.raises(ValueError, match="--only 'speed' is not known; valid: whole, partial, training"):
         attention_rows(capsys, "bool", "--only", "speed")

@@ -52,7 +52,7 @@ def test_draws_are_those_of_the_eager_loop(cuda, monkeypatch):
     for _ in range(40):
         options = moved(random_draw(chance), cuda)
         made, expected = head.sample(**options), eagerly(monkeypatch, lambda options=options: head.sample(**options))
-        torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-3)  # errors of ε grow up to 71-fold
         with monkeypatch.context() as patch:
             patch.setitem(graphs.CAPTURES, "cuda", PlainCalls)
             assert plain.sample(**options).equal(made)
@@ -175,13 +175,22 @@ def test_memory_is_bounded_and_given_back(cuda):
 
 
 def test_a_capture_that_fails_leaves_everything_usable(capsys):
-    some, x, stream = Graphs(), randn(4, 3).to("cuda"), torch.cuda.current_stream()
+    some, x, stream, reserved = Graphs(), randn(4, 3).to("cuda"), torch.cuda.current_stream(), []
     with torch.no_grad():
         for _ in range(2):
             assert some.run("reads", lambda a: a * a.sum().item(), [x], [(4, 3)]).equal(x * x.sum())
     assert torch.cuda.current_stream() == stream and some.failed and gc.isenabled()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("warning: no more CUDA graphs, since one could not be captured: ")
+    for _ in range(3):  # memory that another stream has used is given back too, which inside a capture must wait
+        lent = torch.empty(2**22, dtype=torch.uint8, device="cuda")
+        lent.record_stream(torch.cuda.Stream())
+        del lent
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[0] == reserved[-1]
     other = Graphs()
     with torch.no_grad():
         assert other.run("works", lambda a: 2 * a, [x], [(4, 3)]).equal(2 * x) and len(other.captures) == 1

@@ -52,7 +52,9 @@ def test_the_least_recently_used_capture_goes_with_its_buffers(captured):
     def call(key):
         return some.run(key, lambda a: a + 1, [x], [(2, 3)])
 
-    call("a"), call("b"), call("a")
+    call("a"), call("b")
+    for _ in range(2 * graphs.IDLE_ROUNDS):
+        call("a")
     buffers = [weakref.ref(watched.buffers[0]) for watched in captured]
     captured.clear()
     call("c")
@@ -61,7 +63,17 @@ def test_the_least_recently_used_capture_goes_with_its_buffers(captured):
     captured.clear()
     call("a"), call("c")
     assert not captured
-    assert call("b").equal(x + 1) and len(captured) == 1
+
+
+def test_where_more_come_in_turn_than_there_is_room_for_some_stay_eager(captured):
+    """Else each would be captured anew each time, which costs two calls more."""
+    some, x = Graphs(most=3), randn(2, 3)
+    for number in [*range(5)] * 20:
+        assert some.run(number, lambda a, n=number: a + n, [x], [(2, 3)]).equal(x + number)
+    assert len(captured) == len(some.captures) == 3
+    for number in [*range(10, 13)] * 20:
+        assert some.run(number, lambda a, n=number: a + n, [x], [(2, 3)]).equal(x + number)
+    assert len(captured) == 6 and set(some.used) == set(some.captures)
 
 
 def test_a_failed_capture_is_one_line_and_what_follows_is_eager(monkeypatch, capsys, diffloss):
@@ -113,11 +125,15 @@ def test_a_cuda_graph_is_warmed_up_and_captured_on_one_side_stream(monkeypatch):
         def replay(self):
             told.append(f"replay on {current[0]}")
 
+    def ended(index, pool):
+        told.append(f"memory of device {index} is no longer {pool}'s")
+
     side = Stream("side")
     fake = dict(current_stream=lambda device: Stream(current[0]), Stream=lambda device: side, stream=setting)
     for name, value in dict(fake, graph=graph, CUDAGraph=CUDAGraph).items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(CudaGraph, "new_pool", lambda: "the pool")
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", ended, raising=False)
     monkeypatch.setitem(graphs.CAPTURES, "cpu", CudaGraph)
     graphs._side_stream.cache_clear()
 
@@ -135,7 +151,8 @@ def test_a_cuda_graph_is_warmed_up_and_captured_on_one_side_stream(monkeypatch):
         told.clear()
         some.run("other", lambda x: function(x, fails=True), [x], [(2, 3)])
     graphs._side_stream.cache_clear()
-    assert told == [*begun, "call on side", "call on main"] and some.failed
+    assert told == [*begun, "call on side", "memory of device None is no longer the pool's", "call on main"]
+    assert some.failed
 
 
 def test_an_error_of_the_function_itself_is_not_hidden(monkeypatch):

@@ -1,7 +1,7 @@
 """Training as a whole: resuming, stopping, processes, skipped steps. In process but for torchrun itself."""
 
-import os
 import json
+import os
 import signal
 import subprocess
 import sys

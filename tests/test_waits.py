@@ -51,7 +51,6 @@ def batch(waits, name: str, mode: str, form: str = "knots", refresh_every: int =
     options |= dict(callback=lambda step, *rest: steps.append(step))
     waits.clear()
     generate(model, torch.tensor([0, -1]), rules, num_iter, 2, seeds=[1, 2], **options)
-    waits.pop("diffusion/schedule.py:table", None)  # once in a process
     return dict(waits), len(steps)
 
 

@@ -240,15 +240,17 @@ def restore(state: TrainState, content: dict, source) -> int:
     restore_weights(state, content, source)
     state.objective.remember(content.get("objective", {}))
     if "optimizer" in content:
-        kinds = ("weight_decay", "betas", "lr_share")
+        kinds = ("weight_decay", "betas", "lr_share", "fused", "foreach")
         flags = [{key: group[key] for key in kinds if key in group} for group in state.optimizer.param_groups]
         try:
-            state.optimizer.load_state_dict(content["optimizer"])
+            stored = content["optimizer"]
+            # before it is loaded, since what is fused has its count of steps on the device
+            if len(stored["param_groups"]) == len(flags):  # the flags count, as they do for lr
+                stored = stored | {"param_groups": [a | b for a, b in zip(stored["param_groups"], flags)]}
+            state.optimizer.load_state_dict(stored)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:120]
             raise ValueError(f"the optimizer in {source} does not fit this run ({reason}); see --init_from") from None
-        for group, values in zip(state.optimizer.param_groups, flags):  # the flags count, as they do for lr
-            group.update(values)
     if content.get("scaler") and state.scaler.is_enabled():
         state.scaler.load_state_dict(content["scaler"])
     epoch = content.get("epoch", -1) + 1

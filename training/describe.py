@@ -6,9 +6,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# in the order in which torch prefers them
+# in the order in which torch prefers them; cuDNN's is switched off, see models/__init__.py
 KERNELS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,

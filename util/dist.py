@@ -33,6 +33,8 @@ def init(device: torch.device, dist_url: str = "env://", dist_on_itp: bool = Fal
         return
     rank, size, local = int(env[keys[0]]), int(env[keys[1]]), int(env.get(keys[2], 0))
     if device.type == "cuda":
+        if keys[0] == "SLURM_PROCID" and torch.cuda.device_count() == 1:  # SLURM shows each process its own only
+            local = 0
         check_local_rank(local, torch.cuda.device_count())
         torch.cuda.set_device(local)
     # Read before there is a group, which its functions else have as a default: its threads would outlive shutdown.

@@ -24,6 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 MOST_CAPTURES = 128  # of one module; 64 autoregressive steps with 64 different numbers of diffusion steps need 64
+IDLE_ROUNDS = 4  # calls, in numbers of all captures kept, that one of them is kept without being used
 SMALLEST_BUCKET = 16
 # types of device that have autocast; torch.compile (2.11) cannot look that up in a function that it traces
 AUTOCASTS = {name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name)}
@@ -49,10 +50,11 @@ class CudaGraph:
         device = buffers[0].device
         current, side = torch.cuda.current_stream(device), _side_stream(device)
         side.wait_stream(current)
-        with torch.cuda.stream(side):
-            result = function(*buffers)
-        current.wait_stream(side)
-        return result
+        try:
+            with torch.cuda.stream(side):
+                return function(*buffers)
+        finally:  # after an error too: the buffers are freed for the current stream
+            current.wait_stream(side)
 
     def __init__(self, function: Callable, buffers: list[torch.Tensor], pool):
         device = buffers[0].device
@@ -60,8 +62,14 @@ class CudaGraph:
         self.graph = torch.cuda.CUDAGraph()
         options = dict(pool=pool, stream=_side_stream(device), capture_error_mode="thread_local")
         with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own behind
-            with torch.cuda.graph(self.graph, **options):
-                self.result = function(*buffers)
+            try:
+                with torch.cuda.graph(self.graph, **options):
+                    self.result = function(*buffers)
+            except RuntimeError:  # where CUDA has ended the capture, torch 2.11 leaves its allocator in it
+                end = getattr(torch._C, "_cuda_endAllocateToPool", lambda index, pool: None)
+                with contextlib.suppress(RuntimeError):
+                    end(device.index, pool)
+                raise
 
     def replay(self) -> torch.Tensor:
         """The result, in a place that the next replay in this pool may overwrite."""
@@ -87,14 +95,16 @@ def switched_on() -> bool:
 
 
 class Graphs:
-    """The captures of a module's functions, at most `most` of them: beyond these the one not used for longest goes.
+    """The captures of a module's functions, at most `most` of them.
 
-    A copy of the module starts with none.
+    Beyond these the one not used for longest goes, if that is long: where more come in turn than there is room for, each
+    would go before it comes again, so those that come too late stay eager. A copy of the module starts with none.
     """
 
     def __init__(self, most: int = MOST_CAPTURES):
         self.most, self.failed = most, False
         self.captures = OrderedDict()  # key: (capture, its buffers), the last used at the end
+        self.calls, self.used = 0, {}  # calls of `run`, and for each key the number of its last one
         self.pool = None  # the memory that they share
         self.results = {}  # (shape, dtype): the one place that captures write such results to
         self.read = []  # what they read, see `_parts_of`
@@ -108,6 +118,7 @@ class Graphs:
     def clear(self) -> None:
         """Drop all captures, their memory and the state."""
         self.captures.clear()
+        self.used.clear()
         self.results.clear()
         self.read = []
         self.pool = self.state = self.kind = self.user = None
@@ -160,12 +171,21 @@ class Graphs:
         tensors, shapes = list(tensors), [tuple(shape) for shape in shapes]
         key = key, tuple((shape, x.dtype) for shape, x in zip(shapes, tensors)), autocast_state(tensors[0].device)
         with _one:
-            if self.failed or (key not in self.captures and not self._capture(key, function, tensors, shapes)):
-                return function(*tensors)
+            self.calls += 1
+            if key not in self.captures:
+                if self.failed or not self._has_room() or not self._capture(key, function, tensors, shapes):
+                    return function(*tensors)
             self.captures.move_to_end(key)
+            self.used[key] = self.calls
             capture, buffers = self.captures[key]
             _fill(buffers, tensors)
             return capture.replay().clone()
+
+    def _has_room(self) -> bool:
+        """May there be one more, in the place of one that is not used any more?"""
+        if len(self.captures) < self.most:
+            return True
+        return self.calls - self.used[next(iter(self.captures))] > IDLE_ROUNDS * self.most
 
     def _capture(self, key, function, tensors, shapes) -> bool:
         """Capture, and drop what is too much; False where that fails."""
@@ -186,7 +206,7 @@ class Graphs:
             tqdm.write(f"warning: no more CUDA graphs, since one could not be captured: {reason}", file=sys.stderr)
             return False
         while len(self.captures) > self.most:  # the capture has waited for the device: no replay is under way
-            self.captures.popitem(last=False)
+            del self.used[self.captures.popitem(last=False)[0]]
         return True
 
     def _place(self, result: torch.Tensor) -> torch.Tensor:

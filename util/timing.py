@@ -62,22 +62,24 @@ class Stopwatch:
 
 
 class PeakMemory:
-    """Largest memory since the last reset: allocated on a CUDA device, else resident in this process (Linux)."""
+    """Largest memory since the last reset: of a CUDA device what torch has taken, captures included, else what is
+    resident in this process (Linux)."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
 
     def reset(self) -> None:
         """Forget the peak."""
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
         elif os.access("/proc/self/clear_refs", os.W_OK):
             Path("/proc/self/clear_refs").write_text("5")
 
     def read(self) -> float:
         """Bytes; nan on systems that do not report them."""
         if self.cuda:
-            return torch.cuda.max_memory_allocated()
+            return torch.cuda.max_memory_reserved(self.device)
         status = Path("/proc/self/status")
         lines = status.read_text().splitlines() if status.is_file() else []
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), float("nan"))
@@ -116,11 +118,16 @@ def union_length(spans: Iterable[tuple[float, float]]) -> float:
 
 
 @cache
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 4096) -> float:
-    """Operations a second in a product of two square matrices, median of 5, measured once in a process."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Operations a second in products of square matrices, median of 5, measured once in a process.
+
+    size: None is 4096, on CUDA 8192, of which ten are timed together: else launching one would count.
+    """
+    num = 10 if device.type == "cuda" else 1
+    size = size or (8192 if device.type == "cuda" else 4096)
     a, b = (torch.randint(-9, 10, (size, size), device=device).to(dtype) for _ in range(2))
     multiply = torch._int_mm if dtype == torch.int8 else torch.mm
-    times = [run_seconds(device, lambda: multiply(a, b)) for _ in range(6)]
+    times = [run_seconds(device, lambda: [multiply(a, b) for _ in range(num)]) / num for _ in range(6)]
     return 2 * size**3 / statistics.median(times[1:])  # the first warms up
 
 

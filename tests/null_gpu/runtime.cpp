@@ -36,6 +36,7 @@ struct Block {
 };
 
 constexpr size_t kMemory = 150'000'000'000;
+constexpr auto kInvalidated = static_cast<cudaError_t>(901);  // cudaErrorStreamCaptureInvalidated
 constexpr auto kInCapture = static_cast<cudaError_t>(900);  // cudaErrorStreamCaptureUnsupported
 
 std::atomic<long> kernels, replays, kernels_in_replays, copies, waits, allocations, captures;
@@ -45,9 +46,13 @@ size_t used = 0;
 thread_local int captures_here = 0;                    // begun by this thread
 thread_local auto mode = cudaStreamCaptureModeGlobal;  // of this thread
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local bool invalid = false;  // has this thread's capture met what no capture may contain?
 
 cudaError_t fail(cudaError_t error, const char *what) {
-  if (error == kInCapture) fprintf(stderr, "null gpu: %s in a capture\n", what);
+  if (error == kInCapture) {
+    fprintf(stderr, "null gpu: %s in a capture\n", what);
+    invalid = captures_here > 0;
+  }
   return last_error = error;
 }
 
@@ -336,6 +341,10 @@ API cudaError_t cudaStreamEndCapture(void *stream, void **out) {
   *out = at->graph, --captures_here;
   std::vector<Stream *> joined = std::move(at->graph->streams);
   for (Stream *stream : joined) stream->graph = nullptr;
+  if (invalid) {
+    invalid = false, *out = nullptr;
+    return last_error = kInvalidated;
+  }
   return cudaSuccess;
 }
 API cudaError_t cudaStreamIsCapturing(void *stream, int *out) { return *out = stream_of(stream)->graph ? 1 : 0, cudaSuccess; }

@@ -25,6 +25,7 @@ from training.optim import CosineAdam, TailAverage
 from util import dist
 from util.evaluation.features import check_differentiable
 from util.evaluation.reward import reward_kinds, reward_weights
+from util.graphs import release
 from util.images.datasets import labels_of
 from util.rng import generator, seed_of
 
@@ -204,6 +205,7 @@ class ImageObjective(nn.Module):
             raise FloatingPointError(
                 f"{lost} of the first {self.bank.size} images are not finite: use --dtype fp32, or a smaller --cfg"
             )
+        release(self.model)  # captures that no step of training uses
         self.starts = {kind: distance for kind, (distance, _) in self.reward.against(self.bank.rows).items()}
 
     def images(self, rollout: Rollout, decisions: Decisions, callback=None, expected=None) -> torch.Tensor:

@@ -27,7 +27,7 @@ PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Images (B, C, H, W) in [−1, 1], clamped, as uint8 (B, H, W, C)."""
     grey = ((images.float() + 1) * 127.5).round().clamp(0, 255)
-    return grey.to("cpu", torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return grey.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # bytes on the way to the host
 
 
 def image_path(folder: Path, index: int) -> Path:

@@ -77,12 +77,15 @@ SPACINGS = {"uniform": _uniform, "logsnr": _logsnr, "quadratic": _quadratic}
 def spaced_timesteps(num_steps: int, spacing: str = "uniform") -> np.ndarray:
     """Training timesteps (num_steps,) int64, ascending and all different, from 0 on; a row of SPACINGS says which.
 
-    Rounded to whole timesteps, the only ones that the network knows; of two that fall together one is moved.
+    Rounded to whole timesteps, the only ones that the network knows; of two that fall together one is moved. A single
+    step is at LAST_STABLE, whatever the spacing: at 0 it would take the noise that it starts from for an image.
     """
     if not 1 <= num_steps <= NUM_TRAIN_STEPS:
         raise ValueError(f"num_sampling_steps must be between 1 and {NUM_TRAIN_STEPS}, got {num_steps}")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}; valid: {', '.join(SPACINGS)}")
+    if num_steps == 1:
+        return np.array([LAST_STABLE])
     rounded, place = np.round(SPACINGS[spacing](num_steps)).astype(np.int64), np.arange(num_steps)
     rising = np.maximum.accumulate(rounded - place) + place  # each at least one above the one before
     first = max(rounded[-1], num_steps - 1)  # of sampling, that is the largest

@@ -143,13 +143,13 @@ ORDERS = {
 }
 
 
-SQUARE = ("halton", "center", "multiscale", "checkerboard")  # orders of the places in a square image
+ANY_SHAPE = ("random", "raster")  # of these orders; the others count places in a square image
 
 
 def check_square(order: str, flag: str = "order") -> None:
     """Raise ValueError for an order, which a flag names, that images which are not square do not have."""
-    if order in SQUARE:
-        valid = ", ".join(name for name in (*ORDERS, *AFTER_DRAW) if name not in SQUARE)
+    if order in ORDERS and order not in ANY_SHAPE:
+        valid = ", ".join((*ANY_SHAPE, *AFTER_DRAW))
         raise ValueError(f"--{flag} {order} is of square images, these are not; valid: {valid}")
 
 

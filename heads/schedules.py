@@ -97,7 +97,12 @@ def interpolate(knots, share: float):
 # ---------------------------------------------------------------------------------------------------------- group
 
 
-def _group(share_left, whole=torch.floor):
+def _floor(x: torch.Tensor) -> torch.Tensor:
+    """The largest whole number not above x, of products like 100 · (1 − 4/5) too, which rounding leaves below it."""
+    return torch.floor(x + 1e-9)
+
+
+def _group(share_left, whole=_floor):
     """A group rule from the share of M that should be unknown after the step: u, K, options -> [0, 1]."""
 
     def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
@@ -140,8 +145,7 @@ def _step_group(kind: str):
     """MaskGIL's: the tokens of a step, and not those known after it, follow a curve; the last step takes the rest."""
 
     def rule(state: StepState, options: RuleOptions) -> torch.Tensor:
-        # in training an image that is done goes on to steps after its last
-        share = state.per_image(lambda u, k: step_shares(kind, k)[min(round(u * k), k) - 1])
+        share = state.per_image(lambda u, k: step_shares(kind, k)[round(u * k) - 1])
         return (state.num_start * share.float().to(state.num_start.device, non_blocking=True)).round()
 
     return rule

@@ -238,6 +238,8 @@ def rotated(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
 class Llama(nn.Module):
     """What such models of ids share: a config, layers, and as output p(id | z), under their published names."""
 
+    no_decay = ()  # the output too has weight decay, as all else of two dimensions or more
+
     @property
     def token_head(self) -> nn.Module:
         """p(id | z), under its published name."""

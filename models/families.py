@@ -69,6 +69,8 @@ class Backbone(Protocol):
     # of order and group those that it cannot do without, by name, such as {"order": "raster"}; and as cfg_base the
     # guidance schedule that is its default, if it has one of its own
     fixed_rules: dict[str, str]
+    # names of parameters without weight decay, beside those of one dimension, may stand in no_decay; without that the
+    # token head has none, as MAR's
     blocks: tuple  # modules with most of the linear layers, those of the token head included
 
     def patchify(self, latents: torch.Tensor) -> torch.Tensor:

@@ -125,10 +125,6 @@ class Bench:
         """The settings of --fast."""
         return {**PUBLISHED, **FAST, "dtype": fast_dtype(self.device, self.config.decoder_embed_dim)}
 
-    def rate(self, dtype: str) -> float:
-        """Operations a second in large matrix products of this dtype."""
-        return matmul_rate(self.device, dist.DTYPES[dtype])
-
     def build(self) -> None:
         """Make the model and its twin on the meta device."""
         torch.manual_seed(0)
@@ -254,7 +250,7 @@ def sampling(bench: Bench) -> None:
         if "both" in name:
             name += f" ({totals[-1] / totals[-2] - 1:+.1%})"
         per_image = [short_number(seconds[k] / args.batch_size) for k in ("total", "transformer", "diffusion")]
-        peak = bench.rate(settings["dtype"])
+        peak = matmul_rate(bench.device, dist.DTYPES[settings["dtype"]])
         of_peak = [f"{flops[k] / seconds[k] / peak:.0%}" for k in ("transformer", "diffusion")]
         work = f"{sum(flops.values()) / args.batch_size / 1e12:.2f}"
         row = [name, *per_image, f"{totals[0] / totals[-1]:.2f}", work, *of_peak, memory, len(runs)]
@@ -292,37 +288,25 @@ def gpu_cells(bench: Bench, settings: dict, total: float, warm_ups: list[float])
     return [images, f"{busy / total:.0%}", f"{kernels / bench.args.num_iter:.0f}", f"{more:.1f}"]
 
 
-def training(bench: Bench) -> None:
-    """The table of scripts/bench_training.py, in a process of its own."""
-    args = bench.args
-    flags = dict(preset=args.preset, batch_size=args.train_batch_size, repeats=args.repeats, device=args.device)
-    in_process_of_its_own(bench, "bench_training.py", flags)
+def of_program(program: str, **names: str):
+    """A section: the tables of another program of this folder, in a process of its own once the models here are gone.
 
+    names: {a flag of it: of ours}. If it fails the section raises ValueError.
+    """
 
-def ids(bench: Bench) -> None:
-    """The tables of scripts/bench_ids.py, in a process of its own."""
-    in_process_of_its_own(bench, "bench_ids.py", dict(repeats=bench.args.repeats, device=bench.args.device))
+    def section(bench: Bench) -> None:
+        bench.forget()
+        flags = dict(repeats="repeats", device="device") | names
+        command = [sys.executable, str(Path(__file__).with_name(program))]
+        done = subprocess.run([*command, *(f"--{name}={getattr(bench.args, ours)}" for name, ours in flags.items())])
+        if done.returncode:
+            raise ValueError(f"{program} ended with code {done.returncode}")
 
-
-def scales(bench: Bench) -> None:
-    """The table of scripts/bench_scales.py, in a process of its own."""
-    in_process_of_its_own(bench, "bench_scales.py", dict(repeats=bench.args.repeats, device=bench.args.device))
-
-
-def in_process_of_its_own(bench: Bench, program: str, flags: dict) -> None:
-    """Another program of this folder, once the models here are gone; one that fails raises ValueError."""
-    bench.forget()
-    command = [sys.executable, str(Path(__file__).with_name(program))]
-    done = subprocess.run([*command, *(f"--{name}={value}" for name, value in flags.items())])
-    if done.returncode:
-        raise ValueError(f"{program} ended with code {done.returncode}")
+    return section
 
 
 def scaling(bench: Bench) -> None:
-    """--fast at other batch sizes and numbers of steps, and in two processes; once each, after runs that capture.
-
-    Two processes need two GPUs, where they are for GPUs.
-    """
+    """--fast at other batch sizes and numbers of steps, and in two processes, which on GPUs need two; once each."""
     args, table = bench.args, []
     points = [(b, args.num_iter) for b in (1, 2, 4, 8, 16, 32)] + [(2, k) for k in (8, 32, 64)]
     for batch_size, num_iter in tqdm(points, desc="scaling", leave=False):
@@ -351,23 +335,24 @@ def in_two_processes(args: BenchArgs) -> float:
 
 def fast(bench: Bench) -> None:
     """--fast alone, as a line of JSON; `scaling` starts two processes that do this."""
-    for _ in range(2 if bench.on_gpu else 0):  # what is timed, since all of it is captured
-        bench.sample(bench.fast)
-    bench.sample(bench.fast, batch_size=1, num_iter=1)  # warm up
+    for _ in range(2 if bench.on_gpu else 1):  # on a GPU what is timed, since all of it is captured
+        bench.sample(bench.fast, *(() if bench.on_gpu else (1, 1)))
     dist.barrier()
     seconds, _ = bench.sample(bench.fast)
     print(json.dumps({**seconds, "rank": dist.rank()}), flush=True)
 
 
-SECTIONS = {section.__name__: section for section in (sampling, training, ids, scales, scaling, fast)}
+SECTIONS = {
+    **{section.__name__: section for section in (sampling, scaling, fast)},
+    "training": of_program("bench_training.py", preset="preset", batch_size="train_batch_size"),
+    **{name: of_program(f"bench_{name}.py") for name in ("ids", "scales")},
+}
 
 
 def main(argv=None) -> int:
     """Run the sections asked for, print their tables; returns the exit code."""
     given = vars(make_parser("bench.py", __doc__.splitlines()[0], BenchArgs).parse_args(argv))
-    if given.get("quick"):
-        given = {**QUICK, **given}
-    args = BenchArgs(**given)
+    args = BenchArgs(**(QUICK if given.get("quick") else {}) | given)
     names = args.only.split(",")
     for name in names:
         if name not in SECTIONS:
@@ -380,7 +365,9 @@ def main(argv=None) -> int:
         bench = Bench(args)
         if "fast" not in names:
             dtypes = ("fp32", "bf16", "int8") if bench.has_int8 else ("fp32", "bf16")
-            rates = ", ".join(f"{bench.rate(dtype) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in dtypes)
+            rates = ", ".join(
+                f"{matmul_rate(bench.device, dist.DTYPES[dtype]) / 1e9:.0f} GFLOP/s in {dtype}" for dtype in dtypes
+            )
             print(f"{bench.device.type}, {torch.get_num_threads()} threads; large matrix products: {rates}")
         for name in names:
             SECTIONS[name](bench)

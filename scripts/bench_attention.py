@@ -189,7 +189,7 @@ def usable(place: Place, names: list[str], device) -> tuple[dict[str, tuple], di
     for name in names:
         try:
             kernel = KERNELS[name](place)
-            first[name] = run_seconds(device, lambda: attend(place, *kernel))
+            first[name] = run_seconds(device, partial(attend, place, *kernel))
         except Exception as error:  # a compiler's or a kernel's own, of many types
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             print(f"{name} does not run: {reason}", file=sys.stderr)

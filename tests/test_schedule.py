@@ -36,7 +36,7 @@ def test_cosine_betas():
 def test_timesteps_are_ascending_even_and_include_both_ends():
     for num_steps in range(1, NUM_TRAIN_STEPS + 1):
         timesteps = spaced_timesteps(num_steps)
-        assert len(timesteps) == num_steps and timesteps[0] == 0
+        assert len(timesteps) == num_steps and timesteps[0] == (0 if num_steps > 1 else LAST_STABLE)
         gaps = np.diff(timesteps)
         if num_steps > 1:
             assert timesteps[-1] == 999 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1
@@ -47,7 +47,11 @@ def test_timesteps_of_every_spacing_are_different_ones_that_the_network_knows(sp
     for num_steps in (*range(1, 60), 250, 700, 990, 999, 1000):
         timesteps = spaced_timesteps(num_steps, spacing)
         assert timesteps.dtype == np.int64 and len(timesteps) == num_steps
-        assert timesteps[0] == 0 and timesteps[-1] <= 999 and (np.diff(timesteps) >= 1).all()
+        assert (
+            timesteps[0] == (0 if num_steps > 1 else LAST_STABLE)
+            and timesteps[-1] <= 999
+            and (np.diff(timesteps) >= 1).all()
+        )
         if spacing != "uniform" and 1 < num_steps <= LAST_STABLE:
             assert timesteps[-1] == LAST_STABLE
     assert (spaced_timesteps(1000, spacing) == np.arange(1000)).all()

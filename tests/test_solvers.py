@@ -75,6 +75,14 @@ def test_every_solver_recovers_gaussian_data(solver, mean, std):
     assert got_std == pytest.approx(std, rel=0.03)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step_gives_what_the_noise_says_of_the_data(solver, spacing):
+    """E[x₀ | x_T] of noise that says next to nothing: the mean of the data, and not the noise."""
+    mean, std = moments(solver, 1, [(1.0, 2.0, 0.3)], spacing=spacing)
+    assert mean == pytest.approx(2.0, abs=0.01) and std < 0.01
+
+
 @pytest.mark.parametrize("spacing", ["logsnr", "uniform"])
 @pytest.mark.parametrize("parts", [[(1.0, 0.7, 0.5)], GUIDED], ids=["plain", "guided"])
 @pytest.mark.parametrize("solver", ORDER)

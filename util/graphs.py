@@ -97,8 +97,8 @@ def switched_on() -> bool:
 class Graphs:
     """The captures of a module's functions, at most `most` of them.
 
-    Beyond these the one not used for longest goes, if that is long: where more come in turn than there is room for, each
-    would go before it comes again, so those that come too late stay eager. A copy of the module starts with none.
+    Beyond these the one not used for longest goes, if that is long: where more come in turn than there is room for,
+    each would go before it comes again, so those that come too late stay eager. A copy of the module starts with none.
     """
 
     def __init__(self, most: int = MOST_CAPTURES):

@@ -19,7 +19,7 @@ def training_state(policy: PolicyDraws, mask, z=None, num_visible=None) -> StepS
     """The StepState of images with this mask; the step is the one drawn, else the one that fits the mask best.
 
     num_visible: B ints, the tokens that are not masked, for a mask on a device: else it is waited for. A published mask
-    belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or comes nearest to it.
+    belongs to the step of a cosine schedule of num_iter steps that meets as many unknown tokens, or comes nearest.
     """
     length, step = mask.shape[1], policy.step
     n = mask.sum(dim=1)

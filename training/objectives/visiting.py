@@ -110,7 +110,8 @@ class Visits:
             # this pass serves the plans below `until`; the last plan, at the goal, says what comes next
             until = (number + 1) * (goal + 1) // max(num_passes, 1)
             while (active := (plan < until) & (plan <= goal)).any():
-                selected = self._select(rules, replace(policy, step=plan), send(mask, device), z)
+                step = plan.minimum(policy.num_iter - 1)  # an image that is done has had its last
+                selected = self._select(rules, replace(policy, step=step), send(mask, device), z)
                 following = torch.where(active.unsqueeze(1), selected, mask if following is None else following)
                 goes_on = active & (plan < goal) & (mask & ~selected).any(dim=1)  # never to an image without a target
                 goal = torch.where(active & ~goes_on, plan, goal)

@@ -7,7 +7,9 @@ import math
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,17 +18,42 @@ from torch.utils.data import Dataset
 from util.evaluation.features import FEATURES, RGBImages, check_features, feature_batches
 from util.evaluation.fid_stats import FIDStats, Moments
 
-# metric -> (images needed, generated and of the reference each; is it computed from the reference's images? FID needs
-#            their statistics only, IS no reference; {our name of the figure: torch-fidelity's})
-METRICS = {
-    "fid": (2, False, {"fid": "frechet_inception_distance"}),
-    "isc": (2, False, {"is_mean": "inception_score_mean", "is_std": "inception_score_std"}),
-    "kid": (2, True, {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}),
-    "prc": (4, True, {"precision": "precision", "recall": "recall"}),  # 3rd nearest neighbour, not counting itself
-    "sfid": (2, True, {"sfid": "spatial_frechet_distance"}),
-}
 KEPT = weakref.WeakKeyDictionary()  # reference data set -> temporary folder with the features of its images
-ON_REQUEST = {"sfid"}  # not measured unless it is named: it takes passes of its own over both sets of images
+
+
+class Metric(NamedTuple):
+    """A row of METRICS.
+
+    needed: images, generated and of the reference each. from_images: is it computed from the reference's images? FID
+    needs their statistics only, IS no reference. figures: {our name of a figure: the one that it is computed under}.
+    compute: a function (images, reference, row, extract) -> {name: figure} of what torch-fidelity has not; row is that
+    of FEATURES, extract(images, layers) gives batches of features, a tuple with an array for each layer. on_request:
+    is it measured only where it is named?
+    """
+
+    needed: int
+    from_images: bool
+    figures: dict[str, str]
+    compute: Callable | None = None
+    on_request: bool = False
+
+
+def spatial_frechet(images, reference, row, extract) -> dict[str, float]:
+    """sFID: the Fréchet distance of features that keep places."""
+    sets = [_moments(extract(x, [row.spatial])) for x in (images, reference)]
+    return {"spatial_frechet_distance": frechet_distance(*sets[0], *sets[1])}
+
+
+METRICS = {
+    "fid": Metric(2, False, {"fid": "frechet_inception_distance"}),
+    "isc": Metric(2, False, {"is_mean": "inception_score_mean", "is_std": "inception_score_std"}),
+    "kid": Metric(2, True, {"kid_mean": "kernel_inception_distance_mean", "kid_std": "kernel_inception_distance_std"}),
+    "prc": Metric(
+        4, True, {"precision": "precision", "recall": "recall"}
+    ),  # 3rd nearest neighbour, not counting itself
+    # takes passes of its own over both sets of images
+    "sfid": Metric(2, True, {"sfid": "spatial_frechet_distance"}, spatial_frechet, on_request=True),
+}
 
 
 def gaussian_statistics(x) -> tuple[np.ndarray, np.ndarray]:
@@ -83,9 +110,9 @@ def compute_metrics(
     reference = reference if from_stats else RGBImages(reference, "reference")
     n = len(images) if from_stats else min(len(images), len(reference))
     for name in metrics:
-        if n < METRICS[name][0]:
+        if n < METRICS[name].needed:
             counts = f"{len(images)} generated" + ("" if from_stats else f" and {len(reference)} reference") + " images"
-            raise ValueError(f"{name} needs at least {METRICS[name][0]} of each, got {counts}")
+            raise ValueError(f"{name} needs at least {METRICS[name].needed} of each, got {counts}")
     if from_stats:
         options = dict(batch_size=batch_size, device=device, verbose=verbose)
         return _from_statistics(images, reference, features, weights, metrics, **options)
@@ -94,11 +121,15 @@ def compute_metrics(
     import torch_fidelity
 
     figures = {}
-    if "sfid" in metrics:
-        options = dict(layers=[row.spatial], batch_size=batch_size, device=device, verbose=verbose)
-        statistics = [_moments(feature_batches(x, features, path, **options)) for x in (images, reference)]
-        figures["spatial_frechet_distance"] = frechet_distance(*statistics[0], *statistics[1])
-    upstream = [name for name in METRICS if name not in ON_REQUEST]
+
+    def extract(images, layers):
+        options = dict(layers=layers, batch_size=batch_size, device=device, verbose=verbose)
+        return feature_batches(images, features, path, **options)
+
+    for name in metrics:
+        if METRICS[name].compute is not None:
+            figures |= METRICS[name].compute(images, reference, row, extract)
+    upstream = [name for name in METRICS if METRICS[name].compute is None]
     if not set(upstream) & set(metrics):
         return _with_our_names(figures, metrics)
     cuda = torch.device(device).type == "cuda"  # torch-fidelity knows CUDA and CPU only
@@ -147,11 +178,11 @@ def _moments(batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_our_names(figures: dict, metrics) -> dict[str, float]:
-    return {ours: float(figures[theirs]) for name in metrics for ours, theirs in METRICS[name][2].items()}
+    return {ours: float(figures[theirs]) for name in metrics for ours, theirs in METRICS[name].figures.items()}
 
 
 def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...]:
-    """The metrics, None for all that are possible but ON_REQUEST; an impossible or unknown one raises ValueError.
+    """The metrics, None for all that are possible but those on request; an impossible or unknown one raises ValueError.
 
     The Inception score needs features of a classifier, sFID those that keep places; it, KID, precision and recall need
     the reference's images, so they are impossible with its statistics only (from_stats).
@@ -164,8 +195,8 @@ def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...
     if FEATURES[features].spatial is None:
         obstacles["sfid"] = f"{features} features keep no places in the image, which sFID needs: --features inception"
     if from_stats:
-        for name, (_, from_images, _) in METRICS.items():
-            if from_images:
+        for name, metric in METRICS.items():
+            if metric.from_images or metric.compute:
                 obstacles[name] = f"{name} needs the reference images, of which --fid_stats has the statistics only"
     possible = tuple(name for name in METRICS if name not in obstacles)
     for name in metrics or ():
@@ -173,7 +204,7 @@ def possible_metrics(metrics, features: str, from_stats: bool) -> tuple[str, ...
             raise ValueError(f"unknown metric {name!r}: choose from {', '.join(METRICS)}")
         if name in obstacles:
             raise ValueError(f"{obstacles[name]}; possible here: --metrics {','.join(possible)}")
-    return tuple(name for name in possible if name not in ON_REQUEST) if metrics is None else tuple(metrics)
+    return tuple(name for name in possible if not METRICS[name].on_request) if metrics is None else tuple(metrics)
 
 
 def _num_splits(images) -> int:
@@ -251,4 +282,6 @@ def metrics_line(metrics: dict) -> str:
         "judge_fid": "FID of the judge {judge_fid:.3f}",
     }
     numbers = {key: math.nan if value is None else value for key, value in metrics.items()}  # null in results.jsonl
+    others = {name for metric in METRICS.values() for name in metric.figures} - {"is_std", "kid_std"}
+    parts |= {name: f"{name} {{{name}:.4g}}" for name in sorted(others - parts.keys())}  # of rows that are added
     return "  ".join(text.format_map(numbers) for key, text in parts.items() if key in numbers)

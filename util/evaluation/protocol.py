@@ -39,7 +39,8 @@ class EvalConfig:
     eval_bsz: int = flag(64, "images a batch when sampling", low=1)
     metrics: str | None = flag(
         None,
-        "comma list of fid, isc, kid, prc, sfid; or none (default: all but sfid that features and reference allow)",
+        f"comma list of {', '.join(METRICS)}; or none (default: all but "
+        f"{', '.join(name for name in METRICS if METRICS[name].on_request)} that features and reference allow)",
     )
     features: str = flag("inception", "features of the metrics", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the published weights of the features, or another classifier's")
@@ -79,7 +80,7 @@ class EvalConfig:
         """
         if not self.metric_names:
             return
-        needed = max(METRICS[name][0] for name in self.metric_names)
+        needed = max(METRICS[name].needed for name in self.metric_names)
         smallest = self.num_images if isinstance(reference, FIDStats) else min(self.num_images, len(reference))
         if smallest < needed:
             names = ",".join(self.metric_names)

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from diffusion.schedule import SPACINGS, num_steps_setting
 from diffusion.solvers import SOLVERS
-from heads.orders import check_square
+from heads.orders import Confidence, check_square
 from heads.policy import FLAGS, HEADS, INFER_MODES, build_rules, choices, moved_rule, rule_names
 from heads.rules import Rules, has_square_images
 from heads.schedules import NUM_ITER, READ_BY, RuleOptions, check_num_iter, default_num_iter, needed_steps
@@ -109,6 +109,11 @@ class SampleConfig(RuleOptions):
             )
         if self.smooth and model.fixed_rules.get("group") != "scale":
             raise ValueError("--smooth has no meaning for this model: it mixes the codes of models that draw scales")
+        if isinstance(rules.order, Confidence) and self.resolved().tau_schedule == "constant" and not self.temperature:
+            raise ValueError(
+                "--temperature 0 makes a model equally sure of all that it draws, and --order confidence chooses by "
+                "that: use one above 0"
+            )
         rules.check(model)
         if not has_square_images(model.config):
             self.check_shape()

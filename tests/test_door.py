@@ -119,6 +119,22 @@ def test_a_process_without_a_gpu_names_the_flag():
         dist.check_local_rank(1, 1)
 
 
+@pytest.mark.parametrize("visible, used", [(1, 0), (4, 3)])
+def test_a_process_of_slurm_has_its_own_gpu(visible, used, monkeypatch):
+    """Also where SLURM shows it no other one, which then is number 0."""
+    for name, value in dict(PROCID=3, NTASKS=4, LOCALID=3).items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    dist.init(torch.device("cuda"))
+    assert chosen == [used]
+
+
 def test_a_process_that_waits_says_so_after_a_while(capsys):
     import threading
 

@@ -13,9 +13,12 @@ from heads.schedules import GROUPS, RuleOptions
 from heads.step import StepState
 from models.mask_schedules import STEP_WEIGHTS, token_schedule
 from sampling.loop import generate
+from sampling.settings import SampleConfig
 from tests.helpers import named_weights
+from tests.helpers_causal import tiny_gpt
 from tests.helpers_maskgil import ENTRIES, LENGTH, REFERENCE, published, settings_of, tensor, tiny_maskgil
 from tests.parity import generate_ids
+from training.optim import make_optimizer
 
 TRACES = sorted({name.split("/")[1] for name in REFERENCE.files if name.startswith("sample/")})
 LABELS, SEEDS = torch.tensor([0, 3, -1, 1]), [5, 6, 7, 8]
@@ -234,3 +237,19 @@ def test_names_that_are_no_scores_are_refused():
     with pytest.raises(ValueError, match="unknown confidence_score 'x'; valid: linear, none, random, warm_up"):
         RuleOptions(confidence_score="x")
     assert {f"step_{kind}" for kind in STEP_WEIGHTS} < GROUPS.keys()
+
+
+def test_a_temperature_of_zero_leaves_nothing_to_be_sure_of():
+    """All that is drawn has probability 1, and ties would go row by row."""
+    with pytest.raises(ValueError, match="--temperature 0 .* --order confidence"):
+        SampleConfig(infer_mode="maskgil", temperature=0.0).check(tiny_maskgil())
+    for other in (dict(order="random"), dict(tau_schedule="linear"), dict(temperature=0.1)):
+        SampleConfig(**dict(infer_mode="maskgil", temperature=0.0) | other).check(tiny_maskgil())
+
+
+@pytest.mark.parametrize("make", [tiny_maskgil, tiny_gpt])
+def test_all_but_vectors_have_weight_decay(make):
+    model = make()
+    no_decay, decay = make_optimizer(model, model.token_head, 1e-4, 0.05, model.no_decay).param_groups
+    assert all(p.ndim == 1 for p in no_decay["params"]) and all(p.ndim > 1 for p in decay["params"])
+    assert any(p is model.output.weight for p in decay["params"]) and decay["weight_decay"] == 0.05

@@ -80,6 +80,12 @@ def test_texts_that_are_no_diffusion_steps(text):
     assert repr(text) in str(e.value)
 
 
+def test_a_schedule_is_made_once_however_many_there_are():
+    """A capture on a GPU is known by its schedule."""
+    made = [cosine_schedule(num_steps) for num_steps in range(2, 202)]
+    assert all(cosine_schedule(num_steps) is schedule for num_steps, schedule in zip(range(2, 202), made))
+
+
 @pytest.mark.parametrize("num_steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps(num_steps, diffloss):
     with pytest.raises(ValueError, match=str(num_steps)):

@@ -222,6 +222,25 @@ def test_bf16_trains_close_to_fp32(tmp_path):
     assert any(not torch.equal(half["model"][name], value) for name, value in full["model"].items())
 
 
+@pytest.mark.on_cpu("which tensors of the optimizer are whose is the same everywhere")
+def test_a_run_continues_as_fast_as_it_would_start_whatever_the_checkpoint_was_trained_with(tmp_path, monkeypatch):
+    """`fused` of the optimizer is this machine's, and what is fused has its count of steps beside the weights."""
+    content = train(tmp_path, "--epochs", 1)
+    for group in content["optimizer"]["param_groups"]:
+        assert group["fused"]
+        group.update(fused=None, foreach=None)
+    save_checkpoint(tmp_path / "checkpoint-last.pth", content)
+    (tmp_path / "checkpoints.sha256").unlink()
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self, *args: seen.append([group["fused"] for group in self.param_groups]) or step(self, *args),
+    )
+    train(tmp_path, "--epochs", 2)
+    assert seen and all(flags == [True, True] for flags in seen)
+
+
 def test_init_from_takes_weights_and_averages_only(tmp_path):
     first = train(tmp_path / "first", "--epochs", 1)
     folder = tmp_path / "second"

@@ -11,6 +11,7 @@ from heads.policy import FLAGS, SCOPES, PolicyHeads
 from heads.schedules import default_num_iter, needed_steps
 from models.families import FAMILIES, SIZES, Family, rules_of
 from models.mar import PUBLISHED
+from models.tokenizers import NAMES
 from models.tokenizers.ldm import PLACES
 from sampling.settings import SampleConfig
 from training.objectives import OBJECTIVES
@@ -59,8 +60,7 @@ class TokenizerConfig:
 
     tokenizer: str | None = flag(
         None,
-        "one of pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, "
-        "diffusers:PATH_OR_REPO (default: kl16 for imagefolder)",
+        f"one of {NAMES} (default: kl16 for imagefolder)",
     )
     vae_path: str | None = flag(None, "weights of the autoencoder (default: download_weights.py's place for them)")
     vae_scale: str | None = flag(

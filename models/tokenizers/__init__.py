@@ -29,6 +29,7 @@ TOKENIZERS = {
     **{name: partial(load_multiscale, name) for name in SCALES},
     "diffusers": load_diffusers,
 }
+NAMES = ", ".join(f"{key}:PATH_OR_REPO" if key == "diffusers" else key for key in TOKENIZERS)  # for people
 _OPTIONS = ("vae_path", "vae_scale", "vae_mean")  # of all rows but pixel
 
 
@@ -40,8 +41,7 @@ def build_tokenizer(name: str, **options) -> Tokenizer:
     """
     row, _, place = name.partition(":")
     if row not in TOKENIZERS or (row == "diffusers") != bool(place):
-        valid = [f"{key}:PATH_OR_REPO" if key == "diffusers" else key for key in TOKENIZERS]
-        raise ValueError(f"unknown tokenizer {name!r}; valid: {', '.join(valid)}")
+        raise ValueError(f"unknown tokenizer {name!r}; valid: {NAMES}")
     if row == "diffusers":
         return load_diffusers(place, **options)
     return TOKENIZERS[row](**options)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from models.tokenizers import Tokenizer, tokenizer_of
+from models.tokenizers import NAMES, Tokenizer, tokenizer_of
 from models.tokenizers.ldm import PLACES
 from util.args import flag
 from util.images.datasets import ImagesArgs
@@ -20,7 +20,7 @@ class MeasuringArgs(ImagesArgs):
 
     tokenizer: str = flag(
         "kl16",
-        "pixel, kl16, vq16, llamagen_vq16, llamagen_vq8, var_vq, var_vq_512, var_vq_1024, diffusers:PATH_OR_REPO",
+        NAMES,
     )
     vae_path: str | None = flag(None, "weights of the autoencoder (default: download_weights.py's place for them)")
     num_workers: int = flag(0, "processes that load images", low=0)

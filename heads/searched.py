@@ -29,6 +29,8 @@ def schedule_setting(text: str) -> str:
 
     A file that cannot be read and values that are no schedule raise ValueError.
     """
+    if not text.strip():
+        raise ValueError(f"invalid value {text!r}: must be the file of a schedule, or its values as JSON")
     if text.lstrip().startswith("{"):
         values, source = _json(text, "a schedule"), "a schedule"
     else:

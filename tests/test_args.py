@@ -1,10 +1,11 @@
 """Command-line flags from dataclasses: values, switches, bad input in one line, help, and run_main's exit codes."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from util.args import defaults, flag, make_parser, pick
+from util.args import OneLineParser, defaults, flag, make_parser, pick
 from util.door import run_main
 
 
@@ -17,6 +18,8 @@ class Settings:
     steps: int | str = flag("100", "digits kept as a text", type=str)
     fast: bool = flag(False, "be quick")
     safe: bool = flag(True, "be careful")
+    name: str | None = flag(None, "a text")
+    path: str = flag("", "another text")
     hidden: int = 7
 
 
@@ -27,7 +30,7 @@ class More:
 
 
 def parse(*argv):
-    return vars(make_parser("prog", "what it does", Settings, More).parse_args(argv))
+    return vars(make_parser("prog", "what it does", Settings, More, sweep=("path",)).parse_args(argv))
 
 
 def test_flags_given_and_not_given():
@@ -39,7 +42,9 @@ def test_flags_given_and_not_given():
     assert type(given["scale"]) is float and type(given["count"]) is int
     assert pick(Settings, given) == Settings(10, 0.0, -1000.0, "blue", "25", True)
     assert pick(More, given, other=5) == More(10, 5)
-    expected = dict(count=3, scale=1.5, free=None, kind="red", steps="100", fast=False, safe=True, other=0)
+    expected = dict(
+        count=3, scale=1.5, free=None, kind="red", steps="100", fast=False, safe=True, other=0, name=None, path=""
+    )
     assert defaults(Settings, More) == expected
     assert defaults(More, Settings)["count"] == 99
 
@@ -62,6 +67,10 @@ def test_switches(name, no):
         (["--count", "nan"], ["--count", "'nan'"]),
         (["--count", ""], ["--count", "''"]),
         (["--count"], ["--count"]),
+        (["--path", ""], ["--path", "''", "empty text"]),
+        (["--path= \t"], ["--path", "' ", "empty text"]),
+        (["--path=,a"], ["--path", "''", "empty text"]),
+        (["--name", ""], ["--name", "''", "empty text"]),
         (["--scale", "-0.1"], ["--scale", "'-0.1'", "a number", "at least 0"]),
         (["--scale", "nan"], ["--scale", "'nan'"]),
         (["--scale", "inf"], ["--scale", "'inf'"]),
@@ -83,6 +92,22 @@ def test_bad_flags_are_one_line_and_code_2(argv, words, capsys):
     assert stop.value.code == 2 and out == ""
     assert err.count("\n") == 1 and err.endswith("\n") and err.startswith("prog: error: ")
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "argv", [["", "--out", "x"], ["x", "y", " ", "--out", "x"], ["x", "--out", ""], ["x", "--out="]]
+)
+def test_an_empty_text_is_no_path_of_a_parser_made_by_hand(argv, capsys):
+    """Path("") is the current folder."""
+    parser = OneLineParser(prog="prog")
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    assert vars(parser.parse_args(["x", "--out", "y"])) == dict(runs=[Path("x")], out=Path("y"))
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(argv)
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and "empty text" in line
+    assert ("--out" if argv[0] == "x" and len(argv) < 4 else "runs") in line
 
 
 def test_help_names_every_flag_and_default(capsys):

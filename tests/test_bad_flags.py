@@ -83,7 +83,7 @@ def wrong_values(field, kind) -> list[tuple[str, list[str]]]:
         valid = [", ".join(map(str, meta["choices"]))]
         return [("=nope", ["'nope'", *valid]), ("=", ["''", *valid]), ("", [])]
     if kind is str:
-        return [("", [])]
+        return [("", []), ("=", ["''"]), ("=  ", ["'  '"])]
     bounds = [f"at {word} {meta[end]}" for word, end in (("least", "low"), ("most", "high")) if meta[end] is not None]
     if meta["type"] is image_size:
         texts = ("", "x", "0", "-8", "1.5", "1e2", "8x", "x8", "0x8", "8x8x8", "8X16", "8,16", "8 x 16", "nan")

@@ -40,6 +40,12 @@ class OneLineParser(argparse.ArgumentParser):
                 joined.append(word)
         return super().parse_known_args(joined, namespace)
 
+    def add_argument(self, *names, **options):
+        """argparse's, but that a value which is empty or all blank is refused, of flags and of positional arguments."""
+        if options.get("action", "store") in ("store", "append", "extend"):
+            options["type"] = _not_blank(options.get("type", str))
+        return super().add_argument(*names, **options)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
@@ -128,7 +134,23 @@ def _checked(value_type, low, high, choices):
     return convert
 
 
+def _not_blank(convert):
+    """The same `type` of an argument, but that it refuses a text of nothing, which is what an unset variable leaves."""
+
+    def converted(text):
+        value = convert(text)  # of a number and of choices it says what is valid
+        if not text.strip():
+            raise argparse.ArgumentTypeError(
+                f"invalid value {text!r}: an empty text; name what is meant, or leave it out"
+            )
+        return value
+
+    converted.__name__ = getattr(convert, "__name__", "value")  # argparse names it where a ValueError says nothing
+    return converted
+
+
 def _list_of(convert):
+    convert = _not_blank(convert)
     return lambda text: list(dict.fromkeys(convert(part) for part in text.split(",")))
 
 

@@ -84,7 +84,7 @@ class SampleArgs(PrefixArgs):
     compile: bool = flag(False, "compile the transformer blocks and the diffusion MLP")
     settings_of: str | None = flag(None, "results.jsonl: the settings of its lines, where flags do not say otherwise")
     save_trace: int = flag(0, "of how many images of a setting trace.npz shall show the growth", low=0)
-    dry_run: bool = flag(False, "print the resolved configuration and stop")
+    dry_run: bool = flag(False, "print the resolved configuration and stop; without --checkpoint that of the flags")
 
 
 CONFIGS = (SampleArgs, SampleConfig, EvalConfig)
@@ -212,6 +212,25 @@ def stored_defaults(config: dict, args: SampleArgs, given: dict, num_labels: int
     return pick(SampleConfig, base), pick(EvalConfig, base).resolved()
 
 
+def all_settings(args: SampleArgs, given: dict, base: SampleConfig, *of_model) -> list[Setting]:
+    """What the flags span, see `span`; of each line of --settings_of, where that is given."""
+    settings = []
+    for point in settings_of(args.settings_of, given):
+        settings += span(given, replace(base, **point), *of_model)
+    check_read(given, [setting.sampling for setting in settings])
+    return settings
+
+
+def show_flags(args: SampleArgs, given: dict) -> None:
+    """Check what flags say whatever the checkpoint is, and print it: --dry_run before there is a checkpoint."""
+    base, evaluation = stored_defaults({"sample": {}, "eval": {}}, args, given, num_labels=1)
+    settings = all_settings(args, given, base, {})
+    if evaluation.metric_names:
+        evaluation.check_count(evaluation.num_images)
+    shown = {**asdict(args), **asdict(settings[0].sampling), **asdict(evaluation), **given}
+    print(json.dumps(shown, indent=2))
+
+
 def reference_reading(data: dict, data_path: str | None) -> Reading:
     """How the images of the reference are read: as in training, data being the checkpoint's; data_path: the flag."""
     reading = stored_reading(data.get("reading"))
@@ -255,11 +274,7 @@ def run(args: SampleArgs, given: dict) -> int:
         classes = model.prompts.captions
     class_labels = parse_labels(args.class_labels, len(classes))
     base, evaluation = stored_defaults(config, args, given, len(class_labels))
-    settings = []
-    for point in settings_of(args.settings_of, given):
-        base_point, length = replace(base, **point), needed_steps(model)
-        settings += span(given, base_point, model.fixed_rules, heads is not None, length)
-    check_read(given, [setting.sampling for setting in settings])
+    settings = all_settings(args, given, base, model.fixed_rules, heads is not None, needed_steps(model))
     edit = open_edit(args.edit_image, args.edit_mask, model.config, tokenizer.image_channels, args.dry_run)
     if edit is not None:
         edit.check(model.fixed_rules)
@@ -343,8 +358,11 @@ def main(argv=None) -> int:
     given = vars(make_parser("sample.py", __doc__.splitlines()[0], *CONFIGS, sweep=SWEEPS).parse_args(argv))
     args = SampleArgs(**{f.name: given[f.name] for f in fields(SampleArgs) if f.name in given.keys() - set(SWEEPS)})
     for name in ("checkpoint", "output_dir"):
-        if getattr(args, name) is None and not (args.dry_run and name == "output_dir"):
+        if getattr(args, name) is None and not args.dry_run:
             raise ValueError(f"--{name} is needed")
+    if args.checkpoint is None:
+        show_flags(args, given)
+        return 0
     try:
         if not args.dry_run:
             dist.set_deterministic(args.deterministic)

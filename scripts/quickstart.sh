@@ -46,24 +46,31 @@ for ((i = 0; i < ${#words[@]}; i++)); do
 done
 [ "$i" -le "${#words[@]}" ] || fail "${words[-1]} needs a value"
 
-run python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epochs[@]}" --output_dir "$out" --resume "$out"
-
+# What is called below, but for the places that do not exist yet; a wrong flag of the last is an error before the first.
+base_model=(python main_mar.py --preset digits --eval_freq 1000 "${training[@]}" "${epochs[@]}" --output_dir "$out")
 budget=(--num_iter 4 --num_sampling_steps 8 --solver dpmpp_sde)
-run python main_mar.py --preset digits --init_from "$out" --objective image --learn order,group,tau,cfg,profile \
-    "${budget[@]}" "${base[@]}" --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,4 --bank 512 \
-    --lr 2.4e-2 --adaptive_lr 0.03 --batch_size 128 --no-grad_checkpointing --epochs 2 "${training[@]}" "${heads[@]}" "${epochs[@]}" \
-    --output_dir "$out/heads" --resume "$out/heads"
-
+policy=(python main_mar.py --preset digits --objective image --learn order,group,tau,cfg,profile "${budget[@]}" "${base[@]}"
+    --cfg 1.8 --temperature 0.9 --reward digits,pixels --reward_weights 1,4 --bank 512 --lr 2.4e-2 --adaptive_lr 0.03
+    --batch_size 128 --no-grad_checkpointing --epochs 2 "${training[@]}" "${heads[@]}" "${epochs[@]}" --output_dir "$out/heads")
 # Another classifier than the one of the reward judges. Hand-made settings are chosen by the judge itself.
 judge=$out/judge.npz
-[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --no-held_out --output "$judge"
 shared=("${budget[@]}" "${sampling[@]}" "${images[@]}" "${seeds[@]}" --features digits --judge "$judge")
-run python sample.py --checkpoint "$out/heads" --output_dir "$out/hand" --infer_mode baseline "${groups[@]}" "${rules[@]}" \
-    --cfg 1.2,1.5 --temperature 0.85,0.95 "${shared[@]}" --metrics fid
-run python sample.py --checkpoint "$out/heads" --output_dir "$out/modes" --infer_mode baseline,guidance "${groups[@]}" \
-    "${shared[@]}" --metrics fid
-into "$out/figures.md" python sample.py --checkpoint "$out/heads" --output_dir "$out/modes" --infer_mode policy,both \
-    "${shared[@]}" --metrics fid,isc,kid,prc --save_trace 10
+hand=(python sample.py --infer_mode baseline "${groups[@]}" "${rules[@]}" --cfg 1.2,1.5 --temperature 0.85,0.95 "${shared[@]}"
+    --metrics fid)
+modes=(python sample.py --infer_mode baseline,guidance "${groups[@]}" "${shared[@]}" --metrics fid)
+learned=(python sample.py --infer_mode policy,both "${shared[@]}" --metrics fid,isc,kid,prc --save_trace 10)
+
+if [ ! -f "$out/heads/checkpoint-last.pth" ]; then
+    check "${policy[@]}"
+    check "${hand[@]}"
+    check "${learned[@]}"
+fi
+run "${base_model[@]}" --resume "$out"
+run "${policy[@]}" --init_from "$out" --resume "$out/heads"
+[ -f "$judge" ] || run python scripts/train_classifier.py --seed 1 --epochs 20 --no-held_out --output "$judge"
+run "${hand[@]}" --checkpoint "$out/heads" --output_dir "$out/hand"
+run "${modes[@]}" --checkpoint "$out/heads" --output_dir "$out/modes"
+into "$out/figures.md" "${learned[@]}" --checkpoint "$out/heads" --output_dir "$out/modes"
 both=$(sed -n 's/^picture: \(.*\)\/grid\.png$/\1/p' "$out/figures.md" 2>/dev/null | tail -n 1) || true
 both=${both:-$out/modes/both_*}
 run python scripts/plot_trace.py "$both/trace.npz" --out "$out/trace" --images 0

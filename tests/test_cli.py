@@ -240,6 +240,17 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys, checkpoint):
     assert not list(tmp_path.iterdir()) and sorted(checkpoint.rglob("*")) == before
 
 
+def test_flags_of_sampling_are_checked_before_there_is_a_checkpoint(capsys):
+    """As quickstart.sh does before it trains."""
+    flags = "--dry_run --infer_mode policy,both --seed 1,2 --num_images 600 --features digits --metrics fid".split()
+    assert sample.main(flags) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["infer_mode"] == ["policy", "both"] and shown["num_images"] == 600 and shown["checkpoint"] is None
+    assert "'0'" in refused(sample.main, [*flags, "--num_images", "0"], capsys)
+    assert "need 2 images, got 1" in refused(sample.main, [*flags, "--num_images", "1"], capsys)
+    assert "--order confidence" in refused(sample.main, ["--dry_run", "--confidence_noise", "3"], capsys)
+
+
 # ------------------------------------------------------------------------------ commands in README, docs and scripts
 
 

@@ -111,7 +111,7 @@ def test_what_is_shown_is_what_runs(script, preset, place, tmp_path):
     code, _, errors, calls = run(script, *more, "--class_labels", "a b", **variables)
     assert (code, errors) == (0, "")
     checks, calls = [[c for c in calls if (c[-1] == "--dry_run") == is_check] for is_check in (True, False)]
-    assert bool(checks) == (script in ("quickstart_var", "quickstart_maskgil"))
+    assert bool(checks) == (script in ("quickstart", "quickstart_var", "quickstart_maskgil"))
     assert all(any(call[: len(check) - 1] == check[:-1] for call in calls) for check in checks)
     assert [shlex.split(line.split(" | tee ")[0]) for line in lines] == calls
     assert script == "ablate_speed" or any("a b" in words for words in calls)

@@ -72,6 +72,13 @@ class EvalConfig:
         """With the metrics named that a default leaves open."""
         return replace(self, metrics=",".join(self.metric_names) or "none")
 
+    def check_count(self, num_images: int) -> None:
+        """Raise ValueError where so many images are too few for one of the metrics, of which there is at least one."""
+        needed = max(METRICS[name].needed for name in self.metric_names)
+        if num_images < needed:
+            names = ",".join(self.metric_names)
+            raise ValueError(f"the metrics {names} need {needed} images, got {num_images}")
+
     @way_out()
     def check(self, reference, img_size: Size | None = None) -> None:
         """Raise ValueError, before anything is sampled, where the metrics could not be computed afterwards.
@@ -80,11 +87,8 @@ class EvalConfig:
         """
         if not self.metric_names:
             return
-        needed = max(METRICS[name].needed for name in self.metric_names)
         smallest = self.num_images if isinstance(reference, FIDStats) else min(self.num_images, len(reference))
-        if smallest < needed:
-            names = ",".join(self.metric_names)
-            raise ValueError(f"the metrics {names} need {needed} images, got {smallest}")
+        self.check_count(smallest)
         if isinstance(reference, FIDStats):
             reference.check(self.features, img_size)
         elif self.features == "digits":

@@ -290,8 +290,10 @@ def build_rules(
         rule = hand_made(kind, moved if name == "learned" else name, options)
         if name == "learned":
             if heads is None or kind not in heads.learn:
+                by_mode = names[kind] in ("learned", None)
+                asking = f"infer_mode {mode!r}" if by_mode else f"--{FLAGS[kind]} learned"
                 raise ValueError(
-                    f"infer_mode {mode!r} needs the learned {kind} head, which this checkpoint does not have; train it "
+                    f"{asking} needs the learned {kind} head, which this checkpoint does not have; train it "
                     f"with main_mar.py --init_from DIR --objective image --learn {kind}"
                 )
             rule = RULES[kind][1](heads, rule, options)

@@ -76,6 +76,14 @@ def why(error: Exception) -> str:
     return f"it is no file of weights, or not the whole of one; {VALID}"
 
 
+def reason_of(error: Exception) -> str:
+    """What a library said against a file, in at most 100 characters, and nothing of its advice to trust the file."""
+    text = " ".join(str(error).split())
+    if "pickle" in text or "Weights only" in text:
+        return "it is a file of another kind, or holds Python objects"
+    return text[:100]
+
+
 _OBJECTS = {  # how the name of a class begins -> what it is
     "numpy": "arrays or numbers of numpy",
     "pathlib": "paths",

@@ -24,7 +24,7 @@ def sides(size: Size) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
     if not re.fullmatch(SIZE, size):
-        valid = "a whole number of at least 1, or HEIGHTxWIDTH like 256x384"
+        valid = "a whole number from 1 to 999999, or HEIGHTxWIDTH like 256x384"
         raise ValueError(f"invalid value {size!r}: must be {valid}")
     height, _, width = size.partition("x")
     return int(height), int(width or height)
@@ -62,7 +62,7 @@ def bucket_sizes(text: str) -> str:
     parts = text.split(",")
     valid = all(re.fullmatch(SIZE, part) or re.fullmatch(RATIO, part) for part in parts)
     if not valid or not 2 <= len(parts) == len(set(parts)):
-        wanted = "two or more different sizes like 256x384, or ratios W:H like 3:2, with commas between"
+        wanted = "two or more different sizes like 256x384, or ratios W:H like 3:2 (below 1000), with commas between"
         raise ValueError(f"invalid value {text!r}: must be {wanted}")
     return text
 

@@ -29,6 +29,7 @@ from util.evaluation.classifiers import (
     DigitClassifier,
     load_classifier,
 )
+from util.foreign import reason_of
 from util.sizes import Size, sides
 
 DINOV2_MODEL = "vit_small_patch14_dinov2"
@@ -196,7 +197,7 @@ def _classifier(net_class, path: Path):
             if x.dtype != torch.uint8 or list(x.shape[1:]) != [3, *size]:
                 raise ValueError(
                     f"{self.name.removeprefix('mar-')} features need uint8 images (B, 3, {size[0]}, {size[1]}), "
-                    f"got {x.dtype} {tuple(x.shape)}"
+                    f"got {x.dtype} {tuple(x.shape)}: name others, with --features or --judge"
                 )
             return self.of_floats(x.float() / 127.5 - 1)
 
@@ -273,8 +274,7 @@ def build_extractor(name: str, weights=None, layers=(), device="cpu"):
             with torch.cuda.device(device) if cuda else nullcontext():
                 return create_feature_extractor(f"mar-{name}", list(layers or [FEATURES[name].layer]), **options), path
     except Exception as error:  # torch, pickle, safetensors and zipfile raise many types
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} refused: not the plain tensors of {source} ({reason} ...)") from None
+        raise ValueError(f"{path} refused: not the plain tensors of {source} ({reason_of(error)})") from None
 
 
 def _find_weights(name: str, weights, source: str | Path) -> Path:

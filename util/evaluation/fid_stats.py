@@ -14,6 +14,7 @@ import torch
 
 from util.checkpoint import atomic_file
 from util.evaluation.features import FEATURES, RGBImages, feature_batches
+from util.foreign import reason_of
 from util.sizes import Size
 
 
@@ -112,8 +113,8 @@ def load_fid_stats(path: str | Path) -> FIDStats:
             known = [name for name in ("num_images", "features", "img_size", "split") if name in file]
             origin = {name: file[name].item() for name in known}
     except Exception as error:  # numpy, zipfile and zlib raise many types
-        reason = " ".join(str(error).split())[:100]
-        raise ValueError(f"{path} refused: no .npz of plain arrays mu and sigma ({reason})") from None
+        wanted = "an .npz of plain arrays mu and sigma, as scripts/make_fid_stats.py writes it"
+        raise ValueError(f"{path} refused: not {wanted} ({reason_of(error)})") from None
     if not all(a.dtype.kind == "f" and np.isfinite(a).all() for a in (mu, sigma)):
         raise ValueError(f"{path} refused: mu and sigma must be finite floating-point numbers")
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):

@@ -79,6 +79,12 @@ class EvalConfig:
             names = ",".join(self.metric_names)
             raise ValueError(f"the metrics {names} need {needed} images, got {num_images}")
 
+    def check_judge(self) -> None:
+        """Raise ValueError unless the judge is a name of features or a file that is there."""
+        if self.judge is not None and self.judge not in FEATURES and not Path(self.judge).is_file():
+            valid = ", ".join(FEATURES)
+            raise ValueError(f"--judge {self.judge} is no file, and no name of features; valid names: {valid}")
+
     @way_out()
     def check(self, reference, img_size: Size | None = None) -> None:
         """Raise ValueError, before anything is sampled, where the metrics could not be computed afterwards.
@@ -113,6 +119,7 @@ def build_reference(config: EvalConfig, name: str, data_path, img_size: Size, re
     """
     if not config.metric_names:
         return None
+    config.check_judge()
     if config.fid_stats is None:
         where = dict(data_path=data_path, img_size=img_size, split=config.eval_split)
         return build_dataset(name, **where, reading=reading)

@@ -29,7 +29,7 @@ from sampling.editing import Edit, editing_defaults, open_edit
 from sampling.grid import SWEEPS, Setting, name_settings, settings_of, span, unset_settings
 from sampling.prefix import PrefixArgs, check_prefix_flags, open_prefix
 from sampling.prompts import check_asked, open_prompts
-from sampling.run import Parts, claim_folder, identity, own_folder, sample_images, size_of_images
+from sampling.run import Parts, claim_folder, full_disk_named, identity, own_folder, sample_images, size_of_images
 from sampling.settings import FAST, SampleConfig, check_read, note_top_k
 from sampling.trace import num_traced
 from training.config import DataConfig
@@ -310,7 +310,8 @@ def run(args: SampleArgs, given: dict) -> int:
     for i, setting in enumerate(settings, start=1):
         if dist.is_main() and len(settings) > 1:
             print(f"setting {i} of {len(settings)}: {setting.name}", flush=True)
-        run_setting(sweep, setting, reference)
+        with full_disk_named(sweep.results.parent):
+            run_setting(sweep, setting, reference)
     return 0
 
 

@@ -5,6 +5,7 @@ Legend: B images of a batch, L tokens an image, C channels a token.
 
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from sampling.trace import GREY, Trace, over_pixels
 from util import dist
 from util.checkpoint import weights_hash
 from util.evaluation.results import other_weights
-from util.images.pictures import Writer, begin_folder, image_path, is_readable, prepare_folder, to_uint8
+from util.images.pictures import FULL, Writer, begin_folder, image_path, is_readable, prepare_folder, to_uint8
 from util.rng import image_seeds
 
 
@@ -84,6 +85,18 @@ def identity(parts: Parts, edit=None) -> dict:
     result = (edit.hashes if edit else {}) | (parts.prefix.hashes if parts.prefix else {})
     result |= dict(prompts=parts.model.prompts.content) if reads_text(parts.model) else {}
     return result | size_of_images(parts.model)
+
+
+@contextmanager
+def full_disk_named(folder: Path):
+    """A disk that is full in the block raises an OSError that names the folder, and says what continues."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        kept = "the images that are whole are kept, and the same command makes the others"
+        raise OSError(f"{folder} cannot be written ({error.strerror}): {kept}") from None
 
 
 @torch.no_grad()

@@ -90,6 +90,8 @@ class atomic_file:
             os.replace(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk names no file
+                error.filename = str(self.path)
 
 
 def load_checkpoint(place: str | Path | dict) -> dict:

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from util.checkpoint import atomic_file
 
 SAMPLES = "samples.npz"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk without space for this user or file
 MADE = r"(\d+|grid)\.png|(samples|trace)\.npz"  # names of a sampling run's files
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
@@ -202,7 +203,7 @@ class PNGFolder(Dataset):
                 with archive.open("labels.npy", "w") as file:
                     np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64), allow_pickle=False)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             warnings.warn(f"{self.folder / SAMPLES} not written, the pictures are: {error.strerror}", stacklevel=2)
 

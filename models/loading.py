@@ -8,6 +8,7 @@ from models.token_head import LOSSES
 from models.tokenizers import tokenizer_of
 from util.args import check_values, flag, pick
 from util.checkpoint import find_stored, load_checkpoint, load_weights
+from util.door import making_a_model
 from util.foreign import some_weights, type_of
 from util.images.reading import Reading
 from util.sizes import Size, image_size
@@ -46,6 +47,7 @@ def load_mar(checkpoint, **options):
     return model, tokenizer, config
 
 
+@making_a_model()
 def load_model(checkpoint, *, ema=True, model=None, vae_path=None, place=None, img_size=None, **sizes):
     """(model, tokenizer, config) of a checkpoint folder or file, or its content, on the CPU and in eval mode.
 

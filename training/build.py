@@ -13,6 +13,7 @@ from training.config import DataConfig, ModelConfig, RunConfig, TokenizerConfig,
 from training.optim import EMA
 from training.state import TrainState
 from util import dist
+from util.door import making_a_model
 from util.evaluation.protocol import EvalConfig, build_reference
 from util.images.buckets import build_buckets, open_cache
 from util.images.datasets import build_dataset
@@ -176,6 +177,14 @@ def latents_of(tokenizer: Tokenizer, model: ModelConfig) -> dict:
     return known
 
 
+def on_device(device: torch.device, *modules) -> None:
+    """Move these to a device, None being none of them; memory that is too small for them raises ModelTooLarge."""
+    with making_a_model():
+        for module in filter(None, modules):
+            module.to(device)
+
+
+@making_a_model()
 def build_model(
     config: ModelConfig, tokenizer: Tokenizer, num_classes: int, content: dict | None, resumed: bool
 ) -> nn.Module:

@@ -8,6 +8,7 @@
 import sys
 import traceback
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = str(Path(__file__).resolve().parents[1])
@@ -49,6 +50,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return str(error), 1
     if isinstance(error, OSError) or (isinstance(error, ValueError) and is_raised_in_this_repository(error)):
         return str(error), 2
+    if isinstance(error, ModelTooLarge):
+        return str(error), 2
     if is_out_of_memory(error):
         return f"out of memory: lower --batch_size in training, --eval_bsz in sampling ({str(error)[:150]})", 2
     if "Duplicate GPU detected" in str(error):
@@ -56,6 +59,22 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS):
         return PEER, 1
     return None, 1
+
+
+class ModelTooLarge(MemoryError):
+    """Memory ran out while a model was made, which a smaller batch does not help."""
+
+
+@contextmanager
+def making_a_model():
+    """Running out of memory in the block raises ModelTooLarge."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "choose a smaller --model, or lower the flags of its sizes, such as --diffloss_w"
+        raise ModelTooLarge(f"the model is too large for the memory: {advice} ({str(error)[:150]})") from None
 
 
 def is_raised_in_this_repository(error: Exception) -> bool:

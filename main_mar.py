@@ -26,6 +26,7 @@ from training.build import (
     give_captions,
     make_tokenizer,
     new_state,
+    on_device,
     real_images,
     takes_ids,
     with_text,
@@ -85,8 +86,7 @@ def run(config: RunConfig) -> int:
     heads = load_heads(content) if launch.evaluate else config.build_heads(model.width)
     config.check_sampling(model, heads)
     note_top_k([config.sampling], model)
-    model, tokenizer = model.to(device), tokenizer.to(device)
-    heads = heads.to(device) if heads is not None else None
+    on_device(device, model, tokenizer, heads)
     if launch.compile:
         model.compile_parts()
     real = partial(real_images, config.data, img_size, dataset)
@@ -116,7 +116,8 @@ def run(config: RunConfig) -> int:
     )
     if launch.evaluate:
         return evaluate_checkpoint(state, samples, launch.resume)
-    workers = dict(num_workers=config.data.num_workers, pin_memory=config.data.pin_mem and device.type == "cuda")
+    workers = dict(num_workers=dist.num_loading(config.data.num_workers))
+    workers["pin_memory"] = config.data.pin_mem and device.type == "cuda"
     return train(state, dataset, config.train, launch, samples, workers, first)
 
 

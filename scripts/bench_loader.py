@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from util import dist
 from util.args import flag, make_parser
 from util.door import run_main
 from util.images.datasets import EpochSampler, build_dataset, labels_of
@@ -38,7 +39,7 @@ class BenchArgs:
     num_images: int = flag(2000, "random images to make", low=1)
     img_size: int = flag(256, "pixels of an image's side", low=16)
     batch_size: int = flag(64, "images a batch", low=1)
-    num_workers: int = flag(0, "processes that load", low=0)
+    num_workers: int = flag(0, "processes that load", low=0, high=dist.WORKERS["high"])
     repeats: int = flag(5, "timed epochs of each source", low=1)
 
 

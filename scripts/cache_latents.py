@@ -65,10 +65,10 @@ class CacheArgs(Reading):
     vae_stride: int | None = flag(None, "pixels of a latent's side (default: the tokenizer's)", low=1)
     vae_embed_dim: int | None = flag(None, "channels of a latent (default: the tokenizer's)", low=1)
     batch_size: int = flag(16, "images a batch and process", low=1)
-    num_workers: int = flag(10, "processes that load images", low=0)
+    num_workers: int = flag(10, **dist.WORKERS)
     pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
     device: str = flag("auto", "auto, cuda, mps, cpu")
-    seed: int = flag(0, "without effect, since nothing is random; for MAR's command lines")
+    seed: int = flag(0, "without effect, since nothing is random; for MAR's command lines", high=2**63 - 1)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
     world_size: int = flag(1, "without effect, the launcher sets it; for MAR's command lines", low=1)
     local_rank: int = flag(-1, "without effect, the launcher sets it; for MAR's command lines")
@@ -120,7 +120,7 @@ def encode_units(units, dataset, tokenizer, writer, args: CacheArgs, device, dty
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=args.num_workers,
+        num_workers=dist.num_loading(args.num_workers),
         pin_memory=args.pin_mem and device.type == "cuda",
     )
     loaded = iter(loader)

@@ -59,7 +59,7 @@ class DemoArgs:
 
     output_dir: str = flag("output_dir/demo_text", "folder for captions, prompts and encoder")
     samples: str | None = flag(None, "folder of a setting of sample.py --prompts, which is measured")
-    seed: int = flag(0, "of the encoder's weights", low=0)
+    seed: int = flag(0, "of the encoder's weights", low=0, high=2**63 - 1)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
 

@@ -22,7 +22,7 @@ class MeasureArgs(MeasuringArgs):
     """The flags."""
 
     num_images: int = flag(10000, "images to measure, drawn at random; all of a smaller data set", low=1)
-    num_workers: int = flag(4, "processes that load images", low=0)
+    num_workers: int = flag(4, **dist.WORKERS)
     seed: int = flag(0, "seed of the choice of images and of the posterior's noise", low=0, high=2**63 - 1)
 
 

@@ -45,7 +45,7 @@ class TortureArgs:
     kills: int = flag(20, "kills in each of them", low=1)
     epochs: int = flag(6, "epochs of the digits that are trained", low=1)
     num_images: int = flag(600, "images that are sampled", low=8)
-    seed: int = flag(0, "of the moments", low=0)
+    seed: int = flag(0, "of the moments", low=0, high=2**63 - 1)
     work_dir: str | None = flag(None, "empty folder to work in (default: a temporary one, removed afterwards)")
     dry_run: bool = flag(False, "print the commands and stop")
 

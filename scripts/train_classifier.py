@@ -59,7 +59,7 @@ class ClassifierArgs:
     data_path: str | None = flag(None, "folder of CIFAR-10")
     output: str | None = flag(None, "the .npz to write (default: the one that is committed)")
     epochs: int | None = flag(None, "passes over the images (default: 60 for digits, 8 for CIFAR-10)", low=1)
-    seed: int = flag(0, "seed of weights and order", low=0)
+    seed: int = flag(0, "seed of weights and order", low=0, high=2**63 - 1)
     held_out: bool = flag(True, "train on a part first and say how well it knows the rest")
     dry_run: bool = flag(False, "print the recipe and stop")
 

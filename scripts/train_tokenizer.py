@@ -98,7 +98,7 @@ class TokenizerArgs(ImagesArgs):
     features: str | None = flag(None, "features of the rFID (default: PSNR and SSIM only)", choices=FEATURES)
     fid_weights: str | None = flag(None, "file with the weights of the features, for machines without network")
     num_eval: int = flag(5000, "held-out images to measure on, at most", low=2)
-    num_workers: int = flag(0, "processes that load images", low=0)
+    num_workers: int = flag(0, **dist.WORKERS)
     seed: int = flag(0, "seed of weights, order, mirroring and the posterior's noise", low=0, high=2**63 - 1)
     dtype: str | None = flag(None, "arithmetic (default: bf16 where CUDA has it, else fp32)", choices=("fp32", "bf16"))
     output_dir: str = flag("output_dir/tokenizer", "folder to write to")
@@ -124,7 +124,7 @@ class TokenizerArgs(ImagesArgs):
 def train(run: Run) -> None:
     """Train to the end, saving on the way and reporting after each epoch."""
     epoch_steps = len(run.sampler)
-    loader = DataLoader(run.kept, batch_sampler=run.sampler, num_workers=run.args.num_workers)
+    loader = DataLoader(run.kept, batch_sampler=run.sampler, num_workers=dist.num_loading(run.args.num_workers))
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}{postfix}]"
     with tqdm(total=1.0, initial=run.done, desc="training", bar_format=bar_format) as progress:
         while run.done < 1:

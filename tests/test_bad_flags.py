@@ -99,9 +99,11 @@ def wrong_values(field, kind) -> list[tuple[str, list[str]]]:
     if meta["high"] is not None:
         texts += [str(meta["high"] + 1), str(10**30)]
     what = {int: "a whole number", float: "a number"}[kind]
+    too_many = [(f"={10**14}", ["at most 100000000"])] if kind is int and meta["high"] is None else []
     return [
         ("", []),
         ("=--", ["'--'"]),
+        *too_many,  # of images lists are made, before anything is sampled
         *((f"={text}", [what, *bounds, *([f"'{text}'"] if text else [])]) for text in texts),
     ]
 

@@ -1,5 +1,6 @@
 """The door of the programs: exit codes, one line, output that cannot be encoded; processes that wait or are lost."""
 
+import errno
 import io
 import json
 import os
@@ -10,16 +11,19 @@ import sys
 import warnings
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 
 import main_mar
+import sample
 from models.mar import MAR, MAR_CONFIGS
 from scripts import cache_latents, make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
-from tests.helpers import SMALLEST, image_folder, torchrun
+from tests.helpers import SMALLEST, image_folder, torchrun, untrained
 from training.config import flag_classes, resolve
 from util import dist
 from util.args import make_parser
+from util.checkpoint import atomic_file
 from util.door import run_main
 from util.images.pictures import prepare_folder
 
@@ -83,6 +87,47 @@ def test_a_fault_of_the_code_is_not_blamed_on_the_user(main, capsys):
 def test_devices_and_peers_are_one_line(error, code, words, capsys):
     found, lines = code_and_line(raising(error), capsys)
     assert found == code and len(lines) == 1 and words in lines[0]
+
+
+def test_a_model_that_is_too_large_is_no_matter_of_the_batch(tmp_path, monkeypatch, capsys):
+    """Neither in training nor where a checkpoint is read."""
+    checkpoint = untrained(tmp_path / "good")
+
+    def too_large(*args, **kwargs):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(MAR, "__init__", too_large)
+    sampling = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "x")]
+    for main, flags in ((main_mar.main, SMALLEST.split()), (sample.main, sampling)):
+        code, lines = code_and_line(lambda argv, main=main, flags=flags: main(flags), capsys)
+        assert code == 2 and len(lines) == 1 and "model is too large" in lines[0] and "--diffloss_w" in lines[0]
+        assert "batch" not in lines[0] and "eval_bsz" not in lines[0]
+
+
+def test_a_full_disk_is_named_in_sampling_and_everywhere_else(tmp_path, monkeypatch, capsys):
+    checkpoint, out = untrained(tmp_path / "good"), tmp_path / "out"
+
+    def full(self, target, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flags = ["--checkpoint", str(checkpoint), "--output_dir", str(out), "--metrics", "none", "--num_images", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PIL.Image.Image, "save", full)
+        code, lines = code_and_line(lambda argv: sample.main([*flags, "--num_iter", "1"]), capsys)
+    lines = [line for line in lines if line.startswith("error: ")]
+    assert code == 2 and lines[0].startswith(f"error: {out} cannot be written (No space left on device)")
+    assert "the same command" in lines[0]
+
+    def unwritten(argv):
+        with atomic_file(out / "a.csv"):
+            full(None, None)
+
+    assert code_and_line(unwritten, capsys) == (2, [f"error: [Errno 28] No space left on device: '{out / 'a.csv'}'"])
+
+
+def test_images_are_loaded_by_at_most_a_process_a_core(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3}, raising=False)
+    assert [dist.num_loading(number) for number in (0, 1, 2, 10)] == [0, 1, 2, 2]
 
 
 def test_output_that_cannot_be_encoded_ends_nothing():

@@ -45,7 +45,7 @@ class DataConfig(Reading):
     use_cached: bool = flag(False, "train on cached latents")
     cached_path: str = flag("", "folder of the cached latents")
     cached_text: str = flag("", "folder of the features of captions (scripts/cache_text.py), for a model of text")
-    num_workers: int = flag(10, "processes that load images", low=0)
+    num_workers: int = flag(10, **dist.WORKERS)
     pin_mem: bool = flag(True, "copy to the GPU from pinned memory")
 
     @property

@@ -18,7 +18,7 @@ def flag(default, help, *, low=None, high=None, choices=None, type=None, metavar
     return dataclasses.field(default=default, metadata=metadata)
 
 
-LARGEST = {int: 2**63 - 1, float: 3.4e38}  # that a tensor holds
+LARGEST = {int: 10**8, float: 3.4e38}  # of flags without a bound of their own: what can be meant, what a tensor holds
 
 # a path's ~, which a shell leaves alone in --flag=~/x and diffusers:~/x
 HOME = r"(?:^|(?<==)|(?<=^diffusers:)|(?<==diffusers:))~(?=/|$)"
@@ -120,7 +120,7 @@ def _checked(value_type, low, high, choices):
         finite = not isinstance(value, float) or math.isfinite(value)
         if not finite or (low is not None and value < low) or (high is not None and value > high):
             raise out_of_bounds(text)
-        if value_type in LARGEST and abs(value) > LARGEST[value_type]:
+        if high is None and value_type in LARGEST and abs(value) > LARGEST[value_type]:
             raise argparse.ArgumentTypeError(f"invalid value {text!r}: must be at most {LARGEST[value_type]}")
         return value
 

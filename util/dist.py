@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+WORKERS = dict(help="processes that load images, at most one a core", low=0, high=1024)  # of a flag
 WAIT_SECONDS = 5  # for other processes, before the waiting one says so
 
 
@@ -49,6 +50,12 @@ def init(device: torch.device, dist_url: str = "env://", dist_on_itp: bool = Fal
             world_size=size,
             timeout=datetime.timedelta(minutes=30),
         )
+
+
+def num_loading(num_workers: int) -> int:
+    """How many processes load images where so many are asked for: at most one for each core that may be used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_workers, cores)
 
 
 def check_local_rank(local_rank: int, num_devices: int) -> None:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from models.tokenizers import NAMES, Tokenizer, tokenizer_of
 from models.tokenizers.ldm import PLACES
+from util import dist
 from util.args import flag
 from util.images.datasets import ImagesArgs
 from util.rng import generator, seed_of
@@ -23,7 +24,7 @@ class MeasuringArgs(ImagesArgs):
         NAMES,
     )
     vae_path: str | None = flag(None, "weights of the autoencoder (default: download_weights.py's place for them)")
-    num_workers: int = flag(0, "processes that load images", low=0)
+    num_workers: int = flag(0, **dist.WORKERS)
 
     @property
     def weights_path(self) -> str | None:
@@ -45,7 +46,7 @@ def measure_latents(
     random. Posteriors are sampled, as they are in training.
     """
     order = np.random.default_rng(seed).permutation(len(images))[:num_images].tolist()
-    loader = DataLoader(Subset(images, order), batch_size=batch_size, num_workers=num_workers)
+    loader = DataLoader(Subset(images, order), batch_size=batch_size, num_workers=dist.num_loading(num_workers))
     count, total, squares = 0, 0.0, 0.0
     with tqdm(total=len(order), unit="image", desc="measuring") as progress:
         for batch, _, indices in loader:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util.dist import autocast
+from util import dist
 from util.evaluation.features import build_extractor
 from util.evaluation.fid_stats import FIDStats, Moments
 from util.evaluation.metrics import frechet_distance
@@ -92,7 +92,8 @@ def score_reconstructions(
     scales, entries = getattr(tokenizer, "scales", ()), getattr(tokenizer, "codebook_size", 0)
     counts = torch.zeros(max(len(scales), 1), entries, dtype=torch.long)
     with torch.random.fork_rng(devices=[]):
-        loader = iter(DataLoader(images, batch_size=batch_size, num_workers=num_workers))  # draws a random number
+        loader = DataLoader(images, batch_size=batch_size, num_workers=dist.num_loading(num_workers))
+        loader = iter(loader)  # draws a random number
     with tqdm(total=len(images), unit="image", desc="reconstructing", disable=not verbose, leave=False) as progress:
         for batch, *_ in loader:
             batch = batch.to(device)
@@ -151,7 +152,7 @@ def _reconstruct(tokenizer, images: torch.Tensor, dtype, discrete: bool) -> tupl
     A tokenizer that makes images of another shape raises ValueError.
     """
     pixels, ids = images.float() / 127.5 - 1, None
-    with autocast(images.device, dtype):
+    with dist.autocast(images.device, dtype):
         if discrete:
             ids = tokenizer.encode_ids(pixels)
             decoded = tokenizer.decode_ids(ids)

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from util import dist
 from util.args import flag
 from util.images.folders import find_images, shown, training_folder
 from util.images.reading import DEFAULT, Reading, center_crop, find_ranges, read_rgb
@@ -156,7 +157,8 @@ def in_memory(images: ImageDataset, num_workers: int = 0) -> ImageDataset:
     pixels = torch.empty(len(images), images.channels, height, width, dtype=torch.uint8)
     labels = torch.empty(len(images), dtype=torch.long)
     with tqdm(total=len(images), unit="image", desc="reading", leave=False) as progress:
-        for batch, batch_labels, indices in DataLoader(images, batch_size=64, num_workers=num_workers):
+        loader = DataLoader(images, batch_size=64, num_workers=dist.num_loading(num_workers))
+        for batch, batch_labels, indices in loader:
             pixels[indices], labels[indices] = batch, batch_labels
             progress.update(len(batch))
     return MemoryDataset(pixels, labels, images.classes, images.flip)

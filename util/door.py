@@ -2,7 +2,8 @@
 
 2    the user's: a ValueError that this repository raises, an OSError, a device too small, processes without devices
 1    training that diverged, a process of the run that ended, and what is the code's own fault: with its traceback
-130  Ctrl-C
+130  Ctrl-C, once the program is imported; before, while torch is, Python gives a traceback: a handler for that would
+     have to be installed in every program above its imports, and nothing has begun that could be lost
 """
 
 import sys

@@ -18,6 +18,7 @@ import torch
 import main_mar
 import sample
 from models.mar import MAR, MAR_CONFIGS
+from models.tokenizers.multiscale_vq import MultiScaleVQ
 from scripts import cache_latents, make_fid_stats, make_table, plot_training, train_classifier, train_tokenizer
 from tests.helpers import SMALLEST, image_folder, torchrun, untrained
 from training.config import flag_classes, resolve
@@ -90,15 +91,17 @@ def test_devices_and_peers_are_one_line(error, code, words, capsys):
 
 
 def test_a_model_that_is_too_large_is_no_matter_of_the_batch(tmp_path, monkeypatch, capsys):
-    """Neither in training nor where a checkpoint is read."""
+    """Neither in training, of a tokenizer too, nor where a checkpoint is read."""
     checkpoint = untrained(tmp_path / "good")
 
     def too_large(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr(MAR, "__init__", too_large)
+    for network in (MAR, MultiScaleVQ):
+        monkeypatch.setattr(network, "__init__", too_large)
     sampling = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "x")]
-    for main, flags in ((main_mar.main, SMALLEST.split()), (sample.main, sampling)):
+    tokenizer = ["--data", "digits", "--multiscale", "--stride", "1", "--output_dir", str(tmp_path / "y")]
+    for main, flags in ((main_mar.main, SMALLEST.split()), (sample.main, sampling), (train_tokenizer.main, tokenizer)):
         code, lines = code_and_line(lambda argv, main=main, flags=flags: main(flags), capsys)
         assert code == 2 and len(lines) == 1 and "model is too large" in lines[0] and "--diffloss_w" in lines[0]
         assert "batch" not in lines[0] and "eval_bsz" not in lines[0]

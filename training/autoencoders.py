@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.tokenizers.multiscale_vq import MultiScaleVQ, MultiScaleVQConfig
+from util.door import making_a_model
 
 MULTIPLIERS = (1, 1, 2, 2, 4)  # channels of the levels over those of the first one, as in KL-16
 CHANCES = 10  # latents an entry of a codebook, after which one that none has chosen is moved
@@ -58,6 +59,7 @@ LOSSES = {
 }
 
 
+@making_a_model()
 def make_autoencoder(
     class_name: str,
     *,

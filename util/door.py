@@ -74,7 +74,7 @@ def making_a_model():
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        advice = "choose a smaller --model, or lower the flags of its sizes, such as --diffloss_w"
+        advice = "choose a smaller --model, or lower the flags of its sizes, such as --diffloss_w or --width"
         raise ModelTooLarge(f"the model is too large for the memory: {advice} ({str(error)[:150]})") from None
 
 

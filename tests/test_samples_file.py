@@ -1,4 +1,4 @@
-"""samples.npz: the form that ADM's evaluator reads, of any size, and this project's own loader of it."""
+"""samples.npz: the form that ADM's evaluator reads, of any size, and its loader; the captions of grids."""
 
 import errno
 import re
@@ -17,9 +17,12 @@ from util.images import pictures as module
 from util.images.pictures import (
     PNGFolder,
     Writer,
+    caption_font,
+    caption_lines,
     image_path,
     is_whole,
     load_samples,
+    make_grid,
     prepare_folder,
     read_png,
     save_png,
@@ -172,3 +175,42 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, content):
     with pytest.raises(ValueError, match="cannot read the samples in .*samples.npz") as error:
         load_samples(path)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- captions
+
+
+def sheet(*captions, side=8) -> np.ndarray:
+    """A grid of black pictures with these captions, in one row."""
+    return make_grid(np.zeros((len(captions), side, side, 1), dtype=np.uint8), list(captions), len(captions))
+
+
+def test_letters_beyond_ascii_are_not_all_the_same_box():
+    assert len({sheet(f"cat {letter}").tobytes() for letter in "äöØжκ…"}) == 6
+
+
+@pytest.mark.parametrize("side", [8, 64, 256])
+def test_what_a_prompt_asks_for_is_readable_to_its_last_word(side):
+    """Small pictures are enlarged for it, to whole multiples of their size."""
+    six, seven = (sheet(f"this image is showing the number {word} written in ink", side=side) for word in "67")
+    height, width = six.shape[0], six.shape[1] - 8
+    assert width % side == 0 and 64 <= width <= max(128, side) and height > width + 16 + 8
+    assert six.shape == seven.shape and not np.array_equal(six, seven)
+    assert not np.array_equal(six, sheet("this image is showing the number 6 written in", side=side))
+
+
+def test_short_captions_enlarge_nothing_and_a_row_is_as_high_as_it_needs():
+    assert sheet(*"0123456789").shape == (4 + 16 + 64 + 4, 4 + 10 * (64 + 4), 3)
+    captions = ["one", "two", "three", "a photograph of two cats that look at a bird"]
+    grid = make_grid(np.zeros((4, 128, 128, 1), dtype=np.uint8), captions, 2)
+    lines = len(caption_lines(captions[-1], 128))
+    assert lines > 1 and grid.shape[0] == 4 + (16 + 128 + 4) + (2 + 14 * lines + 128 + 4)
+
+
+@pytest.mark.parametrize("caption", ["word " * 80, "n01440764_" * 9, "the " + "long" * 30, "a\nb\udce4" * 60])
+def test_a_caption_that_is_cut_says_so_and_fits(caption):
+    lines = caption_lines(caption, 100)
+    assert any(line.endswith("…") for line in lines) and len(lines) <= 4
+    assert all(caption_font().getlength(line) <= 100 for line in lines)
+    assert caption_lines("a  b\nc", 100) == ["a b c"] and caption_lines(" ", 100) == []
+    assert sheet(caption).shape[1] == 128 + 8

@@ -1,6 +1,7 @@
 """Pictures: between tensors in [−1, 1], uint8 arrays and PNG files; sample grids."""
 
 import errno
+import functools
 import json
 import math
 import os
@@ -21,6 +22,10 @@ from util.checkpoint import atomic_file
 SAMPLES = "samples.npz"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk without space for this user or file
 MADE = r"(\d+|grid)\.png|(samples|trace)\.npz"  # names of a sampling run's files
+MIN_SIDE = 64  # rows of pixels of an image in a grid, at least
+MAX_ZOOMED = 128  # columns of pixels, up to which small images are enlarged for the sake of their captions
+FONT_SIZE, LINE, GAP = 11, 14, 4  # pixels: letters, from line to line, between images
+CAPTION_LINES = 4  # at most
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_END = b"IEND\xaeB`\x82"  # every whole PNG's last bytes
 
@@ -223,21 +228,73 @@ def load_samples(place: str | Path) -> dict[str, np.ndarray]:
         raise ValueError(f"cannot read the samples in {path}: {reason}") from None
 
 
-def make_grid(images: np.ndarray, captions: list[str], columns: int) -> np.ndarray:
-    """A picture (H', W', 3) of uint8 images (n, H, W, C) in rows of `columns`, each with its caption above it."""
+@functools.cache
+def caption_font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib; the font that comes with PIL lacks letters beyond ASCII."""
+    import matplotlib  # takes half a second
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size=FONT_SIZE)
+
+
+def _fitted(line: str, width: int, ending: str = "") -> str:
+    """The line with its ending, in so many pixels: one that is too wide is cut and ends with "…"."""
+    font = caption_font()
+    if font.getlength(line + ending) <= width:
+        return line + ending
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line.rstrip()}…"
+
+
+def caption_lines(caption: str, width: int) -> list[str]:
+    """A caption as lines of at most so many pixels, broken between words; "…" stands where something is left out.
+
+    There are CAPTION_LINES at most. A caption of nothing but spaces has none.
+    """
+    font, lines = caption_font(), []
+    for word in caption.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    endings = [""] * len(lines)
+    if len(lines) > CAPTION_LINES:
+        endings[CAPTION_LINES - 1] = "…"
+    return [_fitted(line, width, ending) for line, ending in zip(lines[:CAPTION_LINES], endings)]
+
+
+def _fit_captions(captions: list[str], shape: tuple[int, int]) -> tuple[int, list[list[str]]]:
+    """(zoom, lines of each caption) of images of shape (H, W): the least zoom of at least MIN_SIDE rows that cuts none.
+
+    Where that would be more than MAX_ZOOMED columns, the largest zoom that is not; at least that of MIN_SIDE rows.
+    """
     captions = [" ".join(caption.split()) for caption in captions]  # a folder's name may hold a line break
-    zoom = max(1, math.ceil(64 / images.shape[1]))
+    zoom = max(1, math.ceil(MIN_SIDE / shape[0]))
+    while True:
+        lines = [caption_lines(caption, shape[1] * zoom) for caption in captions]
+        whole = all(" ".join(part) == caption for part, caption in zip(lines, captions))
+        if whole or shape[1] * (zoom + 1) > MAX_ZOOMED:
+            return zoom, lines
+        zoom += 1
+
+
+def make_grid(images: np.ndarray, captions: list[str], columns: int) -> np.ndarray:
+    """A picture (H', W', 3) of uint8 images (n, H, W, C) in rows of `columns`, each with its caption above it.
+
+    Images are enlarged to whole multiples of their size. A row is as high as its longest caption needs.
+    """
+    zoom, lines = _fit_captions(captions, images.shape[1:3])
     h, w = images.shape[1] * zoom, images.shape[2] * zoom
-    font = ImageFont.load_default(size=12)
-    top, gap = 16, 4
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (columns * (w + gap) + gap, rows * (h + top + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = gap + i % columns * (w + gap), gap + i // columns * (h + top + gap)
-        while caption and draw.textlength(caption, font=font) > w:
-            caption = caption[:-1]
-        draw.text((x, y), caption, fill="black", font=font)
-        picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
-        sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (x, y + top))
+    starts = range(0, len(images), columns)
+    tops = [2 + LINE * max(1, *map(len, lines[start : start + columns])) for start in starts]
+    sheet = Image.new("RGB", (columns * (w + GAP) + GAP, sum(tops) + len(starts) * (h + GAP) + GAP), "white")
+    draw, y = ImageDraw.Draw(sheet), GAP
+    for start, top in zip(starts, tops):
+        for i, image in enumerate(images[start : start + columns]):
+            x = GAP + i * (w + GAP)
+            for number, line in enumerate(reversed(lines[start + i]), start=1):  # the last one is next to the image
+                draw.text((x, y + top - 2 - number * LINE), line, fill="black", font=caption_font())
+            picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).convert("RGB")
+            sheet.paste(picture.resize((w, h), Image.Resampling.NEAREST), (x, y + top))
+        y += top + h + GAP
     return np.asarray(sheet)

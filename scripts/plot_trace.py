@@ -6,7 +6,8 @@ DIR/rules.png: τ and guidance scale of each step in all traced images, and how 
 between images and between tokens: a schedule differs between steps only.
 DIR/trace_<i>.png: maps of the step, τ and guidance scale of each token, tokens a step, the image after each step.
 DIR/trace_<i>.gif: the growing image and, beside it, its mask with the newest tokens in orange. The tokens that an
-edited image had from the start are blank in the maps. Of a model that draws scales there are neither maps nor mask.
+edited image had from the start are blank in the maps. Of a model that draws scales there are neither maps nor mask, but
+τ and guidance scale of each step.
 """
 
 import math
@@ -26,6 +27,8 @@ from util.door import run_main
 from util.images.folders import check_output_folder
 
 FILM_ROW, FILM_MAX = 8, 16  # pictures a row of the film strip, and altogether
+# of a trace: (key, title, colour map)
+RULES = (("tau", "temperature τ", "magma"), ("cfg", "guidance scale w", "cividis"))
 
 
 def parse_images(text: str | None, count: int) -> list[int]:
@@ -54,7 +57,7 @@ def draw_map(figure, axis, values, title: str, cmap: str, numbers: bool = False)
     if constant:
         bar.set_ticks([(low + high) / 2])
     else:
-        bar.locator.set_params(nbins=5, integer=numbers)
+        bar.locator.set_params(nbins=5, integer=values.dtype.kind == "i")
         bar.update_ticks()
     axis.set_title(title, fontsize=10)
     axis.set_xticks([])
@@ -75,11 +78,25 @@ def draw_bars(axis, group_size: np.ndarray) -> None:
     axis.tick_params(labelsize=8)
     axis.set_xlim(0.3, len(steps) + 0.7)
     axis.set_ylim(0, group_size.max() * 1.12)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    for direction in (axis.xaxis, axis.yaxis):
+        direction.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
     if len(steps) <= 16:
         for x, size in zip(steps, group_size):
             axis.text(x, size, str(size), ha="center", va="bottom", fontsize=8)
+
+
+def draw_steps(axis, values: np.ndarray, order_step: np.ndarray, title: str) -> None:
+    """The mean of values (L,) over the tokens of each step; a band from their least to their largest."""
+    numbers = np.unique(order_step[order_step >= 0])
+    parts = [values[order_step == number] for number in numbers]
+    axis.fill_between(numbers + 1, [part.min() for part in parts], [part.max() for part in parts], alpha=0.25)
+    axis.plot(numbers + 1, [part.mean() for part in parts], color="#4c72b0", marker=".")
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("step", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def by_step(values: np.ndarray, order_step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +124,7 @@ def draw_rules(path: Path, trace: dict[str, np.ndarray]) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for axis, key, title in ((axes[0], "tau", "temperature τ"), (axes[1], "cfg", "guidance scale w")):
+    for axis, (key, title, _) in zip(axes, RULES):
         mean, variance = by_step(trace[key], trace["order_step"])
         steps, part = np.arange(1, mean.shape[1] + 1), shares(mean, variance)
         axis.plot(steps, mean.T, color="#4c72b0", alpha=max(0.15, 1 / len(mean)), linewidth=1, marker=".")
@@ -136,15 +153,17 @@ def draw_image(path: Path, trace: dict[str, np.ndarray], i: int) -> None:
     figure = plt.figure(figsize=(13, 3.7 + 1.75 * rows), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03)
     top, film = figure.subfigures(2, 1, height_ratios=[3.7, 1.75 * rows])
-    maps = top.subplots(1, 4)
     top.suptitle(f"image {i}, label {trace['labels'][i]}: complete after {taken} steps", fontsize=12)
-    draw_bars(maps[1], trace["group_size"][i][:taken])
-    maps[1].set_box_aspect(1)
     if has_grid(trace):
+        maps = top.subplots(1, 4)
+        draw_bars(maps[1], trace["group_size"][i][:taken])
+        maps[1].set_box_aspect(1)
         draw_maps(top, maps[[0, 2, 3]], trace, i)
     else:
-        for axis in maps[[0, 2, 3]]:
-            axis.axis("off")
+        bars, *lines = top.subplots(1, 3)
+        draw_bars(bars, trace["group_size"][i][:taken])
+        for axis, (key, title, _) in zip(lines, RULES):
+            draw_steps(axis, trace[key][i], trace["order_step"][i], title)
     panels = film.subplots(rows, FILM_ROW, squeeze=False).ravel()
     for axis in panels:
         axis.axis("off")
@@ -161,10 +180,7 @@ def draw_maps(figure, axes, trace: dict[str, np.ndarray], i: int) -> None:
     frames = trace["frames"][i]
     order = np.ma.masked_less(as_grid(trace["order_step"][i], frames) + 1, 1)
     draw_map(figure, axes[0], order, "step at which a token came", "viridis", numbers=max(order.shape) <= 16)
-    for axis, key, title, colors in (
-        (axes[1], "tau", "temperature τ", "magma"),
-        (axes[2], "cfg", "guidance scale w", "cividis"),
-    ):
+    for axis, (key, title, colors) in zip(axes[1:], RULES):
         draw_map(figure, axis, np.ma.array(as_grid(trace[key][i], frames), mask=order.mask), title, colors)
 
 

@@ -212,6 +212,52 @@ def test_a_png_and_a_gif_an_image(traced, tmp_path):
             assert np.array_equal(new, (arrays["order_step"][3] == step).reshape(8, 8))
 
 
+def axes_of(monkeypatch, path, trace) -> list:
+    """The axes of the picture of a trace's image 0, which is drawn and written; the last are those of the film."""
+    from matplotlib import pyplot as plt
+
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    plot_trace.draw_image(path, trace, 0)
+    figure = plt.gcf()
+    monkeypatch.undo()
+    plt.close(figure)
+    return figure.axes
+
+
+def shown_ticks(direction) -> list[float]:
+    low, high = sorted(direction.get_view_interval())
+    return [tick for tick in direction.get_ticklocs() if low <= tick <= high]
+
+
+def test_a_trace_of_scales_has_its_rules_step_by_step_and_no_empty_place(tmp_path, monkeypatch):
+    """1 + 4 + 9 tokens, which are no grid, in three steps."""
+    order = np.repeat([0, 1, 2], [1, 4, 9])[None]
+    frames = np.zeros((1, 3, 8, 8, 1), np.uint8)
+    trace = dict(order_step=order, tau=1 + 0.1 * order, cfg=2.0 - order, group_size=np.array([[1, 4, 9]]))
+    bars, tau, cfg, *film = axes_of(monkeypatch, tmp_path / "x.png", trace | dict(frames=frames, labels=np.array([7])))
+    assert [bar.get_height() for bar in bars.patches] == [1, 4, 9] and bars.axison and len(film) == 8
+    for axis, name, values in ((tau, "τ", [1, 1.1, 1.2]), (cfg, "w", [2, 1, 0])):
+        (line,) = axis.lines
+        assert name in axis.get_title() and axis.axison
+        assert line.get_xdata().tolist() == [1, 2, 3] and line.get_ydata() == pytest.approx(values)
+
+
+@pytest.mark.parametrize("side", [2, 20])
+def test_counts_and_steps_have_whole_ticks(side, tmp_path, monkeypatch):
+    """Few tokens a step, and a grid too large for numbers in its cells."""
+    order = np.minimum(np.arange(side**2), 2)[None]
+    counts = np.bincount(order[0], minlength=3)[None]
+    ones = np.ones(order.shape)
+    trace = dict(order_step=order, tau=ones, cfg=ones, group_size=counts, labels=np.array([0]))
+    trace["frames"] = np.zeros((1, 3, side, side, 1), np.uint8)
+    axes = axes_of(monkeypatch, tmp_path / "x.png", trace)
+    bars = next(axis for axis in axes if "tokens a step" in axis.get_title())
+    colours = next(axis for axis in axes if axis.get_label() == "<colorbar>")  # of the steps, the first
+    for direction in (bars.xaxis, bars.yaxis, colours.yaxis):
+        ticks = shown_ticks(direction)
+        assert ticks and all(float(tick).is_integer() for tick in ticks)
+
+
 def test_the_shares_in_the_picture_are_those_of_the_results_line():
     """Images that end at different steps, values that differ between tokens."""
     rng = np.random.default_rng(0)

@@ -4,9 +4,10 @@
     python scripts/plot_training.py RUN RUN --tags rho_mean,k_over_cosine_mean,tau_mean,w_mean --out curves.png
 
 One panel a quantity, one line a run, a running mean over --smooth steps; for a quantity x_mean whose spread x_std the
-run logged, a band of that width.
+run logged, a band of that width. One legend below names the runs of all panels.
 """
 
+import fnmatch
 import math
 import sys
 from pathlib import Path
@@ -21,7 +22,18 @@ from util.door import run_main
 from util.images.folders import check_output_folder
 from util.images.pictures import is_png
 
-TAGS = ("mse", "order", "rho_mean", "k_over_cosine_mean", "tau_mean", "w_mean")
+TAGS = ("mse", "ce", "accuracy", "order", "reward", "distance_*")
+TAGS += ("rho_mean", "k_over_cosine_mean", "group_mean", "tau_mean", "w_mean", "profile_mean")
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The last two parts of each folder's place; more of them, where two folders would have the same name."""
+    places = [folder.absolute().parts for folder in folders]
+    for count in range(2, max(map(len, places)) + 1):
+        names = ["/".join(parts[-count:]) for parts in places]
+        if len({*names}) == len({*places}):
+            break
+    return names
 
 
 def read_run(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -58,7 +70,9 @@ def draw(runs: dict[str, dict], tags: list[str], width: int, path: Path) -> None
 
     columns = min(len(tags), 3)
     rows = math.ceil(len(tags) / columns)
-    figure, panels = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False)
+    size = (4.2 * columns, 3 * rows + 0.3)
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    handles = {}
     for panel, tag in zip(panels.flat, tags):
         for number, (name, curves) in enumerate(runs.items()):
             if tag not in curves:
@@ -66,7 +80,7 @@ def draw(runs: dict[str, dict], tags: list[str], width: int, path: Path) -> None
             steps, values = curves[tag]
             mean = smoothed(values, width)
             color = f"C{number % 10}"
-            panel.plot(steps, mean, linewidth=1.2, label=name, color=color)
+            (handles[name],) = panel.plot(steps, mean, linewidth=1.2, label=name, color=color)
             std_tag = tag.removesuffix("_mean") + "_std"
             if tag.endswith("_mean") and std_tag in curves:
                 std = smoothed(curves[std_tag][1], width)
@@ -76,8 +90,9 @@ def draw(runs: dict[str, dict], tags: list[str], width: int, path: Path) -> None
         panel.grid(alpha=0.3)
     for panel in panels.flat[len(tags) :]:
         panel.set_visible(False)
-    panels.flat[0].legend(fontsize=8)
-    figure.tight_layout()
+    handles = {name: handles[name] for name in runs if name in handles}
+    across = max(1, int(13 * size[0]) // (max(map(len, handles)) + 6))  # 13 letters an inch
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=across, fontsize=8, frameon=False)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
@@ -88,7 +103,9 @@ def main(argv=None) -> int:
     parser = OneLineParser(prog="plot_training.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders with TensorBoard files")
     parser.add_argument(
-        "--tags", default=",".join(TAGS), help="comma list of quantities; those no run has are left out"
+        "--tags",
+        default=",".join(TAGS),
+        help="comma list of quantities, or of patterns such as distance_*; those no run has are left out",
     )
     parser.add_argument("--smooth", type=int, default=50, help="steps of the running mean")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
@@ -100,11 +117,14 @@ def main(argv=None) -> int:
     check_output_folder("out", args.out.parent)
     if args.dry_run:
         return 0
-    runs = {"/".join(folder.absolute().parts[-2:]): read_run(folder) for folder in args.runs}
-    logged = set().union(*runs.values())
-    tags = [tag for tag in args.tags.split(",") if tag in logged]
+    runs = dict(zip(names_of(args.runs), map(read_run, args.runs)))
+    logged = sorted(set().union(*runs.values()))
+    tags = list(dict.fromkeys(tag for wanted in args.tags.split(",") for tag in fnmatch.filter(logged, wanted)))
     if not tags:
-        raise ValueError(f"none of {args.tags} was logged; there are {', '.join(sorted(logged)) or 'no scalars'}")
+        raise ValueError(f"none of {args.tags} was logged; there are {', '.join(logged) or 'no scalars'}")
+    lacking = [name for name, curves in runs.items() if curves.keys().isdisjoint(tags)]
+    if lacking:
+        print(f"in no panel, since they logged none of {', '.join(tags)}: {', '.join(lacking)}", file=sys.stderr)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     draw(runs, tags, args.smooth, args.out)
     print(f"picture: {args.out}")

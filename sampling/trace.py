@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from util.args import check_input_file
 from util.checkpoint import atomic_file
 
 GREY = 128  # of unknown tokens
@@ -118,8 +119,7 @@ def load_trace(path: Path, of_scales: bool = False) -> dict[str, np.ndarray]:
 
     And so does, without of_scales, one whose tokens are no grid, because its model draws scales.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; sample.py --save_trace N writes one for each setting")
+    check_input_file(path, "trace.npz", "sample.py --save_trace N writes one for each setting")
     try:
         trace = _arrays(path, KEYS)
     except Exception:

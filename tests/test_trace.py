@@ -284,10 +284,12 @@ def test_the_shares_in_the_picture_are_those_of_the_results_line():
         ("{trace} --out {trace}", "file"),
         ("{trace}", "--out"),
         ("{out}/missing.npz --out {out}", "missing.npz"),
+        ("{folder} --out {out}", "is a folder; take {trace}"),
         ("{other} --out {out}", "samples.npz"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(flags, shown, traced, tmp_path, capsys):
     places = dict(trace=folder_of(traced) / "trace.npz", other=folder_of(traced) / "samples.npz", out=tmp_path / "out")
-    assert shown in refused(plot_trace.main, flags.format(**places).split(), capsys)
+    places["folder"] = places["trace"].parent
+    assert shown.format(**places) in refused(plot_trace.main, flags.format(**places).split(), capsys)
     assert not (tmp_path / "out").exists()

@@ -256,6 +256,18 @@ def check_output_file(name: str, path: str | Path, is_own, inputs=()) -> None:
         raise ValueError(f"--{name} {path} exists and is not of the kind that is written: choose another name")
 
 
+def check_input_file(path: Path, usual_name: str, source: str = "") -> None:
+    """Raise ValueError unless path is a file. Of a folder it names the file with the usual name that is in it.
+
+    source: how such a file is made, for the error where there is none.
+    """
+    if path.is_dir():
+        inside = path / usual_name
+        raise ValueError(f"{path} is a folder; " + (f"take {inside}" if inside.is_file() else f"no {usual_name} in it"))
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}" + (f"; {source}" if source else ""))
+
+
 def check_folder(name: str, path: str) -> None:
     """Raise ValueError if --name cannot be a folder to write to; nothing is made yet."""
     folder = Path(path).absolute()

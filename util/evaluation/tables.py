@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from util.args import check_input_file
 from util.evaluation.features import features_name
 from util.evaluation.results import numbered_results
 
@@ -22,8 +23,7 @@ def read_lines(path: Path) -> list[dict]:
 
     So does a figure that is no finite number, with file, line and its name; null is one that was not measured.
     """
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+    check_input_file(path, "results.jsonl")
     rows = [(number, row) for number, row in numbered_results(path) if isinstance(row.get("settings"), dict)]
     if not rows:
         raise ValueError(f"{path} holds no results of sample.py")

@@ -133,7 +133,8 @@ def print_tables(groups, names: list[str]) -> None:
             print()
         if len(parts) > 1:
             print(f"{heading}:\n")
-        print(markdown(part, varying(part), [n for n in names if any(n in values for _, values, _ in part)]))
+        measured = [n for n in names if any(n in values for _, values, _ in part)]
+        print(markdown(part, varying(part), measured) if measured else "neither figures nor evaluations")
 
 
 def is_table(path: Path) -> bool:
@@ -162,13 +163,32 @@ def coordinate(x: str, settings: dict, values: dict):
     return np.mean(values[x]) if x in values else None
 
 
-def plot_lines(groups, columns: list[str], panels: list[tuple[str, str]]) -> dict[tuple, list[tuple[dict, dict]]]:
-    """{(run or mode, other settings as text): points (settings, values)}, the groups with all that the panels show.
+def is_point(panel: tuple[str, str], settings: dict, values: dict) -> bool:
+    """Has a group what a panel (x, metric) shows?"""
+    x, metric = panel
+    return metric in values and coordinate(x, settings, values) is not None
 
-    A line joins the groups that differ in x only; with a figure for x, in the number of steps only. Nothing to draw, or
+
+def split_shown(groups, columns: list[str], panels: list[tuple[str, str]]) -> tuple[list, list[str]]:
+    """(the groups that a panel shows, the settings of the others as text)."""
+    shown, others = [], []
+    for group, texts in zip(groups, setting_texts(groups, columns)):
+        if any(is_point(panel, *group[:2]) for panel in panels):
+            shown.append(group)
+        else:
+            others.append(", ".join(f"{c} {texts[c]}" for c in columns))
+    return shown, others
+
+
+def plot_lines(groups, columns: list[str], panels: list[tuple[str, str]]) -> dict[tuple, list[tuple[dict, dict]]]:
+    """{(run or mode, other settings as text): points (settings, values)}, of groups that a panel shows.
+
+    A line joins the groups that differ in x only; with a figure for x, in the number of steps only. No groups, or
     figures that must not be compared: ValueError.
     """
-    groups = [group for group in groups if any(metric in group[1] for _, metric in panels)]
+    if not groups:
+        needed = " or ".join(f"{metric} with {x}" for x, metric in panels)
+        raise ValueError(f"no line has {needed}: there is nothing to plot")
     parts = by_protocol(groups)
     if len(parts) > 1:
         metrics = ", ".join(dict.fromkeys(metric for _, metric in panels))
@@ -178,19 +198,26 @@ def plot_lines(groups, columns: list[str], panels: list[tuple[str, str]]) -> dic
     along = "num_iter" if any(first_x in values for _, values, _ in groups) else first_x
     lines = {}
     for (settings, values, _), texts in zip(groups, setting_texts(groups, columns)):
-        if all(metric in values and coordinate(x, settings, values) is not None for x, metric in panels):
-            others = ", ".join(f"{c} {texts[c]}" for c in columns if c not in (color_by, along))
-            lines.setdefault((settings.get(color_by), others), []).append((settings, values))
-    if not lines:
-        needed = ", ".join(dict.fromkeys(name for panel in panels for name in panel))
-        raise ValueError(f"no line has all of {needed}: there is nothing to plot")
+        others = ", ".join(f"{c} {texts[c]}" for c in columns if c not in (color_by, along))
+        lines.setdefault((settings.get(color_by), others), []).append((settings, values))
     return lines
 
 
+def label_of(key: tuple) -> str:
+    """What the legend calls a line of `plot_lines`."""
+    return ", ".join(filter(None, key))
+
+
 def draw_panel(axis, x: str, metric: str, lines: dict) -> None:
-    """The metric against x, with the lines of `plot_lines`; bars are standard deviations."""
+    """The metric against x, with those points of `plot_lines` that have both; bars are standard deviations.
+
+    The color and the style of a line are the same in all panels.
+    """
     colors, styles = (list(dict.fromkeys(key[i] for key in lines)) for i in (0, 1))
+    lines = {key: [point for point in points if is_point((x, metric), *point)] for key, points in lines.items()}
     for (color, style), points in lines.items():
+        if not points:
+            continue
         places = [coordinate(x, *point) for point in points]
         order = np.argsort(places) if all(map(is_number, places)) else range(len(points))
         stats = [mean_and_spread(points[i][1][metric]) for i in order]
@@ -203,7 +230,7 @@ def draw_panel(axis, x: str, metric: str, lines: dict) -> None:
             marker="osD^vPX*"[styles.index(style) % 8],
             markersize=5,
             capsize=3,
-            label=", ".join(filter(None, (color, style))),
+            label=label_of((color, style)),
         )
     ticks = {coordinate(x, *point) for points in lines.values() for point in points}
     if all(map(is_number, ticks)):
@@ -216,9 +243,18 @@ def draw_panel(axis, x: str, metric: str, lines: dict) -> None:
 def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, str]]) -> None:
     """Panels (x, metric) side by side: a colour a run (of a single file: a mode), a line style the other settings.
 
-    x is a setting or a figure. What is refused, and which groups a line joins: see `plot_lines`.
+    x is a setting or a figure. A panel shows the groups that have its own two; groups and panels that are left out are
+    named on stderr. What is refused, and which groups a line joins: see `plot_lines`.
     """
+    groups, left_out = split_shown(groups, columns, panels)
     lines = plot_lines(groups, columns, panels)
+    empty = [panel for panel in panels if not any(is_point(panel, *group[:2]) for group in groups)]
+    panels = [panel for panel in panels if panel not in empty]
+    if left_out:
+        print(f"not in the plot, having nothing that it shows: {'; '.join(left_out)}", file=sys.stderr)
+    if empty:
+        pairs = "; ".join(f"{x} with {metric}" for x, metric in empty)
+        print(f"no panel, since no line has both: {pairs}", file=sys.stderr)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -227,10 +263,13 @@ def draw_plot(path: Path, groups, columns: list[str], panels: list[tuple[str, st
     figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
     for axis, (x, metric) in zip(axes[0], panels):
         draw_panel(axis, x, metric, lines)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+    handles = {}
+    for axis in axes[0]:
+        handles |= {label: handle for handle, label in zip(*axis.get_legend_handles_labels())}
+    labels = [label for label in map(label_of, lines) if label in handles]
     if len(labels) > 1:
         figure.legend(
-            handles,
+            [handles[label] for label in labels],
             labels,
             loc="outside lower center",
             ncols=max(1, min(4, 75 * len(panels) // (max(map(len, labels)) + 6))),
@@ -261,6 +300,8 @@ def choose_panels(x: str | None, groups, names: list[str]) -> list[tuple[str, st
     if x is None:
         return [(cost, metrics[0]) for cost in ("mar_evals", "mlp_evals")]
     valid = {*varying(groups), *(n for n in names if n in COSTS)}
+    if not valid:
+        raise ValueError(f"--x {x!r}: these results differ in no setting, and no line has evaluations or images/s")
     if x not in valid:
         raise ValueError(f"--x {x!r} is nothing that differs between these results; valid: {', '.join(sorted(valid))}")
     return [(x, metric) for metric in metrics]
@@ -286,6 +327,8 @@ def main(argv=None) -> int:
     args = parse(argv)
     groups = group_seeds(read_runs(args.results), unset_settings())
     columns, names = varying(groups), pick_figures(groups, args.metrics)
+    if not names:
+        raise ValueError("no line of these results has figures or evaluations: there is nothing to make a table of")
     groups = order_groups(groups, columns)
     panels = choose_panels(args.x, groups, names)
     for name, path in (("csv", args.csv), ("plot", args.plot)):

@@ -152,24 +152,50 @@ def test_settings_that_differ_within_a_run_are_rows_of_it(tmp_path, capsys):
     ]  # fmt: skip
 
 
-def plotted(monkeypatch, capsys, *argv) -> list[tuple]:
-    """(panel, label, colour, x, y) of every line that the plot has; its picture is written as well."""
+def figure_of(monkeypatch, *argv):
+    """The figure of the plot that the program makes; its picture is written as well."""
     from matplotlib import pyplot as plt
 
     monkeypatch.setattr(plt, "close", lambda figure: None)
     assert make_table.main([*map(str, argv)]) == 0
-    capsys.readouterr()
     figure = plt.gcf()
     monkeypatch.undo()
-    curves = []
+    plt.close(figure)
+    return figure
+
+
+def plotted(monkeypatch, capsys, *argv) -> list[tuple]:
+    """(panel, label, colour, x, y) of every line that the plot has."""
+    figure, curves = figure_of(monkeypatch, *argv), []
+    capsys.readouterr()
     for axis in figure.axes:
         for bars in axis.containers:
             curve = bars[0]
             x, y = curve.get_xdata(orig=True), curve.get_ydata()
             where = f"{axis.get_xlabel()}: {axis.get_ylabel()} {axis.get_xscale()}"
             curves.append((where, bars.get_label(), curve.get_color(), list(x), list(y)))
-    plt.close(figure)
     return curves
+
+
+def test_a_panel_shows_all_that_have_its_own_figure_and_the_others_are_named(tmp_path, monkeypatch, capsys):
+    """One mode has FID only, one IS only, one neither: the legend has both, in the colours of all panels."""
+    figures = dict(baseline=dict(fid=3.0), both=dict(is_mean=8.0), policy=dict(psnr=20.0))
+    lines = [line(mode, k, 0, 0.0, metrics=metrics) for mode, metrics in figures.items() for k in (4, 8)]
+    words = write(tmp_path / "r.jsonl", lines), "--plot", tmp_path / "p.png", "--x", "num_iter"
+    figure = figure_of(monkeypatch, *words, "--metrics", "fid,is_mean")
+    said = capsys.readouterr().err
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["baseline", "both"]
+    assert "not in the plot" in said and "infer_mode policy, num_iter 4; infer_mode policy, num_iter 8" in said
+    assert "baseline" not in said and said.count("\n") == 1
+    first, second = plotted(monkeypatch, capsys, *words, "--metrics", "fid,is_mean")
+    assert (first[1], first[2], first[4]) == ("baseline", "C0", [3, 3])
+    assert (second[1], second[2], second[4]) == ("both", "C1", [8, 8])
+
+
+def test_a_panel_without_anything_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    lines = [line("both", k, 0, 1.0, mlp_evals=None) for k in (4, 8)]
+    figure = figure_of(monkeypatch, write(tmp_path / "r.jsonl", lines), "--plot", tmp_path / "p.png")
+    assert len(figure.axes) == 1 and "no panel, since no line has both: mlp_evals with fid\n" in capsys.readouterr().err
 
 
 def test_a_plot_of_runs_has_a_colour_for_each(tmp_path, monkeypatch, capsys):
@@ -282,6 +308,8 @@ def test_kinds_references_and_features_are_not_mixed(tmp_path, capsys):
         (line("both", 4, 0, 1.0), "--plot {}/p.png --x cfg", "'cfg'"),  # the same everywhere
         (line("both", 4, 0, 1.0), "--plot {}/p.png --x nope", "'nope'"),
         (line("both", 4, 0, 1.0), "--x cfg", "--plot"),
+        (line("both", 4, 0, 1.0, num_made=0), "--plot {}/p.png --x nope", "differ in no setting, and no line has"),
+        (line("both", 4, 0, 1.0, num_made=0, metrics={}), "", "no line of these results has figures or evaluations"),
     ],
 )
 def test_a_table_that_cannot_be_made_is_one_line(content, flags, shown, tmp_path, capsys):
@@ -290,6 +318,20 @@ def test_a_table_that_cannot_be_made_is_one_line(content, flags, shown, tmp_path
         path.write_text(content if isinstance(content, str) else json.dumps(content))
     assert shown in refused(make_table.main, [str(path), *flags.format(tmp_path).split()], capsys)
     assert {p.name for p in tmp_path.iterdir()} <= {"results.jsonl"}
+
+
+def test_a_folder_is_called_one_and_the_file_in_it_is_named(tmp_path, capsys):
+    words = [str(tmp_path)]
+    assert f"{tmp_path} is a folder; no results.jsonl in it" in refused(make_table.main, words, capsys)
+    path = write(tmp_path / "results.jsonl", [line("both", 4, 0, 1.0)])
+    assert f"{tmp_path} is a folder; take {path}" in refused(make_table.main, words, capsys)
+
+
+def test_a_part_without_figures_is_no_empty_table(tmp_path, capsys):
+    lines = [line("both", 4, 0, 1.0), line("both", 4, 0, 1.0, reference="cc", num_made=0, metrics={})]
+    assert make_table.main([str(write(tmp_path / "r.jsonl", lines))]) == 0
+    printed = capsys.readouterr().out
+    assert "reference cc:\n\nneither figures nor evaluations\n" in printed and "|  |" not in printed
 
 
 @pytest.mark.parametrize(

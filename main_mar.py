@@ -54,6 +54,7 @@ from util.evaluation.metrics import metrics_line
 from util.images.datasets import num_batches
 from util.images.folders import check_output_folder
 from util.images.text_cache import CachedTexts, open_texts
+from util.lock import written_by_one
 
 MOST_PROMPTS = 1000  # captions that samples are made of during training
 
@@ -96,8 +97,7 @@ def run(config: RunConfig) -> int:
     if resumed:
         check_resume(launch, state.stored, content, dataset.classes)
     if dist.is_main() and not launch.evaluate:
-        kernel = attention_kernel(model.head_dim, device, state.dtype)
-        print(f"{size_line(config.model.model, model, heads)}; unmasked attention: {kernel}")
+        print(size_line(config.model.model, model, heads, attention_kernel(model.head_dim, device, state.dtype)))
     if content is not None and not resumed:
         content = fit_classes(state, content, launch, dataset.classes)
     first = begin(state, config.train, launch, content, resumed, dataset.counts)
@@ -118,7 +118,8 @@ def run(config: RunConfig) -> int:
         return evaluate_checkpoint(state, samples, launch.resume)
     workers = dict(num_workers=dist.num_loading(config.data.num_workers))
     workers["pin_memory"] = config.data.pin_mem and device.type == "cuda"
-    return train(state, dataset, config.train, launch, samples, workers, first)
+    with written_by_one(launch.output_dir):
+        return train(state, dataset, config.train, launch, samples, workers, first)
 
 
 def asked(state: TrainState, texts: CachedTexts | None, classes: list[str]) -> dict[int, str]:

@@ -37,7 +37,7 @@ from util import dist
 from util.args import check_folder, check_values, defaults, flag, make_parser, pick
 from util.checkpoint import checkpoint_path, load_checkpoint
 from util.door import run_main
-from util.evaluation.protocol import EvalConfig, build_reference, protocol, reference_hashes
+from util.evaluation.protocol import EvalConfig, build_reference, classifier_hashes, protocol, reference_hashes
 from util.evaluation.results import append_result, find_result, git_commit, read_named, report
 from util.images.folders import check_output_folder
 from util.images.pictures import PNGFolder, is_whole, load_samples, save_png
@@ -171,6 +171,7 @@ class Sweep:
         shared |= dict(dtype=dist.dtype_name(self.parts.dtype), **identity(self.parts, self.edit))
         unset = unset_settings() | ({} if self.args.img_size else size_of_images(self.parts.model))
         hashes = {"weights": self.parts.weights_hash(), **reference_hashes(reference)}
+        hashes |= classifier_hashes(self.evaluation)
         hashes["tokenizer"] = self.parts.tokenizer.describe()
         # read once, before anything is sampled: so all processes see the same
         done = read_named(self.results)

@@ -57,7 +57,7 @@ def span(
         seed = point.pop("seed", DEFAULT_SEED)
         sampling = replace(base, **point)
         if has_heads and "schedule" not in given:
-            sampling = without_searched(sampling)
+            sampling = without_searched(sampling, given)
         settings.append(Setting(seed, sampling.fitted(fixed_rules, "the model", length).resolved()))
     return settings
 
@@ -94,9 +94,9 @@ def unset_settings() -> dict:
     return asdict(SampleConfig().resolved()) | asdict(EvalConfig().resolved())
 
 
-def without_searched(sampling: SampleConfig) -> SampleConfig:
-    """The settings without a searched schedule, where their mode is baseline."""
+def without_searched(sampling: SampleConfig, given=()) -> SampleConfig:
+    """The settings without a searched schedule, where their mode is baseline; rules given by hand stay."""
     if sampling.infer_mode != "baseline":
         return sampling
-    searched = [flag for flag in FLAGS.values() if getattr(sampling, flag) == "schedule"]
+    searched = [flag for flag in FLAGS.values() if getattr(sampling, flag) == "schedule" and flag not in given]
     return replace(sampling, schedule=None, **dict.fromkeys(searched))

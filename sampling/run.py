@@ -29,6 +29,7 @@ from util import dist
 from util.checkpoint import weights_hash
 from util.evaluation.results import other_weights
 from util.images.pictures import FULL, Writer, begin_folder, image_path, is_readable, prepare_folder, to_uint8
+from util.lock import written_by_one
 from util.rng import image_seeds
 
 
@@ -122,13 +123,14 @@ def sample_images(
     settings |= dict(tokenizer=parts.tokenizer.describe(), **identity(parts, edit))
     settings["checkpoint"] = parts.checkpoint
     run = SamplingRun(parts, sampling, labels, seed, folder, edit)
-    if dist.is_main():
-        prepare_folder(folder, settings)
-    dist.barrier()
-    trace = Trace(folder, labels[:num_traced], parts.model.config.seq_len, sampling.num_iter)
-    batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
-    run.make(batches, trace)
-    return {"weights": settings["weights"], **run.report()}
+    with written_by_one(folder):
+        if dist.is_main():
+            prepare_folder(folder, settings)
+        dist.barrier()
+        trace = Trace(folder, labels[:num_traced], parts.model.config.seq_len, sampling.num_iter)
+        batches = [range(i, min(i + batch_size, len(labels))) for i in range(0, len(labels), batch_size)]
+        run.make(batches, trace)
+        return {"weights": settings["weights"], **run.report()}
 
 
 class SamplingRun:

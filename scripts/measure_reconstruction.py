@@ -7,7 +7,7 @@ Adds one line of kind "reconstruction" to OUT/results.jsonl. scripts/make_table.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from anywhere
@@ -67,6 +67,7 @@ def run(args: ReconstructionArgs) -> int:
 
     dtype_name = dist.dtype_name(dtype)
     evaluation = EvalConfig(num_images=count, features=features, eval_split=args.split, fid_stats=args.fid_stats)
+    evaluation = replace(evaluation, fid_weights=args.fid_weights if features else None)
     settings = dict(tokenizer=args.tokenizer, data=args.data, img_size=images.img_size, dtype=dtype_name)
     wanted = reconstruction_row(tokenizer.fingerprint, settings, evaluation, images if stats is None else stats)
     results = Path(args.output_dir) / "results.jsonl"

@@ -196,7 +196,7 @@ def measure(run: Run, tokenizer: Tokenizer) -> dict:
     """The line of results.jsonl about the held-out images, which is measured and appended unless it is there."""
     args, results = run.args, Path(run.args.output_dir, "results.jsonl")
     dtype = dist.dtype_name(run.dtype)
-    evaluation = EvalConfig(num_images=len(run.held_out), features=args.features)
+    evaluation = EvalConfig(num_images=len(run.held_out), features=args.features, fid_weights=args.fid_weights)
     settings = dict(tokenizer=flags_of(args)[1], data=args.data, img_size=run.images.img_size, dtype=dtype)
     wanted = reconstruction_row(tokenizer.fingerprint, settings, evaluation, run.images)
     row = find_result(read_results(results), wanted)
@@ -271,6 +271,8 @@ def check_args(args: TokenizerArgs) -> None:
     for name in ("epochs", "max_minutes", "lr"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} must be above 0, got 0")
+    if not args.has_codebook and args.codebook_size != TokenizerArgs.codebook_size:
+        raise ValueError(f"--codebook_size {args.codebook_size} has no meaning without --vq or --multiscale")
     if args.multiscale and args.codebook_size < len(args.scales):
         raise ValueError(
             f"--codebook_size {args.codebook_size} must be at least {len(args.scales)}, the scales of --patch_nums "

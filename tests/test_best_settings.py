@@ -138,6 +138,34 @@ def test_another_classifier_judges_by_features_of_its_own(tmp_path):
     assert beside["metrics"] == own["metrics"] | {"judge_fid": judged["metrics"]["fid"]}
 
 
+@pytest.mark.parametrize("flag", ["--judge", "--fid_weights"])
+def test_a_classifier_whose_file_was_replaced_measures_anew(flag, tmp_path):
+    checkpoint, out, file = untrained(tmp_path / "c"), tmp_path / "out", tmp_path / "other.npz"
+    common = ["--num_images", "20", "--metrics", "fid", "--features", "digits", flag, file]
+    for seed in (1, 2, 2):
+        assert train_classifier.main(["--seed", str(seed), "--epochs", "1", "--output", str(file)]) == 0
+        assert draw(checkpoint, out, *common) == 0
+    first, second = rows(out)
+    figure = {"--judge": "judge_fid", "--fid_weights": "fid"}[flag]
+    assert first["metrics"][figure] != second["metrics"][figure] and second["num_made"] == 0
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    before = [{k: v for k, v in line.items() if not k.endswith("s_content") and k != "judge_content"} for line in lines]
+    (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in before[1:]))
+    assert draw(checkpoint, out, *common) == 0 and len(rows(out)) == 1  # a line of before is not doubted
+
+
+def test_another_batch_size_is_the_same_setting(tmp_path):
+    checkpoint, out = untrained(tmp_path / "c"), tmp_path / "out"
+    common = ["--num_images", "20", "--metrics", "none"]
+    assert draw(checkpoint, out, *common, "--eval_bsz", "8") == 0
+    made = (out / "results.jsonl").read_bytes()
+    assert draw(checkpoint, out, *common, "--eval_bsz", "5") == 0 and (out / "results.jsonl").read_bytes() == made
+    (row,) = rows(out)
+    (out / "results.jsonl").unlink()
+    (out / row["name"] / "7.png").unlink()
+    assert draw(checkpoint, out, *common, "--eval_bsz", "5") == 0 and rows(out)[0]["num_made"] == 5
+
+
 def test_other_features_judge_by_their_name(tmp_path, monkeypatch):
     monkeypatch.setitem(FEATURES, "others", FEATURES["digits"])
     checkpoint, out = untrained(tmp_path / "c"), tmp_path / "out"

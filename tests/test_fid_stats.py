@@ -109,13 +109,16 @@ def damaged(damage: str, path: Path) -> None:
         "whole numbers": dict(mu=np.zeros(4, int)),
         "matrix mu": dict(mu=sigma),
         "other sizes": dict(sigma=np.eye(5)),
+        "negative": dict(sigma=-np.eye(4)),
+        "half": dict(sigma=np.triu(np.ones((4, 4))) + 4 * np.eye(4)),
+        "indefinite": dict(sigma=np.ones((4, 4)) - 0.5 * np.eye(4)),
     }
     arrays = {"mu": mu, "sigma": sigma} | changes[damage]
     np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
 
 
 DAMAGES = ["text", "truncated", "array", "objects", "object features", "two features", "no sigma", "nan"]
-DAMAGES += ["whole numbers", "matrix mu", "other sizes"]
+DAMAGES += ["whole numbers", "matrix mu", "other sizes", "negative", "half", "indefinite"]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -125,6 +128,15 @@ def test_damaged_and_unsafe_statistics_are_one_line(damage, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.npz refused: [^\n]+$"):
         load_fid_stats(path)
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [3, 200])
+def test_covariances_that_are_rounded_or_singular_are_read(n, dtype, tmp_path):
+    """Of fewer images than features, and of features of very different sizes."""
+    x = np.random.default_rng(0).normal(size=(n, 64)) * np.logspace(-4, 2, 64)
+    np.savez(tmp_path / "s.npz", mu=x.mean(axis=0).astype(dtype), sigma=np.cov(x, rowvar=False).astype(dtype))
+    assert load_fid_stats(tmp_path / "s.npz").sigma.shape == (64, 64)
 
 
 def test_statistics_of_something_else_are_refused(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from scipy.ndimage import correlate1d
 
 from models.tokenizers import measuring
-from scripts import measure_reconstruction
+from scripts import measure_reconstruction, train_classifier
 from tests.helpers import image_folder
 from tests.helpers_ids import GreyIds
 from tests.helpers_tokenizers import TINY
@@ -166,6 +166,18 @@ def test_the_program_measures_once_and_says_reconstruction(tmp_path, monkeypatch
     second = rows(tmp_path)[1]
     assert second["metrics"].keys() == {"psnr", "ssim"} and second["weights"] != row["weights"]
     assert re.search(r"pixel: PSNR \d+\.\d+ dB  SSIM 0\.\d+\n", capsys.readouterr().out)
+
+
+def test_another_classifiers_figures_are_another_line(tmp_path):
+    other = tmp_path / "other.npz"
+    assert train_classifier.main(["--seed", "1", "--epochs", "1", "--output", str(other)]) == 0
+    base = ["--tokenizer", "pixel", "--data", "digits", "--features", "digits", "--num_images", "50"]
+    base += ["--output_dir", str(tmp_path)]
+    for flags in ([], ["--fid_weights", str(other)], []):
+        assert measure_reconstruction.main([*base, *flags]) == 0
+    first, second = rows(tmp_path)
+    assert [row["protocol"]["features"] for row in (first, second)] == ["digits", f"digits of {other}"]
+    assert "fid_weights" not in first["settings"] and second["settings"]["fid_weights"] == str(other)
 
 
 def test_an_autoencoder_is_measured_on_a_folder(tmp_path, capsys):

@@ -235,6 +235,9 @@ def test_the_baseline_of_a_checkpoint_with_heads_uses_no_searched_value(tmp_path
     settings = rows(tmp_path / "stored")[0]["settings"]
     assert settings["schedule"] is None and settings["group"] == "cosine"
     assert sampled("given", around, *file) == sampled("given to plain", plain, *file) != baseline
+    for flag in ("--group", "--tau_schedule", "--cfg_schedule", "--cfg_profile"):  # by hand, and without values
+        with pytest.raises(ValueError, match="rule 'schedule' needs --schedule FILE"):
+            sampled("by hand", around, "--infer_mode", "baseline", flag, "schedule")
     learned = sampled("both", around, *both)
     assert learned == sampled("both, given", plain, *both, *file, "--group", "schedule")
     assert learned != sampled("both, plain", plain, *both, "--group", "cosine")

@@ -237,6 +237,9 @@ def restore(state: TrainState, content: dict, source) -> int:
         if not isinstance(content.get(key, value_type()), value_type):
             reason = f"its {key!r} is {type_of(content[key])}"
             raise ValueError(f"{source} cannot be continued, {reason}; --init_from starts a new run from its weights")
+    for key in ("epoch", "step"):
+        if content.get(key, 0) < 0:
+            raise ValueError(f"{source} is damaged: its {key} is {content[key]}; valid: 0 and more")
     restore_weights(state, content, source)
     state.objective.remember(content.get("objective", {}))
     if "optimizer" in content:

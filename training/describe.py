@@ -14,14 +14,14 @@ KERNELS = {
 }
 
 
-def size_line(name: str, model, heads) -> str:
-    """Parameters of the transformer, of the token head and of the policy heads, in millions."""
+def size_line(name: str, model, heads, kernel: str) -> str:
+    """Parameters of the transformer, of the token head and of the policy heads, in millions; one of KERNELS."""
     token_head = count(model.token_head)
     parts = {"transformer": count(model) - token_head, "token head": token_head}
     if heads is not None:
         parts["policy heads"] = count(heads)
     words = [f"{part} {number / 1e6:.2f} M" for part, number in parts.items()]
-    return f"{name}: {words[0]} parameters, {', '.join(words[1:])}"
+    return f"{name}: {words[0]} parameters, {', '.join(words[1:])}; unmasked attention: {kernel}"
 
 
 def count(module) -> int:

@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from util.checkpoint import FILE_NAME, SUMS_NAME, atomic_file, read_sums, write_content
+from util.lock import remove_left
 
 BEST_NAME = "checkpoint-best.pth"
 NUMBERED = r"checkpoint-\d{8,}\.pth"
@@ -28,8 +29,7 @@ def keep_checkpoint(folder: str | Path, content: dict, keep_last: int) -> Path:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob(".checkpoint*.tmp"):  # of a process that was killed
-        file.unlink(missing_ok=True)
+    remove_left(folder.glob(".checkpoint*.tmp"))
     step = content["step"]
     last, named = folder / FILE_NAME, folder / f"checkpoint-{step:08d}.pth"
     with atomic_file(last) as temporary:

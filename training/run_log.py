@@ -1,5 +1,6 @@
 """Logs of a training run, step by step: log.jsonl, exact and cut back on resume, and TensorBoard's files."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,12 +14,16 @@ class StepLog:
     """One JSON line a training step in folder/log.jsonl; a kill at any moment costs at most the line being written.
 
     Opening it at a step removes the lines of later steps and an incomplete line, so that a run which continues from its
-    checkpoint ends with the file of a run that was never stopped. While the disk is full, lines wait in memory.
+    checkpoint ends with the file of a run that was never stopped. A file that is there when a run starts from its
+    beginning is renamed to log-1.jsonl, -2, … While the disk is full, lines wait in memory.
     """
 
     def __init__(self, folder: str | Path, step: int):
         self.path = Path(folder) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if step == 0 and self.path.is_file() and self.path.stat().st_size:
+            numbered = (self.path.with_name(f"{self.path.stem}-{i}{self.path.suffix}") for i in itertools.count(1))
+            self.path.rename(next(path for path in numbered if not path.exists()))
         self.file = open(self.path, "a+b", buffering=0)
         self.file.seek(0)
         self.file.truncate(_end_of_step(self.file, step))

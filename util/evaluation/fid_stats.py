@@ -103,6 +103,18 @@ def save_fid_stats(path: str | Path, stats: FIDStats) -> None:
         np.savez(file, **arrays)
 
 
+def _is_covariance(sigma: np.ndarray) -> bool:
+    """Is (d, d) symmetric and without negative eigenvalues, but for what float32 rounds?"""
+    rounding = 1e-5 * max(np.abs(sigma).max(initial=0.0), 1e-30)
+    if not np.allclose(sigma, sigma.T, rtol=0.0, atol=rounding):
+        return False
+    try:
+        np.linalg.cholesky(sigma + rounding * np.eye(len(sigma)))
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
 def load_fid_stats(path: str | Path) -> FIDStats:
     """Read the .npz. A missing or damaged file, Python objects in it, and other shapes or numbers raise ValueError."""
     if not Path(path).is_file():
@@ -119,4 +131,6 @@ def load_fid_stats(path: str | Path) -> FIDStats:
         raise ValueError(f"{path} refused: mu and sigma must be finite floating-point numbers")
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"{path} refused: mu must be (d,) and sigma (d, d), got {mu.shape} and {sigma.shape}")
+    if not _is_covariance(sigma.astype(np.float64)):
+        raise ValueError(f"{path} refused: sigma is no covariance, which is symmetric and has no negative eigenvalues")
     return FIDStats(mu.astype(np.float64), sigma.astype(np.float64), **origin, source=str(path))

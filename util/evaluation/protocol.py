@@ -203,6 +203,17 @@ def reference_hashes(reference) -> dict[str, str | None]:
     return {"reference": reference_hash(reference) if known else None, "reference_content": content_hash(reference)}
 
 
+def classifier_hashes(config: EvalConfig) -> dict[str, str]:
+    """16 hex digits of the bytes of each file whose features are measured by, {} where there is none."""
+    of = dict(features_content=config.fid_weights)
+    of |= dict(judge_content=config.judge_of[1] if config.judge is not None else None)
+    return {
+        name: hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+        for name, path in of.items()
+        if path is not None and config.metrics != "none"
+    }
+
+
 def _size(path: str) -> int:
     """Bytes of a file; −1 for a link to nothing, which is a broken image."""
     try:
@@ -214,8 +225,9 @@ def _size(path: str) -> int:
 def reconstruction_row(weights: str, settings: dict, config: EvalConfig, reference) -> dict:
     """What identifies a tokenizer's result in results.jsonl: fingerprint, settings of the measurement, reference."""
     measured = {name: getattr(config, name) for name in ("num_images", "features", "eval_split", "fid_stats")}
-    settings = {**settings, **measured}
-    return dict(kind="reconstruction", settings=settings, weights=weights, **reference_hashes(reference))
+    measured |= dict(fid_weights=config.fid_weights) if config.fid_weights is not None else {}
+    hashes = reference_hashes(reference) | classifier_hashes(config)
+    return dict(kind="reconstruction", settings={**settings, **measured}, weights=weights, **hashes)
 
 
 def class_balance(labels, of_text: bool = False) -> str:

@@ -9,7 +9,7 @@ from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import protocol_line
 from util.images.pictures import read_run
 
-LATER = {"reference_content"}  # keys that lines of before them lack
+LATER = {"reference_content", "features_content", "judge_content"}  # keys that lines of before them lack
 
 
 def git_commit() -> str | None:
@@ -25,8 +25,11 @@ def numbered_results(path: Path) -> list[tuple[int, dict]]:
     """(number of the line, counted from 1; the dict in it) for each line of a results file that holds one.
 
     A line cut short by a crash is left out, a byte order mark is passed over. A file that is not UTF-8 raises
-    ValueError with its name and the line.
+    ValueError with its name and the line, and so does what is no file; one that is not there has none.
     """
+    if path.is_dir() or (path.is_symlink() and not path.exists()):
+        what = "is a folder" if path.is_dir() else "is a link to nothing"
+        raise ValueError(f"{path} {what}: results are lines of a file")
     rows = []
     for number, data in enumerate(path.read_bytes().split(b"\n") if path.is_file() else (), start=1):
         try:
@@ -58,14 +61,20 @@ def read_named(path: Path) -> list[dict]:
 def find_result(rows: list[dict], wanted: dict, defaults: dict | None = None) -> dict | None:
     """The first of the rows that has all keys and values of wanted, but for LATER in old rows; None if none has.
 
-    defaults: values of settings, for rows that are older than the flag of a setting.
+    defaults: values of settings, for rows that are older than the flag of a setting. How many images were sampled
+    together, eval_bsz, makes no other result, but in int8.
     """
+    free = set() if wanted.get("settings", {}).get("dtype") == "int8" else {"eval_bsz"}
+
+    def compared(value):
+        return {k: v for k, v in value.items() if k not in free} if isinstance(value, dict) else value
+
     old = {k: wanted[k] for k in LATER & wanted.keys()}
     for row in rows:
         whole = {**old, **row}
         if isinstance(row.get("settings"), dict):
             whole["settings"] = {**(defaults or {}), **row["settings"]}
-        if all(whole.get(key) == value for key, value in wanted.items()):
+        if all(compared(whole.get(key)) == compared(value) for key, value in wanted.items()):
             return row
     return None
 

@@ -19,6 +19,7 @@ from util.checkpoint import atomic_file
 from util.images.datasets import FolderDataset, ImageDataset, labels_of
 from util.images.latents import SETTINGS, check_reading, checksum, npz_path, open_shard, read_json, read_npz, shard_path
 from util.images.reading import MARS_WAY
+from util.lock import remove_left
 
 
 def image_names(dataset: ImageDataset) -> list[str]:
@@ -91,8 +92,7 @@ def begin(folder: Path, settings: dict) -> None:
         if stored[key] != value:
             raise ValueError(f"--cached_path {folder} holds other latents ({_difference(key, stored[key], value)})")
     if dist.is_main():  # no other process writes yet
-        for file in folder.rglob(".*.tmp"):
-            file.unlink()
+        remove_left(folder.rglob(".*.tmp"))
 
 
 def _difference(key: str, stored, wanted) -> str:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 
 from util.checkpoint import atomic_file
+from util.lock import remove_left
 
 SAMPLES = "samples.npz"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk without space for this user or file
@@ -137,17 +138,17 @@ def begin_folder(folder: Path, run: dict) -> None:
 def prepare_folder(folder: Path, run: dict) -> None:
     """`begin_folder`; if the run.json there describes another run, remove that run's files.
 
-    The place of the checkpoint, the key `checkpoint`, makes no other run.
+    The place of the checkpoint, the key `checkpoint`, makes no other run, nor but in int8 does the `batch_size`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob(".*.tmp"):  # of a process that was killed
-        file.unlink()
+    remove_left(folder.glob(".*.tmp"))
     begin_folder(folder, run)
     note = folder / "run.json"
     text = json.dumps(run)
     if note.read_bytes() != text.encode():
         made = [file for file in folder.iterdir() if re.fullmatch(MADE, file.name)]
-        if {**read_run(folder), "checkpoint": None} != {**json.loads(text), "checkpoint": None}:
+        same = dict.fromkeys(["checkpoint"] if run.get("dtype") == "torch.int8" else ["checkpoint", "batch_size"])
+        if read_run(folder) | same != json.loads(text) | same:
             for file in made:
                 file.unlink()
         with atomic_file(note) as temporary:

@@ -18,6 +18,7 @@ from util.checkpoint import atomic_file
 from util.images.folders import shown
 from util.images.latent_files import write_json
 from util.images.latents import checksum, read_json
+from util.lock import remove_left
 from util.rng import seed_of
 
 VERSION = 1
@@ -134,8 +135,7 @@ def begin(folder: Path, settings: dict) -> None:
         if stored[key] != value:
             what = f"{key} {stored[key]!r} instead of {value!r}"
             raise ValueError(f"--cached_text {folder} holds features of other texts or of another encoder ({what})")
-    for file in folder.glob(".*.tmp"):
-        file.unlink()
+    remove_left(folder.glob(".*.tmp"))
 
 
 def read_shard_lengths(folder: Path, number: int, count: int, width: int) -> list[int] | None:

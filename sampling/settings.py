@@ -92,10 +92,11 @@ class SampleConfig(RuleOptions):
         check_num_iter(moved_rule("group", self) if group == "learned" else group, self.num_iter)
         return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in FLAGS.values()}, **options)
 
-    def check(self, model, heads=None) -> None:
+    def check(self, model, heads=None, num_unknown: int | None = None) -> None:
         """Raise ValueError for what `generate` would refuse of these settings at the first images of a model.
 
-        model: a `models.families.Backbone`; heads: the policy heads to sample with.
+        model: a `models.families.Backbone`; heads: the policy heads to sample with. num_unknown: tokens to draw of an
+        image, None for all; the rule of one token a step must have as many steps, or the last one would draw the rest.
         """
         rules, length = self.rules(heads), needed_steps(model)
         num_iter = default_num_iter(model.fixed_rules, length) if self.num_iter is None else self.num_iter
@@ -103,6 +104,9 @@ class SampleConfig(RuleOptions):
             raise ValueError(
                 f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
             )
+        needed = length if num_unknown is None else num_unknown
+        if "group" not in model.fixed_rules and self.resolved().group == "one" and num_iter < needed:
+            raise ValueError(f"--num_iter {num_iter} is too small: --group one draws one token a step, of {needed}")
         if model.fixed_rules.get("group") == "scale" and num_iter != length:
             raise ValueError(
                 f"--num_iter {num_iter} must be {length}: this model draws a scale a step, and has so many"

@@ -19,7 +19,7 @@ from training import build, keeping
 from training import step as step_module
 from training.checkpoints import check_resume
 from training.config import LaunchConfig
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.door import run_main
 from util.evaluation.protocol import EvalConfig
 
@@ -159,3 +159,29 @@ def test_sizes_that_no_shape_shows_are_compared_too(tmp_path, key, value, shown,
     with pytest.raises(ValueError, match=shown):
         check_resume(LaunchConfig(resume="RUN"), stored, saved, [])
     check_resume(LaunchConfig(resume="RUN", allow_mismatch=True), stored, saved, [])
+
+
+def test_a_log_that_is_there_is_kept_under_another_name(pictures, tmp_path):
+    """Somebody else's, or that of a run whose checkpoints were moved away."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("mine\n")
+    assert main_mar.main(command(pictures, folder, "--epochs", 1)) == 0
+    first = (folder / "log.jsonl").read_text()
+    assert (folder / "log-1.jsonl").read_text() == "mine\n" and len(first.splitlines()) == STEPS
+    for file in folder.glob("checkpoint*"):
+        file.unlink()
+    assert main_mar.main(command(pictures, folder, "--epochs", 1)) == 0
+    assert (folder / "log-2.jsonl").read_text() == first and (folder / "log-1.jsonl").read_text() == "mine\n"
+    assert main_mar.main(command(pictures, folder, "--epochs", 2)) == 0  # goes on in the same file
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2 * STEPS and not (folder / "log-3.jsonl").exists()
+
+
+@pytest.mark.parametrize("key", ["epoch", "step"])
+def test_a_checkpoint_of_before_the_beginning_is_damaged(key, pictures, tmp_path, capsys):
+    assert main_mar.main(command(pictures, tmp_path, "--epochs", 1)) == 0
+    save_checkpoint(tmp_path, load_checkpoint(tmp_path) | {key: -5})
+    (tmp_path / "checkpoints.sha256").unlink()
+    capsys.readouterr()
+    assert run_main(lambda argv: main_mar.main(command(pictures, tmp_path, "--epochs", 2))) == 2
+    assert f"is damaged: its {key} is -5" in capsys.readouterr().err

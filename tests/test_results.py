@@ -58,6 +58,15 @@ def test_a_line_is_appended_after_whatever_is_there(before, tmp_path):
     assert path.read_bytes().startswith(before)
 
 
+def test_what_is_no_file_of_results_is_named_before_the_work(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for name, what in (("folder", "is a folder"), ("link", "is a link to nothing")):
+        with pytest.raises(ValueError, match=f"{name} {what}: results are lines of a file"):
+            read_results(tmp_path / name)
+    assert read_results(tmp_path / "none") == []
+
+
 def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
     """A line separator inside a text ends no line."""
     path = tmp_path / "r.jsonl"

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from engine_mar import train_one_epoch
 from heads.policy import HEADS
 from models.mar import MAR
-from models.tokenizers import build_tokenizer
+from models.tokenizers import Tokenizer
 from training.build import new_state
 from training.config import TrainConfig, resolve
 from training.objectives import OBJECTIVES
@@ -39,6 +39,7 @@ from util.args import check_output_file, flag, make_parser
 from util.checkpoint import atomic_file
 from util.door import run_main
 from util.images.folders import check_output_folder
+from util.rng import generator
 from util.timing import PeakMemory, Stopwatch, device_work, matmul_rate, print_table, short_number
 
 WARM_UPS = 10  # on a GPU; each step knows another number of tokens
@@ -91,19 +92,20 @@ def training_state(preset: str, device, flags: dict) -> tuple[TrainState, TrainC
         mar.compile_parts()
     heads = config.build_heads(mar.width)
     heads = heads.to(device) if heads is not None else None
-    tokenizer = build_tokenizer("pixel", channels=mar.config.vae_embed_dim).to(device)
-    objective = OBJECTIVES[config.train.objective].build(mar, heads, config.for_objective(flip=False))
+    c = mar.config
+    tokenizer = Tokenizer("cached", stride=c.vae_stride, channels=c.vae_embed_dim, image_channels=3, gaussian=True)
+    tokenizer = tokenizer.to(device)
+    objective = OBJECTIVES[config.train.objective].build(mar, heads, config.for_objective(flip=True))
     state = new_state(objective, tokenizer, config.train, dist.pick_dtype(config.launch.dtype, device))
     state.wrapped.train()
     return state, config.train
 
 
 def random_batch(config, batch_size):
-    """(images or latents of the model's size, labels, indices)."""
+    """(moments of latents and of their mirror images, as from a cache, labels, indices)."""
     side = config.img_size // config.vae_stride
-    shape = (batch_size, config.vae_embed_dim, side, side)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return images, torch.arange(batch_size) % config.class_num, torch.arange(batch_size)
+    moments = torch.randn((batch_size, 2, 2 * config.vae_embed_dim, side, side), generator=generator(0))
+    return moments, torch.arange(batch_size) % config.class_num, torch.arange(batch_size)
 
 
 def training_seconds(device, state: TrainState, args: TrainConfig, num_steps: int = 1) -> float:

@@ -51,15 +51,16 @@ def test_tests_of_cuda_pass(name, marks, null_gpu):
     assert " passed" in done.stdout.splitlines()[-1]
 
 
-def test_a_batch_of_mar_b_once_all_is_captured(null_gpu):
+@pytest.mark.parametrize("mode, most", [("baseline", 110), ("both", 260)])
+def test_a_batch_of_mar_b_once_all_is_captured(mode, most, null_gpu):
     """--fast, 16 steps: two whole passes, of which each has a replay with label and one without, and partial ones."""
-    first, second, *later = counted("batches.sampling(batches.FAST, 16, 16)", null_gpu)
+    first, second, *later = counted(f"batches.sampling(batches.FAST, 16, 16, mode='{mode}')", null_gpu)
     assert second["captures"] > 0 and len(later) == 2
     for batch in later:
         assert batch["captures"] == 0
         assert batch["replays"] == 16 + 2 * 2 + 14  # draws, whole passes, partial ones
         assert batch["waits"] <= 16 + 3
-        assert (batch["kernels"] + batch["copies"]) / 16 < 110
+        assert (batch["kernels"] + batch["copies"]) / 16 < most
         assert batch["kernels_in_replays"] < 16 * 1000
         assert batch["gb"] < 3.5  # 1.3 of it are weights
 

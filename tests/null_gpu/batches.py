@@ -14,7 +14,7 @@ os.environ.setdefault("VALUES", "70000")  # those that rules decide with; produc
 import torch  # noqa: E402
 from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics  # noqa: E402
 
-from heads.policy import build_rules  # noqa: E402
+from heads.policy import LEARNABLE, PolicyHeads, build_rules  # noqa: E402
 from models.low_precision import prepare  # noqa: E402
 from models.mar import MAR, MAR_CONFIGS  # noqa: E402
 from sampling.loop import generate  # noqa: E402
@@ -22,28 +22,38 @@ from sampling.settings import FAST  # noqa: E402
 from scripts.bench_training import random_batch, training_state  # noqa: E402
 from tests.null_gpu import counts, emulation  # noqa: E402, F401
 from training.step import foresee, training_step  # noqa: E402
-from util.timing import print_table  # noqa: E402
+from util.timing import PeakMemory, print_table  # noqa: E402
 
 PUBLISHED = dict(solver="ddpm", num_sampling_steps="100", refresh_every=1)
-SAMPLING = {  # name: (settings, images, compiled)
-    "published settings, batch 64": (PUBLISHED, 64, False),
-    "published settings, batch 64, --compile": (PUBLISHED, 64, True),
-    "--fast, batch 64": (FAST, 64, False),
-    "--fast, batch 64, --compile": (FAST, 64, True),
-    "--fast, batch 256": (FAST, 256, False),
+SAMPLING = {  # name: (settings, images, compiled, mode)
+    "published settings, batch 64": (PUBLISHED, 64, False, "baseline"),
+    "published settings, batch 64, --compile": (PUBLISHED, 64, True, "baseline"),
+    "--fast, batch 64": (FAST, 64, False, "baseline"),
+    "--fast, batch 64, --compile": (FAST, 64, True, "baseline"),
+    "--fast, batch 64, heads in mode both": (FAST, 64, False, "both"),
+    "--fast, batch 256": (FAST, 256, False, "baseline"),
 }
 STEPS = 64
 
 
-def sampling(settings: dict, batch_size: int, num_iter: int, compiled: bool = False, num_batches: int = 4) -> list:
-    """What each of some batches asks for: see `asked`."""
+class QuietHeads(PolicyHeads):
+    """Heads that are computed and say nothing, since there are no values that they could read."""
+
+    def raw(self, name, state, base_cfg):
+        """r = 0, of the shape that it has."""
+        return torch.zeros_like(super().raw(name, state, base_cfg))
+
+
+def sampling(settings: dict, batch_size: int, num_iter: int, compiled: bool = False, mode: str = "baseline") -> list:
+    """What each of four batches asks for: see `asked`."""
     with torch.device("meta"):
         model = MAR(MAR_CONFIGS["mar_base"])
     model = model.to_empty(device="cuda").eval()
     prepare(model, torch.bfloat16)
     if compiled:
         model.compile_parts()
-    labels, rules = torch.arange(batch_size) % model.config.class_num, build_rules("baseline", cfg=2.9)
+    labels, heads = torch.arange(batch_size) % model.config.class_num, QuietHeads(model.width, LEARNABLE, form="knots")
+    rules = build_rules(mode, heads.to("cuda"), cfg=2.9)
     options = dict(num_steps=settings["num_sampling_steps"], seeds=range(batch_size))
     options |= {name: settings[name] for name in ("solver", "refresh_every")}
 
@@ -51,7 +61,7 @@ def sampling(settings: dict, batch_size: int, num_iter: int, compiled: bool = Fa
         with torch.autocast("cuda", torch.bfloat16):
             generate(model, labels, rules, num_iter, **options)
 
-    return [asked(batch) for _ in range(num_batches)]
+    return [asked(batch) for _ in range(4)]
 
 
 def training(dtype: str, batch_size: int, compiled: bool = False) -> list[dict]:
@@ -69,20 +79,21 @@ def training(dtype: str, batch_size: int, compiled: bool = False) -> list[dict]:
 
 def asked(run) -> dict:
     """What a call asks for: `counts`, gigabytes at its peak, programs that it compiles and the seconds of this CPU."""
+    peak = PeakMemory(torch.device("cuda"))
     gc.collect()  # of an earlier model, whose captures refer to themselves
+    peak.reset()
     counts()
-    torch.cuda.reset_peak_memory_stats()
     clear_compilation_metrics()
     run()
-    gb, seconds = torch.cuda.max_memory_allocated() / 1e9, [x.duration_us / 1e6 for x in get_compilation_metrics()]
+    gb, seconds = peak.read() / 1e9, [x.duration_us / 1e6 for x in get_compilation_metrics()]
     return counts() | dict(gb=gb, programs=len(seconds), seconds=sum(seconds))
 
 
 def main() -> None:
     """Print both tables."""
     table, of_all = [], ["peak memory, GB", "programs compiled", "in s on this CPU"]
-    for name, (settings, batch_size, compiled) in SAMPLING.items():
-        batches = sampling(settings, batch_size, STEPS, compiled)
+    for name, (settings, batch_size, compiled, mode) in SAMPLING.items():
+        batches = sampling(settings, batch_size, STEPS, compiled, mode)
         last, captures = batches[-1], sum(batch["captures"] for batch in batches)
         per_step = [last["kernels_in_replays"], last["kernels"] + last["copies"], last["waits"]]
         table.append([name, captures, *(f"{x / STEPS:.0f}" for x in per_step), *_of_all(batches)])

@@ -5,6 +5,7 @@ MAR's flags keep their published spelling, default and meaning; --preset fills i
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -213,7 +214,10 @@ def main(argv=None) -> int:
         if dry:
             show(config)
             return 0
-        return run(config)
+        # before the checkpoint is read: another run may be about to write a later one
+        alone = nullcontext() if config.launch.evaluate else written_by_one(config.launch.output_dir, make=False)
+        with alone:
+            return run(config)
     finally:
         dist.shutdown()
 

@@ -298,7 +298,7 @@ def run(args: SampleArgs, given: dict) -> int:
         if args.save_trace and setting.sampling.smooth:
             raise ValueError("--save_trace shows ids as they are drawn, --smooth mixes them: give one of the two")
         # what cannot be sampled is an error before the work, not after it
-        setting.sampling.check(model, heads, edit and int(edit.unknown.sum()))
+        setting.sampling.check(model, heads)
     note_top_k([setting.sampling for setting in settings], model)
     networks = [model] + ([prefix.model] if prefix else [])
     for network in networks:

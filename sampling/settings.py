@@ -92,11 +92,10 @@ class SampleConfig(RuleOptions):
         check_num_iter(moved_rule("group", self) if group == "learned" else group, self.num_iter)
         return build_rules(self.infer_mode, heads, **{n: getattr(self, n) for n in FLAGS.values()}, **options)
 
-    def check(self, model, heads=None, num_unknown: int | None = None) -> None:
+    def check(self, model, heads=None) -> None:
         """Raise ValueError for what `generate` would refuse of these settings at the first images of a model.
 
-        model: a `models.families.Backbone`; heads: the policy heads to sample with. num_unknown: tokens to draw of an
-        image, None for all; the rule of one token a step must have as many steps, or the last one would draw the rest.
+        model: a `models.families.Backbone`; heads: the policy heads to sample with.
         """
         rules, length = self.rules(heads), needed_steps(model)
         num_iter = default_num_iter(model.fixed_rules, length) if self.num_iter is None else self.num_iter
@@ -104,26 +103,33 @@ class SampleConfig(RuleOptions):
             raise ValueError(
                 f"--num_iter {self.num_iter} is too small: this model draws one token a step, an image has {length}"
             )
-        needed = length if num_unknown is None else num_unknown
-        if "group" not in model.fixed_rules and self.resolved().group == "one" and num_iter < needed:
-            raise ValueError(f"--num_iter {num_iter} is too small: --group one draws one token a step, of {needed}")
         if model.fixed_rules.get("group") == "scale" and num_iter != length:
             raise ValueError(
                 f"--num_iter {num_iter} must be {length}: this model draws a scale a step, and has so many"
             )
         if self.smooth and model.fixed_rules.get("group") != "scale":
             raise ValueError("--smooth has no meaning for this model: it mixes the codes of models that draw scales")
-        if isinstance(rules.order, Confidence) and self.resolved().tau_schedule == "constant" and not self.temperature:
-            raise ValueError(
-                "--temperature 0 makes a model equally sure of all that it draws, and --order confidence chooses by "
-                "that: use one above 0"
-            )
+        self.check_confidence(rules.order)
         rules.check(model)
         if not has_square_images(model.config):
             self.check_shape()
         model.token_head.sampler(num_steps=self.num_sampling_steps, **self.token_head_options())
         if not model.token_head.has_steps:
             check_no_profile(rules.profile(None))
+
+    def check_confidence(self, order) -> None:
+        """Raise ValueError for an order by what a model is sure of, and nothing else, where it is sure of everything.
+
+        At temperature 0 all that is drawn has probability 1, and ties would go row by row.
+        """
+        by_that_alone = type(order) is Confidence and (
+            order.score in ("none", "warm_up") or (order.score == "linear" and order.noise == 0)
+        )
+        if by_that_alone and self.temperature == 0 and self.resolved().tau_schedule == "constant":
+            raise ValueError(
+                "--temperature 0 makes a model equally sure of all that it draws, and --order confidence chooses by "
+                "that: use one above 0, or --confidence_score linear with --confidence_noise above 0"
+            )
 
     def check_shape(self) -> None:
         """Raise ValueError for orders that images which are not square do not have."""

@@ -271,8 +271,6 @@ def check_args(args: TokenizerArgs) -> None:
     for name in ("epochs", "max_minutes", "lr"):
         if getattr(args, name) == 0:
             raise ValueError(f"--{name} must be above 0, got 0")
-    if not args.has_codebook and args.codebook_size != TokenizerArgs.codebook_size:
-        raise ValueError(f"--codebook_size {args.codebook_size} has no meaning without --vq or --multiscale")
     if args.multiscale and args.codebook_size < len(args.scales):
         raise ValueError(
             f"--codebook_size {args.codebook_size} must be at least {len(args.scales)}, the scales of --patch_nums "

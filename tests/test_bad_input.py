@@ -391,7 +391,7 @@ CLASSIFIER = [
     ("--output {file}/x.npz", "--output", "{file}"),
     ("--output /proc/x/y.npz", "--output /proc/x"),
 ]
-BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
+BENCH = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, scaling, fast, training")]
 BENCH_TRAINING = [
     ("--device nope", "'nope'", "cpu"),
     ("--only speed", "'speed'", "training, heads"),
@@ -409,7 +409,7 @@ BENCH_IDS = [
 BENCH_ATTENTION = [
     ("--device nope", "'nope'", "cpu"),
     ("--only speed", "'speed'", "whole, partial, training"),
-    ("--kernels fast", "'fast'", "none, bool, flex, nested"),
+    ("--kernels fast", "'fast'", "none, bool, cudnn, flex, nested"),
 ]
 BENCH_SCALES = [("--device nope", "'nope'", "cpu"), ("--only speed", "'speed'", "sampling, training")]
 BENCH_LOADER = [("--num_images 100", "--num_images 100", "64")]

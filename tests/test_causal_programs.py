@@ -1,6 +1,7 @@
 """Training, resuming, sampling and editing with causal models through the programs, and what these refuse."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,12 +9,15 @@ from PIL import Image
 
 import main_mar
 import sample
+from models.blocks import Llama
 from models.causal_gpt import CausalGPT
 from models.loading import load_model
 from models.mar_ar import MARAR
 from tests import helpers_ids
 from tests.test_cli import refused
 from tests.test_train import assert_same
+from training.checkpoints import regrouped
+from training.optim import make_optimizer
 from util.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.on_cpu("runs are compared bit for bit, which a GPU promises with --deterministic alone")
@@ -168,3 +172,17 @@ def test_heads_are_learned_on_images(tmp_path, capsys):
 def test_flags_that_do_not_fit_a_causal_model_are_refused(flags, message, capsys, tmp_path):
     words = [*TRAIN, *IDS, "--epochs", "1", *flags.split(), "--output_dir", str(tmp_path / "run")]
     assert message in refused(main_mar.main, words, capsys)
+
+
+def test_a_run_of_before_the_output_had_weight_decay_goes_on(tmp_path):
+    """Its moments stay with their parameters, which stand in other groups now."""
+    words = [*TRAIN, *GPT, "--output_dir", str(tmp_path / "run"), "--resume", str(tmp_path / "run"), "--epochs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Llama, "no_decay", None)
+        assert main_mar.main([*words, "1"]) == 0
+    stored, model = load_checkpoint(tmp_path / "run")["optimizer"], load_model(tmp_path / "run")[0]
+    before, now = (make_optimizer(model, model.output, 0, 0, way) for way in (None, ()))
+    before.load_state_dict(stored)
+    now.load_state_dict(regrouped(stored, SimpleNamespace(optimizer=now, model=model, objective=model)))
+    assert all(now.state[p]["exp_avg"].equal(before.state[p]["exp_avg"]) for p in model.parameters())
+    assert main_mar.main([*words, "2"]) == 0

@@ -67,7 +67,9 @@ def pictured(trained, tmp_path_factory):
 
 
 def test_host_and_device_do_not_mix(pretence):
-    far = torch.arange(3.0).to(DEVICE)
+    torch.arange(3.0).to(DEVICE)  # the host waits for this copy, not for the next
+    assert pretence.total() == 1
+    far = torch.arange(3.0).to(DEVICE, non_blocking=True)
     assert isinstance(far, FarTensor) and far.device == DEVICE
     for mixed in (
         lambda: far + torch.ones(3),
@@ -76,10 +78,10 @@ def test_host_and_device_do_not_mix(pretence):
     ):
         with pytest.raises(RuntimeError, match="on one device"):
             mixed()
-    assert not pretence
-    assert torch.equal((far + torch.tensor(1.0) + 1).cpu(), torch.tensor([2.0, 3.0, 4.0])) and pretence.total() == 1
-    assert torch.equal(far[torch.tensor([2])].cpu(), torch.tensor([2.0]))
-    assert far.sum().item() == 3.0 and (far > 1).nonzero().shape == (1, 1) and pretence.total() == 4
+    assert pretence.total() == 1
+    assert torch.equal((far + torch.tensor(1.0) + 1).cpu(), torch.tensor([2.0, 3.0, 4.0])) and pretence.total() == 2
+    assert torch.equal(far[torch.tensor([2])].cpu(), torch.tensor([2.0])) and pretence.total() == 4  # the index too
+    assert far.sum().item() == 3.0 and (far > 1).nonzero().shape == (1, 1) and pretence.total() == 6
 
 
 def test_gradients_on_it_are_those_of_the_cpu(monkeypatch):
@@ -171,6 +173,8 @@ def test_a_step_that_judges_what_it_drew_waits_for_that_too(waits):
     """By the confidence in the ids drawn, as MaskGIL does."""
     model = tiny_maskgil().to(dist.pick_device("auto"))
     rules = build_rules("baseline", cfg=2.0, order="confidence", group="step_arccos")
+    if waits is not None:
+        waits.clear()  # of moving the model
     generate(model, torch.tensor([0, 2, -1]), rules, num_iter=4, seeds=[1, 2, 3])
     assert waits is None or waits == {"sampling/canvas.py:select": 4, "sampling/canvas.py:judged": 4}
 
@@ -251,6 +255,11 @@ def test_a_tokenizer(waits, tmp_path):
 def test_benchmarks(program, waits, tmp_path):
     more = "--quick --only sampling" if program is bench else "--only heads"
     assert program.main(f"--preset digits --repeats 1 {more}".split()) == 0
+
+
+def test_no_attention_of_cudnn():
+    """Which is built anew for each number of tokens."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.mark.gpu

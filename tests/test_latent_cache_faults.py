@@ -44,7 +44,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_files(pictures, tmp_p
     assert content(folder).items() < whole.items()  # what is there is whole
     assert "not complete" in refused(main_mar.main, capsys, *SMALL, "--use_cached", "--cached_path", folder)
 
-    (folder / ".left behind.1.tmp").write_text("by a process that was killed")
+    (folder / ".left behind.99999999.tmp").write_text("by a process that was killed")
     encoded, encode = [], cache_latents.encode
     monkeypatch.setattr(
         cache_latents, "encode", lambda t, images, *a: encoded.append(len(images)) or encode(t, images, *a)

@@ -241,10 +241,14 @@ def test_names_that_are_no_scores_are_refused():
 
 def test_a_temperature_of_zero_leaves_nothing_to_be_sure_of():
     """All that is drawn has probability 1, and ties would go row by row."""
-    with pytest.raises(ValueError, match="--temperature 0 .* --order confidence"):
-        SampleConfig(infer_mode="maskgil", temperature=0.0).check(tiny_maskgil())
-    for other in (dict(order="random"), dict(tau_schedule="linear"), dict(temperature=0.1)):
-        SampleConfig(**dict(infer_mode="maskgil", temperature=0.0) | other).check(tiny_maskgil())
+    usual = dict(infer_mode="maskgil", temperature=0.0)
+    for sure in (dict(confidence_score="none"), dict(confidence_score="warm_up"), dict(confidence_noise=0.0)):
+        with pytest.raises(ValueError, match="--temperature 0 .* --order confidence"):
+            SampleConfig(**usual | sure).check(tiny_maskgil())
+        for other in (dict(order="random"), dict(tau_schedule="linear"), dict(temperature=0.1)):
+            SampleConfig(**usual | sure | other).check(tiny_maskgil())
+    for drawn in ({}, dict(confidence_score="random")):  # Gumbel draws decide
+        SampleConfig(**usual | drawn).check(tiny_maskgil())
 
 
 @pytest.mark.parametrize("make", [tiny_maskgil, tiny_gpt])

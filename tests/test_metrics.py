@@ -11,7 +11,17 @@ from torch.utils.data import Dataset, TensorDataset
 from tests.helpers import images_of
 from util.evaluation import metrics
 from util.evaluation.classifiers import DIGITS_WEIGHTS, load_classifier
-from util.evaluation.metrics import KEPT, compute_metrics, digit_metrics, frechet_distance, gaussian_statistics
+from util.evaluation.metrics import (
+    KEPT,
+    METRICS,
+    Metric,
+    compute_metrics,
+    digit_metrics,
+    frechet_distance,
+    gaussian_statistics,
+    metrics_line,
+    possible_metrics,
+)
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +204,25 @@ def test_metrics_line():
     figures = {"precision": 0.71, "recall": 0.65, "svc_accuracy": 0.973, "frechet_pixels": 1.12}
     assert metrics.metrics_line(figures) == "precision 0.71  recall 0.65  SVC accuracy 97.3%  Fréchet (pixels) 1.12"
     assert metrics.metrics_line({}) == ""
+
+
+def test_a_row_is_a_metric(digits, monkeypatch):
+    """It is computed, named where it is impossible, and shown; the others stay as they are."""
+
+    def brightness(images, reference, row, extract):
+        means = [np.concatenate([part for (part,) in extract(x, [row.layer])]).mean() for x in (images, reference)]
+        return {"difference": means[0] - means[1]}
+
+    monkeypatch.setitem(METRICS, "bright", Metric(3, False, {"bright_mean": "difference"}, brightness))
+    x = digits[0]
+    figures = compute_metrics(x[:300], x[300:700], features="digits", metrics=("fid", "bright"))
+    expected = compute_metrics(x[:300], x[300:700], features="digits", metrics=("fid",))
+    assert figures.keys() == {"fid", "bright_mean"} and figures["fid"] == expected["fid"]
+    assert f"bright_mean {figures['bright_mean']:.4g}" in metrics_line(figures)
+    assert "bright" in possible_metrics(None, "digits", from_stats=False)
+    with pytest.raises(ValueError, match="bright needs at least 3 of each"):
+        compute_metrics(x[:2], x[300:700], features="digits", metrics=("bright",))
+    with pytest.raises(ValueError, match="bright needs the reference images"):  # of its own passes over them
+        possible_metrics(("bright",), "digits", from_stats=True)
+    monkeypatch.setitem(METRICS, "bright", METRICS["bright"]._replace(on_request=True))
+    assert "bright" not in possible_metrics(None, "digits", from_stats=False)

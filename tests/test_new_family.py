@@ -64,11 +64,12 @@ def test_it_trains_resumes_evaluates_samples_and_loads(run, tmp_path):
 
 
 def test_a_new_stage_starts_from_its_frozen_weights(run, tmp_path):
+    """Those that are sampled with."""
     words, folder = run
     stage = [*TRAIN, "--output_dir", str(tmp_path / "stage"), "--epochs", "1", "--freeze_backbone"]
     assert main_mar.main([*stage, "--init_from", str(folder)]) == 0
     assert load_checkpoint(tmp_path / "stage")["model"]["mix.weight"].equal(
-        load_checkpoint(folder)["model"]["mix.weight"]
+        load_checkpoint(folder)["model_ema"]["mix.weight"]
     )
 
 

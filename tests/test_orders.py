@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
+from heads import orders
 from heads.orders import ORDERS
 from heads.rules import hard_topk
 from sampling.loop import generate
@@ -141,3 +142,10 @@ def test_hard_topk_against_a_loop(length):
         candidates = [j for j in range(length) if valid[i, j]]
         best = sorted(candidates, key=lambda j: (-scores[i, j], j))[: k[i]]
         assert got[i].nonzero().flatten().tolist() == sorted(best)
+
+
+def test_an_order_that_does_not_say_otherwise_is_of_square_images(monkeypatch):
+    monkeypatch.setitem(orders.ORDERS, "spiral", orders.raster_order)
+    with pytest.raises(ValueError, match="--order spiral is of square images, these are not; valid: random, raster"):
+        orders.check_square("spiral")
+    orders.check_square("raster"), orders.check_square("confidence"), orders.check_square("learned")

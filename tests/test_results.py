@@ -58,6 +58,15 @@ def test_a_line_is_appended_after_whatever_is_there(before, tmp_path):
     assert path.read_bytes().startswith(before)
 
 
+@pytest.mark.parametrize("dtype, found", [("fp32", True), ("bf16", True), ("int8", False)])
+def test_a_line_of_another_batch_size_counts_but_in_int8(dtype, found):
+    """Where an image depends on its batch."""
+    row = {"settings": {"cfg": 2.0, "dtype": dtype, "eval_bsz": 64}, "weights": "w"}
+    wanted = {"settings": {"cfg": 2.0, "dtype": dtype, "eval_bsz": 32}, "weights": "w"}
+    assert (find_result([row], wanted) is row) == found
+    assert find_result([row], {**wanted, "settings": {**row["settings"], "cfg": 3.0}}) is None
+
+
 def test_what_is_no_file_of_results_is_named_before_the_work(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "gone")

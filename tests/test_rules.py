@@ -207,3 +207,23 @@ def test_help_names_every_rule(capsys):
     shown = capsys.readouterr().out
     for kind in RULES:
         assert "{" + ",".join(choices(kind)) + "}" in shown.replace("\n", "").replace(" ", ""), kind
+
+
+@pytest.mark.parametrize("length", [10, 100, 144])
+@pytest.mark.parametrize("num_iter", [4, 5, 10, 20, 25])
+def test_constant_groups_are_those_of_fractions(num_iter, length):
+    """Of 100 · (1 − 4/5) too, which rounding leaves just below 20."""
+    left, expected = length, []
+    for step in range(num_iter):
+        if left:
+            after = max(1, min(left - 1, length * (num_iter - step - 1) // num_iter)) if step < num_iter - 1 else 0
+            expected.append(left - after if left > 1 else 1)
+            left -= expected[-1]
+    sizes, n = [], length
+    while n:
+        current = state(n, step=len(sizes), num_iter=num_iter, num_start=length, length=length)
+        sizes.append(int(whole_group(partial(GROUPS["constant"], options=RuleOptions()), current)))
+        n -= sizes[-1]
+    assert sizes == expected
+    if length % num_iter == 0:
+        assert expected == [length // num_iter] * num_iter

@@ -9,6 +9,7 @@ from models.families import FAMILIES, family_of
 from models.loading import check_config
 from sampling.settings import SampleConfig
 from training.config import DataConfig, LaunchConfig, TokenizerConfig
+from training.optim import make_optimizer
 from training.state import TrainState
 from util import dist
 from util.checkpoint import checkpoint_path, load_checkpoint, load_weights
@@ -231,15 +232,37 @@ def averages_as_weights(content: dict) -> dict:
     return content | {name: content[average] for name, average in pairs if content.get(average)}
 
 
+def regrouped(stored: dict, state: TrainState) -> dict:
+    """The content of an optimizer, for the groups that the parameters stand in now.
+
+    Until 30 November 2026 the output layer of models of ids had no weight decay, as MAR's token head; it then stood in
+    the other group. What fits neither is given back as it is.
+    """
+    now, sizes = state.optimizer.param_groups, [len(group["params"]) for group in stored["param_groups"]]
+    if getattr(state.model, "no_decay", None) != () or sizes == [len(group["params"]) for group in now]:
+        return stored
+    before = make_optimizer(state.objective, state.model.token_head, 0.0, 0.0).param_groups
+    if sizes != [len(group["params"]) for group in before]:
+        return stored
+    place = {id(p): number for number, p in enumerate(p for group in before for p in group["params"])}
+    old = [place[id(p)] for group in now for p in group["params"]]
+    moments = {new: stored["state"][number] for new, number in enumerate(old) if number in stored["state"]}
+    groups, first = [], 0
+    for group, own in zip(stored["param_groups"], now):
+        groups.append(group | {"params": [*range(first, first + len(own["params"]))]})
+        first += len(own["params"])
+    return {"state": moments, "param_groups": groups}
+
+
 def restore(state: TrainState, content: dict, source) -> int:
     """Load a checkpoint into the state; the epoch to continue with."""
     for key, value_type in _STATE.items():
         if not isinstance(content.get(key, value_type()), value_type):
             reason = f"its {key!r} is {type_of(content[key])}"
             raise ValueError(f"{source} cannot be continued, {reason}; --init_from starts a new run from its weights")
-    for key in ("epoch", "step"):
-        if content.get(key, 0) < 0:
-            raise ValueError(f"{source} is damaged: its {key} is {content[key]}; valid: 0 and more")
+    for key, least in (("epoch", -1), ("step", 0)):  # -1: not even the first epoch is whole
+        if content.get(key, least) < least:
+            raise ValueError(f"{source} is damaged: its {key} is {content[key]}; valid: {least} and more")
     restore_weights(state, content, source)
     state.objective.remember(content.get("objective", {}))
     if "optimizer" in content:
@@ -248,6 +271,7 @@ def restore(state: TrainState, content: dict, source) -> int:
         try:
             stored = content["optimizer"]
             # before it is loaded, since what is fused has its count of steps on the device
+            stored = regrouped(stored, state)
             if len(stored["param_groups"]) == len(flags):  # the flags count, as they do for lr
                 stored = stored | {"param_groups": [a | b for a, b in zip(stored["param_groups"], flags)]}
             state.optimizer.load_state_dict(stored)

@@ -210,7 +210,7 @@ def classifier_hashes(config: EvalConfig) -> dict[str, str]:
     return {
         name: hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
         for name, path in of.items()
-        if path is not None and config.metrics != "none"
+        if path is not None and config.metrics != "none" and Path(path).is_file()  # else it is named where it is used
     }
 
 

@@ -58,10 +58,14 @@ def read_runs(paths: list[Path]) -> list[dict]:
     return rows
 
 
+CLASSIFIERS = ("features_content", "judge_content")  # what lines say of the files of classifiers
+
+
 def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict, dict[str, list[float]], int]]:
     """(settings without the seed, {figure: one value a repeat}, number of repeats) for each setting.
 
-    Kind, reference, and run or else weights count as settings. Of two lines with the same seed (and, in a run, the same
+    Kind, reference, the bytes of files of classifiers, and run or else weights count as settings; how many images were
+    sampled together does not, but in int8. Of two lines with the same seed (and, in a run, the same
     checkpoint) the later counts. unset: values of settings, for lines that are older than the flag of a setting which
     others of the lines have.
     """
@@ -71,6 +75,9 @@ def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict,
         sampled = not later.keys().isdisjoint(row["settings"])  # a line of sample.py, not of a reconstruction
         settings = {**(later if sampled else {}), **row["settings"]}
         settings.pop("seed", None)
+        if settings.get("dtype") != "int8":
+            settings.pop("eval_bsz", None)
+        settings |= {name: row[name] for name in CLASSIFIERS if name in row}
         repeat = row["settings"].get("seed")
         if "run" in row:
             settings["run"] = row["run"]

@@ -1,5 +1,7 @@
 """How often a step waits for the device, copies to it that do among it: once, in every mode, family and objective."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -46,7 +48,9 @@ def batch(waits, name: str, mode: str, form: str = "knots", refresh_every: int =
     heads = PolicyHeads(model.width, learn, form=form, tau_mode="token", cfg_mode="token")
     heads = named_weights(heads, scale=0.1).to(DEVICE)
     rules = build_rules(mode, heads, cfg=2.0, **{**overrides, **model.fixed_rules})
-    options = {"tokenizer": scales_tokenizer().to(DEVICE)} if name == "var" else {"refresh_every": refresh_every}
+    options = (
+        {"tokenizer": deepcopy(scales_tokenizer()).to(DEVICE)} if name == "var" else {"refresh_every": refresh_every}
+    )
     num_iter, steps = 4 if name in ("mar", "ids", "maskgil") else None, []
     options |= dict(callback=lambda step, *rest: steps.append(step))
     waits.clear()

@@ -178,6 +178,8 @@ def test_another_classifiers_figures_are_another_line(tmp_path):
     first, second = rows(tmp_path)
     assert [row["protocol"]["features"] for row in (first, second)] == ["digits", f"digits of {other}"]
     assert "fid_weights" not in first["settings"] and second["settings"]["fid_weights"] == str(other)
+    assert train_classifier.main(["--seed", "2", "--epochs", "1", "--output", str(other)]) == 0  # replaced
+    assert measure_reconstruction.main([*base, "--fid_weights", str(other)]) == 0 and len(rows(tmp_path)) == 3
 
 
 def test_an_autoencoder_is_measured_on_a_folder(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """samples.npz: the form that ADM's evaluator reads, of any size, and its loader; the captions of grids."""
 
 import errno
+import json
 import re
 import resource
 import threading
@@ -23,7 +24,6 @@ from util.images.pictures import (
     is_whole,
     load_samples,
     make_grid,
-    prepare_folder,
     read_png,
     save_png,
 )
@@ -149,7 +149,7 @@ def test_pictures_of_several_sizes_are_one_line(tmp_path):
 
 def test_a_full_disk_costs_the_file_and_not_the_run(tmp_path):
     """What it lacks is made by the next run, which takes a folder without it for unfinished."""
-    prepare_folder(tmp_path, dict(weights="aa", labels=[0] * 5))
+    module.prepare_folder(tmp_path, dict(weights="aa", labels=[0] * 5))
     pictures(tmp_path)
     save_png(tmp_path / "grid.png", np.zeros((2, 2, 3), dtype=np.uint8))
 
@@ -214,3 +214,15 @@ def test_a_caption_that_is_cut_says_so_and_fits(caption):
     assert all(caption_font().getlength(line) <= 100 for line in lines)
     assert caption_lines("a  b\nc", 100) == ["a b c"] and caption_lines(" ", 100) == []
     assert sheet(caption).shape[1] == 128 + 8
+
+
+@pytest.mark.parametrize("dtype, kept", [("torch.float32", True), ("torch.bfloat16", True), ("torch.int8", False)])
+def test_images_of_another_batch_size_are_kept_but_in_int8(dtype, kept, tmp_path):
+    """Where they depend on their batch."""
+    run = dict(labels=[0, 1], seed=1, batch_size=8, dtype=dtype, checkpoint="a")
+    module.prepare_folder(tmp_path, run)
+    (tmp_path / "0.png").write_bytes(b"")
+    module.prepare_folder(tmp_path, run | dict(batch_size=4, checkpoint="b"))
+    assert (tmp_path / "0.png").exists() == kept and json.loads((tmp_path / "run.json").read_text())["batch_size"] == 4
+    module.prepare_folder(tmp_path, run | dict(seed=2))
+    assert not (tmp_path / "0.png").exists()

@@ -169,12 +169,26 @@ def test_a_log_that_is_there_is_kept_under_another_name(pictures, tmp_path):
     assert main_mar.main(command(pictures, folder, "--epochs", 1)) == 0
     first = (folder / "log.jsonl").read_text()
     assert (folder / "log-1.jsonl").read_text() == "mine\n" and len(first.splitlines()) == STEPS
-    for file in folder.glob("checkpoint*"):
+    for file in folder.glob("checkpoint*.pth"):
         file.unlink()
     assert main_mar.main(command(pictures, folder, "--epochs", 1)) == 0
     assert (folder / "log-2.jsonl").read_text() == first and (folder / "log-1.jsonl").read_text() == "mine\n"
     assert main_mar.main(command(pictures, folder, "--epochs", 2)) == 0  # goes on in the same file
     assert len((folder / "log.jsonl").read_text().splitlines()) == 2 * STEPS and not (folder / "log-3.jsonl").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_second_log(pictures, tmp_path):
+    """Its lines come again."""
+    whole = tmp_path / "whole"
+    assert main_mar.main(command(pictures, whole, "--epochs", 1)) == 0
+    cut = (whole / "log.jsonl").read_text().splitlines(keepends=True)[:2]
+    (tmp_path / "cut").mkdir()
+    for started in (cut, [cut[0], cut[1][:5]], [cut[0][:5]], []):
+        (tmp_path / "cut/log.jsonl").write_text("".join(started))
+        assert main_mar.main(command(pictures, tmp_path / "cut", "--epochs", 1)) == 0
+        assert not list((tmp_path / "cut").glob("log-*"))
+        for file in (tmp_path / "cut").glob("checkpoint*"):
+            file.unlink()
 
 
 @pytest.mark.parametrize("key", ["epoch", "step"])

@@ -3,9 +3,12 @@
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
+
+from util.checkpoint import SUMS_NAME
 
 FILE_NAME = "log.jsonl"
 
@@ -14,20 +17,31 @@ class StepLog:
     """One JSON line a training step in folder/log.jsonl; a kill at any moment costs at most the line being written.
 
     Opening it at a step removes the lines of later steps and an incomplete line, so that a run which continues from its
-    checkpoint ends with the file of a run that was never stopped. A file that is there when a run starts from its
-    beginning is renamed to log-1.jsonl, -2, … While the disk is full, lines wait in memory.
+    checkpoint ends with the file of a run that was never stopped. Where a run starts from its beginning, a file that is
+    no such log, or is of a run that had checkpoints, is renamed to log-1.jsonl, -2, … While the disk is full, lines
+    wait in memory.
     """
 
     def __init__(self, folder: str | Path, step: int):
         self.path = Path(folder) / FILE_NAME
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if step == 0 and self.path.is_file() and self.path.stat().st_size:
+        if step == 0 and self.path.is_file() and self._is_anothers():
             numbered = (self.path.with_name(f"{self.path.stem}-{i}{self.path.suffix}") for i in itertools.count(1))
             self.path.rename(next(path for path in numbered if not path.exists()))
         self.file = open(self.path, "a+b", buffering=0)
         self.file.seek(0)
         self.file.truncate(_end_of_step(self.file, step))
         self.pending, self.complained = b"", False
+
+    def _is_anothers(self) -> bool:
+        """Is the file there of somebody else, or of a run that went farther than to its first checkpoint?"""
+        with open(self.path, "rb") as file:
+            first = file.readline()
+            file.seek(0)
+            no_log = bool(first) and _end_of_step(file, sys.maxsize) == 0 and first.endswith(b"\n")
+        folder = self.path.parent  # where a first checkpoint was being written, there is its sum and a temporary file
+        had_checkpoints = (folder / SUMS_NAME).is_file() and not any(folder.glob(".checkpoint*.tmp"))
+        return no_log or (bool(first) and had_checkpoints)
 
     def write(self, step: int, record: dict[str, float]) -> None:
         """Add the line of a step."""

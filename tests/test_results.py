@@ -7,6 +7,7 @@ import pytest
 
 from util.evaluation.metrics import metrics_line
 from util.evaluation.results import append_result, find_result, numbered_results, read_results
+from util.evaluation.tables import group_seeds
 
 
 def strict(text: str):
@@ -82,3 +83,25 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
     path.write_text('{"a": "x\u2028y"}\n\n[1]\nnonsense\n{"b": 2}\n' + "[" * 100000, encoding="utf-8")
     assert numbered_results(path) == [(1, {"a": "x\u2028y"}), (5, {"b": 2})]
     assert numbered_results(tmp_path / "missing") == []
+
+
+def test_seeds_are_averaged_unless_a_classifiers_file_was_replaced_between_them():
+    """A line of before the bytes were known belongs to the others, while there is one content only."""
+
+    def line(seed, content=None, judge="j.npz", eval_bsz=64, dtype="fp32"):
+        settings = dict(seed=seed, cfg=1.5, judge=judge, eval_bsz=eval_bsz, dtype=dtype)
+        known = {} if content is None else dict(judge_content=content)
+        return dict(settings=settings, weights="w", reference="r", metrics=dict(judge_fid=float(seed)), **known)
+
+    def repeats(*lines):
+        return sorted(count for *_, count in group_seeds(list(lines)))
+
+    assert repeats(line(1), line(2, "a"), line(3, "a")) == [3]
+    assert repeats(line(1, "a"), line(2, "b"), line(3, "b")) == [1, 2]
+    assert repeats(line(1), line(2, "a"), line(3, "b")) == [1, 1, 1]
+    assert repeats(line(1, "a"), line(2, "a"), line(3, "b", judge="other.npz")) == [1, 2]
+    assert repeats(line(1, eval_bsz=8), line(2)) == [2] and repeats(line(1, eval_bsz=8, dtype="int8"), line(2)) == [
+        1,
+        1,
+    ]
+    assert repeats(line(1, eval_bsz=8, dtype="int8"), line(2, dtype="int8")) == [1, 1]

@@ -200,6 +200,7 @@ class Graphs:
         except RuntimeError as error:  # running out of memory is one
             self.failed, self.pool = True, None
             self.captures.clear()
+            self.used.clear()
             self.results.clear()
             self.read = []
             reason = str(error.__context__ or error).strip().partition("\n")[0]  # what CUDA says last is not why

@@ -9,7 +9,9 @@ from util.evaluation.metrics import metrics_line
 from util.evaluation.protocol import protocol_line
 from util.images.pictures import read_run
 
-LATER = {"reference_content", "features_content", "judge_content"}  # keys that lines of before them lack
+# what a line says of the bytes of a classifier's file: the setting that names the file
+CLASSIFIERS = {"features_content": "fid_weights", "judge_content": "judge"}
+LATER = {"reference_content", *CLASSIFIERS}  # keys that lines of before them lack
 
 
 def git_commit() -> str | None:

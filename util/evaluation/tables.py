@@ -9,7 +9,7 @@ import numpy as np
 
 from util.args import check_input_file
 from util.evaluation.features import features_name
-from util.evaluation.results import numbered_results
+from util.evaluation.results import CLASSIFIERS, numbered_results
 
 METRICS = ("fid", "sfid", "rfid", "is_mean", "psnr", "ssim", "svc_accuracy", "frechet_pixels", "judge_fid")
 PROTOCOL = ("kind", "features", "reference")  # figures may be compared if these settings are the same
@@ -58,26 +58,26 @@ def read_runs(paths: list[Path]) -> list[dict]:
     return rows
 
 
-CLASSIFIERS = ("features_content", "judge_content")  # what lines say of the files of classifiers
-
-
 def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict, dict[str, list[float]], int]]:
     """(settings without the seed, {figure: one value a repeat}, number of repeats) for each setting.
 
-    Kind, reference, the bytes of files of classifiers, and run or else weights count as settings; how many images were
-    sampled together does not, but in int8. Of two lines with the same seed (and, in a run, the same
-    checkpoint) the later counts. unset: values of settings, for lines that are older than the flag of a setting which
+    Kind, reference, a classifier's file that was replaced, and run or else weights count as settings; how many images
+    were sampled together does not, but in int8. Of two lines with the same seed (and, in a run, the same checkpoint)
+    the later counts. unset: values of settings, for lines that are older than the flag of a setting which
     others of the lines have.
     """
     groups = {}
     later = {name: unset[name] for row in rows for name in row["settings"] if name in (unset or {})}
+    replaced = {name: _replaced(rows, name) for name in CLASSIFIERS}
     for row, reference in zip(rows, _references(rows)):
         sampled = not later.keys().isdisjoint(row["settings"])  # a line of sample.py, not of a reconstruction
         settings = {**(later if sampled else {}), **row["settings"]}
         settings.pop("seed", None)
         if settings.get("dtype") != "int8":
             settings.pop("eval_bsz", None)
-        settings |= {name: row[name] for name in CLASSIFIERS if name in row}
+        for name, files in replaced.items():
+            if settings.get(CLASSIFIERS[name]) in files:
+                settings[name] = row.get(name, "unknown")
         repeat = row["settings"].get("seed")
         if "run" in row:
             settings["run"] = row["run"]
@@ -93,6 +93,12 @@ def group_seeds(rows: list[dict], unset: dict | None = None) -> list[tuple[dict,
         values = {name: [numbers[name] for numbers in repeats.values() if name in numbers] for name in names}
         result.append((settings, values, len(repeats)))
     return result
+
+
+def _replaced(rows: list[dict], name: str) -> set[str]:
+    """The files of classifiers of which lines know several contents, under a key of CLASSIFIERS."""
+    pairs = {(row["settings"].get(CLASSIFIERS[name]), row[name]) for row in rows if name in row}
+    return {file for file, count in Counter(file for file, _ in pairs).items() if count > 1}
 
 
 def _references(rows: list[dict]) -> list:
